@@ -1,0 +1,31 @@
+# Two commands for a new user: `make demo` and `make test`. Both do their own set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint build clean
+
+$(STAMP): requirements/pins.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	# torch first and alone: everything after it is held to the same pins.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements/pins.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/pins.txt -e '.[bench,test,lint]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/fop-bench demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+build: $(STAMP)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist
