@@ -1,2 +1,7 @@
-"""Fisher-Orthogonal Projection."""
+"""Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026) and K-FAC for PyTorch, in one line."""
+
+from fop.optim import FOP, KFAC
+
+__all__ = ["FOP", "KFAC", "__version__"]
+
 __version__ = "0.1.0"

@@ -1,0 +1,134 @@
+"""Kronecker-factored curvature: products F·V, π-split damping and damped inverses that always come back.
+
+Shapes: A_gii is (groups, in, in), G_goo is (groups, out, out), a gradient V_goi is (groups, out, in);
+groups is 1 except in grouped convolutions, whose curvature is one block per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+def kronecker_product(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
+    """Return (A ⊗ G)·V = G V A for A (groups, in, in), G (groups, out, out), V (groups, out, in)."""
+    return G @ (V @ A)
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """One layer's F = A ⊗ G and F̂⁻¹ = A_inv ⊗ G_inv; shapes as in the module's legend."""
+
+    A: Tensor
+    G: Tensor
+    A_inv: Tensor
+    G_inv: Tensor
+
+    def fisher(self, V: Tensor) -> Tensor:
+        """Return F·V, undamped."""
+        return kronecker_product(self.A, self.G, V)
+
+    def solve(self, V: Tensor) -> Tensor:
+        """Return F̂⁻¹·V, damped."""
+        return kronecker_product(self.A_inv, self.G_inv, V)
+
+
+def damping_split(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return what is added to the diagonals of A and G: (π·γ, γ/π), each of shape (groups,).
+
+    γ = sqrt(damping), π² = (tr A / dim A) / (tr G / dim G); π = 1 where a trace is 0 (Martens & Grosse
+    2015, section 6.3).
+    """
+    a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
+    g = G.diagonal(dim1=-2, dim2=-1).mean(-1)
+    defined = (a > 0) & (g > 0)
+    pi = torch.where(defined, a / torch.where(defined, g, 1), 1).sqrt()
+    gamma = damping**0.5
+    return gamma * pi, gamma / pi
+
+
+class Rung(IntEnum):
+    """How far up the rescue ladder an inversion had to go."""
+
+    NONE = 0
+    FLOAT64 = 1
+    DAMPING = 2
+    KEPT = 3
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The damped inverse of one factor, (groups, d, d), or None where no rung gave a finite one."""
+
+    inverse: Tensor | None
+    rung: Rung
+
+
+def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Inversion]:
+    """Return (M + shift·I)⁻¹ for every factor M by Cholesky, same-shape factors as one batch.
+
+    Args:
+        factors: symmetric positive semi-definite matrices, each (groups, d, d), in float32 or float64.
+        shifts: damping of each group of each factor, each (groups,).
+
+    Rescue ladder, for the matrices that fail alone: float32 → float64 → more damping (times 10, at most
+    six times) → no inverse, and the caller keeps the last good one. Transfers one flag per matrix to the
+    host, once, so it belongs in steps with a curvature update only.
+    """
+    alike: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index, factor in enumerate(factors):
+        alike.setdefault((factor.shape[-1], factor.dtype, factor.device), []).append(index)
+
+    results: list[Tensor] = [torch.empty(0)] * len(factors)
+    flags: list[Tensor] = []
+    order: list[int] = []
+    for indices in alike.values():
+        batch = torch.cat([factors[i] for i in indices])
+        inverse, fine = _cholesky_inverse(batch, torch.cat([shifts[i] for i in indices]))
+        sizes = [factors[i].shape[0] for i in indices]
+        for i, part, ok in zip(indices, inverse.split(sizes), fine.split(sizes), strict=True):
+            results[i] = part
+            flags.append(ok.all())
+            order.append(i)
+
+    rungs = [Rung.NONE] * len(factors)
+    home = factors[0].device if factors else None
+    succeeded = torch.stack([flag.to(home) for flag in flags]).tolist() if flags else []
+    answers = [Inversion(result, rung) for result, rung in zip(results, rungs, strict=True)]
+    for i, ok in zip(order, succeeded, strict=True):
+        if not ok:
+            answers[i] = _rescue(factors[i], shifts[i])
+        elif len(alike[factors[i].shape[-1], factors[i].dtype, factors[i].device]) > 1:
+            # A view would keep the whole batch alive for as long as any one layer's inverse.
+            answers[i] = Inversion(results[i].clone(), Rung.NONE)
+    return answers
+
+
+def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (M + shift·I)⁻¹ and whether it can be used, for M (batch, d, d), shift (batch,)."""
+    damped = M.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    L, info = torch.linalg.cholesky_ex(damped)
+    inverse = torch.cholesky_inverse(L)
+    return inverse, (info == 0) & torch.isfinite(inverse).flatten(1).all(1)
+
+
+def _rescue(M: Tensor, shift: Tensor) -> Inversion:
+    if not bool(torch.isfinite(M).all()):
+        return Inversion(None, Rung.KEPT)
+    # Apple's GPUs have no float64; there the ladder goes straight to more damping.
+    exact = M if M.device.type == "mps" else M.double()
+    base = shift.to(exact.dtype)
+    # Damping of 0 cannot be multiplied into something useful: start where float32 stops resolving M.
+    floor = exact.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=0) * torch.finfo(torch.float32).eps
+    for attempt in range(7):
+        more = base if attempt == 0 else torch.maximum(base, floor) * 10.0**attempt
+        inverse, fine = _cholesky_inverse(exact, more)
+        result = inverse.to(M.dtype)
+        if bool(fine.all()) and bool(torch.isfinite(result).all()):
+            return Inversion(result, Rung.FLOAT64 if attempt == 0 else Rung.DAMPING)
+    return Inversion(None, Rung.KEPT)

@@ -1,0 +1,36 @@
+"""Finding the modules that own bare parameters, at the first forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class FirstForwardHook:
+    """A global forward hook that shows every root module once, until ``remove`` is called.
+
+    Args:
+        seen: a bound method that is called with each module not shown before; held by weak reference.
+    """
+
+    def __init__(self, seen: Callable[[nn.Module], None]) -> None:
+        self._seen = weakref.WeakMethod(seen)
+        self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._handle = register_module_forward_pre_hook(self._show)
+
+    def _show(self, module: nn.Module, _: Any) -> None:
+        seen = self._seen()
+        if seen is None:
+            self.remove()
+        elif module not in self._known:
+            # Its children's own forward passes, which follow, need no look of their own.
+            self._known.update(module.modules())
+            seen(module)
+
+    def remove(self) -> None:
+        """Take the global hook away."""
+        self._handle.remove()

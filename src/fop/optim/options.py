@@ -1,0 +1,154 @@
+"""Options and parameters: checked when given, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+# Measured in records/defaults; docs/defaults.md defends each in a line.
+DEFAULTS: dict[str, Any] = {
+    "lr": 0.05,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "damping": 1e-4,
+    "stat_decay": 0.95,
+    "curvature_interval": 100,
+    "beta": "adaptive",
+    "eta": "adaptive",
+    "kl_clip": 1e-3,
+    "adamw_lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "maximize": False,
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
+    """Raise ValueError or TypeError for the first option outside its range; unknown keys are left alone."""
+    for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps"):
+        if name in options:
+            _check_number(name, options[name], low=0.0)
+    for name in ("momentum", "stat_decay"):
+        if name in options:
+            _check_number(name, options[name], low=0.0, below=1.0)
+    for name in ("nesterov", "maximize"):
+        if name in options and not isinstance(options[name], bool):
+            raise TypeError(f"{name}={options[name]!r} must be True or False")
+    for name in ("beta", "eta"):
+        if name in options and options[name] != "adaptive":
+            _check_number(name, options[name], low=0.0, instead="or 'adaptive'")
+    if options.get("kl_clip") is not None:
+        _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
+    if "curvature_interval" in options:
+        interval = options["curvature_interval"]
+        if isinstance(interval, bool) or not isinstance(interval, int):
+            raise TypeError(f"curvature_interval={interval!r} must be a whole number of steps, 1 or more")
+        if interval < 1:
+            raise ValueError(f"curvature_interval={interval} must be 1 or more steps")
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise TypeError(f"betas={betas!r} must be two numbers in [0, 1), as for torch.optim.AdamW")
+        for beta in betas:
+            _check_number("betas", beta, low=0.0, below=1.0)
+    if options.get("nesterov") and options.get("momentum") == 0:
+        raise ValueError("nesterov=True needs momentum > 0; got momentum=0")
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    below: float = math.inf,
+    strict: bool = False,
+    instead: str = "",
+) -> None:
+    allowed = f"{'(' if strict else '['}{low:g}, {below:g})"
+    remedy = f"{name}={value!r} must be a number in {allowed} {instead}".rstrip()
+    if isinstance(value, Tensor):
+        raise TypeError(f"{remedy}; convert the tensor with float({name})")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(remedy)
+    # A NaN fails every comparison, so the test is for what is right.
+    if not ((low < value if strict else low <= value) and value < below):
+        raise ValueError(remedy)
+
+
+def normalise(params: ParamsLike) -> tuple[list[dict[str, Any]], nn.Module | None, dict[Tensor, str]]:
+    """Return parameter groups, the root module if one was given, and the names known so far.
+
+    Raises:
+        TypeError: if ``params`` is a tensor, or holds something other than tensors.
+        ValueError: if ``params`` is empty.
+    """
+    if isinstance(params, nn.Module):
+        named = list(params.named_parameters())
+        if not named:
+            raise ValueError(f"the module {type(params).__name__} has no parameters to train")
+        return [{"params": [p for _, p in named]}], params, {p: name for name, p in named}
+    if isinstance(params, Tensor):
+        raise TypeError("params is a single tensor; give an iterable of parameters, [param], or the module")
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty; an iterator such as model.parameters() can be used only once")
+    groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
+    names: dict[Tensor, str] = {}
+    return [normalise_group(group, names) for group in groups], None, names
+
+
+def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
+    """Return one group with a list of plain parameters; names of named parameters go into ``names``."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group must be a dict with the key 'params'; got {type(group).__name__}")
+    given = group["params"]
+    if isinstance(given, nn.Module):
+        given = list(given.named_parameters())
+    entries = [given] if isinstance(given, Tensor) else list(given)
+    plain = []
+    for entry in entries:
+        name, param = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params must hold tensors; got {type(param).__name__}")
+        if name is not None:
+            names[param] = name
+        plain.append(param)
+    if not plain:
+        raise ValueError("a parameter group is empty; an iterator of parameters can be used only once")
+    return {**group, "params": plain}
+
+
+def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:
+    """Raise for parameters that no step could update, and for those given twice.
+
+    Raises:
+        ValueError: duplicates, parameters of another group, non-leaf, sparse or uninitialised ones.
+        TypeError: complex or integer parameters.
+    """
+    for index, param in enumerate(params):
+        label = names.get(param, f"parameter {index}")
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{label} is uninitialised; run the lazy module once before making the optimizer"
+            )
+        label = f"{label} {tuple(param.shape)}"
+        if not param.is_floating_point():
+            raise TypeError(f"{label} has dtype {param.dtype}; only real floating point can be trained")
+        if param.layout is not torch.strided:
+            raise ValueError(f"{label} has layout {param.layout}; only dense parameters are supported")
+        if not param.is_leaf:
+            raise ValueError(f"{label} is not a leaf tensor; give the parameter it was computed from")
+        if param in taken:
+            raise ValueError(f"{label} is in more than one parameter group; give each parameter once")
+    for param, count in Counter(params).items():
+        if count > 1:
+            label = f"{names.get(param, 'a parameter')} {tuple(param.shape)}"
+            raise ValueError(f"{label} is given {count} times; give each parameter once")
