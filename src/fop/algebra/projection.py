@@ -51,7 +51,7 @@ def average_and_difference(g1: Tensor, g2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Tensor) -> Tensor:
-    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5).
+    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where no more than rounding is left.
 
     Args:
         average: Ga.
@@ -59,22 +59,20 @@ def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Te
         fisher_average: F·Ga, same shape.
 
     The ε of (4) is a guard against 0/0 only: with a fixed ε, scaling the loss would change the step.
+    Where one gradient is a multiple of the other, Gd - s·Ga is the rounding of its two terms: a direction
+    that means nothing, and that F̂⁻¹ would amplify.
     """
     s = _ratio(inner(difference, fisher_average), inner(average, fisher_average), otherwise=0.0)
-    return difference - s * average
+    perpendicular = difference - s * average
+    rounding = (64 * torch.finfo(s.dtype).eps) ** 2
+    terms = inner(difference, difference) + (1 + s * s) * inner(average, average)
+    # A NaN must pass through: the optimizer finds a bad gradient by it.
+    return torch.where(inner(perpendicular, perpendicular) <= rounding * terms, 0.0, perpendicular)
 
 
-def mixing_coefficient(D: Tensor, E: Tensor, B: Tensor) -> Tensor:
-    """Return β* = D/E (16), or 0 where G⊥ is no more than rounding.
-
-    Args:
-        D: ⟨Ga, F̂⁻¹·G⊥⟩ (13).
-        E: ⟨G⊥, F̂⁻¹·G⊥⟩ (13).
-        B: ⟨Ga, F̂⁻¹·Ga⟩, the yardstick for rounding: g1 - g2 of equal gradients computed in two ways is
-            noise of relative size machine epsilon, whose direction means nothing.
-    """
-    noise = (16 * torch.finfo(E.dtype).eps) ** 2
-    return torch.where(noise * B < E, _ratio(D, E, otherwise=0.0), torch.zeros_like(E))
+def mixing_coefficient(D: Tensor, E: Tensor) -> Tensor:
+    """Return β* = D/E (16) from D = ⟨Ga, F̂⁻¹·G⊥⟩ and E = ⟨G⊥, F̂⁻¹·G⊥⟩ (13); 0 where E = 0."""
+    return _ratio(D, E, otherwise=0.0)
 
 
 def step_scale(B: Tensor, D: Tensor, E: Tensor, beta: Tensor) -> Tensor:
@@ -115,7 +113,7 @@ def fop_direction(
     B = inner(average, natural)
     D = inner(average, natural_perpendicular)
     E = inner(perpendicular, natural_perpendicular)
-    best = mixing_coefficient(D, E, B)
+    best = mixing_coefficient(D, E)
     mixing = best if beta is None else torch.full_like(B, beta)
     scale = step_scale(B, D, E, mixing) if eta is None else torch.full_like(B, eta)
     update = torch.addcmul(natural, natural_perpendicular, mixing).mul_(scale)
@@ -124,5 +122,4 @@ def fop_direction(
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor:
-    # A NaN denominator must stay NaN: the optimizer finds a bad gradient by it.
     return torch.where(denominator == 0, torch.full_like(denominator, otherwise), numerator / denominator)

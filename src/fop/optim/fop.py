@@ -447,14 +447,19 @@ def _move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], s
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = part.clone()
         else:
-            state["momentum_buffer"].mul_(torch.where(fine, momentum, 1.0)).add_(part)
+            state["momentum_buffer"].mul_(_if(fine, momentum, 1.0, part)).add_(part)
         buffer: Tensor = state["momentum_buffer"]
         part = torch.add(part, buffer, alpha=momentum) if group["nesterov"] else buffer
-    rate = torch.where(fine, group["lr"], 0.0).to(part.dtype)
+    rate = _if(fine, group["lr"], 0.0, part)
     if group["weight_decay"]:
         param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
     sign = 1.0 if group["maximize"] else -1.0
     param.add_((part * rate).to(param.dtype), alpha=sign)
+
+
+def _if(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    # torch.where of two numbers would round them to float32.
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
 
 
 def _adamw_lr(group: Mapping[str, Any]) -> float:
