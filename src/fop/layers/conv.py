@@ -12,6 +12,10 @@ from fop.layers.base import FactorSums, Layer, statistics_dtype, with_ones
 # Elements of the unfolded input that exist at a time (64 MiB in float32). Unfolding a large batch at
 # once would take kernel-area times the memory of the activations.
 CHUNK_ELEMENTS = 2**24
+# A convolution has a row for every output position, at very large batch far more than its factors have
+# entries. Statistics then take every k-th sample, with k as large as leaves this many samples and rows.
+MIN_SAMPLES = 2048
+MIN_ROWS_PER_DIM = 8
 
 
 class Conv2dLayer(Layer):
@@ -45,11 +49,14 @@ class Conv2dLayer(Layer):
 
     def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
         dtype = statistics_dtype(b)
-        samples, rows = x.shape[0], x.shape[0] * b.shape[2] * b.shape[3]
+        positions = b.shape[2] * b.shape[3]
+        batch = x.shape[0]
+        x, b = self._subsample(x, b, positions)
+        samples, rows = x.shape[0], x.shape[0] * positions
         a = torch.zeros(self.groups, self.in_dim, self.in_dim, dtype=dtype, device=x.device)
         g = torch.zeros(self.groups, self.out_dim, self.out_dim, dtype=dtype, device=x.device)
         sums = torch.zeros(self.groups, self.in_dim, dtype=dtype, device=x.device)
-        per_sample = self.groups * self.in_dim * b.shape[2] * b.shape[3]
+        per_sample = self.groups * self.in_dim * positions
         chunk = max(1, CHUNK_ELEMENTS // max(1, per_sample))
         for x_part, b_part in zip(x.split(chunk), b.split(chunk), strict=True):
             patches_gir = self._rows(self._patches(x_part.to(dtype)), self.in_dim)
@@ -58,7 +65,15 @@ class Conv2dLayer(Layer):
             g.baddbmm_(gradients_gor, gradients_gor.mT)
             if self.bias:
                 sums += patches_gir.sum(-1)
-        return FactorSums(with_ones(a, sums, rows) if self.bias else a, g, samples, rows)
+        a = with_ones(a, sums, rows) if self.bias else a
+        # As if all samples had been summed: b is 1/batch of a sample's own gradient.
+        share = batch / max(1, samples)
+        return FactorSums(a * share, g * share, batch, batch * positions)
+
+    def _subsample(self, x: Tensor, b: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        needed = -(-MIN_ROWS_PER_DIM * max(self.in_dim, self.out_dim) // max(1, positions))
+        step = max(1, x.shape[0] // max(MIN_SAMPLES, needed))
+        return x[::step], b[::step]
 
     def _patches(self, x: Tensor) -> Tensor:
         """Return the patches of x (N, channels, height, width) as (N, channels·kernel, positions)."""

@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from fop.algebra import Direction, Rung
 from fop.capture import FirstForwardHook
@@ -28,6 +27,7 @@ from fop.optim.options import (
     normalise_group,
 )
 from fop.optim.report import Diagnostics, Summary, diagnose, summarise
+from fop.optim.update import adamw_step, move
 
 _RESCUES = {
     Rung.FLOAT64: "needed float64",
@@ -125,7 +125,8 @@ class FOP(Optimizer):
         self._finder: FirstForwardHook | None = None
         self._kl_scale: Tensor | None = None
         self._warned: set[tuple[str, Rung]] = set()
-        self._unread: list[tuple[int, list[str], Tensor]] = []
+        # Refused updates per layer, counted on the device; keyed by the layers of the step.
+        self._refusals: dict[tuple[str, ...], Tensor] = {}
 
     # Parameters and modules
 
@@ -202,12 +203,14 @@ class FOP(Optimizer):
             # A weight that a later root shares: no single capture sees its whole gradient.
             self._blocks.pop(param, None)
 
+    def _covered(self) -> set[Tensor]:
+        """Return the parameters that belong to a block."""
+        return {p for block in self._blocks.values() for p in (block.weight, block.bias) if p is not None}
+
     def _listen(self) -> None:
         """Watch forward passes for as long as a parameter's owner is not known."""
-        known = set(self._reasons)
-        for block in self._blocks.values():
-            known.update(p for p in (block.weight, block.bias) if p is not None)
-        unknown = [param for param in self._parameters() if param not in known]
+        known = self._reasons.keys() | self._covered()
+        unknown = any(param not in known for param in self._parameters())
         if unknown and self._finder is None:
             self._finder = FirstForwardHook(self._adopt)
         elif not unknown and self._finder is not None:
@@ -267,8 +270,9 @@ class FOP(Optimizer):
         done: set[Tensor | None] = {param for block in ready for param in (block.weight, block.bias)}
         self._step_adamw(done)
 
+        covered = self._covered()
         for param in self._parameters():
-            if param.grad is not None and param not in self._blocks:
+            if param.grad is not None and param not in covered:
                 self._reasons.setdefault(param, "belongs to no module that was called")
         self._listen()
         for group in self.param_groups:
@@ -322,52 +326,19 @@ class FOP(Optimizer):
             # Not a product: 0 times NaN is NaN.
             update = torch.where(fine[index].to(device), update * scale.to(device, update.dtype), 0)
             for param, part in block.parts(update):
-                _move(param, part, fine[index].to(device), groups[param], self.state[param])
-        self._unread.append((self.param_groups[0]["step"], [block.name for block in blocks], ~fine))
-        if home.type == "cpu":
-            self._report_refusals()
+                move(param, part, fine[index].to(device), groups[param], self.state[param])
+        self._count_refusals(tuple(block.name for block in blocks), ~fine)
 
     def _step_adamw(self, done: set[Tensor | None]) -> None:
-        """Step every other parameter that has a gradient, by torch's own AdamW."""
+        """Step every other parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for param in group["params"]:
-                if param.grad is not None and param not in done:
+                if param.grad is not None and param.numel() and param not in done:
                     alike.setdefault((param.device, param.dtype), []).append(param)
-            for (device, _), params in alike.items():
-                self._adamw(params, group, device)
-
-    def _adamw(self, params: list[Tensor], group: dict[str, Any], device: torch.device) -> None:
-        for param in params:
-            if "exp_avg" not in self.state[param]:
-                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    self.state[param][key] = torch.zeros_like(param)
-        states = [self.state[param] for param in params]
-        gradients = [param.grad for param in params if param.grad is not None]
-        largest = torch.stack([gradient.abs().amax() for gradient in gradients if gradient.numel()])
-        not_finite = ~torch.isfinite(largest)
-        fused = device.type in ("cpu", "cuda")
-        if not fused and bool(not_finite.any()):
-            gradients = []
-        # The fused kernel reads found_inf on the device and then leaves everything as it is.
-        adamw(
-            params if gradients else [],
-            gradients,
-            [state["exp_avg"] for state in states] if gradients else [],
-            [state["exp_avg_sq"] for state in states] if gradients else [],
-            [],
-            [state["step"] for state in states] if gradients else [],
-            fused=fused,
-            found_inf=not_finite.any().float() if fused else None,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=_adamw_lr(group),
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+            for params in alike.values():
+                refused = adamw_step(params, group, self.state)
+                self._count_refusals((f"all {len(params)} AdamW parameters of a group",), refused[None])
 
     # What a step leaves behind
 
@@ -401,14 +372,20 @@ class FOP(Optimizer):
         self._report_refusals()
         return diagnose(self._groups(), self._blocks, self._kl_scale)
 
+    def _count_refusals(self, names: tuple[str, ...], refused: Tensor) -> None:
+        before = self._refusals.get(names, 0)
+        self._refusals[names] = refused.int() + before
+        if refused.device.type == "cpu":
+            self._report_refusals()
+
     def _report_refusals(self) -> None:
-        unread, self._unread = self._unread, []
-        for step, names, refused in unread:
-            which = [name for name, bad in zip(names, refused.tolist(), strict=True) if bad]
+        counted, self._refusals = self._refusals, {}
+        for names, counts in counted.items():
+            which = [name for name, count in zip(names, counts.tolist(), strict=True) if count]
             if which:
                 warnings.warn(
-                    f"step {step}: the update of {', '.join(which)} was not finite (NaN or infinite loss?) "
-                    "and was refused; these weights are as before",
+                    f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
+                    "refused; these weights are as before",
                     RuntimeWarning,
                     stacklevel=6,
                 )
@@ -438,32 +415,3 @@ class FOP(Optimizer):
         if self not in _live:
             self._listen()
             _live.add(self)
-
-
-def _move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], state: dict[str, Any]) -> None:
-    """Decay the weights (decoupled), then move them with `torch.optim.SGD`'s momentum, if ``fine``."""
-    momentum = group["momentum"]
-    if momentum:
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = part.clone()
-        else:
-            state["momentum_buffer"].mul_(_if(fine, momentum, 1.0, part)).add_(part)
-        buffer: Tensor = state["momentum_buffer"]
-        part = torch.add(part, buffer, alpha=momentum) if group["nesterov"] else buffer
-    rate = _if(fine, group["lr"], 0.0, part)
-    if group["weight_decay"]:
-        param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
-    sign = 1.0 if group["maximize"] else -1.0
-    param.add_((part * rate).to(param.dtype), alpha=sign)
-
-
-def _if(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    # torch.where of two numbers would round them to float32.
-    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
-
-
-def _adamw_lr(group: Mapping[str, Any]) -> float:
-    """Return the AdamW path's learning rate, which follows the schedule of ``lr``."""
-    if group["base_lr"] == 0:
-        return group["adamw_lr"] if group["lr"] > 0 else 0.0
-    return float(group["adamw_lr"] * group["lr"] / group["base_lr"])
