@@ -18,7 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "momentum": 0.9,
     "nesterov": False,
     "weight_decay": 0.0,
-    "damping": 1e-4,
+    "damping": 1e-3,
     "stat_decay": 0.95,
     "curvature_interval": 100,
     "beta": "adaptive",
