@@ -82,12 +82,12 @@ class Block:
 
     def squared_length(self, direction: Direction, groups: Mapping[Tensor, Mapping[str, Any]]) -> Tensor:
         """Return lr²·⟨update, gradient⟩, this layer's term of the KL clip."""
-        rates = [groups[param]["lr"] for param, _ in self.parts(direction.update)]
-        if len(set(rates)) == 1:
-            return direction.alignment * float(rates[0]) ** 2
+        rate = float(groups[self.weight]["lr"])
+        if self.bias is None or groups[self.bias]["lr"] == rate:
+            return direction.alignment * rate**2
         terms = [
-            rate**2 * (part * param.grad).sum()
-            for rate, (param, part) in zip(rates, self.parts(direction.update), strict=True)
+            groups[param]["lr"] ** 2 * (part * param.grad).sum()
+            for param, part in self.parts(direction.update)
             if param.grad is not None
         ]
         return torch.stack(terms).sum()

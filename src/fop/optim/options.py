@@ -19,7 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": False,
     "weight_decay": 0.0,
     "damping": 1e-3,
-    "stat_decay": 0.95,
+    "stat_decay": 0.9,
     "curvature_interval": 100,
     "beta": "adaptive",
     "eta": "adaptive",
