@@ -113,8 +113,13 @@ def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     damped = M.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
     L, info = torch.linalg.cholesky_ex(damped)
+    factored = info == 0
+    # A zero on the diagonal of an unfinished L would raise for the whole batch.
+    L = torch.where(factored[:, None, None], L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
     inverse = torch.cholesky_inverse(L)
-    return inverse, (info == 0) & torch.isfinite(inverse).flatten(1).all(1)
+    # An infinite entry of M factors without complaint.
+    finite = torch.isfinite(damped) & torch.isfinite(inverse)
+    return inverse, factored & finite.flatten(1).all(1)
 
 
 def _rescue(M: Tensor, shift: Tensor) -> Inversion:

@@ -51,7 +51,7 @@ def average_and_difference(g1: Tensor, g2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Tensor) -> Tensor:
-    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where no more than rounding is left.
+    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where Gd is a multiple of Ga.
 
     Args:
         average: Ga.
@@ -59,15 +59,16 @@ def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Te
         fisher_average: F·Ga, same shape.
 
     The ε of (4) is a guard against 0/0 only: with a fixed ε, scaling the loss would change the step.
-    Where one gradient is a multiple of the other, Gd - s·Ga is the rounding of its two terms: a direction
-    that means nothing, and that F̂⁻¹ would amplify.
+    Where one gradient is a multiple of the other, up to rounding, Gd - s·Ga is rounding too: a direction that
+    means nothing, and that F̂⁻¹ would amplify.
     """
     s = _ratio(inner(difference, fisher_average), inner(average, fisher_average), otherwise=0.0)
-    perpendicular = difference - s * average
-    rounding = (64 * torch.finfo(s.dtype).eps) ** 2
-    terms = inner(difference, difference) + (1 + s * s) * inner(average, average)
+    aa, dd = inner(average, average), inner(difference, difference)
+    t = _ratio(inner(difference, average), aa, otherwise=0.0)
+    apart = torch.add(difference, t * average, alpha=-1)
+    rounding = (64 * torch.finfo(s.dtype).eps) ** 2 * (1 + t * t) * (dd + aa)
     # A NaN must pass through: the optimizer finds a bad gradient by it.
-    return torch.where(inner(perpendicular, perpendicular) <= rounding * terms, 0.0, perpendicular)
+    return torch.where(inner(apart, apart) <= rounding, 0.0, difference - s * average)
 
 
 def mixing_coefficient(D: Tensor, E: Tensor) -> Tensor:

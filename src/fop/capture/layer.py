@@ -19,6 +19,8 @@ class LayerCapture:
     Args:
         module: the live module.
         layer: its geometry.
+        weight: the module's weight.
+        bias: the module's bias, if it belongs to the same block.
 
     Attributes:
         paired: whether the gradient pair is wanted (FOP) or only statistics (K-FAC).
@@ -27,23 +29,22 @@ class LayerCapture:
     The hooks know the capture by weak reference only: dropping the optimizer drops the capture.
     """
 
-    def __init__(self, module: nn.Module, layer: Layer) -> None:
+    def __init__(self, module: nn.Module, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
         self.module = module
         self.layer = layer
+        self.weight = weight
+        self.params = [weight] if bias is None else [weight, bias]
         self.paired = True
         self.due = True
         self.window = Window()
         self._parts: dict[int, Part] = {}
         # Version of p.grad when the window last took it in; None while the window is empty.
         self._version: int | None = None
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        self.weight = weight
-        handles: list[RemovableHandle] = [
-            module.register_forward_hook(_ForwardHook(self), with_kwargs=True),
-            weight.register_post_accumulate_grad_hook(_AccumulatedHook(self)),
-        ]
-        weakref.finalize(self, _remove_all, handles)
+        # Before the hooks of others: one that replaces the output must not come between it and its gradient.
+        hook = module.register_forward_hook(_ForwardHook(self), with_kwargs=True, prepend=True)
+        self._handles: list[RemovableHandle] = [hook]
+        self._watched: set[Tensor] = set()
+        weakref.finalize(self, _remove_all, self._handles)
 
     def clear(self) -> None:
         """Forget what was gathered: the gradients were zeroed, or a step has used it."""
@@ -55,8 +56,18 @@ class LayerCapture:
         """Arrange that the gradient of ``output`` meets ``x`` in the backward pass."""
         if not (self.paired or self.due):
             return
-        if torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad:
-            output.register_hook(_OutputHook(self, x.detach()))
+        if not (torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad):
+            return
+        for param in self.params:
+            # A frozen parameter takes no hook; it may be thawed later.
+            if param.requires_grad and param not in self._watched:
+                self._handles.append(param.register_post_accumulate_grad_hook(_AccumulatedHook(self)))
+                self._watched.add(param)
+        # An in-place operation on a view (3-d inputs of Linear, unbatched ones of Conv2d) would cut the view,
+        # and a hook on it, out of the graph.
+        base = output._base
+        source = base if base is not None and base.numel() == output.numel() else output
+        source.register_hook(_OutputHook(self, x.detach(), output.shape))
 
     @torch.no_grad()
     def collect(self, x: Tensor | None, b: Tensor) -> None:
@@ -74,38 +85,39 @@ class LayerCapture:
             self._parts[task] = part
 
     @torch.no_grad()
-    def accumulated(self) -> None:
+    def accumulated(self, param: Tensor) -> None:
         """Move the finished backward pass into the window: it is in p.grad now."""
-        part = self._parts.pop(torch._C._current_graph_task_id(), None)
-        gradient = self.weight.grad
-        if part is None or gradient is None:
-            # The weight got a gradient by a path that no hook saw, e.g. used through a function.
-            self.window.paired, self.window.half = False, None
+        if param.grad is None:
             return
-        self.window.add(part)
-        if (half := self.weight_half()) is not None:
-            self.window.take_fingerprint(gradient, half)
-        self._version = gradient._version
-
-    def weight_half(self) -> Tensor | None:
-        """Return S1 in the shape of the weight."""
-        half = self.window.half
-        return None if half is None else self.layer.from_matrix(half, self.weight)[0]
+        if param is self.weight:
+            part = self._parts.pop(torch._C._current_graph_task_id(), None)
+            if part is None:
+                # The weight got a gradient by a path that no hook saw, e.g. used through a function.
+                self.window.drop_pair()
+            else:
+                self.window.add(part)
+                self.window.compare(self.layer.to_matrix(param.grad, None)[..., : self.layer.in_dim])
+            self._version = param.grad._version
+        if self.paired:
+            self.window.remember(param, param.grad)
 
     def difference(self, average: Tensor) -> Tensor | None:
         """Return Gd = g1 - g2 as gradient matrix, or None if this step has no pair."""
-        gradient, half = self.weight.grad, self.weight_half()
-        if gradient is None or half is None:
-            return None
-        return self.window.difference(average, gradient, half)
+        difference = self.window.difference(average, self.params)
+        if difference is not None and self.layer.bias and self.params[-1].grad is None:
+            # A frozen bias has no second gradient either.
+            difference[..., -1] = 0
+        return difference
 
     def _part(self, x: Tensor, b: Tensor) -> Part:
-        part = Part(samples := x.shape[0])
+        part = Part(samples := x.shape[0], precise=torch.finfo(b.dtype).bits > 16)
         first = samples // 2
         if self.paired and first > 0:
             part.half = self.layer.gradient(x[:first], b[:first])
-        if self.due and samples > 0:
+        if self.due and x.numel() and b.numel():
             part.sums = self.layer.factor_sums(x, b)
+            if part.half is not None:
+                part.whole = part.half + self.layer.gradient(x[first:], b[first:])
         return part
 
     def _open_window(self) -> None:
@@ -113,8 +125,7 @@ class LayerCapture:
         gradient = self.weight.grad
         if gradient is None:
             self.clear()
-            return
-        if gradient._version != self._version:
+        elif gradient._version != self._version:
             self.clear()
             # Zeros are as good as None; anything else is a gradient whose halves nobody knows.
             self.window.clean = gradient.count_nonzero() == 0
@@ -142,27 +153,28 @@ class _ForwardHook:
 class _OutputHook:
     """Tensor hook: holds the input until the gradient of the output arrives, exactly as autograd does."""
 
-    def __init__(self, capture: LayerCapture, x: Tensor) -> None:
+    def __init__(self, capture: LayerCapture, x: Tensor, shape: torch.Size) -> None:
         self._capture = weakref.ref(capture)
         self._x: Tensor | None = x
+        self._shape = shape
 
     def __call__(self, b: Tensor) -> None:
         capture, x = self._capture(), self._x
         if not _graph_is_kept():
             self._x = None
         if capture is not None:
-            capture.collect(x, b)
+            capture.collect(x, b.reshape(self._shape))
 
 
 class _AccumulatedHook:
-    """Hook on the weight: its gradient of this backward pass is complete."""
+    """Hook on a parameter: its gradient of this backward pass is complete."""
 
     def __init__(self, capture: LayerCapture) -> None:
         self._capture = weakref.ref(capture)
 
-    def __call__(self, _: Tensor) -> None:
+    def __call__(self, param: Tensor) -> None:
         if (capture := self._capture()) is not None:
-            capture.accumulated()
+            capture.accumulated(param)
 
 
 def _graph_is_kept() -> bool:

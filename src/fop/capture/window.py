@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from fop.layers import FactorSums
 
-# A gradient that was scaled as a whole reproduces the scaled fingerprint to rounding; clipping single
-# elements or adding noise moves it far more. Lenient enough for a float16 round trip.
-_FINGERPRINT_TOLERANCE = 1e-3
+# A gradient that was scaled as a whole reproduces its scaled norms to rounding; clipping single elements or
+# adding noise moves them far more. Lenient enough for a float16 round trip.
+_SAME_DIRECTION = 1e-3
+# How far p.grad may be from what the hooks saw before it counts as having other parts; in half precision
+# autograd and the hooks round differently.
+_SAME_SUM, _SAME_SUM_HALF = 1e-2, 5e-2
 
 
 @dataclass
@@ -21,102 +25,130 @@ class Part:
     Attributes:
         samples: N of this pass.
         half: S1 = Σ b āᵀ over the first h = ⌊N/2⌋ samples as gradient matrix, None if there is no pair.
+        whole: Σ b āᵀ over all samples, only in passes with statistics.
         sums: Kronecker statistics, None if none are due.
+        splittable: whether all uses of the layer were seen and have the same N.
+        precise: whether b has more than half precision.
     """
 
     samples: int
     half: Tensor | None = None
+    whole: Tensor | None = None
     sums: FactorSums | None = None
     splittable: bool = True
+    precise: bool = True
 
     def add_use(self, other: Part) -> None:
         """Add another use of the layer in the same backward pass."""
-        if other.samples != self.samples:
-            self.splittable = False
-        self.splittable &= other.splittable
-        if self.half is not None and other.half is not None:
-            self.half = self.half + other.half
-        if self.sums is not None and other.sums is not None:
+        self.splittable &= other.splittable and other.samples == self.samples
+        self.precise &= other.precise
+        self.half = _sum(self.half, other.half)
+        self.whole = _sum(self.whole, other.whole)
+        if self.sums is None:
+            self.sums = other.sums
+        elif other.sums is not None:
             self.sums.add_use(other.sums)
 
 
-@dataclass
-class Fingerprint:
-    """Two inner products that tell later whether the gradient was scaled as a whole, or changed otherwise."""
-
-    gg: Tensor
-    gs: Tensor
-    version: int
-
-
 class Window:
-    """Everything gathered for one layer since its gradient was last None or zero."""
+    """Everything gathered for one layer since its gradients were last None or zero.
+
+    Attributes:
+        sums: Kronecker statistics, None if none were due.
+        half: S1 of all passes, None without a pair.
+        clean: 0-dim bool, false if p.grad held something unknown before the first pass; None if it was None.
+        complete: 0-dim bool, whether p.grad is all that the hooks saw; None in windows without statistics.
+    """
 
     def __init__(self) -> None:
-        self.half: Tensor | None = None
-        self.samples: int | None = None
-        self.paired = True
         self.sums: FactorSums | None = None
-        self.fingerprint: Fingerprint | None = None
-        # Device-side veto, for what cannot be known on the host without a transfer.
+        self.half: Tensor | None = None
         self.clean: Tensor | None = None
+        self.complete: Tensor | None = None
+        self._whole: Tensor | None = None
+        self._samples: int | None = None
+        self._paired = True
+        self._precise = True
+        self._norms: dict[Tensor, Tensor] = {}
 
     def add(self, part: Part) -> None:
         """Add a finished backward pass."""
-        if part.sums is not None:
-            if self.sums is None:
-                self.sums = part.sums
-            else:
-                self.sums.add_batch(part.sums)
+        if self.sums is None:
+            self.sums = part.sums
+        elif part.sums is not None:
+            self.sums.add_batch(part.sums)
+        self._whole = _sum(self._whole, part.whole)
+        self._precise &= part.precise
         # One formula gives g1 - g2 from the summed halves only if all passes were split in the same ratio.
-        alike = part.splittable and self.samples in (None, part.samples)
-        if part.half is None or not alike or not self.paired:
-            self.paired, self.half = False, None
+        alike = part.splittable and self._samples in (None, part.samples)
+        if part.half is None or not alike or not self._paired:
+            self.drop_pair()
+        else:
+            self._samples = part.samples
+            self.half = _sum(self.half, part.half)
+
+    def drop_pair(self) -> None:
+        """Take the K-FAC step: the halves of the gradient are not known."""
+        self._paired, self.half = False, None
+
+    def compare(self, gradient: Tensor) -> None:
+        """Tell from a pass with statistics whether ``gradient``, as matrix, is the sum of what the hooks saw.
+
+        It is not where the loss has other paths to the weight: a penalty, a second use as a function.
+        """
+        if self._whole is None or self.half is None:
             return
-        self.samples = part.samples
-        self.half = part.half if self.half is None else self.half.add_(part.half)
+        columns = gradient.shape[-1]
+        whole, half = self._whole[..., :columns], self.half[..., :columns]
+        tolerance = _SAME_SUM if self._precise else _SAME_SUM_HALF
+        parts = half.square().sum() + (whole - half).square().sum()
+        self.complete = (whole - gradient).square().sum() <= tolerance**2 * parts
 
-    def take_fingerprint(self, gradient: Tensor, half: Tensor) -> None:
-        """Remember the weight's gradient as autograd left it; ``half`` is S1 in the weight's shape."""
-        flat = gradient.to(half.dtype).reshape(-1)
-        self.fingerprint = Fingerprint(
-            torch.dot(flat, flat), torch.dot(flat, half.reshape(-1)), gradient._version
-        )
+    def remember(self, param: Tensor, gradient: Tensor) -> None:
+        """Remember the gradient of ``param`` as autograd left it."""
+        self._norms[param] = _norms(gradient)
 
-    def difference(self, average: Tensor, gradient: Tensor, half: Tensor) -> Tensor | None:
+    def difference(self, average: Tensor, params: Sequence[Tensor]) -> Tensor | None:
         """Return Gd = g1 - g2 as gradient matrix, or None without a pair.
 
         Args:
             average: Ga, the gradient matrix of p.grad as it is now.
-            gradient: the weight's p.grad as it is now.
-            half: S1 in the weight's shape.
+            params: weight and bias.
 
         g1 = (N/h)·S1 and g2 = (N/(N-h))·(g - S1). If p.grad was scaled as a whole since the backward pass
         (unscaling, norm clipping), S1 follows; after any other change the difference is 0, which makes
         the step K-FAC's.
         """
-        if self.half is None or self.samples is None or self.fingerprint is None:
+        if self.half is None or self._samples is None:
             return None
-        first = self.samples // 2
-        second = self.samples - first
-        own = self.samples / second
-        S1: Tensor = self.half.to(average.dtype)
-        trusted = self.clean
-        if gradient._version != self.fingerprint.version:
-            scale, same = self._scale_since(gradient, half)
-            S1 = S1 * scale.to(S1.dtype)
-            trusted = same if trusted is None else trusted & same
-        difference = torch.add(S1 * (self.samples / first + own), average, alpha=-own)
-        if trusted is not None:
-            difference = torch.where(trusted, difference, torch.zeros_like(difference))
-        return difference
+        first = self._samples // 2
+        second = self._samples - first
+        own = self._samples / second
+        scale, trusted = self._scale_since(params)
+        if self.clean is not None:
+            trusted = trusted & self.clean
+        S1 = self.half.to(average.dtype) * (scale.to(average.dtype) * (self._samples / first + own))
+        return torch.where(trusted, torch.add(S1, average, alpha=-own), 0.0)
 
-    def _scale_since(self, gradient: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.fingerprint is not None
-        flat, S1 = gradient.to(half.dtype).reshape(-1), half.reshape(-1)
-        gg, gs = torch.dot(flat, flat), torch.dot(flat, S1)
-        was = self.fingerprint
-        scale = torch.where(was.gg > 0, (gg / was.gg).sqrt(), torch.zeros_like(gg))
-        scale = torch.nan_to_num(scale, nan=0.0, posinf=0.0)
-        bound = _FINGERPRINT_TOLERANCE * (gg * torch.dot(S1, S1)).sqrt()
-        return scale, (gs - scale * was.gs).abs() <= bound
+    def _scale_since(self, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        known = [param for param in params if param.grad is not None and param in self._norms]
+        was = torch.stack([self._norms[param] for param in known])
+        now = torch.stack([_norms(param.grad) for param in known if param.grad is not None])
+        # One scale for weight and bias, from the Euclidean norm of both.
+        lengths = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
+        scale = torch.nan_to_num(lengths[1] / lengths[0], nan=0.0, posinf=0.0)
+        # The 1-norm and the sum of n elements are compared on the scale of what they can differ by.
+        same = (now - scale * was).abs() <= _SAME_DIRECTION * torch.cat([now[:, :2], now[:, :1]], dim=1)
+        return scale, same.all()
+
+
+def _norms(gradient: Tensor) -> Tensor:
+    """Return the 2-norm, the 1-norm and the sum of a gradient: together they tell a scaling from the rest."""
+    flat = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
+    return torch.stack([torch.linalg.vector_norm(flat), torch.linalg.vector_norm(flat, 1), flat.sum()])
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right

@@ -97,8 +97,6 @@ def unsupported_conv2d(module: nn.Conv2d) -> str | None:
         or type(module)._conv_forward is not nn.Conv2d._conv_forward
     ):
         return f"{type(module).__name__} overrides Conv2d.forward"
-    if not isinstance(module.weight, torch.nn.Parameter):
-        return "weight is computed from other parameters"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fop.layers.base import FactorSums, Layer, statistics_dtype, with_ones
@@ -38,6 +37,4 @@ def unsupported_linear(module: nn.Linear) -> str | None:
     """Return why a Linear cannot take the FOP step, or None if it can."""
     if type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} overrides Linear.forward"
-    if not isinstance(module.weight, torch.nn.Parameter):
-        return "weight is computed from other parameters"
     return None

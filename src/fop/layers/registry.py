@@ -27,6 +27,11 @@ def describe(module: nn.Module, *, bias: bool) -> Layer | str:
     """
     for kind, unsupported, layer in _KINDS:
         if isinstance(module, kind):
+            # Not through the attribute: a parametrized weight would be computed, which may change buffers.
+            if module._parameters.get("weight") is None:
+                return "its weight is computed from other parameters"
+            if "forward" in vars(module):
+                return "its forward was replaced"
             return unsupported(module) or layer(module, bias=bias)
     known = ", ".join(kind.__name__ for kind, _, _ in _KINDS)
     return f"{type(module).__name__} is not one of {known}"

@@ -31,8 +31,9 @@ class Block:
 
     Args:
         found: the layer.
-        state: the optimizer's state of the weight; it holds A, G, A_inv, G_inv, ``refreshed_at`` and
-            ``refresh_at``, so that a checkpoint is complete.
+        state: the optimizer's state of the weight; it holds A, G, A_inv, G_inv, ``refreshed_at``,
+            ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see), so that a checkpoint
+            is complete.
     """
 
     def __init__(self, found: FoundLayer, state: dict[str, Any]) -> None:
@@ -41,9 +42,11 @@ class Block:
         self.weight = found.weight
         self.bias = found.bias
         self.state = state
-        self.capture = LayerCapture(found.module, found.layer)
+        self.capture = LayerCapture(found.module, found.layer, found.weight, found.bias)
         self.rescues: Counter[Rung] = Counter()
         self.last: Direction | None = None
+        # Whether the last gradient came without curvature, so that AdamW took the step.
+        self.by_adamw = False
 
     @property
     def ready(self) -> bool:
@@ -72,6 +75,8 @@ class Block:
         fixed_eta = None if eta == "adaptive" else float(eta)
         average = self.gradient()
         difference = None if fixed_beta == 0.0 else self.capture.difference(average)
+        if difference is not None and "complete" in self.state:
+            difference = torch.where(self.state["complete"], difference, 0.0)
         if difference is None:
             direction = kfac_direction(self.curvature(), average, eta=fixed_eta)
         else:
@@ -131,7 +136,7 @@ def refresh_curvature(
     factors: list[Tensor] = []
     shifts: list[Tensor] = []
     refused = [block for block, fine in zip(blocks, finite, strict=True) if not fine]
-    updated: list[Block] = []
+    updated: list[tuple[Block, int]] = []
     for block, group, (A, G), fine in zip(blocks, options, fresh, finite, strict=True):
         if not fine:
             continue
@@ -141,16 +146,17 @@ def refresh_curvature(
         shift_A, shift_G = damping_split(state["A"], state["G"], group["damping"])
         factors += [state["A"], state["G"]]
         shifts += [shift_A, shift_G]
-        state["refreshed_at"] = group["step"]
+        if block.capture.window.complete is not None:
+            state["complete"] = block.capture.window.complete
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
-        updated.append(block)
-    rescues = _store(updated, damped_inverses(factors, shifts))
-    return refused, rescues
+        updated.append((block, group["step"]))
+    return refused, _store(updated, damped_inverses(factors, shifts))
 
 
-def _store(blocks: Sequence[Block], inversions: Sequence[Inversion]) -> list[tuple[Block, Rung]]:
+def _store(blocks: Sequence[tuple[Block, int]], inversions: Sequence[Inversion]) -> list[tuple[Block, Rung]]:
     rescues: list[tuple[Block, Rung]] = []
-    for block, pair in zip(blocks, zip(inversions[::2], inversions[1::2], strict=True), strict=True):
+    pairs = zip(inversions[::2], inversions[1::2], strict=True)
+    for (block, step), pair in zip(blocks, pairs, strict=True):
         for inversion in pair:
             if inversion.rung is not Rung.NONE:
                 block.rescues[inversion.rung] += 1
@@ -159,4 +165,5 @@ def _store(blocks: Sequence[Block], inversions: Sequence[Inversion]) -> list[tup
         # The two inverses share one π, so one of them alone is not replaced.
         if A.inverse is not None and G.inverse is not None:
             block.state["A_inv"], block.state["G_inv"] = A.inverse, G.inverse
+            block.state["refreshed_at"] = step
     return rescues

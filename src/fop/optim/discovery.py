@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -34,6 +34,11 @@ class Found:
     layers: list[FoundLayer] = field(default_factory=list)
     names: dict[Tensor, str] = field(default_factory=dict)
     reasons: dict[Tensor, str] = field(default_factory=dict)
+
+    def prefix(self, root: str) -> None:
+        """Put the name of the root before all names."""
+        self.names = {param: f"{root}.{name}" for param, name in self.names.items()}
+        self.layers = [replace(layer, name=f"{root}.{layer.name}") for layer in self.layers]
 
 
 def find_layers(root: nn.Module, wanted: Collection[Tensor]) -> Found:
@@ -79,8 +84,6 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor]) -> Found:
             _, module, key = places[0]
             layer = describe(module, bias=False)
             found.reasons[param] = (
-                layer
-                if isinstance(layer, str)
-                else f"its {type(module).__name__} has no weight of this optimizer"
+                layer if isinstance(layer, str) else f"without the weight of its {type(module).__name__}"
             )
     return found

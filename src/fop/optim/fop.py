@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, Literal, overload
 
 import torch
@@ -21,19 +20,20 @@ from fop.optim.discovery import find_layers
 from fop.optim.options import (
     DEFAULTS,
     ParamsLike,
-    check_options,
     check_parameters,
+    checked,
     normalise,
     normalise_group,
 )
-from fop.optim.report import Diagnostics, Summary, diagnose, summarise
+from fop.optim.report import (
+    Diagnostics,
+    Refusals,
+    Summary,
+    diagnose,
+    summarise,
+    warn_of_curvature,
+)
 from fop.optim.update import adamw_step, move
-
-_RESCUES = {
-    Rung.FLOAT64: "needed float64",
-    Rung.DAMPING: "needed more damping",
-    Rung.KEPT: "failed and the last good inverse was kept",
-}
 
 # Every optimizer alive, to refuse a second one on the same parameters.
 _live: weakref.WeakSet[FOP] = weakref.WeakSet()
@@ -107,7 +107,7 @@ class FOP(Optimizer):
             "eps": eps,
             "maximize": maximize,
         }
-        check_options(defaults)
+        defaults = checked(defaults)
         groups, root, names = normalise(params)
         self._begin()
         self._names.update(names)
@@ -125,8 +125,7 @@ class FOP(Optimizer):
         self._finder: FirstForwardHook | None = None
         self._kl_scale: Tensor | None = None
         self._warned: set[tuple[str, Rung]] = set()
-        # Refused updates per layer, counted on the device; keyed by the layers of the step.
-        self._refusals: dict[tuple[str, ...], Tensor] = {}
+        self._refusals = Refusals()
 
     # Parameters and modules
 
@@ -139,7 +138,9 @@ class FOP(Optimizer):
         """
         group = normalise_group(param_group, self._names)
         options = {key: value for key, value in group.items() if key != "params"}
-        check_options({**self.defaults, **options})
+        group |= {
+            key: value for key, value in checked({**self.defaults, **options}).items() if key in options
+        }
         if "kl_clip" in options and options["kl_clip"] != self.defaults["kl_clip"]:
             raise ValueError(
                 f"kl_clip={options['kl_clip']!r} in a parameter group: the clip is one number for the whole "
@@ -148,7 +149,7 @@ class FOP(Optimizer):
         params = group["params"]
         check_parameters(params, self._names, set(self._parameters()))
         self._refuse_driven(params)
-        group.setdefault("base_lr", options.get("lr", self.defaults["lr"]))
+        group.setdefault("base_lr", group.get("lr", self.defaults["lr"]))
         group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
         super().add_param_group(group)
         if self in _live:
@@ -185,6 +186,10 @@ class FOP(Optimizer):
         if not found.names:
             return
         self._roots.append(weakref.ref(root))
+        taken = {name for param, name in self._names.items() if param not in found.names}
+        if taken & set(found.names.values()):
+            # Two roots, or submodules called one by one, number their parts alike.
+            found.prefix(f"{type(root).__name__}#{len(self._roots)}")
         for param, name in found.names.items():
             self._names.setdefault(param, name)
         for layer in found.layers:
@@ -213,6 +218,7 @@ class FOP(Optimizer):
         unknown = any(param not in known for param in self._parameters())
         if unknown and self._finder is None:
             self._finder = FirstForwardHook(self._adopt)
+            weakref.finalize(self, self._finder.remove)
         elif not unknown and self._finder is not None:
             self._finder.remove()
             self._finder = None
@@ -261,13 +267,15 @@ class FOP(Optimizer):
     def _step(self) -> None:
         groups = self._groups()
         active = [block for block in self._blocks.values() if block.weight.grad is not None]
-        self._refresh([block for block in active if block.capture.window.sums is not None], groups)
+        refused = self._refresh([block for block in active if block.capture.window.sums is not None], groups)
 
         ready = [block for block in active if block.ready]
         directions = [block.direction(groups[block.weight]) for block in ready]
         self._apply(ready, directions, groups)
 
-        done: set[Tensor | None] = {param for block in ready for param in (block.weight, block.bias)}
+        for block in active:
+            block.by_adamw = not (block.ready or block in refused)
+        done = {p for block in active if not block.by_adamw for p in (block.weight, block.bias)}
         self._step_adamw(done)
 
         covered = self._covered()
@@ -281,27 +289,14 @@ class FOP(Optimizer):
             block.capture.clear()
             block.schedule(groups[block.weight])
 
-    def _refresh(self, blocks: list[Block], groups: Mapping[Tensor, dict[str, Any]]) -> None:
+    def _refresh(self, blocks: list[Block], groups: Mapping[Tensor, dict[str, Any]]) -> list[Block]:
+        """Take in the gathered statistics; return the blocks whose statistics were not finite."""
         if not blocks:
-            return
+            return []
         refused, rescues = refresh_curvature(blocks, [groups[block.weight] for block in blocks])
-        self._report_refusals()
-        if refused:
-            names = ", ".join(block.name for block in refused)
-            warnings.warn(
-                f"statistics of {names} are not finite in this step and were not used",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        for block, rung in rescues:
-            if (block.name, rung) not in self._warned:
-                self._warned.add((block.name, rung))
-                warnings.warn(
-                    f"the inversion of a curvature factor of {block.name} {_RESCUES[rung]}; reported once, "
-                    "counted in diagnostics(). More damping avoids it.",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
+        self._refusals.report()
+        warn_of_curvature(refused, rescues, self._warned)
+        return refused
 
     def _apply(
         self, blocks: list[Block], directions: list[Direction], groups: Mapping[Tensor, dict[str, Any]]
@@ -327,9 +322,9 @@ class FOP(Optimizer):
             update = torch.where(fine[index].to(device), update * scale.to(device, update.dtype), 0)
             for param, part in block.parts(update):
                 move(param, part, fine[index].to(device), groups[param], self.state[param])
-        self._count_refusals(tuple(block.name for block in blocks), ~fine)
+        self._refusals.count(tuple(block.name for block in blocks), ~fine)
 
-    def _step_adamw(self, done: set[Tensor | None]) -> None:
+    def _step_adamw(self, done: Set[Tensor | None]) -> None:
         """Step every other parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -338,7 +333,7 @@ class FOP(Optimizer):
                     alike.setdefault((param.device, param.dtype), []).append(param)
             for params in alike.values():
                 refused = adamw_step(params, group, self.state)
-                self._count_refusals((f"all {len(params)} AdamW parameters of a group",), refused[None])
+                self._refusals.count((f"all {len(params)} AdamW parameters of a group",), refused[None])
 
     # What a step leaves behind
 
@@ -369,26 +364,8 @@ class FOP(Optimizer):
 
         Nothing is transferred from the device before this is called.
         """
-        self._report_refusals()
+        self._refusals.report()
         return diagnose(self._groups(), self._blocks, self._kl_scale)
-
-    def _count_refusals(self, names: tuple[str, ...], refused: Tensor) -> None:
-        before = self._refusals.get(names, 0)
-        self._refusals[names] = refused.int() + before
-        if refused.device.type == "cpu":
-            self._report_refusals()
-
-    def _report_refusals(self) -> None:
-        counted, self._refusals = self._refusals, {}
-        for names, counts in counted.items():
-            which = [name for name, count in zip(names, counts.tolist(), strict=True) if count]
-            if which:
-                warnings.warn(
-                    f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
-                    "refused; these weights are as before",
-                    RuntimeWarning,
-                    stacklevel=6,
-                )
 
     # State
 
@@ -398,7 +375,8 @@ class FOP(Optimizer):
         Raises:
             ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
         """
-        check_state_dict(state_dict, self.param_groups, set(self.defaults))
+        shapes = {weight: block.layer.matrix_shape for weight, block in self._blocks.items()}
+        check_state_dict(state_dict, self.param_groups, shapes)
         super().load_state_dict(state_dict)
         restore_precision(state_dict, self.param_groups, self.state)
         groups = self._groups()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +32,26 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with plain numbers in place of NumPy's, which a checkpoint could not load safely.
+
+    Raises:
+        ValueError: an option outside its range.
+        TypeError: an option of the wrong type.
+    """
+    _check_options(options)
+    return {key: _plain(value) for key, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
+
+
+def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
     """Raise ValueError or TypeError for the first option outside its range; unknown keys are left alone."""
     for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps"):
         if name in options:
@@ -49,7 +69,7 @@ def check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one br
         _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
     if "curvature_interval" in options:
         interval = options["curvature_interval"]
-        if isinstance(interval, bool) or not isinstance(interval, int):
+        if isinstance(interval, bool) or not isinstance(interval, numbers.Integral):
             raise TypeError(f"curvature_interval={interval!r} must be a whole number of steps, 1 or more")
         if interval < 1:
             raise ValueError(f"curvature_interval={interval} must be 1 or more steps")
@@ -76,7 +96,7 @@ def _check_number(
     remedy = f"{name}={value!r} must be a number in {allowed} {instead}".rstrip()
     if isinstance(value, Tensor):
         raise TypeError(f"{remedy}; convert the tensor with float({name})")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(remedy)
     # A NaN fails every comparison, so the test is for what is right.
     if not ((low < value if strict else low <= value) and value < below):
@@ -97,12 +117,18 @@ def normalise(params: ParamsLike) -> tuple[list[dict[str, Any]], nn.Module | Non
         return [{"params": [p for _, p in named]}], params, {p: name for name, p in named}
     if isinstance(params, Tensor):
         raise TypeError("params is a single tensor; give an iterable of parameters, [param], or the module")
-    entries = list(params)
+    entries = _ordered(params)
     if not entries:
         raise ValueError("params is empty; an iterator such as model.parameters() can be used only once")
     groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
     names: dict[Tensor, str] = {}
     return [normalise_group(group, names) for group in groups], None, names
+
+
+def _ordered(params: Iterable[Any]) -> list[Any]:
+    if isinstance(params, Set):
+        raise TypeError("params is a set, whose order changes from run to run; give a list")
+    return list(params)
 
 
 def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
@@ -112,7 +138,7 @@ def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     given = group["params"]
     if isinstance(given, nn.Module):
         given = list(given.named_parameters())
-    entries = [given] if isinstance(given, Tensor) else list(given)
+    entries = [given] if isinstance(given, Tensor) else _ordered(given)
     plain = []
     for entry in entries:
         name, param = entry if isinstance(entry, tuple) else (None, entry)
@@ -141,7 +167,10 @@ def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], take
             )
         label = f"{label} {tuple(param.shape)}"
         if not param.is_floating_point():
-            raise TypeError(f"{label} has dtype {param.dtype}; only real floating point can be trained")
+            raise TypeError(
+                f"{label} has dtype {param.dtype}; only real floating point can be "
+                "trained; leave it out (a buffer?), or train a complex one through torch.view_as_real"
+            )
         if param.layout is not torch.strided:
             raise ValueError(f"{label} has layout {param.layout}; only dense parameters are supported")
         if not param.is_leaf:

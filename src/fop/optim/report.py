@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from fop.algebra import Rung, damping_split
 from fop.optim.block import Block
+
+_RESCUES = {
+    Rung.FLOAT64: "needed float64",
+    Rung.DAMPING: "needed more damping",
+    Rung.KEPT: "failed and the last good inverse was kept",
+}
 
 
 @dataclass(frozen=True)
@@ -55,18 +62,18 @@ class LayerDiagnostics:
     """One layer in the last step that updated it.
 
     Attributes:
-        beta: mixing coefficient β used; 0 for a K-FAC step.
-        eta: step scale η used; 1 for a K-FAC step.
-        rho: ρ ∈ [0, 1].
+        beta: mixing coefficient β used; 0 for a K-FAC step, None before the first.
+        eta: step scale η used; 1 for a K-FAC step, None before the first.
+        rho: ρ ∈ [0, 1], None before the first step.
         damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1].
         damping_G: the same for G + γ/π I.
         steps_since_curvature: steps since the inverses were computed; None before the first time.
         rescues: how often an inversion needed each rung of the ladder.
     """
 
-    beta: float
-    eta: float
-    rho: float
+    beta: float | None
+    eta: float | None
+    rho: float | None
     damping_A: float
     damping_G: float
     steps_since_curvature: int | None
@@ -75,10 +82,58 @@ class LayerDiagnostics:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Layers by name, and the factor that the KL clip applied in the last step (1 without a clip)."""
+    """Layers that have curvature by name, and the KL clip's factor in the last step (1 without a clip)."""
 
     layers: dict[str, LayerDiagnostics] = field(default_factory=dict)
     kl_scale: float = 1.0
+
+
+class Refusals:
+    """Counts updates that were refused because they were not finite, on the device until it is asked."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, ...], Tensor] = {}
+
+    def count(self, names: tuple[str, ...], refused: Tensor) -> None:
+        """Add one step: ``refused`` holds a bool for each of ``names``; on the CPU, warn at once."""
+        self._counts[names] = refused.int() + self._counts.get(names, 0)
+        if refused.device.type == "cpu":
+            self.report()
+
+    def report(self) -> None:
+        """Warn of what was refused since the last report; waits for the device."""
+        counts, self._counts = self._counts, {}
+        for names, refused in counts.items():
+            which = [name for name, count in zip(names, refused.tolist(), strict=True) if count]
+            if which:
+                warnings.warn(
+                    f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
+                    "refused; these weights are as before",
+                    RuntimeWarning,
+                    stacklevel=7,
+                )
+
+
+def warn_of_curvature(
+    refused: Sequence[Block], rescues: Sequence[tuple[Block, Rung]], warned: set[tuple[str, Rung]]
+) -> None:
+    """Warn of statistics that were not finite, and of each layer's rescues once; ``warned`` holds those."""
+    if refused:
+        names = ", ".join(block.name for block in refused)
+        warnings.warn(
+            f"statistics of {names} are not finite in this step and were not used",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+    for block, rung in rescues:
+        if (block.name, rung) not in warned:
+            warned.add((block.name, rung))
+            warnings.warn(
+                f"the inversion of a curvature factor of {block.name} {_RESCUES[rung]}; reported once, "
+                "counted in diagnostics(). More damping avoids it.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
 
 def summarise(
@@ -104,6 +159,8 @@ def summarise(
                 factors = f"{f'{g}×' if g > 1 else ''}(A {in_dim}², G {out_dim}²)"
             if not param.requires_grad:
                 reason += ", frozen"
+            elif block.by_adamw:
+                path, reason, factors = "AdamW", f"no statistics: not used by calling its {reason}", ""
             elif not block.ready:
                 reason += ", no curvature yet"
         held = state.get(param, {})
@@ -119,28 +176,32 @@ def diagnose(
     """Return the diagnostics of the last step; one transfer from the device per layer."""
     layers: dict[str, LayerDiagnostics] = {}
     for weight, block in blocks.items():
-        if block.last is None or not block.ready:
+        group, refreshed_at, last = groups[weight], block.state.get("refreshed_at"), block.last
+        if "A" not in block.state:
             continue
-        A, G, group = block.state["A"], block.state["G"], groups[weight]
-        shares = [
-            (shift / (shift + factor.diagonal(dim1=-2, dim2=-1).mean(-1))).mean()
-            for factor, shift in zip((A, G), damping_split(A, G, group["damping"]), strict=True)
-        ]
-        last = block.last
-        beta, eta, rho, share_A, share_G = torch.stack([last.beta, last.eta, last.rho, *shares]).tolist()
-        name = block.name
-        while name in layers:
-            name += "'"
-        layers[name] = LayerDiagnostics(
+        beta, eta, rho = (
+            (None, None, None) if last is None else torch.stack([last.beta, last.eta, last.rho]).tolist()
+        )
+        share_A, share_G = _damping_shares(block, group["damping"])
+        layers[block.name] = LayerDiagnostics(
             beta,
             eta,
             rho,
             share_A,
             share_G,
-            steps_since_curvature=group["step"] - 1 - block.state["refreshed_at"],
-            rescues={rung.name.lower(): block.rescues[rung] for rung in Rung if rung is not Rung.NONE},
+            None if refreshed_at is None else group["step"] - 1 - refreshed_at,
+            {rung.name.lower(): block.rescues[rung] for rung in Rung if rung is not Rung.NONE},
         )
     return Diagnostics(layers, 1.0 if kl_scale is None else float(kl_scale))
+
+
+def _damping_shares(block: Block, damping: float) -> list[float]:
+    shares = []
+    A, G = block.state["A"], block.state["G"]
+    for factor, shift in zip((A, G), damping_split(A, G, damping), strict=True):
+        whole = shift + factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+        shares.append((shift / torch.where(whole > 0, whole, 1)).mean())
+    return list(torch.stack(shares).tolist())
 
 
 def _size(count: int) -> str:

@@ -47,11 +47,13 @@ def adamw_step(
             states[param]["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):
                 states[param][key] = torch.zeros_like(param)
-    gradients = [param.grad for param in params if param.grad is not None]
+    gradients = [_laid_out_as(param, param.grad) for param in params if param.grad is not None]
     refused = ~torch.isfinite(torch.stack([gradient.abs().amax() for gradient in gradients])).all()
     # The fused kernel reads found_inf on the device and then leaves everything as it is; where torch has no
-    # such kernel, the flag must be read here.
-    fused = device.type in ("cpu", "cuda")
+    # such kernel, and for slices of larger tensors, which it would walk through as if they were dense, the
+    # flag must be read here.
+    dense = all(states[param]["exp_avg"].stride() == param.stride() for param in params)
+    fused = dense and device.type in ("cpu", "cuda")
     if not fused and bool(refused):
         return refused
     adamw(
@@ -72,6 +74,13 @@ def adamw_step(
         maximize=group["maximize"],
     )
     return refused
+
+
+def _laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
+    # The fused kernel takes parameter and gradient for two runs of memory in the same order.
+    if gradient.stride() == param.stride():
+        return gradient
+    return torch.empty_like(param).copy_(gradient)
 
 
 def _if(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:

@@ -1,0 +1,386 @@
+"""Training loops: freezing, odd batches, the curvature schedule, what takes AdamW, dtypes and scales."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fop import FOP, KFAC
+from models import (
+    PLAIN,
+    Mixed,
+    assert_differs,
+    assert_equal,
+    batch,
+    check_step,
+    conv_net,
+    direction,
+    gradients,
+    halves,
+    loss_of,
+    mlp,
+    tokens,
+    train_step,
+    weights,
+)
+from reference import half_squared_error
+
+
+def paths(optimizer: FOP) -> dict[str, str]:
+    return {row.name: row.path for row in optimizer.summary().rows}
+
+
+# --- freezing ----------------------------------------------------------------------------------------------
+
+
+def test_freezing_and_unfreezing_a_layer() -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    train_step(model, optimizer, *batch())
+    model[0].requires_grad_(False)
+    frozen = weights(model)
+    for seed in range(2):
+        train_step(model, optimizer, *batch(6, seed))
+    assert torch.equal(model[0].weight, frozen["0.weight"])
+    assert torch.equal(model[0].bias, frozen["0.bias"])
+    assert not torch.equal(model[2].weight, frozen["2.weight"])
+    model[0].requires_grad_(True)
+    twin.load_state_dict(model.state_dict())
+    x, y = batch(6, seed=5)
+    pairs = halves(twin, x, y)
+    train_step(model, optimizer, x, y)
+    check_step(model, twin, optimizer, pairs)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_frozen_when_the_optimizer_is_made(bare: bool) -> None:
+    """Fine-tuning: the backbone is frozen first and thawed later; torch.optim takes both."""
+    model = mlp()
+    model[0].requires_grad_(False)
+    twin = copy.deepcopy(model).requires_grad_(True)
+    optimizer = FOP(model.parameters() if bare else model, **PLAIN)
+    train_step(model, optimizer, *batch())
+    assert torch.equal(model[0].weight, twin[0].weight)
+    assert not torch.equal(model[2].weight, twin[2].weight)
+    model[0].requires_grad_(True)
+    twin.load_state_dict(model.state_dict())
+    x, y = batch(6, seed=5)
+    pairs = halves(twin, x, y)
+    train_step(model, optimizer, x, y)
+    check_step(model, twin, optimizer, pairs)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_frozen_bias(when: str) -> None:
+    """A bias without gradient has no second gradient either: it must not enter g1 − g2."""
+    model = mlp()
+    twin = copy.deepcopy(model)
+    if when == "before":
+        model[0].bias.requires_grad_(False)
+    optimizer = FOP(model, **PLAIN)
+    model[0].bias.requires_grad_(False)
+    x, y = batch()
+    average, difference = halves(twin, x, y)["0"]
+    train_step(model, optimizer, x, y)
+    assert torch.equal(model[0].bias, twin[0].bias)
+    dim = optimizer.state[model[0].weight]["A"].shape[-1]
+    if dim == 5:
+        average, difference = average[..., :-1], difference[..., :-1]
+    else:
+        average[..., -1] = difference[..., -1] = 0
+    expected = direction(optimizer, model[0].weight, average, difference)[0, :, :5]
+    taken = (twin[0].weight - model[0].weight).detach() / 0.5
+    torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-10)
+
+
+# --- odd batches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", ["adaptive", 0.75])
+def test_batch_of_one_is_kfac(eta: float | str) -> None:
+    model = mlp()
+    optimizer = FOP(model, **{**PLAIN, "eta": eta})
+    train_step(model, optimizer, *batch())
+    twin = copy.deepcopy(model)
+    x, y = batch(1, seed=4)
+    pairs = {name: (average, None) for name, average in gradients(twin, loss_of(twin, x, y)).items()}
+    train_step(model, optimizer, x, y)
+    check_step(model, twin, optimizer, pairs)
+    assert optimizer.diagnostics().layers["0"].beta == 0.0
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5, 6)])
+def test_input_without_batch_dimension(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = (mlp() if len(shape) == 1 else nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True))).double()
+    plain = copy.deepcopy(model)
+    results = []
+    for net, single in ((model, True), (plain, False)):
+        optimizer = FOP(net, **PLAIN)
+        for seed in range(2):
+            x = batch(1, seed, shape)[0]
+            optimizer.zero_grad()
+            out = net(x[0])[None] if single else net(x)
+            out.square().mean().backward()
+            optimizer.step()
+        results.append(weights(net))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", [FOP, KFAC])
+def test_empty_batch_changes_no_curvature(library: type[FOP]) -> None:
+    """A rank or an expert that got no sample: the gradient is zero, and nothing is known about curvature."""
+    model = mlp()
+    optimizer = library(model, momentum=0.0, curvature_interval=1)
+    train_step(model, optimizer, *batch())
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    model(torch.empty(0, 5).double()).sum().backward()
+    optimizer.step()
+    assert_equal(weights(model), before)
+    for old, new in zip(state.values(), optimizer.state_dict()["state"].values(), strict=True):
+        for key in ("A", "G", "A_inv", "G_inv"):
+            assert_equal(old.get(key), new.get(key))
+
+
+class Empties(nn.Module):
+    """Parameters without elements: a layer of no outputs, one of no inputs, an empty vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.none = nn.Parameter(torch.empty(0))
+        self.to_none = nn.utils.skip_init(nn.Linear, 5, 0)
+        self.from_none = nn.utils.skip_init(nn.Linear, 0, 4)
+        self.head = nn.Linear(9, 3)
+        nn.init.zeros_(self.from_none.bias)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.from_none(self.to_none(x))
+        out: Tensor = self.head(torch.cat([x, hidden], dim=1)) + self.none.sum()
+        return out
+
+
+@pytest.mark.parametrize("library", [FOP, KFAC])
+def test_parameters_without_elements(library: type[FOP]) -> None:
+    model = Empties()
+    before = weights(model)
+    optimizer = library(model)
+    for seed in range(3):
+        train_step(model, optimizer, *batch(6, seed))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert_differs(weights(model.head), {"weight": before["head.weight"], "bias": before["head.bias"]})
+    assert str(optimizer.summary())
+
+
+# --- the curvature schedule --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interval", [1, 3, 7])
+def test_interval_grows_to_its_value(interval: int) -> None:
+    model = mlp()
+    optimizer = FOP(model, curvature_interval=interval)
+    refreshed = []
+    for step in range(120):
+        due = optimizer.curvature_due
+        train_step(model, optimizer, *batch(6, step))
+        age = optimizer.diagnostics().layers["0"].steps_since_curvature
+        assert (age == 0) == due
+        if age == 0:
+            refreshed.append(step)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(refreshed)]
+    assert refreshed[:2] == [0, 1], "a step-0 inverse is wrong by step 20"
+    assert gaps == sorted(gaps)
+    assert set(gaps) == set(range(1, interval + 1))
+    assert gaps[-3:] == [interval] * 3
+
+
+def test_layer_unused_at_its_due_step_refreshes_when_next_used() -> None:
+    model = mlp()
+    optimizer = FOP(model, curvature_interval=10)
+    step = 0
+    while step < 60 or not optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step))
+        step += 1
+    for seed in range(3):  # the first layer sits out its due step and two more
+        optimizer.zero_grad()
+        half_squared_error(model[2](batch(6, seed, shape=(6,))[0]), batch(6, seed)[1]).backward()
+        optimizer.step()
+        assert optimizer.curvature_due
+    ages = {name: layer.steps_since_curvature for name, layer in optimizer.diagnostics().layers.items()}
+    assert ages == {"0": 12, "2": 2}
+    train_step(model, optimizer, *batch())
+    ages = {name: layer.steps_since_curvature for name, layer in optimizer.diagnostics().layers.items()}
+    assert ages == {"0": 0, "2": 3}
+    assert not optimizer.curvature_due
+
+
+def test_request_curvature() -> None:
+    model = conv_net()
+    optimizer = FOP(model, curvature_interval=50)
+    step = 0
+    while step < 30 or optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step, (2, 5, 6)))
+        step += 1
+    optimizer.request_curvature()
+    assert optimizer.curvature_due
+    train_step(model, optimizer, *batch(6, step, (2, 5, 6)))
+    ages = [layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()]
+    assert ages == [0, 0, 0]
+    assert not optimizer.curvature_due
+
+
+# --- what takes AdamW --------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.b.weight = self.a.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return out
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_tied_weights_take_adamw_visibly(bare: bool) -> None:
+    model = Tied()
+    before = weights(model)
+    optimizer = FOP(model.parameters() if bare else model, weight_decay=0.0, adamw_lr=1e-3)
+    train_step(model, optimizer, *batch())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    assert rows["a.weight"].path == "AdamW"
+    assert "shared by a, b" in rows["a.weight"].reason
+    assert rows["head.weight"].path == "FOP"
+    step = (model.a.weight - before["a.weight"]).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-4, atol=0)
+    for name in ("a.bias", "b.bias"):
+        assert rows[name].path == "AdamW"
+        assert "no weight of this optimizer" not in rows[name].reason, "its weight is here, but shared"
+
+
+def test_attention_takes_adamw_visibly() -> None:
+    """Not supported yet; its output projection is a Linear whose forward nobody calls."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    optimizer = FOP(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8)).square().mean().backward()
+        optimizer.step()
+    preconditioned = {name for name, path in paths(optimizer).items() if path == "FOP"}
+    assert preconditioned == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
+
+
+def test_weight_that_no_module_call_reaches_takes_adamw_visibly() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    for seed in range(2):
+        x, y = batch(6, seed)
+        optimizer.zero_grad()
+        hidden = nn.functional.linear(x, model[0].weight, model[0].bias)
+        half_squared_error(model[2](hidden), y).backward()
+        optimizer.step()
+    assert paths(optimizer)["2.weight"] == "FOP"
+    row = optimizer.summary().rows[0]
+    assert (row.name, row.path) == ("0.weight", "AdamW")
+
+
+# --- dtypes and scales -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", [mlp, lambda: Mixed()], ids=["mlp", "mixed"])
+def test_half_precision_parameters(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    model = build().to(dtype)
+    before = weights(model)
+    optimizer = FOP(model, lr=0.1, adamw_lr=0.05, weight_decay=0.01)
+    for seed in range(5):
+        x, y = tokens(8, seed) if isinstance(model, Mixed) else batch(8, seed)
+        x = x.to(dtype) if x.is_floating_point() else x
+        optimizer.zero_grad()
+        half_squared_error(model(x).float(), y.float()).backward()
+        optimizer.step()
+    assert all(p.dtype == dtype and torch.isfinite(p).all() for p in model.parameters())
+    assert_differs(before, weights(model))
+    assert all(
+        value.dtype == torch.float32
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key in ("A", "G", "A_inv", "G_inv", "momentum_buffer")
+    )
+
+
+class TwoDtypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(5)
+        self.first = nn.Linear(5, 6)
+        self.second = nn.Linear(6, 3).double()
+        self.shift = nn.Parameter(torch.zeros(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(self.norm(x.float()))).double()) + self.shift
+        return out
+
+
+def test_float32_and_float64_in_one_model() -> None:
+    model = TwoDtypes()
+    before = weights(model)
+    optimizer = FOP(model, weight_decay=0.1)
+    for seed in range(3):
+        train_step(model, optimizer, *batch(6, seed))
+    assert_differs(before, weights(model))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert optimizer.diagnostics().kl_scale > 0
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e20])
+def test_scale_of_the_loss(scale: float) -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **{**PLAIN, "lr": 0.5 * max(1.0, 1 / scale)})
+    x, y = batch(12)
+
+    def loss_fn(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return scale * loss_of(net, x, y)
+
+    pairs = halves(twin, x, y, loss_fn)
+    loss_fn(model, x, y).backward()
+    optimizer.step()
+    if scale == 1e20:
+        # Nothing is left of the damping, so the factors are as singular as they come.
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    else:
+        check_step(model, twin, optimizer, pairs)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_float32_never_turns_an_extreme_loss_into_nan(scale: float) -> None:
+    model = Mixed().float()
+    optimizer = FOP(model)
+    for seed in range(3):
+        x, y = tokens(6, seed)
+        optimizer.zero_grad()
+        (scale * half_squared_error(model(x), y.float())).backward()
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    start = weights(model)
+    for seed in range(3):
+        optimizer.zero_grad()
+        half_squared_error(model(tokens(6, seed)[0]), tokens(6, seed)[1].float()).backward()
+        optimizer.step()
+    assert_differs(weights(model.first), {"weight": start["first.weight"], "bias": start["first.bias"]})
