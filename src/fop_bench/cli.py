@@ -1,0 +1,183 @@
+"""The `fop-bench` command."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fop_bench.defaults import STUDIES, TASKS, measure
+from fop_bench.defaults_report import write_report
+from fop_bench.demo import FULL, QUICK, SELECTION, TARGET, TUNING_SEED, run_demo
+from fop_bench.environment import environment
+from fop_bench.overhead import Measurement, measure_overhead, workloads
+from fop_bench.plot import plot_demo
+from fop_bench.report import demo_table, overhead_table, write_json
+from fop_bench.workloads import MODELS
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.device:
+    name = value or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"{name!r} cannot be measured; use cpu or cuda")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # timing events are recorded on the current device
+    return device
+
+
+device_option = click.option(
+    "--device",
+    callback=_device,
+    metavar="DEVICE",
+    help="cpu or cuda[:N]; default: a GPU if there is one.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """Measure FOP against SGD, AdamW and K-FAC."""
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("fop-demo"),
+    help="Folder for the results.",
+)
+@device_option
+@click.option("--quick", is_flag=True, help="Two seeds, two epochs: shows that all works; not a result.")
+def demo(out: Path, device: torch.device, quick: bool) -> None:
+    """Train a small CNN on handwritten digits at batch 64, 512 and the full training set.
+
+    Takes two to three minutes on two CPU cores. Writes demo.json and demo.png into the --out folder.
+    """
+    console = _console()
+    plan = QUICK if quick else FULL
+    # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
+    torch.set_num_threads(1)
+    where = environment(device)
+    with _progress(console) as progress:
+        task = progress.add_task("", total=plan.total_runs())
+        entries = run_demo(plan, device, lambda text: progress.update(task, description=text, advance=1))
+    protocol = {
+        "data": "sklearn.datasets.load_digits",
+        "target_accuracy": TARGET,
+        "tuning_seed": TUNING_SEED,
+        "selection": SELECTION,
+        "schedule": "half a cosine from the learning rate to 0 over all steps",
+        "quick": quick,
+        **asdict(plan),
+    }
+    write_json(
+        out / "demo.json",
+        {"environment": where, "protocol": protocol, "results": [asdict(entry) for entry in entries]},
+    )
+    plot_demo(entries, out / "demo.png")
+    console.print(demo_table(entries))
+    console.print(f"Wrote {out / 'demo.json'} and {out / 'demo.png'}", soft_wrap=True)
+
+
+@main.command()
+@click.option("--model", type=click.Choice([*MODELS, "all"]), default="all", help="Network to step.")
+@click.option(
+    "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=[128], help="May be repeated."
+)
+@click.option("--bf16/--no-bf16", default=None, help="bf16 autocast on or off; both by default.")
+@device_option
+@click.option("--rounds", type=click.IntRange(min=1), default=10, help="Turns of every optimizer.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("fop-overhead.json"))
+def overhead(
+    model: str, batches: tuple[int, ...], bf16: bool | None, device: torch.device, rounds: int, out: Path
+) -> None:
+    """Measure time and peak memory per step, the optimizers taking turns."""
+    console = _console()
+    models = list(MODELS) if model == "all" else [model]
+    precisions = [False, True] if bf16 is None else [bf16]
+    todo = workloads(models, batches, precisions)
+    where = environment(device)
+    measurements: list[Measurement] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(todo) * rounds)
+        for workload in todo:
+            precision = "bf16" if workload.bf16 else "float32"
+            progress.update(task, description=f"{workload.model} · batch {workload.batch_size} · {precision}")
+            measurements += measure_overhead(workload, device, rounds, lambda: progress.advance(task))
+            # After every workload: one that does not fit into memory takes no other's result with it.
+            write_json(
+                out,
+                {"environment": where, "rounds": rounds, "results": [asdict(each) for each in measurements]},
+            )
+    console.print(overhead_table(measurements))
+    console.print(f"Wrote {out}", soft_wrap=True)
+
+
+@main.command()
+@click.argument("study", type=click.Choice([*STUDIES]))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="CIFAR-10 as an image folder, train/<class>/*; without it only the digits tasks run.",
+)
+@click.option("--tasks", default="", help="Only tasks whose name holds this text.")
+@device_option
+@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Runs at a time, one thread each.")
+@click.option("--minutes", type=float, default=60.0, help="No new run after this time; call again to go on.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("fop-defaults"))
+def defaults(
+    study: str, data: Path | None, tasks: str, device: torch.device, jobs: int, minutes: float, out: Path
+) -> None:
+    """Measure default options on small real tasks, and write the tables of all studies in --out.
+
+    STUDY is a grid of runs; each is one JSON line in --out.
+    """
+    chosen = [name for name, task in TASKS.items() if tasks in name and (data or task.data == "digits")]
+    if not chosen:
+        raise click.BadParameter(f"{tasks!r} matches none of: {', '.join(TASKS)}", param_hint="--tasks")
+    out.mkdir(parents=True, exist_ok=True)
+    with _progress(_console()) as progress:
+        bar = progress.add_task(study)
+        left = measure(
+            study,
+            chosen,
+            device=str(device),
+            folder=data,
+            out=out / f"{study}.jsonl",
+            jobs=jobs,
+            minutes=minutes,
+            on_run=lambda done, left: progress.update(bar, completed=done, total=done + left),
+        )
+    click.echo(f"Wrote {write_report(out)}; {left} runs left")
+
+
+def _console() -> Console:
+    console = Console()
+    # A table that is written to a file or a pipe is not squeezed into 80 columns.
+    return console if console.is_terminal else Console(width=130)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,63 @@
+"""What a measurement must say about where it was taken."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fop
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe the machine, the versions, the source and the command of this measurement."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fop": fop.__version__,
+        "git": git_state(Path(fop.__file__)),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Name the GPU, or the processor where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_state(source: Path) -> dict[str, Any] | None:
+    """Give the commit of the checkout that tracks `source` and whether it has changes; None outside."""
+    # `ls-files` fails for a package installed into a virtual environment that merely lies inside a checkout.
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None
+    commit = _git(source.parent, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_git(source.parent, "status", "--porcelain"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

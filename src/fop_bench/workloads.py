@@ -1,0 +1,104 @@
+"""One optimizer on one model and batch, ready to take steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from fop_bench.models import ViT, mlp, resnet18
+from fop_bench.optimizers import contender
+
+CLASSES = 10
+# So small that the model hardly moves: every step does the same work, and no loss or gradient vanishes.
+LEARNING_RATE = 1e-4
+# An interval that no measurement lives to see the end of.
+NEVER = 10**9
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (resnet18, (3, 32, 32)),
+    "vit": (ViT, (3, 32, 32)),
+    "mlp": (mlp, (784,)),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model by name, a batch size, and whether the forward pass runs under bf16 autocast."""
+
+    model: str
+    batch_size: int
+    bf16: bool
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model of its own with its optimizer and a fixed random batch on the device."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    inputs: Tensor
+    targets: Tensor
+    bf16: bool
+
+    def step(self) -> None:
+        """Take one training step: forward, backward, update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.inputs.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = cross_entropy(self.model(self.inputs), self.targets)
+        loss.backward()
+        self.optimizer.step()
+
+    @property
+    def interval(self) -> int | None:
+        """Steps between curvature updates; None for an optimizer without any."""
+        interval: int | None = self.optimizer.param_groups[0].get("curvature_interval")
+        return interval
+
+
+def prepare(workload: Workload, optimizer: str, device: torch.device) -> Trainer:
+    """Build the model, its optimizer at default options and the batch; equal for all optimizers."""
+    torch.manual_seed(0)
+    build_model, shape = MODELS[workload.model]
+    model = build_model().to(device)
+    inputs = torch.randn(workload.batch_size, *shape, device=device)
+    targets = torch.randint(CLASSES, (workload.batch_size,), device=device)
+    return Trainer(model, contender(optimizer).build(model, LEARNING_RATE), inputs, targets, workload.bf16)
+
+
+def warm_up(trainer: Trainer) -> None:
+    """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
+    trainer.step()
+    for group in trainer.optimizer.param_groups:
+        if "curvature_interval" in group:
+            group["curvature_interval"] = NEVER
+            # As late in training: in the first steps updates come more often than the interval says.
+            group["step"] = 10 * NEVER
+    request_curvature(trainer.optimizer)
+    for _ in range(3):
+        trainer.step()
+
+
+def request_curvature(optimizer: Optimizer) -> bool:
+    """Make the next step update every layer's curvature; False for an optimizer that has none."""
+    if not hasattr(optimizer, "request_curvature"):
+        return False
+    optimizer.request_curvature()
+    return True
+
+
+def expect_curvature(optimizer: Optimizer, due: bool) -> None:
+    """Raise RuntimeError unless the next step updates the curvature just as expected by the measurement."""
+    actual = getattr(optimizer, "curvature_due", False)
+    if actual != due:
+        raise RuntimeError(f"the next step has curvature_due={actual}, the measurement needs {due}")
