@@ -47,6 +47,10 @@ class Block:
         self.last: Direction | None = None
         # Whether the last gradient came without curvature, so that AdamW took the step.
         self.by_adamw = False
+        if "A" in state and state["A"].shape[-1] != self.layer.matrix_shape[-1]:
+            # Loaded before the layer was known, from a run that had a bias here or had none: start afresh.
+            for key in ("A", "G", "A_inv", "G_inv", "refresh_at", "refreshed_at"):
+                state.pop(key, None)
 
     @property
     def ready(self) -> bool:
