@@ -255,6 +255,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "momentum-of-other-shape": other_shape("momentum_buffer", (2, 2)),
     "momentum-not-a-tensor": lambda: edited(lambda s: s["state"][0].update(momentum_buffer=0.5)),
     "A-not-a-tensor": lambda: edited(lambda s: s["state"][0].update(A=[[1.0]])),
+    "complete-not-a-tensor": lambda: edited(lambda s: s["state"][0].update(complete=True)),
     "without-A": without("A"),
     "without-G": without("G"),
     "without-A_inv": without("A_inv"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
+from fop.optim.discovery import find_layers
 from models import (
     PLAIN,
     Mixed,
@@ -97,6 +98,17 @@ def test_frozen_bias(when: str) -> None:
     expected = direction(optimizer, model[0].weight, average, difference)[0, :, :5]
     taken = (twin[0].weight - model[0].weight).detach() / 0.5
     torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_many_groups_added_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradual unfreezing: each group costs one look at the model, not one more for every group before."""
+    looks = []
+    monkeypatch.setattr("fop.optim.fop.find_layers", lambda *args: looks.append(args) or find_layers(*args))
+    model = mlp()
+    optimizer = FOP(model)
+    for _ in range(8):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert len(looks) <= 9
 
 
 # --- odd batches -------------------------------------------------------------------------------------------

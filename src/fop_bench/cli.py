@@ -23,7 +23,7 @@ from fop_bench.demo import FULL, QUICK, SELECTION, TARGET, TUNING_SEED, run_demo
 from fop_bench.environment import environment
 from fop_bench.overhead import Measurement, measure_overhead, workloads
 from fop_bench.plot import plot_demo
-from fop_bench.report import demo_table, overhead_table, write_json
+from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json
 from fop_bench.workloads import MODELS
 
 
@@ -66,7 +66,7 @@ def main() -> None:
 def demo(out: Path, device: torch.device, quick: bool) -> None:
     """Train a small CNN on handwritten digits at batch 64, 512 and the full training set.
 
-    Takes two to three minutes on two CPU cores. Writes demo.json and demo.png into the --out folder.
+    Takes about two minutes on two CPU cores. Writes demo.json, demo.png and README.md into --out.
     """
     console = _console()
     plan = QUICK if quick else FULL
@@ -90,8 +90,9 @@ def demo(out: Path, device: torch.device, quick: bool) -> None:
         {"environment": where, "protocol": protocol, "results": [asdict(entry) for entry in entries]},
     )
     plot_demo(entries, out / "demo.png")
+    (out / "README.md").write_text(demo_markdown(entries, where), encoding="utf-8")
     console.print(demo_table(entries))
-    console.print(f"Wrote {out / 'demo.json'} and {out / 'demo.png'}", soft_wrap=True)
+    console.print(f"Wrote demo.json, demo.png and README.md to {out}", soft_wrap=True)
 
 
 @main.command()

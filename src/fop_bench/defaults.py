@@ -71,23 +71,13 @@ def _studies() -> dict[str, list[dict[str, Any]]]:
             _grid(
                 "fop",
                 (0,),
-                lr=rates,
-                damping=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-                kl_clip=(None, 1e-3, 1e-2, 1e-1),
-                momentum=(0.0, 0.9),
-            )
-        ),
-        # The part of "trust" that is worth its time on the larger task.
-        "trust-small": list(
-            _grid(
-                "fop",
-                (0,),
                 lr=(0.03, 0.1),
                 damping=(1e-5, 1e-4, 1e-3),
                 kl_clip=(1e-3, 1e-2),
                 momentum=(0.0, 0.9),
             )
         ),
+        "clip": list(_grid("fop", (0, 1), lr=rates, damping=(1e-5, 1e-3), kl_clip=(None, 1e-3, 1e-2))),
         "freshness": list(
             _grid("fop", (0, 1), lr=(0.05,), curvature_interval=(1, 10, 100), stat_decay=(0.0, 0.5, 0.9))
         ),

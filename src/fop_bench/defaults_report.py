@@ -68,7 +68,7 @@ def _regrets(tasks: Sequence[str], runs: Runs) -> list[str]:
         if len(each) == len(tasks)
     }
     rows = sorted(complete.items(), key=lambda item: statistics.fmean(item[1].values()))
-    table = _table(
+    table = markdown_table(
         ["options", "mean regret", "worst regret", *tasks],
         (
             [label, f"{statistics.fmean(each.values()):.2f}", f"{max(each.values()):.2f}"]
@@ -82,7 +82,7 @@ def _regrets(tasks: Sequence[str], runs: Runs) -> list[str]:
         for key, value in run["options"].items():
             if label in complete:
                 marginal[key, str(value)].append(statistics.fmean(complete[label].values()))
-    by_value = _table(
+    by_value = markdown_table(
         ["option", "value", "median of the mean regrets", "best", "worst"],
         (
             [key, value, f"{statistics.median(each):.2f}", f"{min(each):.2f}", f"{max(each):.2f}"]
@@ -116,7 +116,7 @@ def _comparison(tasks: Sequence[str], runs: Runs) -> list[str]:
             for (optimizer, lr), each in sorted(groups.items())
         ]
         head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss", "seconds"]
-        parts += [f"### {task}", _table(head, rows)]
+        parts += [f"### {task}", markdown_table(head, rows)]
     return parts
 
 
@@ -135,6 +135,7 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}}{spread}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out rows under their headings as a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

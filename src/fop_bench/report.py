@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fop_bench.defaults_report import markdown_table
 from fop_bench.demo import TARGET, Entry
 from fop_bench.digits import TRAIN_SIZE
 from fop_bench.optimizers import contender
@@ -24,40 +25,60 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     )
 
 
+DEMO_COLUMNS = (
+    "batch",
+    "optimizer",
+    "lr",
+    "reached",
+    "epochs to target",
+    "seconds to target",
+    "final test accuracy %",
+    "diverged",
+)
+DEMO_CAPTION = f"To target: over the seeds that reached it, without evaluation. {TRAIN_SIZE} is full batch."
+
+
 def demo_table(entries: Sequence[Entry]) -> Table:
     """Lay out the demo's result, one row per batch size and optimizer."""
-    table = Table(
-        title=f"Digits CNN: mean ± std over the seeds; target {TARGET:.0%} test accuracy",
-        caption=f"To target: over the seeds that reached it, without evaluation. {TRAIN_SIZE} is full batch.",
-    )
-    table.add_column("batch", justify="right")
-    table.add_column("optimizer")
-    for heading in (
-        "lr",
-        "reached",
-        "epochs to target",
-        "seconds to target",
-        "final test accuracy %",
-        "diverged",
-    ):
-        table.add_column(heading, justify="right")
+    title = f"Digits CNN: mean ± std over the seeds; target {TARGET:.0%} test accuracy"
+    table = Table(title=title, caption=DEMO_CAPTION)
+    for heading in DEMO_COLUMNS:
+        table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     previous = entries[0].batch_size
     for entry in entries:
         if entry.batch_size != previous:
             table.add_section()
             previous = entry.batch_size
-        summary = entry.summary
-        table.add_row(
-            str(entry.batch_size),
-            contender(entry.optimizer).label,
-            f"{entry.learning_rate:g}",
-            f"{summary.reached} of {summary.runs}",
-            plus_minus(summary.epochs, 1),
-            plus_minus(summary.seconds, 2),
-            plus_minus(summary.final_accuracy, 2, scale=100.0),
-            str(summary.diverged),
-        )
+        table.add_row(*_demo_cells(entry))
     return table
+
+
+def demo_markdown(entries: Sequence[Entry], environment: Mapping[str, Any]) -> str:
+    """Give the same table as Markdown, with the command and the machine."""
+    return "\n\n".join(
+        [
+            f"# Digits CNN: mean ± std over the seeds; target {TARGET:.0%} test accuracy",
+            "Made by `fop-bench demo` from the runs in `demo.json`; to repeat it: `make demo`. "
+            + DEMO_CAPTION,
+            markdown_table(DEMO_COLUMNS, [_demo_cells(entry) for entry in entries]),
+            "![Accuracy over training time](demo.png)",
+            "\n".join(f"- {key}: `{value}`" for key, value in environment.items()) + "\n",
+        ]
+    )
+
+
+def _demo_cells(entry: Entry) -> list[str]:
+    summary = entry.summary
+    return [
+        str(entry.batch_size),
+        contender(entry.optimizer).label,
+        f"{entry.learning_rate:g}",
+        f"{summary.reached} of {summary.runs}",
+        plus_minus(summary.epochs, 1),
+        plus_minus(summary.seconds, 2),
+        plus_minus(summary.final_accuracy, 2, scale=100.0),
+        str(summary.diverged),
+    ]
 
 
 def overhead_table(measurements: Sequence[Measurement]) -> Table:

@@ -1,0 +1,159 @@
+"""When the halves of a gradient may be believed: what changed it, and for how long that counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fop import FOP, KFAC
+from fop.capture import LayerCapture
+from fop.layers import Layer, describe
+from models import (
+    PLAIN,
+    assert_equal,
+    batch,
+    check_step,
+    direction,
+    halves,
+    layers,
+    loss_of,
+    mlp,
+    moved,
+    train_step,
+    weights,
+)
+from test_capture import check_right_pair_or_kfac, gradient_penalty, weight_penalty
+
+
+def inside_an_interval(model: nn.Module) -> tuple[FOP, int]:
+    """An optimizer whose next step has no statistics, and the number of steps it took."""
+    optimizer = FOP(model, **{**PLAIN, "curvature_interval": 20, "lr": 0.01})
+    step = 0
+    while step < 30 or optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step))
+        step += 1
+    return optimizer, step
+
+
+# --- changes between backward and step ---------------------------------------------------------------------
+
+
+def cross_entropy(model: nn.Module) -> Tensor:
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 1, 1])
+    return nn.functional.cross_entropy(model(batch(8)[0]), labels)
+
+
+def negate(p: Tensor) -> None:
+    p.grad.neg_()  # type: ignore[union-attr]
+
+
+def centralise(p: Tensor) -> None:
+    p.grad.sub_(p.grad.mean(-1, keepdim=True))  # type: ignore[union-attr, operator]
+
+
+def shuffle(p: Tensor) -> None:
+    p.grad.copy_(p.grad.roll(1, -1))  # type: ignore[union-attr]
+
+
+def add_noise(p: Tensor) -> None:
+    p.grad.add_(torch.randn_like(p) * p.grad.std())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [negate, centralise, shuffle, add_noise])
+def test_changed_gradient_of_a_softmax_falls_back_to_kfac(change: Callable[[Tensor], None]) -> None:
+    """Its columns add up to zero, so neither their sum nor any norm tells a sign or an order."""
+    results = []
+    for library, mixing in ((FOP, {"beta": 0.5}), (KFAC, {})):
+        model = mlp()
+        options = {k: v for k, v in PLAIN.items() if k not in ("beta", "eta")}
+        optimizer = library(model, **options, **mixing)
+        cross_entropy(model).backward()
+        torch.manual_seed(5)
+        for p in model.parameters():
+            change(p)
+        optimizer.step()
+        results.append(weights(model))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("change", [negate, centralise, shuffle, add_noise])
+def test_changed_gradient_of_a_large_layer(change: Callable[[Tensor], None]) -> None:
+    """In a large gradient sum and norms of noise are those of any other noise, to a part in a thousand."""
+    torch.manual_seed(0)
+    module = nn.Linear(2048, 2048, bias=False)
+    layer = describe(module, bias=False)
+    assert isinstance(layer, Layer)
+    capture = LayerCapture(module, layer, module.weight, None)
+    capture.due = False
+
+    def difference() -> Tensor:
+        found = capture.difference(layer.to_matrix(module.weight.grad, None))  # type: ignore[arg-type]
+        assert found is not None
+        return found
+
+    (module(torch.randn(16, 2048)) * torch.randn(16, 2048)).mean().backward()
+    assert difference().count_nonzero() > 0
+    change(module.weight)
+    assert difference().count_nonzero() == 0
+
+
+# --- other paths into the gradient -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_fn", [gradient_penalty, weight_penalty])
+def test_other_path_in_a_step_without_statistics(
+    loss_fn: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> None:
+    """A penalty that is added every now and then (lazy regularisation) meets steps that are not due."""
+    model = mlp()
+    optimizer, step = inside_an_interval(model)
+    twin = mlp()
+    twin.load_state_dict(model.state_dict())
+    x, y = batch(6, step)
+    pairs = halves(twin, x, y, loss_fn)
+    optimizer.zero_grad()
+    loss_fn(model, x, y).backward()
+    optimizer.step()
+    check_right_pair_or_kfac(model, twin, optimizer, pairs)
+
+
+def test_one_step_without_zero_grad_does_not_cost_the_pair_of_the_next() -> None:
+    """What was in p.grad before a due step says nothing about the steps after it."""
+    model = mlp()
+    optimizer, step = inside_an_interval(model)
+    while not optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step))
+        step += 1
+    loss_of(model, *batch(6, step)).backward()
+    optimizer.step()
+    assert not optimizer.curvature_due
+    twin = mlp()
+    twin.load_state_dict(model.state_dict())
+    pairs = halves(twin, *batch(6, step + 1))
+    train_step(model, optimizer, *batch(6, step + 1))
+    check_step(model, twin, optimizer, pairs)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 1e-1])
+def test_weight_penalty_of_any_size(size: float) -> None:
+    """The right pair or K-FAC's step, to within what a penalty too small to notice can do."""
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    x, y = batch()
+
+    def loss_fn(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return loss_of(net, x, y) + size * torch.stack([p.square().sum() for p in net.parameters()]).sum()
+
+    pairs = halves(twin, x, y, loss_fn)
+    loss_fn(model, x, y).backward()
+    optimizer.step()
+    for name, (average, difference) in pairs.items():
+        taken, weight = moved(model, twin, name, PLAIN["lr"]), layers(model)[name].weight
+        expected = [direction(optimizer, weight, average, second) for second in (difference, None)]
+        errors = [float((taken - each).norm() / each.norm()) for each in expected]
+        assert min(errors) < 0.03, f"{name}: {errors}"
