@@ -157,11 +157,15 @@ class _OutputHook:
         self._capture = weakref.ref(capture)
         self._x: Tensor | None = x
         self._shape = shape
+        self._version = x._version
 
     def __call__(self, b: Tensor) -> None:
         capture, x = self._capture(), self._x
         if not _graph_is_kept():
             self._x = None
+        if x is not None and x._version != self._version:
+            # Changed in place since; legal where autograd kept a copy of its own, as under autocast.
+            x = None
         if capture is not None:
             capture.collect(x, b.reshape(self._shape))
 
