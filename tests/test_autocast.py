@@ -1,4 +1,4 @@
-"""Under autocast autograd keeps a low-precision copy of a layer's input, and the original may be overwritten."""
+"""Under autocast autograd keeps a copy of a layer's input, and the original may be overwritten."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _regrets(tasks: Sequence[str], runs: Runs) -> list[str]:
 def _comparison(tasks: Sequence[str], runs: Runs) -> list[str]:
     parts = [
         "Every learning rate of every optimizer, other options at their defaults; mean ± standard deviation "
-        "over n seeds of final accuracy (%) and training loss. Nothing is selected."
+        "over n seeds of final accuracy (%) and training loss. Nothing is selected. The runs shared the processor, so there are no times here."
     ]
     for task in tasks:
         groups: dict[tuple[str, float], Runs] = defaultdict(list)
@@ -111,11 +111,10 @@ def _comparison(tasks: Sequence[str], runs: Runs) -> list[str]:
                 str(sum(run["diverged"] for run in each)),
                 _spread([100 * _accuracy(run) for run in each], ".2f"),
                 _spread([run["train_loss"] for run in each if run["train_loss"] is not None], ".4f"),
-                _spread([run["seconds"] for run in each if run["seconds"] is not None], ".2f"),
             ]
             for (optimizer, lr), each in sorted(groups.items())
         ]
-        head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss", "seconds"]
+        head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
         parts += [f"### {task}", markdown_table(head, rows)]
     return parts
 
