@@ -18,6 +18,7 @@ from models import (
     batch,
     check_step,
     direction,
+    gradients,
     halves,
     layers,
     loss_of,
@@ -104,6 +105,7 @@ def test_changed_gradient_of_a_large_layer(change: Callable[[Tensor], None]) -> 
 # --- other paths into the gradient -------------------------------------------------------------------------
 
 
+@pytest.mark.xfail(strict=True, reason="other paths are looked for with the statistics only: architecture.md")
 @pytest.mark.parametrize("loss_fn", [gradient_penalty, weight_penalty])
 def test_other_path_in_a_step_without_statistics(
     loss_fn: Callable[[nn.Module, Tensor, Tensor], Tensor],
@@ -119,6 +121,20 @@ def test_other_path_in_a_step_without_statistics(
     loss_fn(model, x, y).backward()
     optimizer.step()
     check_right_pair_or_kfac(model, twin, optimizer, pairs)
+
+
+def test_step_without_zero_grad_inside_an_interval_is_kfac() -> None:
+    model = mlp()
+    optimizer, step = inside_an_interval(model)
+    twin = mlp()
+    left = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    twin.load_state_dict(model.state_dict())
+    added = gradients(twin, loss_of(twin, *batch(6, step)))
+    loss_of(model, *batch(6, step)).backward()
+    optimizer.step()
+    for name, gradient in added.items():
+        before = torch.cat([left[f"{name}.weight"], left[f"{name}.bias"][:, None]], dim=1)
+        check_step(model, twin, optimizer, {name: (gradient + before, None)})
 
 
 def test_one_step_without_zero_grad_does_not_cost_the_pair_of_the_next() -> None:

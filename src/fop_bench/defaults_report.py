@@ -96,7 +96,8 @@ def _regrets(tasks: Sequence[str], runs: Runs) -> list[str]:
 def _comparison(tasks: Sequence[str], runs: Runs) -> list[str]:
     parts = [
         "Every learning rate of every optimizer, other options at their defaults; mean ± standard deviation "
-        "over n seeds of final accuracy (%) and training loss. Nothing is selected. The runs shared the processor, so there are no times here."
+        "over n seeds of final accuracy (%) and training loss. Nothing is selected. "
+        "The runs shared the processor, so there are no times here."
     ]
     for task in tasks:
         groups: dict[tuple[str, float], Runs] = defaultdict(list)

@@ -111,7 +111,7 @@ def test_comparison_shows_every_rate(tmp_path: Path) -> None:
     (tmp_path / "comparison.jsonl").write_text("\n".join(map(json.dumps, runs)))
     text = write_report(tmp_path).read_text()
     assert "| fop | 0.1 | 2 | 0 | 85.00 ± 7.07 | 0.1000 ± 0.0000 |" in text
-    assert "| fop | 1 | 1 | 1 | 0.00 | – | – |" in text
+    assert "| fop | 1 | 1 | 1 | 0.00 | – |" in text
 
 
 def test_broken_line_is_named(tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ class Window:
         self.complete = (whole - gradient).square().sum() <= tolerance**2 * parts
 
     def remember(self, param: Tensor, gradient: Tensor) -> None:
-        """Remember the gradient of ``param`` as autograd left it."""
-        self._norms[param] = _norms(gradient)
+        """Remember the gradient of ``param``, weight or bias, as autograd left it."""
+        self._norms[param] = self._measure(gradient)
 
     def difference(self, average: Tensor, params: Sequence[Tensor]) -> Tensor | None:
         """Return Gd = g1 - g2 as gradient matrix, or None without a pair.
@@ -133,19 +133,29 @@ class Window:
     def _scale_since(self, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         known = [param for param in params if param.grad is not None and param in self._norms]
         was = torch.stack([self._norms[param] for param in known])
-        now = torch.stack([_norms(param.grad) for param in known if param.grad is not None])
+        now = torch.stack([self._measure(param.grad) for param in known if param.grad is not None])
         # One scale for weight and bias, from the Euclidean norm of both.
         lengths = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
         scale = torch.nan_to_num(lengths[1] / lengths[0], nan=0.0, posinf=0.0)
-        # The 1-norm and the sum of n elements are compared on the scale of what they can differ by.
-        same = (now - scale * was).abs() <= _SAME_DIRECTION * torch.cat([now[:, :2], now[:, :1]], dim=1)
+        # Each number is compared on the scale of what it can differ by.
+        two, one = now[:, :1], now[:, 1:2]
+        same = (now - scale * was).abs() <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=1)
         return scale, same.all()
 
+    def _measure(self, gradient: Tensor) -> Tensor:
+        """Return four numbers of a gradient that together tell a scaling from any other change.
 
-def _norms(gradient: Tensor) -> Tensor:
-    """Return the 2-norm, the 1-norm and the sum of a gradient: together they tell a scaling from the rest."""
-    flat = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
-    return torch.stack([torch.linalg.vector_norm(flat), torch.linalg.vector_norm(flat, 1), flat.sum()])
+        The 2-norm, the 1-norm (clipped elements), the sum (added ones), and, for a weight, the component
+        along S1 (signs and order).
+        """
+        flat = gradient.detach().reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
+        two = torch.linalg.vector_norm(flat)
+        along = torch.zeros_like(two)
+        if self.half is not None and gradient.dim() > 1:
+            columns = gradient.numel() // max(1, self.half.shape[0] * self.half.shape[1])
+            S1 = self.half[..., :columns].reshape(-1).to(flat.dtype)
+            along = torch.dot(flat, S1) / torch.linalg.vector_norm(S1).clamp(min=torch.finfo(flat.dtype).tiny)
+        return torch.stack([two, torch.linalg.vector_norm(flat, 1), flat.sum(), along])
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -150,8 +150,11 @@ def refresh_curvature(
         shift_A, shift_G = damping_split(state["A"], state["G"], group["damping"])
         factors += [state["A"], state["G"]]
         shifts += [shift_A, shift_G]
-        if block.capture.window.complete is not None:
-            state["complete"] = block.capture.window.complete
+        if (complete := block.capture.window.complete) is not None:
+            if (clean := block.capture.window.clean) is not None:
+                # What p.grad held before says nothing about the paths into it.
+                complete = torch.where(clean, complete, state.get("complete", torch.ones_like(complete)))
+            state["complete"] = complete
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
         updated.append((block, group["step"]))
     return refused, _store(updated, damped_inverses(factors, shifts))

@@ -66,6 +66,8 @@ def _allowed_shapes(
     allowed: dict[str, list[tuple[int, ...]]] = {}
     if "momentum_buffer" in state:
         allowed["momentum_buffer"] = [tuple(param.shape)]
+    if "complete" in state:
+        allowed["complete"] = [()]
     if state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
         allowed |= {"exp_avg": [tuple(param.shape)], "exp_avg_sq": [tuple(param.shape)], "step": [()]}
     if state.keys() & {"A", "G", "A_inv", "G_inv"}:

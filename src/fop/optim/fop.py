@@ -185,7 +185,8 @@ class FOP(Optimizer):
         found = find_layers(root, groups.keys())
         if not found.names:
             return
-        self._roots.append(weakref.ref(root))
+        if all(ref() is not root for ref in self._roots):
+            self._roots.append(weakref.ref(root))
         taken = {name for param, name in self._names.items() if param not in found.names}
         if taken & set(found.names.values()):
             # Two roots, or submodules called one by one, number their parts alike.
@@ -252,7 +253,8 @@ class FOP(Optimizer):
         self._refuse_sparse()
         with contextlib.ExitStack() as stack:
             for device_type in {param.device.type for param in self._parameters()}:
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+                if torch.amp.is_autocast_available(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
             self._step()
         return loss
 
