@@ -51,6 +51,8 @@ def _study(name: str, runs: Runs) -> list[str]:
     diverged = sum(run["diverged"] for run in runs)
     head = [
         f"## {name}",
+        f"To repeat: `fop-bench defaults {name} --data CIFAR10 --out FOLDER`; CIFAR-10 as an image folder "
+        "(without `--data` only the digits).",
         f"{len(runs)} runs on {len(tasks)} tasks, {diverged} diverged. Measured on: "
         + "; ".join(f"`{each}`" for each in sorted(where)),
     ]

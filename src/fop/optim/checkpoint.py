@@ -34,7 +34,7 @@ def check_state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], shapes: Ma
             f"the state_dict has {len(saved['param_groups'])} parameter groups, not {len(groups)}; "
             "make the optimizer with the same groups before loading"
         )
-    needed = DEFAULTS.keys() | {"params", "step", "base_lr"}
+    needed = DEFAULTS.keys() | {"params", "step", "base_lr", "last_lr"}
     for index, (old, new) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         if missing := needed - old.keys():
             raise ValueError(

@@ -59,7 +59,7 @@ class FOP(Optimizer):
         beta: "adaptive" for β* (16), or a fixed mixing coefficient; 0.0 with ``eta=1.0`` is K-FAC.
         eta: "adaptive" for η* (17), or a fixed scale.
         kl_clip: κ; the preconditioned updates are scaled by min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩))
-            (Ba et al. 2017). None for no clip.
+            (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip.
         adamw_lr: learning rate of the AdamW path while ``lr`` has its first value; it follows every
             schedule of ``lr`` in proportion.
         betas: as `torch.optim.AdamW`, for the AdamW path.
@@ -150,6 +150,7 @@ class FOP(Optimizer):
         check_parameters(params, self._names, set(self._parameters()))
         self._refuse_driven(params)
         group.setdefault("base_lr", group.get("lr", self.defaults["lr"]))
+        group.setdefault("last_lr", group.get("lr", self.defaults["lr"]))
         group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
         super().add_param_group(group)
         if self in _live:
@@ -287,6 +288,7 @@ class FOP(Optimizer):
         self._listen()
         for group in self.param_groups:
             group["step"] += 1
+            group["last_lr"] = group["lr"]
         for block in self._blocks.values():
             block.capture.clear()
             block.schedule(groups[block.weight])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ _RESCUES = {
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One parameter: its path ("FOP", "K-FAC" or "AdamW"), why, factor shapes and bytes of state."""
+    """One parameter: path ("FOP", "K-FAC", "AdamW" or "unknown"), why, factor shapes, bytes of state."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,17 +45,14 @@ class Summary:
             (r.name, "×".join(map(str, r.shape)) or "scalar", r.path, r.reason, r.factors, _size(r.bytes))
             for r in self.rows
         ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [head, *body]
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        count = sum(r.path != "AdamW" for r in self.rows)
-        lines.append(
-            f"{len(self.rows)} parameters: {count} preconditioned, {len(self.rows) - count} by AdamW; "
-            f"{_size(sum(r.bytes for r in self.rows))} of optimizer state"
+        paths = Counter(row.path for row in self.rows)
+        return "\n".join(
+            [
+                _table(head, body),
+                f"{len(self.rows)} parameters: {', '.join(f'{n} {path}' for path, n in paths.items())}; "
+                f"{_size(sum(r.bytes for r in self.rows))} of optimizer state",
+            ]
         )
-        return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,15 @@ class Diagnostics:
     layers: dict[str, LayerDiagnostics] = field(default_factory=dict)
     kl_scale: float = 1.0
 
+    def __str__(self) -> str:
+        head = ("layer", "beta", "eta", "rho", "damping A", "damping G", "age", "rescues")
+        body = []
+        for name, d in self.layers.items():
+            numbers = (d.beta, d.eta, d.rho, d.damping_A, d.damping_G, d.steps_since_curvature)
+            cells = ("–" if number is None else f"{number:.4g}" for number in numbers)
+            body.append((name, *cells, str(sum(d.rescues.values()))))
+        return f"{_table(head, body)}\nKL scale {self.kl_scale:.4g}"
+
 
 class Refusals:
     """Counts updates that were refused because they were not finite, on the device until it is asked."""
@@ -110,7 +117,7 @@ class Refusals:
                     f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
                     "refused; these weights are as before",
                     RuntimeWarning,
-                    stacklevel=7,
+                    stacklevel=8,
                 )
 
 
@@ -123,7 +130,7 @@ def warn_of_curvature(
         warnings.warn(
             f"statistics of {names} are not finite in this step and were not used",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
     for block, rung in rescues:
         if (block.name, rung) not in warned:
@@ -132,7 +139,7 @@ def warn_of_curvature(
                 f"the inversion of a curvature factor of {block.name} {_RESCUES[rung]}; reported once, "
                 "counted in diagnostics(). More damping avoids it.",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
 
@@ -150,7 +157,9 @@ def summarise(
     rows = []
     for index, (param, group) in enumerate(groups.items()):
         block = by_param.get(param)
-        path, reason, factors = "AdamW", reasons.get(param, "its module was not called yet"), ""
+        path, reason, factors = "AdamW", reasons.get(param, ""), ""
+        if block is None and not reason:
+            path, reason = "unknown", "known after the first forward pass"
         if block is not None:
             kfac = group["beta"] == 0.0 and group["eta"] in (1.0, "adaptive")
             path, reason = "K-FAC" if kfac else "FOP", type(block.capture.module).__name__
@@ -202,6 +211,13 @@ def _damping_shares(block: Block, damping: float) -> list[float]:
         whole = shift + factor.diagonal(dim1=-2, dim2=-1).mean(-1)
         shares.append((shift / torch.where(whole > 0, whole, 1)).mean())
     return list(torch.stack(shares).tolist())
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    rows = [head, ["-" * width for width in widths], *body]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _size(count: int) -> str:

@@ -20,14 +20,14 @@ def move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], st
         group: its parameter group.
         state: its state; holds ``momentum_buffer``.
     """
-    momentum = group["momentum"]
-    if momentum:
+    momentum = group["momentum"] * _carried(group)
+    if group["momentum"]:
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = part.clone()
         else:
             state["momentum_buffer"].mul_(_if(fine, momentum, 1.0, part)).add_(part)
         buffer: Tensor = state["momentum_buffer"]
-        part = torch.add(part, buffer, alpha=momentum) if group["nesterov"] else buffer
+        part = torch.add(part, buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
     rate = _if(fine, group["lr"], 0.0, part)
     if group["weight_decay"]:
         param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
@@ -74,6 +74,17 @@ def adamw_step(
         maximize=group["maximize"],
     )
     return refused
+
+
+def _carried(group: Mapping[str, Any]) -> float:
+    """Return the share of the momentum that a rise of the learning rate leaves.
+
+    The KL clip bounded past updates at the rate of their time; a higher one (warm-up) must not carry them
+    further than that.
+    """
+    if group["kl_clip"] is None or group["lr"] <= group["last_lr"]:
+        return 1.0
+    return float(group["last_lr"] / group["lr"])
 
 
 def _laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
