@@ -83,29 +83,21 @@ def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list
     for index, factor in enumerate(factors):
         alike.setdefault((factor.shape[-1], factor.dtype, factor.device), []).append(index)
 
-    results: list[Tensor] = [torch.empty(0)] * len(factors)
-    flags: list[Tensor] = []
-    order: list[int] = []
+    inverses: dict[int, Tensor] = {}
+    flags: dict[int, Tensor] = {}
     for indices in alike.values():
         batch = torch.cat([factors[i] for i in indices])
         inverse, fine = _cholesky_inverse(batch, torch.cat([shifts[i] for i in indices]))
         sizes = [factors[i].shape[0] for i in indices]
         for i, part, ok in zip(indices, inverse.split(sizes), fine.split(sizes), strict=True):
-            results[i] = part
-            flags.append(ok.all())
-            order.append(i)
-
-    rungs = [Rung.NONE] * len(factors)
-    home = factors[0].device if factors else None
-    succeeded = torch.stack([flag.to(home) for flag in flags]).tolist() if flags else []
-    answers = [Inversion(result, rung) for result, rung in zip(results, rungs, strict=True)]
-    for i, ok in zip(order, succeeded, strict=True):
-        if not ok:
-            answers[i] = _rescue(factors[i], shifts[i])
-        elif len(alike[factors[i].shape[-1], factors[i].dtype, factors[i].device]) > 1:
             # A view would keep the whole batch alive for as long as any one layer's inverse.
-            answers[i] = Inversion(results[i].clone(), Rung.NONE)
-    return answers
+            inverses[i] = part.clone() if len(indices) > 1 else part
+            flags[i] = ok.all().to(factors[0].device)
+    succeeded = torch.stack([flags[i] for i in range(len(factors))]).tolist() if factors else []
+    return [
+        Inversion(inverses[i], Rung.NONE) if ok else _rescue(factors[i], shifts[i])
+        for i, ok in enumerate(succeeded)
+    ]
 
 
 def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

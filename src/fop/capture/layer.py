@@ -96,14 +96,19 @@ class LayerCapture:
                 self.window.drop_pair()
             else:
                 self.window.add(part)
-                self.window.compare(self.layer.to_matrix(param.grad, None)[..., : self.layer.in_dim])
+                self.window.compare(param.grad)
             self._version = param.grad._version
         if self.paired:
             self.window.remember(param, param.grad)
 
-    def difference(self, average: Tensor) -> Tensor | None:
-        """Return Gd = g1 - g2 as gradient matrix, or None if this step has no pair."""
-        difference = self.window.difference(average, self.params)
+    def difference(self, average: Tensor, complete: Tensor | None = None) -> Tensor | None:
+        """Return Gd = g1 - g2 as gradient matrix, or None if this step has no pair.
+
+        Args:
+            average: Ga, the gradient matrix of p.grad.
+            complete: 0-dim bool, whether p.grad is known to be all that the hooks see; None if not known.
+        """
+        difference = self.window.difference(average, self.params, complete)
         if difference is not None and self.layer.bias and self.params[-1].grad is None:
             # A frozen bias has no second gradient either.
             difference[..., -1] = 0

@@ -92,28 +92,30 @@ class Window:
         self._paired, self.half = False, None
 
     def compare(self, gradient: Tensor) -> None:
-        """Tell from a pass with statistics whether ``gradient``, as matrix, is the sum of what the hooks saw.
+        """Tell from a pass with statistics whether ``gradient``, the weight's, is all that the hooks saw.
 
         It is not where the loss has other paths to the weight: a penalty, a second use as a function.
         """
         if self._whole is None or self.half is None:
             return
-        columns = gradient.shape[-1]
-        whole, half = self._whole[..., :columns], self.half[..., :columns]
+        groups, rows, _ = self.half.shape
+        matrix = gradient.to(self.half.dtype).reshape(groups, rows, -1)
+        whole, half = self._whole[..., : matrix.shape[-1]], self.half[..., : matrix.shape[-1]]
         tolerance = _SAME_SUM if self._precise else _SAME_SUM_HALF
         parts = half.square().sum() + (whole - half).square().sum()
-        self.complete = (whole - gradient).square().sum() <= tolerance**2 * parts
+        self.complete = (whole - matrix).square().sum() <= tolerance**2 * parts
 
     def remember(self, param: Tensor, gradient: Tensor) -> None:
         """Remember the gradient of ``param``, weight or bias, as autograd left it."""
         self._norms[param] = self._measure(gradient)
 
-    def difference(self, average: Tensor, params: Sequence[Tensor]) -> Tensor | None:
+    def difference(self, average: Tensor, params: Sequence[Tensor], complete: Tensor | None) -> Tensor | None:
         """Return Gd = g1 - g2 as gradient matrix, or None without a pair.
 
         Args:
             average: Ga, the gradient matrix of p.grad as it is now.
             params: weight and bias.
+            complete: what `compare` told at the last statistics, None before the first.
 
         g1 = (N/h)·S1 and g2 = (N/(N-h))·(g - S1). If p.grad was scaled as a whole since the backward pass
         (unscaling, norm clipping), S1 follows; after any other change the difference is 0, which makes
@@ -125,8 +127,9 @@ class Window:
         second = self._samples - first
         own = self._samples / second
         scale, trusted = self._scale_since(params)
-        if self.clean is not None:
-            trusted = trusted & self.clean
+        for veto in (self.clean, complete):
+            if veto is not None:
+                trusted = trusted & veto
         S1 = self.half.to(average.dtype) * (scale.to(average.dtype) * (self._samples / first + own))
         return torch.where(trusted, torch.add(S1, average, alpha=-own), 0.0)
 

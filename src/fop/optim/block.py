@@ -53,6 +53,11 @@ class Block:
                 state.pop(key, None)
 
     @property
+    def params(self) -> list[Tensor]:
+        """The weight, and the bias if it belongs to the block."""
+        return self.capture.params
+
+    @property
     def ready(self) -> bool:
         """Whether there is a curvature to precondition with."""
         return "A_inv" in self.state and "G_inv" in self.state
@@ -78,9 +83,9 @@ class Block:
         fixed_beta = None if beta == "adaptive" else float(beta)
         fixed_eta = None if eta == "adaptive" else float(eta)
         average = self.gradient()
-        difference = None if fixed_beta == 0.0 else self.capture.difference(average)
-        if difference is not None and "complete" in self.state:
-            difference = torch.where(self.state["complete"], difference, 0.0)
+        difference = None
+        if fixed_beta != 0.0:
+            difference = self.capture.difference(average, self.state.get("complete"))
         if difference is None:
             direction = kfac_direction(self.curvature(), average, eta=fixed_eta)
         else:

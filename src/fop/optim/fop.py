@@ -212,7 +212,7 @@ class FOP(Optimizer):
 
     def _covered(self) -> set[Tensor]:
         """Return the parameters that belong to a block."""
-        return {p for block in self._blocks.values() for p in (block.weight, block.bias) if p is not None}
+        return {param for block in self._blocks.values() for param in block.params}
 
     def _listen(self) -> None:
         """Watch forward passes for as long as a parameter's owner is not known."""
@@ -278,7 +278,7 @@ class FOP(Optimizer):
 
         for block in active:
             block.by_adamw = not (block.ready or block in refused)
-        done = {p for block in active if not block.by_adamw for p in (block.weight, block.bias)}
+        done = {param for block in active if not block.by_adamw for param in block.params}
         self._step_adamw(done)
 
         covered = self._covered()
@@ -328,7 +328,7 @@ class FOP(Optimizer):
                 move(param, part, fine[index].to(device), groups[param], self.state[param])
         self._refusals.count(tuple(block.name for block in blocks), ~fine)
 
-    def _step_adamw(self, done: Set[Tensor | None]) -> None:
+    def _step_adamw(self, done: Set[Tensor]) -> None:
         """Step every other parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

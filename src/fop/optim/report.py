@@ -151,9 +151,7 @@ def summarise(
     state: Mapping[Tensor, Mapping[str, Any]],
 ) -> Summary:
     """Return the table of every parameter's path."""
-    by_param: dict[Tensor, Block] = {
-        p: block for block in blocks.values() for p in (block.weight, block.bias) if p is not None
-    }
+    by_param = {param: block for block in blocks.values() for param in block.params}
     rows = []
     for index, (param, group) in enumerate(groups.items()):
         block = by_param.get(param)
