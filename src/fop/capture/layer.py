@@ -1,84 +1,138 @@
-"""Capture of one layer: from hooks on its module and its weight to a `Window`."""
+"""Capture of one weight: from hooks on the modules that use it and on its gradient to a `Window`."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fop.capture.batch import Batch, Layout
+from fop.capture.hooks import AccumulatedHook, UseHook, watch_output
+from fop.capture.lifetime import remove_all
 from fop.capture.window import Part, Window
-from fop.layers import Layer
+from fop.layers import Layer, Statistics
+
+
+@dataclass
+class SubBatch:
+    """Which half of the gradient pair the user says that backward passes make up; shared by all captures."""
+
+    index: int | None = None
 
 
 class LayerCapture:
-    """Watches one module; between two optimizer steps its ``window`` holds what backward passes gathered.
+    """Watches one weight; between two optimizer steps its ``window`` holds what backward passes gathered.
 
     Args:
-        module: the live module.
-        layer: its geometry.
-        weight: the module's weight.
-        bias: the module's bias, if it belongs to the same block.
+        layer: layout of the gradient matrix.
+        weight: the weight.
+        bias: the bias, if it belongs to the same block.
+        sub_batch: what the user says of running backward passes.
 
     Attributes:
         paired: whether the gradient pair is wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
+        counted: whether the number of samples is wanted in every step.
 
     The hooks know the capture by weak reference only: dropping the optimizer drops the capture.
     """
 
-    def __init__(self, module: nn.Module, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
-        self.module = module
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, sub_batch: SubBatch) -> None:
         self.layer = layer
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
         self.paired = True
         self.due = True
-        self.window = Window()
+        self.counted = False
+        self.window = Window(layer, self.params)
+        self._sub_batch = sub_batch
         self._parts: dict[int, Part] = {}
         # Version of p.grad when the window last took it in; None while the window is empty.
         self._version: int | None = None
-        # Before the hooks of others: one that replaces the output must not come between it and its gradient.
-        hook = module.register_forward_hook(_ForwardHook(self), with_kwargs=True, prepend=True)
-        self._handles: list[RemovableHandle] = [hook]
+        self._uses: list[UseHook] = []
+        self._handles: list[RemovableHandle] = []
         self._watched: set[Tensor] = set()
-        weakref.finalize(self, _remove_all, self._handles)
+        weakref.finalize(self, remove_all, self._handles)
+
+    def attach(self, use: UseHook) -> None:
+        """Watch one more module that uses the weight."""
+        self._uses.append(use)
+        self._handles += use.register()
+        # A compiled forward pass cannot do it.
+        self.watch_gradients()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules watched."""
+        return [module for use in self._uses if (module := use.module()) is not None]
+
+    @property
+    def intact(self) -> bool:
+        """Whether every module is alive, still uses the weight, and still has the hooks."""
+        return all(use.intact(self.weight) for use in self._uses)
+
+    def detach(self) -> None:
+        """Watch no longer."""
+        remove_all(self._handles)
+        self._handles.clear()
 
     def clear(self) -> None:
         """Forget what was gathered: the gradients were zeroed, or a step has used it."""
-        self.window = Window()
+        self.window = Window(self.layer, self.params)
         self._parts.clear()
         self._version = None
 
-    def observe(self, x: Tensor, output: Tensor) -> None:
-        """Arrange that the gradient of ``output`` meets ``x`` in the backward pass."""
-        if not (self.paired or self.due):
-            return
-        if not (torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad):
-            return
+    @property
+    def wants(self) -> bool:
+        """Whether anything is wanted of the coming backward pass."""
+        return self.paired or self.due or self.counted
+
+    def ready_for(self, output: Tensor) -> bool:
+        """Tell whether a backward pass from ``output`` is to be watched, and get ready for it."""
+        if not (
+            self.wants and torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad
+        ):
+            return False
+        self.watch_gradients()
+        return True
+
+    def watch_gradients(self) -> None:
+        """Be told when the gradients of the parameters are complete."""
         for param in self.params:
             # A frozen parameter takes no hook; it may be thawed later.
             if param.requires_grad and param not in self._watched:
-                self._handles.append(param.register_post_accumulate_grad_hook(_AccumulatedHook(self)))
+                self._handles.append(param.register_post_accumulate_grad_hook(AccumulatedHook(self)))
                 self._watched.add(param)
-        # An in-place operation on a view (3-d inputs of Linear, unbatched ones of Conv2d) would cut the view,
-        # and a hook on it, out of the graph.
-        base = output._base
-        source = base if base is not None and base.numel() == output.numel() else output
-        source.register_hook(_OutputHook(self, x.detach(), output.shape))
+
+    def observe(self, layer: Layer, x: Tensor, output: Tensor, batch: Batch) -> None:
+        """Arrange that the gradient of ``output`` meets ``x`` in the backward pass."""
+        if self.ready_for(output):
+            watch_output(self, layer, x, output, batch)
 
     @torch.no_grad()
-    def collect(self, x: Tensor | None, b: Tensor) -> None:
-        """Take one use of the layer out of a running backward pass."""
+    def collect(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch) -> None:
+        """Take one use of the weight out of a running backward pass.
+
+        Args:
+            layer: how this use sees the weight.
+            x: its input, None if it was changed since the forward pass.
+            b: gradient of its output.
+            batch: what is known of the batch.
+        """
+        layout = (
+            Layout(0, 0, problem="its input was changed in place") if x is None else batch.layout(layer, x)
+        )
         task = torch._C._current_graph_task_id()
         if task not in self._parts:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
             self._parts.clear()
             self._open_window()
+            self.window.begin(layout.samples if layout.problem is None else 0, self._sub_batch.index)
         with torch.autocast(b.device.type, enabled=False):
-            part = Part(0, splittable=False) if x is None else self._part(*self.layer.batched(x, b))
+            part = self._part(layer, x, b, layout)
         if task in self._parts:
             self._parts[task].add_use(part)
         else:
@@ -92,37 +146,31 @@ class LayerCapture:
         if param is self.weight:
             part = self._parts.pop(torch._C._current_graph_task_id(), None)
             if part is None:
-                # The weight got a gradient by a path that no hook saw, e.g. used through a function.
-                self.window.drop_pair()
+                self.window.drop_pair("its gradient came by a path that no hook saw")
             else:
                 self.window.add(part)
                 self.window.compare(param.grad)
             self._version = param.grad._version
-        if self.paired:
+        if self.paired or self.due:
             self.window.remember(param, param.grad)
 
-    def difference(self, average: Tensor, complete: Tensor | None = None) -> Tensor | None:
-        """Return Gd = g1 - g2 as gradient matrix, or None if this step has no pair.
-
-        Args:
-            average: Ga, the gradient matrix of p.grad.
-            complete: 0-dim bool, whether p.grad is known to be all that the hooks see; None if not known.
-        """
-        difference = self.window.difference(average, self.params, complete)
-        if difference is not None and self.layer.bias and self.params[-1].grad is None:
-            # A frozen bias has no second gradient either.
-            difference[..., -1] = 0
-        return difference
-
-    def _part(self, x: Tensor, b: Tensor) -> Part:
-        part = Part(samples := x.shape[0], precise=torch.finfo(b.dtype).bits > 16)
-        first = samples // 2
-        if self.paired and first > 0:
-            part.half = self.layer.gradient(x[:first], b[:first])
-        if self.due and x.numel() and b.numel():
-            part.sums = self.layer.factor_sums(x, b)
+    def _part(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> Part:
+        part = Part(layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16)
+        if x is None or not b.numel():
+            part.problem = part.problem or "its batch is empty"
+            return part
+        x, b = layout.batched(x), layout.batched(b)
+        first = layout.samples // 2 * layout.rows
+        if first == 0:
+            part.problem = part.problem or "a batch of 1 has no halves"
+        if self.paired and self.window.split and part.problem is None:
+            part.half = layer.gradient(x[:first], b[:first])
+        if self.due:
+            sums = layer.factor_sums(x, b)
+            sums.samples = layout.samples
+            part.statistics = Statistics({layer.swapped: sums})
             if part.half is not None:
-                part.whole = part.half + self.layer.gradient(x[first:], b[first:])
+                part.whole = part.half + layer.gradient(x[first:], b[first:])
         return part
 
     def _open_window(self) -> None:
@@ -134,65 +182,3 @@ class LayerCapture:
             self.clear()
             # Zeros are as good as None; anything else is a gradient whose halves nobody knows.
             self.window.clean = gradient.count_nonzero() == 0
-
-
-class _ForwardHook:
-    """Module hook; a deep copy or a pickle of the module carries a hook that does nothing."""
-
-    def __init__(self, capture: LayerCapture | None) -> None:
-        self._capture = (lambda: None) if capture is None else weakref.ref(capture)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        capture = self._capture()
-        # A shallow copy or a replica of the module shares the hook, but is not the module.
-        if capture is not None and capture.module is module:
-            capture.observe(args[0] if args else kwargs["input"], output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardHook, (None,)
-
-
-class _OutputHook:
-    """Tensor hook: holds the input until the gradient of the output arrives, exactly as autograd does."""
-
-    def __init__(self, capture: LayerCapture, x: Tensor, shape: torch.Size) -> None:
-        self._capture = weakref.ref(capture)
-        self._x: Tensor | None = x
-        self._shape = shape
-        self._version = x._version
-
-    def __call__(self, b: Tensor) -> None:
-        capture, x = self._capture(), self._x
-        if not _graph_is_kept():
-            self._x = None
-        if x is not None and x._version != self._version:
-            # Changed in place since; legal where autograd kept a copy of its own, as under autocast.
-            x = None
-        if capture is not None:
-            capture.collect(x, b.reshape(self._shape))
-
-
-class _AccumulatedHook:
-    """Hook on a parameter: its gradient of this backward pass is complete."""
-
-    def __init__(self, capture: LayerCapture) -> None:
-        self._capture = weakref.ref(capture)
-
-    def __call__(self, param: Tensor) -> None:
-        if (capture := self._capture()) is not None:
-            capture.accumulated(param)
-
-
-def _graph_is_kept() -> bool:
-    """Tell whether the running backward pass was called with retain_graph=True."""
-    # Private, and absent from some versions; without it a second pass through the graph has no pair.
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return bool(ask()) if ask is not None else False
-
-
-def _remove_all(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fop.layers.statistics import FactorSums
+
+# Elements of rows that exist at a time where they must be copied (64 MiB in float32). Unfolding a large batch
+# at once would take kernel-area times the memory of the activations.
+CHUNK_ELEMENTS = 2**24
 
 
-@dataclass
-class FactorSums:
-    """Unnormalised Kronecker statistics of one or several uses of a layer.
+@dataclass(frozen=True)
+class LayerOptions:
+    """Choices that may differ from layer to layer.
 
     Attributes:
-        a: Σ ā āᵀ over all rows, (groups, in, in).
-        g: Σ b bᵀ over all rows, (groups, out, out); b as autograd gives it.
-        samples: N, the size of the batch dimension.
-        rows: number of rows summed over, N·R (Linear) or N·T (convolution).
+        path: "fop", "adamw", or None for what is usual for the kind of layer.
+        max_factor_dim: factors with a larger side are kept as their diagonal.
+        weight_sharing: K-FAC-expand or K-FAC-reduce (Eschenhagen et al. 2023), for several rows a sample.
+        batch_dim: dimension of the layer's input that counts samples; None to find out.
     """
 
-    a: Tensor
-    g: Tensor
-    samples: int
-    rows: int
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A = (1/N) Σ ā āᵀ and G = (1/rows) Σ (N b)(N b)ᵀ."""
-        # Two factors N, not N²: b bᵀ is tiny at large batch, and N² alone can leave float32's exact range.
-        return self.a / self.samples, self.g * self.samples * (self.samples / self.rows)
-
-    def add_use(self, other: FactorSums) -> None:
-        """Add another use of the layer on the same samples (a module called twice in one forward pass)."""
-        self.a += other.a
-        self.g += other.g
-        self.samples = max(self.samples, other.samples)
-        self.rows += other.rows
-
-    def add_batch(self, other: FactorSums) -> None:
-        """Add another batch (gradient accumulation)."""
-        self.a += other.a
-        self.g += other.g
-        self.samples += other.samples
-        self.rows += other.rows
+    path: Literal["fop", "adamw"] | None = None
+    max_factor_dim: int = 8192
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    batch_dim: int | None = None
 
 
 class Layer(ABC):
@@ -56,54 +45,141 @@ class Layer(ABC):
     out_dim: int
     in_dim: int
     bias: bool
+    options: LayerOptions
+    # Whether ``factor_sums`` has the two factors the other way round than the block, see `Statistics`.
+    swapped = False
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
         """Shape of the gradient matrix: (groups, out, in), the bias column included."""
         return self.groups, self.out_dim, self.in_dim + self.bias
 
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors that exist: (groups, d, d), or (groups, d) where the diagonal is kept."""
+        groups, out, columns = self.matrix_shape
+        return {
+            "A": (groups, columns) if self.diagonal_A else (groups, columns, columns),
+            "G": (groups, out) if self.diagonal_G else (groups, out, out),
+        }
+
+    @property
+    def diagonal_A(  # noqa: N802 - as in the equations
+        self,
+    ) -> bool:
+        """Whether the input factor is kept as its diagonal."""
+        return self.in_dim > self.options.max_factor_dim
+
+    @property
+    def diagonal_G(  # noqa: N802
+        self,
+    ) -> bool:
+        """Whether the output factor is kept as its diagonal."""
+        return self.out_dim > self.options.max_factor_dim
+
+    # What a kind of layer must say
+
     @abstractmethod
-    def batched(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return input and output gradient with the batch as dim 0, even if the module was called without."""
+    def leading_dims(self, x: Tensor) -> int:
+        """Return how many leading dimensions of input x count samples or positions; 0 without a batch."""
 
     @abstractmethod
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        """Return the gradient matrix Σ b āᵀ of the given samples; x and b as from ``batched``."""
+        """Return the gradient matrix Σ b āᵀ of these samples; x and b with the batch as dim 0."""
 
     @abstractmethod
+    def input_columns(self, x: Tensor) -> Tensor:
+        """Return the rows ā of x without the bias' 1, as columns: (N, groups, in, R)."""
+
+    @abstractmethod
+    def output_columns(self, b: Tensor) -> Tensor:
+        """Return the rows of b as columns: (N, groups, out, R)."""
+
+    # What follows from it
+
+    def observed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return what the other methods take for the module's input, as of its forward pass."""
+        return x.detach()
+
     def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        """Return the Kronecker statistics of the given samples; x and b as from ``batched``."""
+        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
+        dtype = statistics_dtype(b)
+        shapes = self.factor_shapes
+        a = torch.zeros(shapes["A"], dtype=dtype, device=x.device)
+        g = torch.zeros(shapes["G"], dtype=dtype, device=x.device)
+        rows = 0
+        for x_part, b_part in self.chunks(x, b):
+            # Not yet in the statistics' dtype: the rows of large inputs are views.
+            a_columns = self.input_columns(x_part).to(dtype)
+            g_columns = self.output_columns(b_part).to(dtype)
+            if self.options.weight_sharing == "reduce":
+                a_columns = a_columns.mean(-1, keepdim=True)
+                g_columns = g_columns.sum(-1, keepdim=True)
+            rows += a_columns.shape[0] * a_columns.shape[-1]
+            _add_covariance(a, a_columns, ones=self.bias)
+            _add_covariance(g, g_columns, ones=False)
+        return FactorSums(a, g, x.shape[0], rows)
+
+    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield x and b in parts whose rows may be in memory at a time."""
+        yield x, b
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor in the layout of the weight as (groups, out, in)."""
+        return weight.reshape(self.groups, self.out_dim, self.in_dim)
+
+    def weight_from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Return (groups, out, in) in the layout of the weight, whose shape is ``shape``."""
+        return matrix.reshape(shape)
+
+    def weight_part(self, matrix: Tensor) -> Tensor:
+        """Return the part of a gradient matrix that belongs to the weight, (groups, out, in)."""
+        return matrix[..., : self.in_dim]
+
+    def bias_part(self, matrix: Tensor) -> Tensor:
+        """Return the part of a gradient matrix that belongs to the bias, groups·out entries."""
+        return matrix[..., self.in_dim]
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return weight-shaped and bias-shaped tensors as one gradient matrix, in at least float32."""
+        """Return weight-shaped and bias-shaped tensors as one gradient matrix, in at least float32.
+
+        A bias that is None counts as zeros.
+        """
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        matrix = weight.to(dtype).reshape(self.groups, self.out_dim, self.in_dim)
+        matrix = self.weight_matrix(weight.to(dtype))
         if not self.bias:
             return matrix
-        column = (
-            matrix.new_zeros(self.groups, self.out_dim, 1)
-            if bias is None
-            else bias.to(dtype).reshape(self.groups, self.out_dim, 1)
-        )
-        return torch.cat([matrix, column], dim=-1)
+        whole = matrix.new_zeros(self.matrix_shape)
+        self.weight_part(whole).copy_(matrix)
+        if bias is not None:
+            part = self.bias_part(whole)
+            part.copy_(bias.reshape(part.shape))
+        return whole
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the parts of a gradient matrix in the shapes of ``weight`` and of the bias."""
-        part = matrix[..., : self.in_dim].reshape(weight.shape)
-        return part, matrix[..., self.in_dim].reshape(-1) if self.bias else None
-
-
-def with_ones(a: Tensor, sums: Tensor, rows: int) -> Tensor:
-    """Return Σ ā āᵀ for ā = (row, 1), from Σ row rowᵀ (groups, in, in) and Σ row (groups, in)."""
-    size = a.shape[-1] + 1
-    extended = a.new_empty(*a.shape[:-2], size, size)
-    extended[..., :-1, :-1] = a
-    extended[..., -1, :-1] = sums
-    extended[..., :-1, -1] = sums
-    extended[..., -1, -1] = rows
-    return extended
+        part = self.weight_from_matrix(self.weight_part(matrix), weight.shape)
+        return part, self.bias_part(matrix).reshape(-1) if self.bias else None
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which statistics of ``x`` are summed: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _add_covariance(total: Tensor, columns_NGDR: Tensor, *, ones: bool) -> None:
+    """Add Σ (row, 1)(row, 1)ᵀ, or its diagonal, over all columns; without the 1 if not ``ones``."""
+    dim = columns_NGDR.shape[2]
+    if total.dim() == 2:
+        total[:, :dim] += columns_NGDR.square().sum((0, 3))
+        if ones:
+            total[:, dim:] += columns_NGDR.shape[0] * columns_NGDR.shape[3]
+        return
+    columns_GDR = columns_NGDR.permute(1, 2, 0, 3).flatten(2)
+    block = total[:, :dim, :dim]
+    block.baddbmm_(columns_GDR, columns_GDR.mT)
+    if ones:
+        sums = columns_GDR.sum(-1)
+        total[:, -1, :dim] += sums
+        total[:, :dim, -1] += sums
+        total[:, -1, -1] += columns_GDR.shape[-1]

@@ -1,116 +1,177 @@
-"""`torch.nn.Conv2d`: stride, any padding, dilation and groups; one Kronecker block per group."""
+"""Convolutions and transposed convolutions in one to three dimensions; one Kronecker block per group."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
-from fop.layers.base import FactorSums, Layer, statistics_dtype, with_ones
+from fop.layers.base import CHUNK_ELEMENTS, Layer, LayerOptions
+from fop.layers.statistics import FactorSums
 
-# Elements of the unfolded input that exist at a time (64 MiB in float32). Unfolding a large batch at
-# once would take kernel-area times the memory of the activations.
-CHUNK_ELEMENTS = 2**24
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConvolution: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 # A convolution has a row for every output position, at very large batch far more than its factors have
 # entries. Statistics then take every k-th sample, with k as large as leaves this many samples and rows.
 MIN_SAMPLES = 2048
 MIN_ROWS_PER_DIM = 8
 
 
-class Conv2dLayer(Layer):
+class ConvLayer(Layer):
     """Rows of A are unfolded patches in the order of ``weight.flatten(1)``, rows of G output positions."""
 
-    def __init__(self, module: nn.Conv2d, *, bias: bool) -> None:
+    def __init__(
+        self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
+    ) -> None:
+        self.spatial = len(module.kernel_size)
         self.groups = module.groups
         self.out_dim = module.out_channels // module.groups
-        self.in_dim = module.weight[0].numel()
+        self.in_dim = module.in_channels // module.groups * prod(module.kernel_size)
         self.bias = bias
+        self.options = options
         self.weight_shape = tuple(module.weight.shape)
-        self.kernel = _pair(module.kernel_size)
-        self.stride = _pair(module.stride)
-        self.dilation = _pair(module.dilation)
+        self.kernel = tuple(module.kernel_size)
+        self.stride = tuple(module.stride)
+        self.dilation = tuple(module.dilation)
         self.pads = _pads(module)
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
-    def batched(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return (x[None], b[None]) if x.dim() == 3 else (x, b)
+    def leading_dims(self, x: Tensor) -> int:
+        return x.dim() - 1 - self.spatial
 
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        left, right, top, bottom = self.pads
-        if self.mode == "constant" and left == right and top == bottom:
-            padding = (top, left)
+        befores, afters = zip(*self.pads, strict=True)
+        if self.mode == "constant" and befores == afters:
+            padding = befores
         else:
-            x, padding = self._padded(x), (0, 0)
-        weight = conv2d_weight(
-            x.to(b.dtype), self.weight_shape, b, self.stride, padding, self.dilation, self.groups
-        )
-        return self.to_matrix(weight, b.sum((0, 2, 3)) if self.bias else None)
+            x, padding = self._padded(x), (0,) * self.spatial
+        return self.to_matrix(self._weight_gradient(x, b, padding), self._bias_gradient(b))
+
+    def _weight_gradient(
+        self, x: Tensor, b: Tensor, padding: tuple[int, ...], *, transposed: bool = False
+    ) -> Tensor:
+        # torch.nn.grad.conv2d_weight and its kin, for any dimension and for transposed ones.
+        weight = b.new_empty(1).expand(self.weight_shape)
+        zeros, mask = (0,) * self.spatial, (False, True, False)
+        geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, transposed, zeros, self.groups)
+        gradients = torch.ops.aten.convolution_backward(b, x.to(b.dtype), weight, None, *geometry, mask)
+        return gradients[1]  # type: ignore[no-any-return]
+
+    def _bias_gradient(self, b: Tensor) -> Tensor | None:
+        return b.transpose(0, 1).flatten(1).sum(1) if self.bias else None
 
     def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        dtype = statistics_dtype(b)
-        positions = b.shape[2] * b.shape[3]
-        batch = x.shape[0]
-        x, b = self._subsample(x, b, positions)
-        samples, rows = x.shape[0], x.shape[0] * positions
-        a = torch.zeros(self.groups, self.in_dim, self.in_dim, dtype=dtype, device=x.device)
-        g = torch.zeros(self.groups, self.out_dim, self.out_dim, dtype=dtype, device=x.device)
-        sums = torch.zeros(self.groups, self.in_dim, dtype=dtype, device=x.device)
-        per_sample = self.groups * self.in_dim * positions
-        chunk = max(1, CHUNK_ELEMENTS // max(1, per_sample))
-        for x_part, b_part in zip(x.split(chunk), b.split(chunk), strict=True):
-            patches_gir = self._rows(self._patches(x_part.to(dtype)), self.in_dim)
-            gradients_gor = self._rows(b_part.to(dtype).flatten(2), self.out_dim)
-            a.baddbmm_(patches_gir, patches_gir.mT)
-            g.baddbmm_(gradients_gor, gradients_gor.mT)
-            if self.bias:
-                sums += patches_gir.sum(-1)
-        a = with_ones(a, sums, rows) if self.bias else a
-        # As if all samples had been summed: b is 1/batch of a sample's own gradient.
-        share = batch / max(1, samples)
-        return FactorSums(a * share, g * share, batch, batch * positions)
-
-    def _subsample(self, x: Tensor, b: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        batch, positions = x.shape[0], b[0, 0].numel()
         needed = -(-MIN_ROWS_PER_DIM * max(self.in_dim, self.out_dim) // max(1, positions))
-        step = max(1, x.shape[0] // max(MIN_SAMPLES, needed))
-        return x[::step], b[::step]
+        step = max(1, batch // max(MIN_SAMPLES, needed))
+        sums = super().factor_sums(x[::step], b[::step])
+        if step > 1 and sums.g is not None:
+            # As if all samples had been summed: b is 1/batch of a sample's own gradient.
+            share = batch / sums.samples
+            sums = FactorSums(
+                sums.a * share, sums.g * share, batch, batch * int(sums.rows) // max(1, sums.samples)
+            )
+        return sums
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """Return the patches of x (N, channels, height, width) as (N, channels·kernel, positions)."""
-        patches: Tensor = F.unfold(self._padded(x), self.kernel, dilation=self.dilation, stride=self.stride)
-        return patches
+    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        per_sample = self.groups * self.in_dim * b[0, 0].numel()
+        chunk = max(1, CHUNK_ELEMENTS // max(1, per_sample))
+        yield from zip(x.split(chunk), b.split(chunk), strict=True)
 
-    def _rows(self, columns: Tensor, size: int) -> Tensor:
-        """Return columns (N, groups·size, positions) as (groups, size, N·positions)."""
-        samples, _, positions = columns.shape
-        split = columns.reshape(samples, self.groups, size, positions)
-        return split.permute(1, 2, 0, 3).flatten(2)
+    def input_columns(self, x: Tensor) -> Tensor:
+        return self._patches(self._padded(x), self.stride)
+
+    def output_columns(self, b: Tensor) -> Tensor:
+        return b.reshape(b.shape[0], self.groups, self.out_dim, -1)
+
+    def _patches(self, x: Tensor, stride: tuple[int, ...]) -> Tensor:
+        """Return the patches of x (N, channels, *size) as (N, groups, channels/groups·kernel, positions)."""
+        for dim, (k, s, d) in enumerate(zip(self.kernel, stride, self.dilation, strict=True), start=2):
+            # Each unfold appends a dimension: (N, channels, *positions, *kernel) in the end.
+            x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+        n, channels = x.shape[:2]
+        positions = range(2, 2 + self.spatial)
+        taps = range(2 + self.spatial, 2 + 2 * self.spatial)
+        ordered = x.permute(0, 1, *taps, *positions)
+        return ordered.reshape(n, self.groups, channels // self.groups * prod(self.kernel), -1)
 
     def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.pads, mode=self.mode) if any(self.pads) else x
+        pads = [size for pair in reversed(self.pads) for size in pair]
+        return F.pad(x, pads, mode=self.mode) if any(pads) else x
 
 
-def unsupported_conv2d(module: nn.Conv2d) -> str | None:
-    """Return why a Conv2d cannot take the FOP step, or None if it can."""
-    if (
-        type(module).forward is not nn.Conv2d.forward
-        or type(module)._conv_forward is not nn.Conv2d._conv_forward
-    ):
-        return f"{type(module).__name__} overrides Conv2d.forward"
+class TransposedConvLayer(ConvLayer):
+    """A transposed convolution as the convolution of its input with zeros between the pixels.
+
+    Rows of A are the pixels that reach an output position, in the order (input channel, kernel position);
+    the weight is stored as (in, out/groups, *kernel).
+    """
+
+    def __init__(self, module: TransposedConvolution, *, bias: bool, options: LayerOptions) -> None:
+        super().__init__(module, bias=bias, options=options)
+        self.padding = tuple(int(p) for p in module.padding)
+
+    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        weight = self._weight_gradient(x, b, self.padding, transposed=True)
+        return self.to_matrix(weight, self._bias_gradient(b))
+
+    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for x_part, b_part in super().chunks(x, b):
+            yield self._spread(x_part, b_part.shape[2:]), b_part
+
+    def input_columns(self, x: Tensor) -> Tensor:
+        patches = self._patches(x, (1,) * self.spatial)
+        # Output t sees input s through tap k where t = s·stride - padding + k·dilation: later k, earlier s
+        taps = patches.unflatten(2, (-1, prod(self.kernel)))
+        columns: Tensor = taps.flip(3).flatten(2, 3)
+        return columns
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        taps = prod(self.kernel)
+        split = weight.reshape(self.groups, self.in_dim // taps, self.out_dim, taps)
+        return split.transpose(1, 2).reshape(self.groups, self.out_dim, self.in_dim)
+
+    def weight_from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        taps = prod(self.kernel)
+        split = matrix.reshape(self.groups, self.out_dim, self.in_dim // taps, taps)
+        return split.transpose(1, 2).reshape(shape)
+
+    def _spread(self, x: Tensor, out_size: torch.Size) -> Tensor:
+        """Return x with zeros between its pixels, padded so that every output position has a patch."""
+        sizes, pads = [], []
+        geometry = zip(
+            x.shape[2:], out_size, self.kernel, self.stride, self.dilation, self.padding, strict=True
+        )
+        for size, out, k, s, d, p in geometry:
+            sizes.append((size - 1) * s + 1)
+            before = d * (k - 1) - p
+            # The output may be longer than the input asks for (output_padding).
+            pads.append((before, out + d * (k - 1) - sizes[-1] - before))
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        every = [slice(None, None, s) for s in self.stride]
+        spread[(slice(None), slice(None), *every)] = x
+        return F.pad(spread, [size for pair in reversed(pads) for size in pair])
+
+
+def unsupported_conv(module: nn.Module) -> str | None:
+    """Return why a convolution cannot take the FOP step, or None if it can."""
+    base = next(kind for kind in type(module).__mro__ if kind.__module__ == "torch.nn.modules.conv")
+    methods = ("forward", "_conv_forward")
+    if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
+        return f"{type(module).__name__} overrides {base.__name__}.forward"
     return None
 
 
-def _pair(value: tuple[int, ...] | int) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _pads(module: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Return (left, right, top, bottom) as `F.pad` takes them; 'same' puts the odd one right and below."""
-    if isinstance(module.padding, str):
-        if module.padding == "valid":
-            return 0, 0, 0, 0
-        dilation, kernel = _pair(module.dilation), _pair(module.kernel_size)
-        total_y, total_x = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-        return total_x // 2, total_x - total_x // 2, total_y // 2, total_y - total_y // 2
-    y, x = _pair(module.padding)
-    return x, x, y, y
+def _pads(module: Convolution | TransposedConvolution) -> list[tuple[int, int]]:
+    """Return (before, after) of each spatial dimension; 'same' puts the odd one after."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(p), int(p)) for p in module.padding]

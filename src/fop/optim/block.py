@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from fop.algebra import (
+    Curvature,
+    DiagonalBlock,
     Direction,
     Inversion,
     KroneckerBlock,
     Rung,
+    damped_diagonal,
     damped_inverses,
     damping_split,
     fop_direction,
@@ -21,35 +24,71 @@ from fop.algebra import (
 )
 from fop.capture import LayerCapture
 from fop.optim.discovery import FoundLayer
+from fop.optim.gradients import Scaling
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
 GROWTH = 5
 
 
+class PairCount:
+    """How many steps had no gradient pair, and why the last one had none; counted on the device."""
+
+    def __init__(self) -> None:
+        self._without = 0
+        self._distrusted: Tensor | None = None
+        self._trusted: Tensor | None = None
+        self._why: str | None = None
+
+    def count(self, trusted: Tensor | None, why: str) -> None:
+        """Add one step: ``trusted`` is a 0-dim bool, or None for a step without a pair because of ``why``."""
+        self._trusted, self._why = trusted, None
+        if trusted is None:
+            self._without += 1
+            self._why = why
+        else:
+            self._distrusted = (~trusted).long() + (0 if self._distrusted is None else self._distrusted)
+
+    def report(self) -> tuple[int, str | None]:
+        """Return the number of steps without a pair, and why the last step was one of them, if it was."""
+        distrusted = 0 if self._distrusted is None else int(self._distrusted)
+        if self._trusted is not None and not bool(self._trusted):
+            return self._without + distrusted, _CHANGED
+        return self._without + distrusted, self._why
+
+
+# What else can be wrong is decided on the device, without a word.
+_CHANGED = "p.grad is not what the layer's own backward pass gave (changed since, or other paths in the loss)"
+
+
 class Block:
-    """A layer's parameters, capture and curvature.
+    """A weight, with the bias that belongs to it: capture and curvature.
 
     Args:
         found: the layer.
+        capture: what watches it.
         state: the optimizer's state of the weight; it holds A, G, A_inv, G_inv, ``refreshed_at``,
             ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see), so that a checkpoint
-            is complete.
+            is complete. A diagonal curvature has no G.
     """
 
-    def __init__(self, found: FoundLayer, state: dict[str, Any]) -> None:
+    def __init__(self, found: FoundLayer, capture: LayerCapture, state: dict[str, Any]) -> None:
         self.name = found.name
+        self.kind = type(found.uses[0].module).__name__
+        self.modules = tuple(use.name for use in found.uses)
         self.layer = found.layer
         self.weight = found.weight
         self.bias = found.bias
         self.state = state
-        self.capture = LayerCapture(found.module, found.layer, found.weight, found.bias)
+        self.capture = capture
         self.rescues: Counter[Rung] = Counter()
         self.last: Direction | None = None
         # Whether the last gradient came without curvature, so that AdamW took the step.
         self.by_adamw = False
-        if "A" in state and state["A"].shape[-1] != self.layer.matrix_shape[-1]:
-            # Loaded before the layer was known, from a run that had a bias here or had none: start afresh.
-            for key in ("A", "G", "A_inv", "G_inv", "refresh_at", "refreshed_at"):
+        self.pairs = PairCount()
+        shapes = self.layer.factor_shapes
+        if any(key in state and tuple(state[key].shape) != shape for key, shape in shapes.items()):
+            # Loaded before the layer was known, from a run with other layer options or bias: start afresh.
+            for key in ("A", "G", "A_inv", "G_inv", "refresh_at", "refreshed_at", "complete"):
                 state.pop(key, None)
 
     @property
@@ -60,22 +99,29 @@ class Block:
     @property
     def ready(self) -> bool:
         """Whether there is a curvature to precondition with."""
-        return "A_inv" in self.state and "G_inv" in self.state
+        return "A_inv" in self.state
 
     def schedule(self, options: Mapping[str, Any]) -> None:
         """Tell the capture what the coming backward pass must gather."""
         self.capture.paired = options["beta"] != 0.0
         self.capture.due = self.state.get("refresh_at", 0) <= options["step"]
+        self.capture.counted = options["loss_reduction"] == "sum"
 
-    def curvature(self) -> KroneckerBlock:
+    def curvature(self) -> Curvature:
         """Return F and F̂⁻¹ of this layer."""
         state = self.state
+        if "G" not in state:
+            return DiagonalBlock(state["A"], state["A_inv"])
         return KroneckerBlock(state["A"], state["G"], state["A_inv"], state["G_inv"])
 
     def gradient(self) -> Tensor:
         """Return p.grad of weight and bias as gradient matrix."""
         assert self.weight.grad is not None
         return self.layer.to_matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
+
+    def samples_of(self, options: Mapping[str, Any]) -> int:
+        """Return by what p.grad is divided to be the gradient of a mean: 1, or N of a loss that is a sum."""
+        return max(1, self.capture.window.samples) if options["loss_reduction"] == "sum" else 1
 
     def direction(self, options: Mapping[str, Any]) -> Direction:
         """Return the FOP direction, or K-FAC's where this step has no gradient pair."""
@@ -85,7 +131,13 @@ class Block:
         average = self.gradient()
         difference = None
         if fixed_beta != 0.0:
-            difference = self.capture.difference(average, self.state.get("complete"))
+            window = self.capture.window
+            pair = window.difference(average, self.state.get("complete"), options["loss_reduction"])
+            self.pairs.count(None if pair is None else pair[1], window.why)
+            difference = None if pair is None else self._without_frozen_bias(pair[0])
+        if (samples := self.samples_of(options)) > 1:
+            average = average / samples
+            difference = None if difference is None else difference / samples
         if difference is None:
             direction = kfac_direction(self.curvature(), average, eta=fixed_eta)
         else:
@@ -94,13 +146,19 @@ class Block:
         self.last = direction._replace(update=direction.alignment)
         return direction
 
+    def _without_frozen_bias(self, difference: Tensor) -> Tensor:
+        if self.bias is not None and self.bias.grad is None:
+            self.layer.bias_part(difference).zero_()
+        return difference
+
     def squared_length(self, direction: Direction, groups: Mapping[Tensor, Mapping[str, Any]]) -> Tensor:
         """Return lr²·⟨update, gradient⟩, this layer's term of the KL clip."""
         rate = float(groups[self.weight]["lr"])
         if self.bias is None or groups[self.bias]["lr"] == rate:
             return direction.alignment * rate**2
+        samples = self.samples_of(groups[self.weight])
         terms = [
-            groups[param]["lr"] ** 2 * (part * param.grad).sum()
+            groups[param]["lr"] ** 2 * (part * param.grad).sum() / samples
             for param, part in self.parts(direction.update)
             if param.grad is not None
         ]
@@ -125,23 +183,33 @@ def next_refresh(step: int, interval: int) -> int:
 
 
 def refresh_curvature(
-    blocks: Sequence[Block], options: Sequence[Mapping[str, Any]]
+    blocks: Sequence[Block],
+    options: Sequence[Mapping[str, Any]],
+    scaling: Scaling,
 ) -> tuple[list[Block], list[tuple[Block, Rung]]]:
     """Take the gathered statistics of ``blocks`` into their factors and invert these.
 
     Args:
         blocks: blocks whose window holds statistics.
         options: the parameter group of each.
+        scaling: loss scale in the backward pass, and whether the step is skipped, which changes nothing.
 
     Returns:
         The blocks whose statistics were not finite, which keep their curvature, and the rescues.
 
     Transfers to the host twice (are the statistics finite, did the inversions succeed).
     """
-    fresh = [block.capture.window.sums.factors() for block in blocks if block.capture.window.sums]
-    finite = torch.stack(
-        [(torch.isfinite(A).all() & torch.isfinite(G).all()).to(fresh[0][0].device) for A, G in fresh]
-    ).tolist()
+    fresh = [
+        block.capture.window.statistics.factors(group["loss_reduction"], scaling.loss_scale)
+        for block, group in zip(blocks, options, strict=True)
+        if block.capture.window.statistics
+    ]
+    home = fresh[0][0].device
+    flags = [_finite(*pair).to(home) for pair in fresh]
+    flags.append(torch.ones_like(flags[0]) if scaling.skipped is None else (scaling.skipped == 0).to(home))
+    *finite, counts = torch.stack(flags).tolist()
+    if not counts:
+        return [], []
     factors: list[Tensor] = []
     shifts: list[Tensor] = []
     refused = [block for block, fine in zip(blocks, finite, strict=True) if not fine]
@@ -151,18 +219,30 @@ def refresh_curvature(
             continue
         state, decay = block.state, group["stat_decay"]
         for key, new in (("A", A), ("G", G)):
-            state[key] = torch.lerp(new, state[key], decay) if key in state else new
-        shift_A, shift_G = damping_split(state["A"], state["G"], group["damping"])
-        factors += [state["A"], state["G"]]
-        shifts += [shift_A, shift_G]
+            if new is not None:
+                state[key] = torch.lerp(new, state[key], decay) if key in state else new
+        if G is None:
+            state["A_inv"], state["refreshed_at"] = (
+                damped_diagonal(state["A"], group["damping"]),
+                group["step"],
+            )
+        else:
+            shift_A, shift_G = damping_split(state["A"], state["G"], group["damping"])
+            factors += [state["A"], state["G"]]
+            shifts += [shift_A, shift_G]
+            updated.append((block, group["step"]))
         if (complete := block.capture.window.complete) is not None:
             if (clean := block.capture.window.clean) is not None:
                 # What p.grad held before says nothing about the paths into it.
                 complete = torch.where(clean, complete, state.get("complete", torch.ones_like(complete)))
             state["complete"] = complete
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
-        updated.append((block, group["step"]))
     return refused, _store(updated, damped_inverses(factors, shifts))
+
+
+def _finite(A: Tensor, G: Tensor | None) -> Tensor:
+    finite = torch.isfinite(A).all()
+    return finite if G is None else finite & torch.isfinite(G).all()
 
 
 def _store(blocks: Sequence[tuple[Block, int]], inversions: Sequence[Inversion]) -> list[tuple[Block, Rung]]:

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from fop.optim.options import DEFAULTS
 
-Shape: TypeAlias = tuple[int, int, int]
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 _OURS = ("A", "G", "A_inv", "G_inv", "momentum_buffer")
 
 
-def check_state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], shapes: Mapping[Tensor, Shape]) -> None:
+def check_state_dict(
+    saved: Any, groups: Sequence[Mapping[str, Any]], shapes: Mapping[Tensor, Shapes]
+) -> None:
     """Raise ValueError unless ``saved`` fits these parameter groups.
 
     Args:
         saved: what `state_dict` of an optimizer gave.
         groups: the parameter groups that it would be loaded into.
-        shapes: gradient matrix (groups, out, in) of every weight whose layer is known already.
+        shapes: shapes of the factors of every weight whose layer is known already.
     """
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         raise ValueError(
@@ -60,7 +62,7 @@ def check_state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], shapes: Ma
 
 
 def _allowed_shapes(
-    state: Mapping[str, Any], param: Tensor, known: Shape | None
+    state: Mapping[str, Any], param: Tensor, known: Shapes | None
 ) -> dict[str, list[tuple[int, ...]]]:
     """Return the entries that ``state`` must have, given those it has, and the shapes they may have."""
     allowed: dict[str, list[tuple[int, ...]]] = {}
@@ -71,21 +73,28 @@ def _allowed_shapes(
     if state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
         allowed |= {"exp_avg": [tuple(param.shape)], "exp_avg_sq": [tuple(param.shape)], "step": [()]}
     if state.keys() & {"A", "G", "A_inv", "G_inv"}:
-        rows = param.shape[0] if param.dim() > 1 else 0
-        row = param.numel() // max(1, rows)
-        matrices = [known] if known else [(0, rows, row), (0, rows, row + 1)]
-        # Only grouped convolutions have more than one block; without the layer the factors tell how many.
-        G = state.get("G")
-        blocks = known[0] if known else (G.shape[0] if isinstance(G, Tensor) and G.dim() == 3 else 1)
-        out = known[1] if known else rows // max(1, blocks)
-        columns = sorted({in_dim for _, _, in_dim in matrices})
-        allowed["A"] = [(blocks, size, size) for size in columns]
-        allowed["G"] = [(blocks, out, out)]
-        if state.keys() & {"A_inv", "G_inv"}:
-            A = state.get("A")
-            allowed["A_inv"] = [tuple(A.shape)] if isinstance(A, Tensor) else allowed["A"]
-            allowed["G_inv"] = allowed["G"]
+        shapes = known or _plausible(state, param)
+        for name, shape in shapes.items():
+            allowed[name] = [shape]
+            if state.keys() & {"A_inv", "G_inv"}:
+                allowed[f"{name}_inv"] = [shape]
     return allowed
+
+
+def _plausible(state: Mapping[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return factor shapes that fit a parameter whose layer is not known yet: those saved, if they fit."""
+    A, G = state.get("A"), state.get("G")
+    numel = param.numel()
+    if isinstance(A, Tensor) and G is None and A.dim() == 3:
+        return {"A": tuple(A.shape) if A.numel() in (numel, 2 * numel) else (1, 1, numel)}
+    if isinstance(A, Tensor) and isinstance(G, Tensor) and min(A.dim(), G.dim()) > 1:
+        (groups, columns), (_, out) = A.shape[:2], G.shape[:2]
+        if groups * out * columns in (numel, numel + groups * out):
+            square_A = (groups, columns, columns)[: A.dim()]
+            return {"A": square_A, "G": (groups, out, out)[: G.dim()]}
+    out = param.shape[0] if param.dim() > 0 else 1
+    columns = numel // max(1, out)
+    return {"A": (1, columns, columns), "G": (1, out, out)}
 
 
 def _check_entry(state: Mapping[str, Any], name: str, allowed: list[tuple[int, ...]], label: str) -> None:
@@ -107,9 +116,26 @@ def restore_precision(
     """Put our tensors back as saved: torch casts every state tensor to its parameter's dtype."""
     for old, new in zip(saved["param_groups"], groups, strict=True):
         for key, param in zip(old["params"], new["params"], strict=True):
-            dtype = torch.promote_types(param.dtype, torch.float32)
             for name, value in saved["state"].get(key, {}).items():
-                if name in _OURS:
-                    state[param][name] = value.to(param.device, dtype, copy=True)
-                elif name in ("step", "complete"):
-                    state[param][name] = value.to(param.device, copy=True)
+                if isinstance(value, Tensor):
+                    state[param][name] = value.to(param.device, _dtype(name, value, param), copy=True)
+
+
+def follow_moves(
+    state: Mapping[Tensor, dict[str, Any]], places: dict[Tensor, tuple[torch.device, torch.dtype]]
+) -> None:
+    """Move the state of parameters that have moved, as by ``model.to``, since ``places`` were noted."""
+    for param, entries in state.items():
+        place = (param.device, param.dtype)
+        if places.setdefault(param, place) == place:
+            continue
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                entries[name] = value.to(param.device, _dtype(name, value, param))
+        places[param] = place
+
+
+def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
+    if name in ("step", "complete"):
+        return value.dtype
+    return torch.promote_types(param.dtype, torch.float32) if name in _OURS else param.dtype

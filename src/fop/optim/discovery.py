@@ -7,18 +7,43 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from fop.layers import Layer, describe
+from fop.layers import EmbeddingLayer, Layer, Slot, describe
+from fop.optim.layer_options import LayerChoices
+
+
+@dataclass(frozen=True)
+class Use:
+    """One module that uses a weight: its name, the slot of the weight, how it sees the weight."""
+
+    name: str
+    module: nn.Module
+    slot: Slot
+    layer: Layer
 
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """A module whose weight (and bias) can take the FOP step."""
+    """A weight (and bias) that can take the FOP step, with every module that uses it."""
 
     name: str
-    module: nn.Module
     layer: Layer
     weight: nn.Parameter
     bias: nn.Parameter | None
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter is: the qualified name of a module, the module, the module's name for it."""
+
+    module_name: str
+    module: nn.Module
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the parameter."""
+        return f"{self.module_name}.{self.key}" if self.module_name else self.key
 
 
 @dataclass
@@ -26,64 +51,134 @@ class Found:
     """Result of looking through a module tree.
 
     Attributes:
-        layers: the Kronecker-factored layers.
-        names: qualified name of every wanted parameter that was met.
+        layers: the layers that can take the FOP step.
+        owners: every place of every wanted parameter that was met.
         reasons: why a parameter takes AdamW, for those that do.
     """
 
     layers: list[FoundLayer] = field(default_factory=list)
-    names: dict[Tensor, str] = field(default_factory=dict)
+    owners: dict[Tensor, list[Owner]] = field(default_factory=dict)
     reasons: dict[Tensor, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Qualified name of every wanted parameter that was met."""
+        return {param: owners[0].name for param, owners in self.owners.items()}
 
     def prefix(self, root: str) -> None:
         """Put the name of the root before all names."""
-        self.names = {param: f"{root}.{name}" for param, name in self.names.items()}
+        for param, owners in self.owners.items():
+            self.owners[param] = [
+                replace(owner, module_name=f"{root}.{owner.module_name}".rstrip(".")) for owner in owners
+            ]
         self.layers = [replace(layer, name=f"{root}.{layer.name}") for layer in self.layers]
 
 
-def find_layers(root: nn.Module, wanted: Collection[Tensor]) -> Found:
+def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoices) -> Found:
     """Look through ``root`` for the owners of the wanted parameters.
 
     Raises:
         ValueError: if a module would give its parameter sparse gradients.
     """
-    owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in root.named_modules():
-        for key, param in module._parameters.items():
-            if param is not None and param in wanted:
-                owners.setdefault(param, []).append((name, module, key))
-
     found = Found()
-    for param, places in owners.items():
-        name, module, key = places[0]
-        found.names[param] = f"{name}.{key}" if name else key
-        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            raise ValueError(
-                f"{name or type(module).__name__} has sparse=True, and sparse gradients are not supported; "
-                "make it with sparse=False or give its parameters to torch.optim.SparseAdam"
-            )
-        if len(places) > 1:
-            modules = ", ".join(place or type(owner).__name__ for place, owner, _ in places)
-            found.reasons[param] = f"shared by {modules}"
-
-    for weight, places in owners.items():
-        name, module, key = places[0]
-        if weight in found.reasons or key != "weight":
+    slots: dict[Tensor, list[tuple[str, nn.Module, Slot]]] = {}
+    why: dict[nn.Module, str] = {}
+    claimed: set[nn.Module] = set()
+    for name, module in root.named_modules():
+        mine = [(key, param) for key, param in module._parameters.items() if param is not None]
+        for key, param in mine:
+            if param in wanted:
+                found.owners.setdefault(param, []).append(Owner(name, module, key))
+                _refuse_sparse(module, name)
+        if module in claimed or not (mine or isinstance(module, nn.MultiheadAttention)):
             continue
-        bias = module._parameters.get("bias")
-        owned = bias if bias is not None and bias in owners and bias not in found.reasons else None
-        layer = describe(module, bias=owned is not None)
-        if isinstance(layer, str):
-            found.reasons[weight] = layer
-        elif isinstance(weight, nn.Parameter):
-            found.layers.append(FoundLayer(name or type(module).__name__, module, layer, weight, owned))
+        described = describe(module, choices.of(name, module))
+        if isinstance(described, str):
+            why[module] = described
+            continue
+        for slot in described:
+            weight = _named(module, slot.weight)
+            claimed |= {module.get_submodule(slot.weight.rpartition(".")[0])} - {module}
+            if weight in wanted and isinstance(weight, nn.Parameter):
+                slots.setdefault(weight, []).append((name, module, slot))
 
+    for weight, places in slots.items():
+        reason = _join(found, weight, places)
+        if reason is not None:
+            found.reasons[weight] = reason
     covered = {param for layer in found.layers for param in (layer.weight, layer.bias)}
-    for param, places in owners.items():
+    for param, owners in found.owners.items():
         if param not in covered and param not in found.reasons:
-            _, module, key = places[0]
-            layer = describe(module, bias=False)
-            found.reasons[param] = (
-                layer if isinstance(layer, str) else f"without the weight of its {type(module).__name__}"
-            )
+            found.reasons[param] = _reason(owners, slots, why)
     return found
+
+
+def _join(found: Found, weight: Tensor, places: list[tuple[str, nn.Module, Slot]]) -> str | None:
+    """Add the layer of a weight to ``found``, or return why it cannot be one."""
+    # An attention module uses what its submodule owns: one place for both.
+    seen = {_named_owner(module, slot.weight) for _, module, slot in places}
+    others = [owner for owner in found.owners[weight] if (owner.module, owner.key) not in seen]
+    if others:
+        return f"shared with {', '.join(owner.name for owner in others)}, which takes no FOP step"
+    biases = {_named(module, slot.bias) if slot.bias else None for _, module, slot in places}
+    bias = biases.pop() if len(biases) == 1 else None
+    alone = bias is not None and bias in found.owners and len(found.owners[bias]) == len(places)
+    embeddings = [slot for _, _, slot in places if slot.tied is not None]
+    tied = 0 < len(embeddings) < len(places)
+    uses = tuple(
+        Use(name, module, slot, slot.tied() if tied and slot.tied else slot.build(alone))
+        for name, module, slot in places
+    )
+    kinds = {(type(use.layer), use.layer.matrix_shape) for use in uses if not (tied and use.slot.tied)}
+    if len(kinds) > 1 or len({use.layer.matrix_shape for use in uses}) > 1:
+        return f"shared by {', '.join(use.name for use in uses)}, whose curvatures do not fit together"
+    main = next(use for use in uses if not isinstance(use.layer, EmbeddingLayer) or not tied)
+    path, _, last = main.slot.weight.rpartition(".")
+    name = ".".join(part for part in (main.name, path) if part) or type(main.module).__name__
+    if last not in ("weight", ""):
+        name = f"{name}.{last.removesuffix('_weight')}"
+    assert isinstance(weight, nn.Parameter)
+    found.layers.append(
+        FoundLayer(name, main.layer, weight, bias if alone and isinstance(bias, nn.Parameter) else None, uses)
+    )
+    return None
+
+
+def _reason(
+    owners: list[Owner],
+    slots: dict[Tensor, list[tuple[str, nn.Module, Slot]]],
+    why: dict[nn.Module, str],
+) -> str:
+    """Return why a parameter that belongs to no layer takes AdamW."""
+    owner = owners[0]
+    if owner.module in why:
+        return why[owner.module]
+    kind = type(owner.module).__name__
+    if len(owners) > 1:
+        return f"shared by {', '.join(each.module_name or kind for each in owners)}"
+    weight = owner.module._parameters.get("weight")
+    if owner.key == "bias" and weight is not None:
+        if len(slots.get(weight, ())) > 1:
+            return "its weight is shared, with other biases"
+        return f"without the weight of its {kind}"
+    if owner.key == "in_proj_bias":
+        return "one bias for three weights"
+    return f"{owner.key} of {kind} is no weight of a layer"
+
+
+def _refuse_sparse(module: nn.Module, name: str) -> None:
+    if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        raise ValueError(
+            f"{name or type(module).__name__} has sparse=True, and sparse gradients are not supported; "
+            "make it with sparse=False or give its parameters to torch.optim.SparseAdam"
+        )
+
+
+def _named_owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key
+
+
+def _named(module: nn.Module, name: str) -> Tensor | None:
+    owner, key = _named_owner(module, name)
+    return owner._parameters.get(key)

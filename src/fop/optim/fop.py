@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fop.algebra import Direction, Rung
-from fop.capture import FirstForwardHook
+from fop.algebra import Rung
 from fop.optim.block import Block, refresh_curvature
-from fop.optim.checkpoint import check_state_dict, restore_precision
-from fop.optim.discovery import find_layers
+from fop.optim.checkpoint import check_state_dict, follow_moves, restore_precision
+from fop.optim.gradients import Scaling, refuse_sparse, unscaled
+from fop.optim.layer_options import LayerChoices, LayerOptionsLike
 from fop.optim.options import (
     DEFAULTS,
     ParamsLike,
+    Schedule,
     check_parameters,
     checked,
     normalise,
     normalise_group,
+    split_schedules,
 )
 from fop.optim.report import (
     Diagnostics,
@@ -33,7 +35,8 @@ from fop.optim.report import (
     summarise,
     warn_of_curvature,
 )
-from fop.optim.update import adamw_step, move
+from fop.optim.tracking import Tracker
+from fop.optim.update import adamw_step, apply_directions
 
 # Every optimizer alive, to refuse a second one on the same parameters.
 _live: weakref.WeakSet[FOP] = weakref.WeakSet()
@@ -42,8 +45,8 @@ _live: weakref.WeakSet[FOP] = weakref.WeakSet()
 class FOP(Optimizer):
     """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026, Algorithm 1 on one process).
 
-    Linear and Conv2d layers take η0·η*·F̂⁻¹·(Ga + β*·G⊥) with Kronecker-factored F; all other parameters
-    take AdamW in the same step. Nothing in the training loop changes.
+    Linear, convolution, embedding and attention weights take η0·η*·F̂⁻¹·(Ga + β*·G⊥) with Kronecker-factored
+    F; all other parameters take AdamW in the same step. Nothing in the training loop changes.
 
     Args:
         params: an `nn.Module`, parameters, named parameters, or parameter groups. From bare parameters the
@@ -53,9 +56,11 @@ class FOP(Optimizer):
         nesterov: Nesterov momentum, as in `torch.optim.SGD`.
         weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
             use their own learning rate in place of lr.
-        damping: λ of the paper; γ = sqrt(damping) is split between A and G by π.
+        damping: λ of the paper; γ = sqrt(damping) is split between A and G by π. May be a function of the
+            step.
         stat_decay: weight of the old factors when new statistics come in, in [0, 1).
-        curvature_interval: steps between curvature updates; early in training they come more often.
+        curvature_interval: steps between curvature updates; early in training they come more often. May be a
+            function of the step.
         beta: "adaptive" for β* (16), or a fixed mixing coefficient; 0.0 with ``eta=1.0`` is K-FAC.
         eta: "adaptive" for η* (17), or a fixed scale.
         kl_clip: κ; the preconditioned updates are scaled by min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩))
@@ -65,12 +70,21 @@ class FOP(Optimizer):
         betas: as `torch.optim.AdamW`, for the AdamW path.
         eps: as `torch.optim.AdamW`, for the AdamW path.
         maximize: go up instead of down.
+        loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" gradients are divided
+            by N.
+        layer_options: choices for single layers, from a glob pattern on the module's name, or a module type,
+            to a dict with any of ``path`` ("fop" or "adamw"), ``max_factor_dim`` (factors with a larger side
+            are diagonal; 8192), ``weight_sharing`` ("expand" or "reduce") and ``batch_dim`` (0 or 1, where
+            samples are in the layer's input; found out if not given). Later entries override earlier ones.
 
     Raises:
         ValueError: an option out of range; empty, duplicate, shared or sparse parameters; parameters that
             another live FOP drives.
         TypeError: an option of the wrong type; complex or integer parameters.
     """
+
+    # GradScaler then leaves unscaling, and skipping of bad steps, to `step`.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -80,9 +94,9 @@ class FOP(Optimizer):
         momentum: float = DEFAULTS["momentum"],
         nesterov: bool = DEFAULTS["nesterov"],
         weight_decay: float = DEFAULTS["weight_decay"],
-        damping: float = DEFAULTS["damping"],
+        damping: float | Schedule = DEFAULTS["damping"],
         stat_decay: float = DEFAULTS["stat_decay"],
-        curvature_interval: int = DEFAULTS["curvature_interval"],
+        curvature_interval: int | Schedule = DEFAULTS["curvature_interval"],
         beta: float | Literal["adaptive"] = DEFAULTS["beta"],
         eta: float | Literal["adaptive"] = DEFAULTS["eta"],
         kl_clip: float | None = DEFAULTS["kl_clip"],
@@ -90,39 +104,27 @@ class FOP(Optimizer):
         betas: tuple[float, float] = DEFAULTS["betas"],
         eps: float = DEFAULTS["eps"],
         maximize: bool = DEFAULTS["maximize"],
+        loss_reduction: Literal["mean", "sum"] = DEFAULTS["loss_reduction"],
+        layer_options: LayerOptionsLike | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "damping": damping,
-            "stat_decay": stat_decay,
-            "curvature_interval": curvature_interval,
-            "beta": beta,
-            "eta": eta,
-            "kl_clip": kl_clip,
-            "adamw_lr": adamw_lr,
-            "betas": betas,
-            "eps": eps,
-            "maximize": maximize,
-        }
+        given = locals()
+        defaults, schedules = split_schedules({name: given[name] for name in DEFAULTS})
         defaults = checked(defaults)
         groups, root, names = normalise(params)
-        self._begin()
-        self._names.update(names)
+        self._begin(layer_options, schedules)
+        self._tracker.names.update(names)
         super().__init__(groups, defaults)
         if root is not None:
             self._adopt(root)
         self._listen()
         _live.add(self)
 
-    def _begin(self) -> None:
-        self._blocks: dict[Tensor, Block] = {}
-        self._names: dict[Tensor, str] = {}
-        self._reasons: dict[Tensor, str] = {}
-        self._roots: list[weakref.ref[nn.Module]] = []
-        self._finder: FirstForwardHook | None = None
+    def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
+        self._tracker = Tracker(LayerChoices(layer_options))
+        # By index of the group: functions do not belong into a state_dict.
+        self._schedules: list[dict[str, Schedule]] = []
+        self._default_schedules = schedules
+        self._places: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
         self._kl_scale: Tensor | None = None
         self._warned: set[tuple[str, Rung]] = set()
         self._refusals = Refusals()
@@ -136,25 +138,27 @@ class FOP(Optimizer):
             ValueError: as the constructor, for the group's parameters and options.
             TypeError: likewise.
         """
-        group = normalise_group(param_group, self._names)
+        group, schedules = split_schedules(normalise_group(param_group, self._tracker.names))
         options = {key: value for key, value in group.items() if key != "params"}
-        group |= {
-            key: value for key, value in checked({**self.defaults, **options}).items() if key in options
-        }
-        if "kl_clip" in options and options["kl_clip"] != self.defaults["kl_clip"]:
-            raise ValueError(
-                f"kl_clip={options['kl_clip']!r} in a parameter group: the clip is one number for the whole "
-                "step; give it to the constructor"
-            )
+        plain = checked({**self.defaults, **options})
+        group |= {key: value for key, value in plain.items() if key in options}
+        for name in ("kl_clip", "loss_reduction"):
+            if name in options and options[name] != self.defaults[name]:
+                raise ValueError(
+                    f"{name}={options[name]!r} in a parameter group: it is one for the whole step; give it "
+                    "to the constructor"
+                )
         params = group["params"]
-        check_parameters(params, self._names, set(self._parameters()))
+        check_parameters(params, self._tracker.names, set(self._parameters()))
         self._refuse_driven(params)
         group.setdefault("base_lr", group.get("lr", self.defaults["lr"]))
         group.setdefault("last_lr", group.get("lr", self.defaults["lr"]))
         group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
         super().add_param_group(group)
+        own = {name: schedule for name, schedule in self._default_schedules.items() if name not in options}
+        self._schedules.append({**own, **schedules})
         if self in _live:
-            for root in [alive for ref in self._roots if (alive := ref()) is not None]:
+            for root in list(self._tracker.roots()):
                 self._adopt(root)
             self._listen()
 
@@ -164,7 +168,7 @@ class FOP(Optimizer):
         # An optimizer that nobody can reach any more may still wait for the collector.
         gc.collect()
         for param in self._driven(params):
-            label = f"{self._names.get(param, 'a parameter')} {tuple(param.shape)}"
+            label = f"{self._tracker.names.get(param, 'a parameter')} {tuple(param.shape)}"
             raise ValueError(
                 f"{label} is already driven by another live FOP or KFAC; delete that optimizer first "
                 "(del optimizer) or give each its own parameters"
@@ -180,50 +184,39 @@ class FOP(Optimizer):
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         return {param: group for group in self.param_groups for param in group["params"]}
 
-    def _adopt(self, root: nn.Module) -> None:
-        """Find this optimizer's layers below ``root`` and start to capture them."""
-        groups = self._groups()
-        found = find_layers(root, groups.keys())
-        if not found.names:
-            return
-        if all(ref() is not root for ref in self._roots):
-            self._roots.append(weakref.ref(root))
-        taken = {name for param, name in self._names.items() if param not in found.names}
-        if taken & set(found.names.values()):
-            # Two roots, or submodules called one by one, number their parts alike.
-            found.prefix(f"{type(root).__name__}#{len(self._roots)}")
-        for param, name in found.names.items():
-            self._names.setdefault(param, name)
-        for layer in found.layers:
-            block = self._blocks.get(layer.weight)
-            if block is None:
-                self._reasons.pop(layer.weight, None)
-                block = Block(layer, self.state[layer.weight])
-                self._blocks[layer.weight] = block
-                block.schedule(groups[layer.weight])
-            elif block.capture.module is not layer.module:
-                found.reasons[layer.weight] = f"shared by {block.name}, {layer.name}"
-            elif layer.bias is not None and block.bias is not layer.bias:
-                found.reasons[layer.bias] = "added after the weight of its layer"
-        for param, reason in found.reasons.items():
-            self._reasons[param] = reason
-            # A weight that a later root shares: no single capture sees its whole gradient.
-            self._blocks.pop(param, None)
+    @property
+    def _blocks(self) -> dict[Tensor, Block]:
+        return self._tracker.blocks
 
-    def _covered(self) -> set[Tensor]:
-        """Return the parameters that belong to a block."""
-        return {param for block in self._blocks.values() for param in block.params}
+    def _adopt(self, root: nn.Module) -> None:
+        self._tracker.adopt(root, self._groups(), self.state)
 
     def _listen(self) -> None:
-        """Watch forward passes for as long as a parameter's owner is not known."""
-        known = self._reasons.keys() | self._covered()
-        unknown = any(param not in known for param in self._parameters())
-        if unknown and self._finder is None:
-            self._finder = FirstForwardHook(self._adopt)
-            weakref.finalize(self, self._finder.remove)
-        elif not unknown and self._finder is not None:
-            self._finder.remove()
-            self._finder = None
+        self._tracker.listen(list(self._parameters()), self._adopt)
+
+    @contextlib.contextmanager
+    def sub_batch(self, index: int) -> Iterator[None]:
+        """Say that the backward passes inside make up one half of the gradient pair.
+
+        Without it every backward pass is split in two, by sample.
+
+        Args:
+            index: 0 or 1. A step takes the pair if there were passes of both, and none outside.
+
+        Raises:
+            ValueError: another index.
+            RuntimeError: inside another ``sub_batch``.
+        """
+        if isinstance(index, bool) or index not in (0, 1):
+            raise ValueError(f"sub_batch({index!r}): the pair has two halves, 0 and 1")
+        said = self._tracker.sub_batch
+        if said.index is not None:
+            raise RuntimeError(f"sub_batch({index}) inside sub_batch({said.index}); end that one first")
+        said.index = index
+        try:
+            yield
+        finally:
+            said.index = None
 
     # The step
 
@@ -245,13 +238,16 @@ class FOP(Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            ValueError: for sparse gradients; nothing has been changed then.
+            ValueError: for sparse gradients, and for parameters replaced by others of another shape; nothing
+                has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse()
+        names = self._tracker.names
+        refuse_sparse((names.get(param, "a parameter"), param) for param in self._parameters())
+        self._follow_model()
         with contextlib.ExitStack() as stack:
             for device_type in {param.device.type for param in self._parameters()}:
                 if torch.amp.is_autocast_available(device_type):
@@ -259,32 +255,35 @@ class FOP(Optimizer):
             self._step()
         return loss
 
-    def _refuse_sparse(self) -> None:
-        for param in self._parameters():
-            if param.grad is not None and param.grad.layout is not torch.strided:
-                raise ValueError(
-                    f"{self._names.get(param, 'a parameter')} has a sparse gradient, which is not supported; "
-                    "make its module with sparse=False or give it to torch.optim.SparseAdam"
-                )
+    def _follow_model(self) -> None:
+        replaced = self._tracker.follow(self._groups(), self.state)
+        if replaced:
+            for group in self.param_groups:
+                group["params"] = [replaced.get(param, param) for param in group["params"]]
+        follow_moves(self.state, self._places)
 
     def _step(self) -> None:
+        for group, schedules in zip(self.param_groups, self._schedules, strict=True):
+            group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
         groups = self._groups()
+        scaling = unscaled(self, groups)
         active = [block for block in self._blocks.values() if block.weight.grad is not None]
-        refused = self._refresh([block for block in active if block.capture.window.sums is not None], groups)
+        refused = self._refresh(active, groups, scaling)
 
         ready = [block for block in active if block.ready]
         directions = [block.direction(groups[block.weight]) for block in ready]
-        self._apply(ready, directions, groups)
+        if ready:
+            self._kl_scale, finite = apply_directions(ready, directions, groups, self.state, scaling.skipped)
+            self._count_refusals(tuple(block.name for block in ready), ~finite, scaling)
 
         for block in active:
             block.by_adamw = not (block.ready or block in refused)
-        done = {param for block in active if not block.by_adamw for param in block.params}
-        self._step_adamw(done)
+        self._step_adamw({p for block in active if not block.by_adamw for p in block.params}, scaling)
 
-        covered = self._covered()
-        for param in self._parameters():
+        covered, reasons = self._tracker.covered(), self._tracker.reasons
+        for param in groups:
             if param.grad is not None and param not in covered:
-                self._reasons.setdefault(param, "belongs to no module that was called")
+                reasons.setdefault(param, "belongs to no module that was called")
         self._listen()
         for group in self.param_groups:
             group["step"] += 1
@@ -293,42 +292,19 @@ class FOP(Optimizer):
             block.capture.clear()
             block.schedule(groups[block.weight])
 
-    def _refresh(self, blocks: list[Block], groups: Mapping[Tensor, dict[str, Any]]) -> list[Block]:
+    def _refresh(
+        self, active: list[Block], groups: Mapping[Tensor, dict[str, Any]], scaling: Scaling
+    ) -> list[Block]:
         """Take in the gathered statistics; return the blocks whose statistics were not finite."""
+        blocks = [block for block in active if block.capture.window.statistics is not None]
         if not blocks:
             return []
-        refused, rescues = refresh_curvature(blocks, [groups[block.weight] for block in blocks])
+        refused, rescues = refresh_curvature(blocks, [groups[block.weight] for block in blocks], scaling)
         self._refusals.report()
         warn_of_curvature(refused, rescues, self._warned)
         return refused
 
-    def _apply(
-        self, blocks: list[Block], directions: list[Direction], groups: Mapping[Tensor, dict[str, Any]]
-    ) -> None:
-        """Update the weights of ``blocks``; those whose direction is not finite stay as they are."""
-        if not blocks:
-            return
-        home = directions[0].alignment.device
-        lengths = torch.stack(
-            [b.squared_length(d, groups).to(home) for b, d in zip(blocks, directions, strict=True)]
-        )
-        fine = torch.isfinite(lengths)
-        total = torch.where(fine, lengths, 0).sum()
-        kl_clip = self.param_groups[0]["kl_clip"]
-        scale = torch.ones_like(total)
-        if kl_clip is not None:
-            # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
-            scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
-        self._kl_scale = scale
-        for index, (block, direction) in enumerate(zip(blocks, directions, strict=True)):
-            update, device = direction.update, direction.update.device
-            # Not a product: 0 times NaN is NaN.
-            update = torch.where(fine[index].to(device), update * scale.to(device, update.dtype), 0)
-            for param, part in block.parts(update):
-                move(param, part, fine[index].to(device), groups[param], self.state[param])
-        self._refusals.count(tuple(block.name for block in blocks), ~fine)
-
-    def _step_adamw(self, done: Set[Tensor]) -> None:
+    def _step_adamw(self, done: Set[Tensor], scaling: Scaling) -> None:
         """Step every other parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -336,8 +312,16 @@ class FOP(Optimizer):
                 if param.grad is not None and param.numel() and param not in done:
                     alike.setdefault((param.device, param.dtype), []).append(param)
             for params in alike.values():
-                refused = adamw_step(params, group, self.state)
-                self._refusals.count((f"all {len(params)} AdamW parameters of a group",), refused[None])
+                refused = adamw_step(params, group, self.state, scaling.skipped)
+                self._count_refusals(
+                    (f"all {len(params)} AdamW parameters of a group",), refused[None], scaling
+                )
+
+    def _count_refusals(self, names: tuple[str, ...], refused: Tensor, scaling: Scaling) -> None:
+        # A step that the scaler skips is no news: it looks for the largest scale that works.
+        if scaling.skipped is not None:
+            refused = refused & (scaling.skipped.to(refused.device) == 0)
+        self._refusals.count(names, refused)
 
     # What a step leaves behind
 
@@ -361,7 +345,7 @@ class FOP(Optimizer):
 
     def summary(self) -> Summary:
         """Return a printable table: parameter, path, why, factor shapes and memory."""
-        return summarise(self._groups(), self._blocks, self._names, self._reasons, self.state)
+        return summarise(self._groups(), self._tracker, self.state)
 
     def diagnostics(self) -> Diagnostics:
         """Return β, η, ρ, damping, age of the curvature and rescues of every layer as of the last step.
@@ -379,20 +363,28 @@ class FOP(Optimizer):
         Raises:
             ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
         """
-        shapes = {weight: block.layer.matrix_shape for weight, block in self._blocks.items()}
+        shapes = {weight: block.layer.factor_shapes for weight, block in self._blocks.items()}
         check_state_dict(state_dict, self.param_groups, shapes)
         super().load_state_dict(state_dict)
         restore_precision(state_dict, self.param_groups, self.state)
+        self._places.clear()
         groups = self._groups()
         for weight, block in self._blocks.items():
             block.state = self.state[weight]
             block.capture.clear()
             block.schedule(groups[weight])
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"layer_options": self._tracker.choices.given, "schedules": self._schedules}
+        return {**super().__getstate__(), "_own": (own, self._default_schedules)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("_own", None)
         # A copy or an unpickled optimizer has no modules yet: it finds them as from bare parameters.
-        if "_blocks" not in self.__dict__:
-            self._begin()
+        if "_tracker" not in self.__dict__:
+            assert own is not None
+            self._begin(own[0]["layer_options"], own[1])
+            self._schedules = own[0]["schedules"]
         super().__setstate__(state)
         if self not in _live:
             self._listen()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+Schedule: TypeAlias = Callable[[int], float]
 ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 # Measured in records/defaults; docs/defaults.md defends each in a line.
@@ -29,7 +30,11 @@ DEFAULTS: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "maximize": False,
+    "loss_reduction": "mean",
 }
+
+# Options that may be functions of the step.
+SCHEDULED = ("damping", "curvature_interval")
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +46,12 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     _check_options(options)
     return {key: _plain(value) for key, value in options.items()}
+
+
+def split_schedules(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
+    """Return the options with functions of the step replaced by their value at step 0, and the functions."""
+    schedules = {name: options[name] for name in SCHEDULED if callable(options.get(name))}
+    return {**options, **{name: schedule(0) for name, schedule in schedules.items()}}, schedules
 
 
 def _plain(value: Any) -> Any:
@@ -65,6 +76,10 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
     for name in ("beta", "eta"):
         if name in options and options[name] != "adaptive":
             _check_number(name, options[name], low=0.0, instead="or 'adaptive'")
+    if options.get("loss_reduction", "mean") not in ("mean", "sum"):
+        raise ValueError(
+            f"loss_reduction={options['loss_reduction']!r} must be 'mean' or 'sum', as the loss joins samples"
+        )
     if options.get("kl_clip") is not None:
         _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
     if "curvature_interval" in options:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fop.algebra import Rung, damping_split
+from fop.algebra import Rung, damping_split, mean_eigenvalue
+from fop.layers import Layer
 from fop.optim.block import Block
+from fop.optim.tracking import Tracker
 
 _RESCUES = {
     Rung.FLOAT64: "needed float64",
@@ -64,18 +66,22 @@ class LayerDiagnostics:
         eta: step scale η used; 1 for a K-FAC step, None before the first.
         rho: ρ ∈ [0, 1], None before the first step.
         damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1].
-        damping_G: the same for G + γ/π I.
+        damping_G: the same for G + γ/π I; None for a diagonal curvature, which has no G.
         steps_since_curvature: steps since the inverses were computed; None before the first time.
         rescues: how often an inversion needed each rung of the ladder.
+        kfac_steps: number of steps so far that had no gradient pair and were K-FAC's.
+        why_kfac: why the last step was one of them, None if it was not.
     """
 
     beta: float | None
     eta: float | None
     rho: float | None
-    damping_A: float
-    damping_G: float
+    damping_A: float | None
+    damping_G: float | None
     steps_since_curvature: int | None
     rescues: dict[str, int]
+    kfac_steps: int
+    why_kfac: str | None
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,14 @@ class Diagnostics:
     kl_scale: float = 1.0
 
     def __str__(self) -> str:
-        head = ("layer", "beta", "eta", "rho", "damping A", "damping G", "age", "rescues")
+        head = ("layer", "beta", "eta", "rho", "damping A", "damping G", "age", "rescues", "no pair")
         body = []
         for name, d in self.layers.items():
             numbers = (d.beta, d.eta, d.rho, d.damping_A, d.damping_G, d.steps_since_curvature)
             cells = ("–" if number is None else f"{number:.4g}" for number in numbers)
-            body.append((name, *cells, str(sum(d.rescues.values()))))
-        return f"{_table(head, body)}\nKL scale {self.kl_scale:.4g}"
+            body.append((name, *cells, str(sum(d.rescues.values())), str(d.kfac_steps)))
+        why = [f"{name} took K-FAC's step: {d.why_kfac}" for name, d in self.layers.items() if d.why_kfac]
+        return "\n".join([_table(head, body), f"KL scale {self.kl_scale:.4g}", *why])
 
 
 class Refusals:
@@ -144,35 +151,32 @@ def warn_of_curvature(
 
 
 def summarise(
-    groups: Mapping[Tensor, Mapping[str, Any]],
-    blocks: Mapping[Tensor, Block],
-    names: Mapping[Tensor, str],
-    reasons: Mapping[Tensor, str],
-    state: Mapping[Tensor, Mapping[str, Any]],
+    groups: Mapping[Tensor, Mapping[str, Any]], tracker: Tracker, state: Mapping[Tensor, Mapping[str, Any]]
 ) -> Summary:
     """Return the table of every parameter's path."""
-    by_param = {param: block for block in blocks.values() for param in block.params}
+    by_param = {param: block for block in tracker.blocks.values() for param in block.params}
     rows = []
     for index, (param, group) in enumerate(groups.items()):
         block = by_param.get(param)
-        path, reason, factors = "AdamW", reasons.get(param, ""), ""
+        path, reason, factors = "AdamW", tracker.reasons.get(param, ""), ""
         if block is None and not reason:
             path, reason = "unknown", "known after the first forward pass"
         if block is not None:
             kfac = group["beta"] == 0.0 and group["eta"] in (1.0, "adaptive")
-            path, reason = "K-FAC" if kfac else "FOP", type(block.capture.module).__name__
-            g, out_dim, in_dim = block.layer.matrix_shape
+            path, reason = "K-FAC" if kfac else "FOP", block.kind
+            if len(block.modules) > 1:
+                reason += f", shared by {', '.join(block.modules)}"
             if param is block.weight:
-                factors = f"{f'{g}×' if g > 1 else ''}(A {in_dim}², G {out_dim}²)"
+                factors = _factors(block.layer)
             if not param.requires_grad:
                 reason += ", frozen"
             elif block.by_adamw:
-                path, reason, factors = "AdamW", f"no statistics: not used by calling its {reason}", ""
+                path, reason, factors = "AdamW", f"no statistics: not used by calling its {block.kind}", ""
             elif not block.ready:
                 reason += ", no curvature yet"
         held = state.get(param, {})
         size = sum(t.numel() * t.element_size() for t in held.values() if isinstance(t, Tensor))
-        name = names.get(param, f"parameter {index}")
+        name = tracker.names.get(param, f"parameter {index}")
         rows.append(SummaryRow(name, tuple(param.shape), path, reason, factors, size))
     return Summary(rows)
 
@@ -198,15 +202,28 @@ def diagnose(
             share_G,
             None if refreshed_at is None else group["step"] - 1 - refreshed_at,
             {rung.name.lower(): block.rescues[rung] for rung in Rung if rung is not Rung.NONE},
+            *block.pairs.report(),
         )
     return Diagnostics(layers, 1.0 if kl_scale is None else float(kl_scale))
 
 
-def _damping_shares(block: Block, damping: float) -> list[float]:
+def _factors(layer: Layer) -> str:
+    groups, out, columns = layer.matrix_shape
+    if "G" not in layer.factor_shapes:
+        return f"diagonal {out * columns}"
+    A = f"A {columns}" + ("" if layer.diagonal_A else "²")
+    G = f"G {out}" + ("" if layer.diagonal_G else "²")
+    return f"{f'{groups}×' if groups > 1 else ''}({A}, {G})"
+
+
+def _damping_shares(block: Block, damping: float) -> list[float | None]:
+    A, G = block.state["A"], block.state.get("G")
+    if G is None:
+        whole = A.mean() + damping
+        return [float(torch.where(whole > 0, damping / whole, 0)), None]
     shares = []
-    A, G = block.state["A"], block.state["G"]
     for factor, shift in zip((A, G), damping_split(A, G, damping), strict=True):
-        whole = shift + factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+        whole = shift + mean_eigenvalue(factor)
         shares.append((shift / torch.where(whole > 0, whole, 1)).mean())
     return list(torch.stack(shares).tolist())
 

@@ -9,6 +9,50 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fop.algebra import Direction
+from fop.optim.block import Block
+
+
+def apply_directions(
+    blocks: Sequence[Block],
+    directions: Sequence[Direction],
+    groups: Mapping[Tensor, Mapping[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    skipped: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Update the weights of ``blocks``; those whose direction is not finite stay as they are.
+
+    Args:
+        blocks: at least one block.
+        directions: the direction of each.
+        groups: parameter group of every parameter.
+        states: state of every parameter.
+        skipped: 0-dim, not 0 if nothing is to be changed; None if not.
+
+    Returns:
+        The KL clip's factor, and for each block whether its direction was finite.
+    """
+    home = directions[0].alignment.device
+    lengths = torch.stack(
+        [b.squared_length(d, groups).to(home) for b, d in zip(blocks, directions, strict=True)]
+    )
+    finite = torch.isfinite(lengths)
+    total = torch.where(finite, lengths, 0).sum()
+    kl_clip = groups[blocks[0].weight]["kl_clip"]
+    scale = torch.ones_like(total)
+    if kl_clip is not None:
+        # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
+        scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
+    applied = finite if skipped is None else finite & (skipped.to(home) == 0)
+    for index, (block, direction) in enumerate(zip(blocks, directions, strict=True)):
+        update, device = direction.update, direction.update.device
+        fine = applied[index].to(device)
+        # Not a product: 0 times NaN is NaN.
+        update = torch.where(fine, update * scale.to(device, update.dtype), 0)
+        for param, part in block.parts(update):
+            move(param, part, fine, groups[param], states[param])
+    return scale, finite
+
 
 def move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], state: dict[str, Any]) -> None:
     """Decay the weights (decoupled), then move them with `torch.optim.SGD`'s momentum, if ``fine``.
@@ -35,11 +79,14 @@ def move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], st
 
 
 def adamw_step(
-    params: Sequence[Tensor], group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]
+    params: Sequence[Tensor],
+    group: Mapping[str, Any],
+    states: Mapping[Tensor, dict[str, Any]],
+    skipped: Tensor | None,
 ) -> Tensor:
     """Step parameters of one device and dtype by torch's AdamW; return whether the step was refused.
 
-    A gradient that is not finite refuses the step of all of them.
+    A gradient that is not finite refuses the step of all of them, and so does ``skipped`` if it is not 0.
     """
     device = params[0].device
     for param in params:
@@ -54,7 +101,8 @@ def adamw_step(
     # flag must be read here.
     dense = all(states[param]["exp_avg"].stride() == param.stride() for param in params)
     fused = dense and device.type in ("cpu", "cuda")
-    if not fused and bool(refused):
+    halted = refused if skipped is None else refused | (skipped.to(device) != 0)
+    if not fused and bool(halted):
         return refused
     adamw(
         list(params),
@@ -64,7 +112,7 @@ def adamw_step(
         [],
         [states[param]["step"] for param in params],
         fused=fused,
-        found_inf=refused.float() if fused else None,
+        found_inf=halted.float() if fused else None,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -1,0 +1,74 @@
+"""Seeing the projections inside `torch.nn.MultiheadAttention`, which calls no modules for them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# What a projection saw: the weight it was given, its input, its output.
+Seen = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def _without_own_dispatch(function: Any) -> Callable[..., Any]:
+    """Return a copy of a torch function that runs under a function mode instead of handing itself to it.
+
+    A mode sees `multi_head_attention_forward` as one call. Only the copy lets it see the calls inside.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_attention = _without_own_dispatch(F.multi_head_attention_forward)
+
+
+class ProjectionMode(TorchFunctionMode):
+    """Reports every linear projection of one attention module while it is active.
+
+    Args:
+        seen: called for every projection, whichever weight it uses.
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is F.linear:
+            x, weight = args[:2]
+            self.seen(weight, x, output)
+        return output
+
+
+def samples_of(module: nn.MultiheadAttention, query: Tensor) -> int:
+    """Return the number of samples of an attention module's input."""
+    return query.shape[0 if module.batch_first else 1] if query.dim() == 3 else 1
+
+
+def rows_of(weight: Tensor, used: Tensor) -> slice | None:
+    """Return which rows of ``weight`` the tensor ``used`` is, None if it is another tensor."""
+    if used is weight:
+        return slice(0, weight.shape[0])
+    if used._base is not weight or used.dim() != 2 or used.shape[1] != weight.shape[1]:
+        return None
+    first = (used.storage_offset() - weight.storage_offset()) // weight.stride(0)
+    return slice(first, first + used.shape[0])

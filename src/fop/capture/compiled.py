@@ -1,0 +1,75 @@
+"""Capture under torch.compile: two operators that it does not look into, so that no graph breaks.
+
+In a traced forward pass the output of a layer goes through `tap`, whose backward calls `collect`; what is to
+be gathered is decided when that runs, not when it is traced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fop.capture.batch import Batch
+
+
+class Collector(Protocol):
+    """What the gradient of a compiled output is given to."""
+
+    def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:
+        """Take input and output gradient of one use of a weight."""
+
+
+# A compiled model keeps the number of each of its layers, also when another optimizer comes to feed.
+_numbers: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
+_collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
+_count = itertools.count()
+
+
+def key_of(module: nn.Module, weight: str, collector: Collector) -> int:
+    """Return the number of a module's weight, and let its gradients go to ``collector`` from now on."""
+    numbers = _numbers.setdefault(module, {})
+    key = numbers.setdefault(weight, next(_count))
+    _collectors[key] = collector
+    return key
+
+
+@torch.library.custom_op("fop::tap", mutates_args=())
+def tap(x: Tensor, output: Tensor, key: int, size: int) -> Tensor:
+    """Return a copy of ``output``; an operator must not return its input."""
+    return output.clone()
+
+
+@tap.register_fake
+def _(x: Tensor, output: Tensor, key: int, size: int) -> Tensor:
+    return torch.empty_like(output)
+
+
+@torch.library.custom_op("fop::collect", mutates_args=())
+def collect(x: Tensor, b: Tensor, key: int, size: int) -> Tensor:
+    """Give input and output gradient to the layer of that number; return a copy of the gradient."""
+    collector = _collectors.get(key)
+    if collector is not None:
+        collector.compiled(x, b, Batch(size))
+    return b.clone()
+
+
+@collect.register_fake
+def _(x: Tensor, b: Tensor, key: int, size: int) -> Tensor:
+    return torch.empty_like(b)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, ctx.key, ctx.size = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, b: Tensor) -> tuple[None, Tensor, None, None]:
+    (x,) = ctx.saved_tensors
+    return None, collect(x, b, ctx.key, ctx.size), None, None
+
+
+tap.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,230 @@
+"""Hooks on modules, outputs and parameters, in eager mode and under torch.compile."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fop.capture.attention import ProjectionMode, rows_of, samples_of
+from fop.capture.batch import Batch, ModelWatch, SequenceFirst
+from fop.capture.compiled import key_of, tap
+from fop.capture.lifetime import InertCopy
+from fop.layers import Layer, PackedLayer
+
+if TYPE_CHECKING:
+    from fop.capture.layer import LayerCapture
+
+
+def watch_output(capture: LayerCapture, layer: Layer, x: Tensor, output: Tensor, batch: Batch) -> None:
+    """Call ``capture.collect`` when the gradient of ``output`` comes; x is kept as autograd keeps its own."""
+    # An in-place operation on a view (3-d inputs of Linear, unbatched convolutions) would cut the view, and a
+    # hook on it, out of the graph.
+    base = output._base
+    source = base if base is not None and base.numel() == output.numel() else output
+    source.register_hook(_OutputHook(capture, layer, x, batch, output.shape))
+
+
+class _Keep(torch.autograd.Function):
+    """Holds a tensor where checkpointing and offloading find it, and where changes in place are noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise NotImplementedError("nothing is computed from it")
+
+
+class _OutputHook:
+    """Tensor hook: holds the input until the gradient of the output arrives, exactly as autograd does."""
+
+    def __init__(
+        self, capture: LayerCapture, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size
+    ) -> None:
+        self._capture = weakref.ref(capture)
+        self._layer = layer
+        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call]
+        self._shape = shape
+        self._batch = batch
+
+    def __call__(self, b: Tensor) -> None:
+        capture, kept = self._capture(), self._kept
+        if not _graph_is_kept():
+            self._kept = None
+        if capture is not None and capture.wants:
+            x = _unpacked(kept)
+            capture.collect(self._layer, x, b.reshape(self._shape), self._batch)
+
+
+def _unpacked(kept: Any) -> Tensor | None:
+    if kept is None:
+        return None
+    try:
+        return kept.saved_tensors[0]  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        # Legal where autograd kept a copy of its own, as under autocast.
+        if "modified by an inplace operation" in str(error):
+            return None
+        raise
+
+
+def _graph_is_kept() -> bool:
+    """Tell whether the running backward pass was called with retain_graph=True."""
+    # Private, and absent from some versions; without it a second pass through the graph has no pair.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else False
+
+
+class AccumulatedHook:
+    """Hook on a parameter: its gradient of this backward pass is complete."""
+
+    def __init__(self, capture: LayerCapture) -> None:
+        self._capture = weakref.ref(capture)
+
+    def __call__(self, param: Tensor) -> None:
+        if (capture := self._capture()) is not None:
+            capture.accumulated(param)
+
+
+class UseHook(ABC):
+    """One module that uses a weight.
+
+    Args:
+        capture: capture of the weight.
+        layer: how this module sees the weight.
+        module: the module.
+        weight: the module's name for the weight, dotted where a submodule owns it.
+        watch: hooks on the model that the module belongs to.
+    """
+
+    def __init__(
+        self, capture: LayerCapture, layer: Layer, module: nn.Module, weight: str, watch: ModelWatch
+    ) -> None:
+        self.capture = weakref.ref(capture)
+        self.layer = layer
+        self.module = weakref.ref(module)
+        self.watch = watch
+        self._weight = weight
+        self._handles: list[RemovableHandle] = []
+
+    def register(self) -> list[RemovableHandle]:
+        """Put the hooks on the module."""
+        module = self.module()
+        assert module is not None
+        self._handles = self._register(module)
+        return self._handles
+
+    @abstractmethod
+    def _register(self, module: nn.Module) -> list[RemovableHandle]: ...
+
+    def intact(self, weight: Tensor) -> bool:
+        """Whether the module is alive, still has the weight under its name, and has the hooks."""
+        module = self.module()
+        if module is None or parameter_of(module, self._weight) is not weight:
+            return False
+        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter by its dotted name, without computing anything that is parametrized."""
+    *path, last = name.split(".")
+    owner: nn.Module | None = module
+    for part in path:
+        owner = owner._modules.get(part) if owner is not None else None
+    return None if owner is None else owner._parameters.get(last)
+
+
+class ForwardUse(UseHook):
+    """A module whose own input and output are the weight's."""
+
+    def _register(self, module: nn.Module) -> list[RemovableHandle]:
+        self.key = key_of(module, self._weight, self)
+        # Before the hooks of others: one that replaces the output must not come between it and its gradient.
+        return [module.register_forward_hook(_ForwardHook(self), with_kwargs=True, prepend=True)]
+
+    def forward(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
+        """Watch one call of the module; under torch.compile the output goes through an operator of ours."""
+        capture = self.capture()
+        # A shallow copy or a replica of the module shares the hook, but is not the module.
+        if capture is None or self.module() is not module:
+            return None
+        x = self.layer.observed(module, x)
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and output.requires_grad and capture.weight.requires_grad:
+                copied: Tensor = tap(x, output, self.key, self.watch.traced_size())
+                return copied
+            return None
+        capture.observe(self.layer, x, output, self.watch.batch())
+        return None
+
+    def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:
+        """Take the gradient of an output that went through `tap`."""
+        capture = self.capture()
+        if capture is not None and capture.wants:
+            capture.collect(self.layer, x, b, batch)
+
+
+class AttentionUse(UseHook):
+    """A `MultiheadAttention`, which uses its weights in functions."""
+
+    def _register(self, module: nn.Module) -> list[RemovableHandle]:
+        self._mode: ProjectionMode | None = None
+        return [
+            module.register_forward_pre_hook(_EnterAttention(self), with_kwargs=True),
+            module.register_forward_hook(_LeaveAttention(self), always_call=True),
+        ]
+
+    def enter(self, module: nn.MultiheadAttention, query: Tensor) -> None:
+        """Begin to see the module's projections."""
+        capture = self.capture()
+        if capture is None or self.module() is not module or self._mode is not None:
+            return
+        # A compiled attention is one graph, in which nobody can look for the weight.
+        if capture.wants and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._batch = SequenceFirst(samples_of(module, query))
+            self._mode = ProjectionMode(self._seen)
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self) -> None:
+        """End it."""
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._mode = None
+
+    def _seen(self, used: Tensor, x: Tensor, output: Tensor) -> None:
+        capture = self.capture()
+        if capture is None or (rows := rows_of(capture.weight, used)) is None:
+            return
+        layer = self.layer.uses(rows) if isinstance(self.layer, PackedLayer) else self.layer
+        if capture.ready_for(output):
+            watch_output(capture, layer, x.detach(), output, self._batch)
+
+
+class _ForwardHook(InertCopy[ForwardUse]):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        use = self.target()
+        if use is None:
+            return None
+        return use.forward(module, args[0] if args else next(iter(kwargs.values())), output)
+
+
+class _EnterAttention(InertCopy[AttentionUse]):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (use := self.target()) is not None:
+            assert isinstance(module, nn.MultiheadAttention)
+            use.enter(module, args[0] if args else kwargs["query"])
+
+
+class _LeaveAttention(InertCopy[AttentionUse]):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if (use := self.target()) is not None:
+            use.leave()

@@ -1,0 +1,84 @@
+"""`torch.nn.Embedding`: a linear layer on one-hot rows, whose input factor is diagonal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fop.layers.base import Layer, LayerOptions, statistics_dtype
+from fop.layers.statistics import FactorSums
+
+
+class EmbeddingLayer(Layer):
+    """A holds how often each token comes in a sample, as a diagonal; rows of G are the output gradients.
+
+    Args:
+        module: the embedding.
+        tied: whether an output layer shares the weight; matrices then are (1, vocabulary, features), as that
+            layer has them, and otherwise (1, features, vocabulary).
+        options: the layer's options.
+    """
+
+    groups = 1
+    bias = False
+
+    def __init__(self, module: nn.Embedding, *, tied: bool, options: LayerOptions) -> None:
+        self.tokens = module.num_embeddings
+        self.features = module.embedding_dim
+        self.padding_idx = module.padding_idx
+        self.tied = self.swapped = tied
+        self.options = options
+        self.out_dim, self.in_dim = (self.tokens, self.features) if tied else (self.features, self.tokens)
+
+    @property
+    def diagonal_A(  # noqa: N802
+        self,
+    ) -> bool:
+        return super().diagonal_A if self.tied else True
+
+    def leading_dims(self, x: Tensor) -> int:
+        return x.dim()
+
+    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        ids, b_RD = x.reshape(-1), b.reshape(-1, self.features)
+        if self.padding_idx is not None:
+            b_RD = b_RD.masked_fill((ids == self.padding_idx)[:, None], 0)
+        weight = b_RD.new_zeros(self.tokens, self.features).index_add_(0, ids, b_RD)
+        return self.to_matrix(weight, None)
+
+    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+        ids, b_RD = x.reshape(-1), b.reshape(-1, self.features).to(statistics_dtype(b))
+        rows: int | Tensor = ids.numel()
+        valid = torch.ones_like(b_RD[:, 0])
+        if self.padding_idx is not None:
+            valid = (ids != self.padding_idx).to(b_RD.dtype)
+            b_RD = b_RD * valid[:, None]
+            # On the device: a batch may be all padding, and nobody here waits to know.
+            rows = valid.sum().clamp(min=1)[None]
+        a = valid.new_zeros(self.tokens).index_add_(0, ids, valid)
+        diagonal = self.features > self.options.max_factor_dim
+        g = b_RD.square().sum(0) if diagonal else b_RD.T @ b_RD
+        return FactorSums(a[None], g[None], x.shape[0], rows)
+
+    def input_columns(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("one-hot rows are never built")
+
+    def output_columns(self, b: Tensor) -> Tensor:
+        return b.reshape(b.shape[0], 1, -1, self.features).mT
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        return (weight if self.tied else weight.T)[None]
+
+    def weight_from_matrix(self, matrix: Tensor, shape: object) -> Tensor:
+        return matrix[0] if self.tied else matrix[0].T
+
+
+def unsupported_embedding(module: nn.Embedding) -> str | None:
+    """Return why an Embedding cannot take the FOP step, or None if it can."""
+    if type(module).forward is not nn.Embedding.forward:
+        return f"{type(module).__name__} overrides Embedding.forward"
+    if module.max_norm is not None:
+        return "an Embedding with max_norm changes its own weight in the forward pass"
+    if module.scale_grad_by_freq:
+        return "an Embedding with scale_grad_by_freq has gradients that are no sum over samples"
+    return None

@@ -1,0 +1,109 @@
+"""Affine parameters of normalisation layers, with a diagonal Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fop.layers.base import Layer, LayerOptions, statistics_dtype
+from fop.layers.statistics import FactorSums
+
+Norm: TypeAlias = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _BatchNorm
+
+
+class NormLayer(Layer):
+    """Weight and bias as rows of a (1, 2, size) matrix, or the weight alone as (1, 1, size).
+
+    The input of its methods is the normalised input, what the weight is multiplied with. The curvature is
+    the mean square of the samples' own gradients, element by element.
+    """
+
+    groups = 1
+
+    def __init__(self, module: Norm, *, bias: bool, options: LayerOptions) -> None:
+        # LayerNorm and RMSNorm have a weight for the trailing dimensions, the others for dimension 1.
+        self.trailing = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        self.shape = tuple(module.weight.shape)
+        self.bias = bias
+        self.options = options
+        self.out_dim, self.in_dim = 1 + bias, prod(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        return 1, self.out_dim, self.in_dim
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"A": self.matrix_shape}
+
+    def leading_dims(self, x: Tensor) -> int:
+        return x.dim() - len(self.shape) if self.trailing else 1
+
+    def observed(self, module: nn.Module, x: Tensor) -> Tensor:
+        return _normalised(module, x.detach())
+
+    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        return self._by_sample(x, b).sum(0, keepdim=True)
+
+    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+        squares = self._by_sample(x, b).square().sum(0, keepdim=True)
+        return FactorSums(squares, None, x.shape[0], x.shape[0])
+
+    def _by_sample(self, x: Tensor, b: Tensor) -> Tensor:
+        """Return the gradient of every sample, (N, 1 or 2, size)."""
+        b = b.to(statistics_dtype(b))
+        parts = [b * x.to(b.dtype), b] if self.bias else [b * x.to(b.dtype)]
+        if self.trailing:
+            summed = [part.reshape(part.shape[0], -1, self.in_dim).sum(1) for part in parts]
+        else:
+            summed = [part.reshape(part.shape[0], self.in_dim, -1).sum(2) for part in parts]
+        return torch.stack(summed, dim=1)
+
+    def input_columns(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("a diagonal Fisher has no rows")
+
+    def output_columns(self, b: Tensor) -> Tensor:
+        raise NotImplementedError("a diagonal Fisher has no rows")
+
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(1, 1, self.in_dim)
+
+    def weight_part(self, matrix: Tensor) -> Tensor:
+        return matrix[:, :1]
+
+    def bias_part(self, matrix: Tensor) -> Tensor:
+        return matrix[:, 1:]
+
+    def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        part, bias = super().from_matrix(matrix, weight)
+        return part, None if bias is None else bias.reshape(weight.shape)
+
+
+def unsupported_norm(module: nn.Module) -> str | None:
+    """Return why a normalisation layer cannot take the FOP step, or None if it can."""
+    known = (*_FUNCTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if type(module) not in known:
+        return f"{type(module).__name__} is not one of {', '.join(kind.__name__ for kind in known)}"
+    return None
+
+
+def _normalised(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, _BatchNorm):
+        if module.training or module.running_mean is None:
+            # Without the running averages, which the module itself has updated already.
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    return _FUNCTIONS[type(module)](module, x)
+
+
+_FUNCTIONS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+    nn.LayerNorm: lambda module, x: F.layer_norm(x, module.normalized_shape, eps=module.eps),
+    nn.RMSNorm: lambda module, x: F.rms_norm(x, module.normalized_shape, eps=module.eps),
+    nn.GroupNorm: lambda module, x: F.group_norm(x, module.num_groups, eps=module.eps),
+}

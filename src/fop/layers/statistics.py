@@ -1,0 +1,136 @@
+"""Kronecker statistics on their way from backward passes to factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass
+class FactorSums:
+    """Unnormalised statistics of one or several uses of a layer.
+
+    Attributes:
+        a: Σ ā āᵀ over all rows, (groups, in, in), or its diagonal, (groups, in).
+        g: Σ b bᵀ likewise, b as autograd gives it. None where ``a`` alone is the curvature: the sum of
+            squares of the samples' own gradients.
+        samples: N, the number of samples.
+        rows: number of rows summed over, N·R; a tensor (groups,) where the groups differ.
+    """
+
+    a: Tensor
+    g: Tensor | None
+    samples: int
+    rows: int | Tensor
+
+    def factors(self, reduction: Reduction = "mean") -> tuple[Tensor, Tensor | None]:
+        """Return A = (1/N) Σ ā āᵀ and G = (1/rows) Σ (N b)(N b)ᵀ; b bᵀ without N for a loss that is a sum."""
+        N = self.samples
+        # Two factors N, not N²: b bᵀ is tiny at large batch, and N² alone can leave float32's exact range.
+        if self.g is None:
+            return (self.a * N if reduction == "mean" else self.a / N), None
+        g = self.g * N if reduction == "mean" else self.g / N
+        rows = self.rows
+        if isinstance(rows, Tensor):
+            rows = rows.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)
+        return self.a / N, g * (N / rows)
+
+    def add_use(self, other: FactorSums) -> None:
+        """Add another use of the layer on the same samples (a module called twice in one forward pass)."""
+        self._add(other)
+        self.samples = max(self.samples, other.samples)
+
+    def add_batch(self, other: FactorSums) -> None:
+        """Add another batch (gradient accumulation)."""
+        self._add(other)
+        self.samples += other.samples
+
+    def _add(self, other: FactorSums) -> None:
+        self.a += other.a
+        if self.g is not None and other.g is not None:
+            self.g += other.g
+        self.rows = self.rows + other.rows
+
+
+@dataclass
+class Statistics:
+    """Statistics of all uses of a weight.
+
+    Attributes:
+        terms: by whether the use sees the weight transposed (an embedding tied to an output layer).
+    """
+
+    terms: dict[bool, FactorSums] = field(default_factory=dict)
+
+    def add_use(self, other: Statistics) -> None:
+        """Add other uses on the same samples."""
+        for key, sums in other.terms.items():
+            if key in self.terms:
+                self.terms[key].add_use(sums)
+            else:
+                self.terms[key] = sums
+
+    def add_batch(self, other: Statistics) -> None:
+        """Add another batch."""
+        for key, sums in other.terms.items():
+            if key in self.terms:
+                self.terms[key].add_batch(sums)
+            else:
+                self.terms[key] = sums
+
+    def factors(self, reduction: Reduction, loss_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return A and G of the block.
+
+        Args:
+            reduction: how the loss joins the samples.
+            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
+        """
+        pairs = []
+        for transposed, sums in self.terms.items():
+            A, G = sums.factors(reduction)
+            if loss_scale is not None:
+                inverse = loss_scale.to(A.device, A.dtype).reciprocal()
+                # One after the other: the square of a large scale leaves float32's range.
+                A, G = (A * inverse * inverse, None) if G is None else (A, G * inverse * inverse)
+            pairs.append((G, A) if transposed and G is not None else (A, G))
+        if len(pairs) == 1:
+            return pairs[0]
+        return _joined([(A, G) for A, G in pairs if G is not None])
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return one Kronecker product for a sum of them: means weighted by trace, the trace of the sum kept."""
+    traces = [(_trace(A), _trace(G)) for A, G in pairs]
+    weights = [a * g for a, g in traces]
+    total = torch.stack(weights).sum(0)
+
+    def mean(side: int) -> Tensor:
+        joined: Tensor | None = None
+        for pair, trace, weight in zip(pairs, traces, weights, strict=True):
+            share = weight / torch.where(trace[side] > 0, trace[side], 1)
+            term = _scaled(pair[side], share / torch.where(total > 0, total, 1))
+            joined = term if joined is None else _added(joined, term)
+        assert joined is not None
+        return _scaled(joined, total.sqrt())
+
+    return mean(0), mean(1)
+
+
+def _trace(M: Tensor) -> Tensor:
+    return M.sum(-1) if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _scaled(M: Tensor, by: Tensor) -> Tensor:
+    return M * by.reshape(-1, *[1] * (M.dim() - 1))
+
+
+def _added(M: Tensor, other: Tensor) -> Tensor:
+    if M.dim() == other.dim():
+        return M + other
+    dense, diagonal = (M, other) if M.dim() == 3 else (other, M)
+    return dense + torch.diag_embed(diagonal)

@@ -1,0 +1,74 @@
+"""What `torch.amp.GradScaler` did to the gradients before a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# How many callers of a step are looked through for the scaler; wrappers and step hooks lie between.
+_CALLERS = 16
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The loss scale of a step.
+
+    Attributes:
+        loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
+        skipped: 0-dim, not 0 where a gradient is infinite and the step must change nothing; None if unknown.
+    """
+
+    loss_scale: Tensor | None = None
+    skipped: Tensor | None = None
+
+
+def unscaled(optimizer: Optimizer, params: Iterable[Tensor]) -> Scaling:
+    """Unscale p.grad in place if the scaler left that to the optimizer; return what is known of the scale.
+
+    torch's protocol: in `GradScaler.step` an optimizer with ``_step_supports_amp_scaling`` has the attributes
+    ``found_inf``, and ``grad_scale`` unless the user has called ``scaler.unscale_``.
+    """
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    skipped: Tensor | None = getattr(optimizer, "found_inf", None)
+    if scale is not None:
+        gradients = [param.grad for param in params if param.grad is not None]
+        _multiply(gradients, scale.double().reciprocal().float())
+    elif skipped is not None:
+        # Clipping may have come on top, so the gradients no longer tell the scale.
+        scale = _scale_of_caller()
+    return Scaling(scale, skipped)
+
+
+def refuse_sparse(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError for a sparse gradient."""
+    for name, param in params:
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ValueError(
+                f"{name} has a sparse gradient, which is not supported; "
+                "make its module with sparse=False or give it to torch.optim.SparseAdam"
+            )
+
+
+def _multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    alike: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        alike.setdefault(gradient.device, []).append(gradient)
+    for device, group in alike.items():
+        torch._foreach_mul_(group, factor.to(device))
+
+
+def _scale_of_caller() -> Tensor | None:
+    frame = sys._getframe(1)
+    for _ in range(_CALLERS):
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler._scale
+    return None

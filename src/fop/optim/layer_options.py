@@ -1,0 +1,94 @@
+"""Choices for single layers, by name or by type."""
+
+from __future__ import annotations
+
+import fnmatch
+import numbers
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from fop.layers import LayerOptions
+
+LayerOptionsLike: TypeAlias = Mapping[str | type[nn.Module], Mapping[str, Any]]
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "path": ("fop", "adamw"),
+    "weight_sharing": ("expand", "reduce"),
+    "batch_dim": (0, 1),
+}
+
+
+class LayerChoices:
+    """What the user says of single layers.
+
+    Args:
+        given: from a glob pattern on the module's qualified name, or a module type, to options; later entries
+            override earlier ones.
+
+    Raises:
+        ValueError: an unknown option, or a value outside what is allowed.
+        TypeError: something else than patterns, types and options.
+    """
+
+    def __init__(self, given: LayerOptionsLike | None) -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"layer_options={given!r} must be a dict from a name pattern or module type to options, such "
+                "as {'head': {'path': 'adamw'}}"
+            )
+        self.given = {} if given is None else {key: _checked(key, value) for key, value in given.items()}
+        self._unmatched = set(self.given)
+
+    def of(self, name: str, module: nn.Module) -> LayerOptions:
+        """Return the options of the module of that qualified name."""
+        options = LayerOptions()
+        for key, chosen in self.given.items():
+            if fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key):
+                self._unmatched.discard(key)
+                options = replace(options, **chosen)
+        return options
+
+    def warn_of_unmatched(self) -> None:
+        """Warn of patterns that no module matches; to be called when all modules are known."""
+        for key in self._unmatched:
+            warnings.warn(
+                f"layer_options: no module matches {_label(key)}; patterns are matched against the names of "
+                "model.named_modules(), as by fnmatch",
+                UserWarning,
+                stacklevel=6,
+            )
+        self._unmatched.clear()
+
+
+def _checked(key: Any, chosen: Any) -> dict[str, Any]:
+    if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
+        raise TypeError(f"layer_options: the key {key!r} must be a name pattern or a module type")
+    if not isinstance(chosen, Mapping):
+        raise TypeError(
+            f"layer_options: {_label(key)} must have a dict of options, such as {{'path': 'adamw'}}; "
+            f"got {chosen!r}"
+        )
+    for name, value in chosen.items():
+        if name == "max_factor_dim":
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+                raise ValueError(
+                    f"layer_options: max_factor_dim={value!r} of {_label(key)} must be a whole number, 0 or "
+                    "more"
+                )
+        elif name not in _ALLOWED:
+            known = ", ".join(["max_factor_dim", *_ALLOWED])
+            raise ValueError(
+                f"layer_options: unknown option {name!r} of {_label(key)}; the options are {known}"
+            )
+        elif isinstance(value, bool) or value not in _ALLOWED[name]:
+            allowed = " or ".join(map(repr, _ALLOWED[name]))
+            raise ValueError(f"layer_options: {name}={value!r} of {_label(key)} must be {allowed}")
+    return dict(chosen)
+
+
+def _label(key: str | type[nn.Module]) -> str:
+    return repr(key) if isinstance(key, str) else key.__name__

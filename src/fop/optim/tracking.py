@@ -1,0 +1,192 @@
+"""Which module each parameter belongs to, kept true while models are changed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fop.capture import AttentionUse, FirstForwardHook, ForwardUse, LayerCapture, ModelWatch, SubBatch
+from fop.optim.block import Block
+from fop.optim.discovery import FoundLayer, Owner, find_layers
+from fop.optim.layer_options import LayerChoices
+
+Groups = Mapping[Tensor, Mapping[str, Any]]
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Tracker:
+    """The modules behind an optimizer's parameters.
+
+    Args:
+        choices: what the user says of single layers.
+
+    Attributes:
+        blocks: by weight, what takes the FOP step.
+        names: qualified names of parameters, as far as known.
+        reasons: why a parameter takes AdamW, for those that do.
+        sub_batch: what the user says of running backward passes.
+    """
+
+    def __init__(self, choices: LayerChoices) -> None:
+        self.choices = choices
+        self.blocks: dict[Tensor, Block] = {}
+        self.names: dict[Tensor, str] = {}
+        self.reasons: dict[Tensor, str] = {}
+        self.sub_batch = SubBatch()
+        self._owners: dict[Tensor, tuple[weakref.ref[nn.Module], str]] = {}
+        self._roots: list[weakref.ref[nn.Module]] = []
+        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
+        self._finder: FirstForwardHook | None = None
+
+    def covered(self) -> set[Tensor]:
+        """Return the parameters that belong to a block."""
+        return {param for block in self.blocks.values() for param in block.params}
+
+    def roots(self) -> Iterator[nn.Module]:
+        """Yield the models known and still alive."""
+        return (root for ref in self._roots if (root := ref()) is not None)
+
+    def adopt(self, root: nn.Module, groups: Groups, state: State) -> None:
+        """Find the layers of these parameters below ``root`` and start to watch them.
+
+        Raises:
+            ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
+        """
+        found = find_layers(root, groups.keys(), self.choices)
+        if not found.owners:
+            return
+        if all(known is not root for known in self.roots()):
+            self._roots.append(weakref.ref(root))
+        names = found.names
+        taken = {name for param, name in self.names.items() if param not in names}
+        if taken & set(names.values()):
+            # Two roots, or submodules called one by one, number their parts alike.
+            found.prefix(f"{type(root).__name__}#{len(self._roots)}")
+            names = found.names
+        for param, owners in found.owners.items():
+            self.names.setdefault(param, names[param])
+            self._remember(param, owners)
+        for layer in found.layers:
+            self._add(layer, root, found.reasons, state)
+            if (block := self.blocks.get(layer.weight)) is not None:
+                block.schedule(groups[layer.weight])
+        for param, reason in found.reasons.items():
+            self.reasons[param] = reason
+            # A weight that a later root shares: no single capture sees its whole gradient.
+            self._drop(param)
+
+    def _remember(self, param: Tensor, owners: list[Owner]) -> None:
+        self._owners.setdefault(param, (weakref.ref(owners[0].module), owners[0].key))
+
+    def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
+        block = self.blocks.get(found.weight)
+        if block is None:
+            capture = LayerCapture(found.layer, found.weight, found.bias, self.sub_batch)
+            block = Block(found, capture, state[found.weight])
+            self.blocks[found.weight] = block
+            for param in block.params:
+                self.reasons.pop(param, None)
+        elif block.layer.matrix_shape != found.layer.matrix_shape or block.bias is not found.bias:
+            if (
+                found.bias is not None
+                and block.bias is None
+                and set(block.capture.modules) >= _modules(found)
+            ):
+                reasons[found.bias] = "added after the weight of its layer"
+            elif not set(block.capture.modules) >= _modules(found):
+                reasons[found.weight] = f"shared by {', '.join(dict.fromkeys([*block.modules, found.name]))}"
+            return
+        known = set(block.capture.modules)
+        if root not in self._watches:
+            self._watches[root] = ModelWatch(root)
+        for use in found.uses:
+            if use.module not in known:
+                hook = AttentionUse if isinstance(use.module, nn.MultiheadAttention) else ForwardUse
+                block.capture.attach(
+                    hook(block.capture, use.layer, use.module, use.slot.weight, self._watches[root])
+                )
+
+    def _drop(self, param: Tensor) -> None:
+        block = self.blocks.pop(param, None)
+        if block is not None:
+            block.capture.detach()
+
+    def listen(self, params: list[Tensor], seen: Callable[[nn.Module], None]) -> None:
+        """Watch forward passes for as long as a parameter's owner is not known.
+
+        Args:
+            params: all parameters.
+            seen: bound method, called with each model that is run; held by weak reference.
+        """
+        known = self.reasons.keys() | self.covered()
+        unknown = any(param not in known for param in params)
+        if unknown and self._finder is None:
+            self._finder = FirstForwardHook(seen)
+            weakref.finalize(self, self._finder.remove)
+        elif not unknown:
+            self.choices.warn_of_unmatched()
+            if self._finder is not None:
+                self._finder.remove()
+                self._finder = None
+
+    def follow(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """Look for parameters and hooks that were replaced since the last step, and catch up.
+
+        Returns:
+            New parameters by the old ones that they replace.
+
+        Raises:
+            ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
+        """
+        replaced = self._replaced(groups)
+        broken = [weight for weight, block in self.blocks.items() if not block.capture.intact]
+        moved = [
+            param for param in self._owners if param not in replaced and self._current(param) is not param
+        ]
+        if not (replaced or broken or moved):
+            return {}
+        for old, new in replaced.items():
+            state[new] = state.pop(old, {})
+            if old in self.names:
+                self.names[new] = self.names[old]
+        for param in [*replaced, *moved]:
+            self._owners.pop(param, None)
+        for param in replaced:
+            self.names.pop(param, None)
+            self.reasons.pop(param, None)
+        for weight in {*broken, *replaced}:
+            self._drop(weight)
+        renamed = {replaced.get(param, param): group for param, group in groups.items()}
+        for root in list(self.roots()):
+            self.adopt(root, renamed, state)
+        return replaced
+
+    def _current(self, param: Tensor) -> Tensor | None:
+        """Return what the parameter's module has now under the parameter's name."""
+        ref, key = self._owners[param]
+        module = ref()
+        return None if module is None else module._parameters.get(key)
+
+    def _replaced(self, groups: Groups) -> dict[Tensor, Tensor]:
+        replaced: dict[Tensor, Tensor] = {}
+        for old in self._owners:
+            new = self._current(old)
+            if new is None or new is old or new in groups or old in replaced:
+                continue
+            if any(param is old for root in self.roots() for param in root.parameters()):
+                continue
+            if new.shape != old.shape:
+                name = self.names.get(old, "a parameter")
+                raise ValueError(
+                    f"{name} {tuple(old.shape)} was replaced by one of shape {tuple(new.shape)} after "
+                    "the optimizer was made; make the optimizer after changing the model"
+                )
+            replaced[old] = new
+        return replaced
+
+
+def _modules(found: FoundLayer) -> set[nn.Module]:
+    return {use.module for use in found.uses}
