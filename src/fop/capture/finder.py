@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -20,7 +21,8 @@ class FirstForwardHook:
     def __init__(self, seen: Callable[[nn.Module], None]) -> None:
         self._seen = weakref.WeakMethod(seen)
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._handle = register_module_forward_pre_hook(self._show)
+        # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
+        self._handle = register_module_forward_pre_hook(torch.compiler.disable(self._show))
 
     def _show(self, module: nn.Module, _: Any) -> None:
         seen = self._seen()

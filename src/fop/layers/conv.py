@@ -53,12 +53,13 @@ class ConvLayer(Layer):
         return self.to_matrix(self._weight_gradient(x, b, padding), self._bias_gradient(b))
 
     def _weight_gradient(
-        self, x: Tensor, b: Tensor, padding: tuple[int, ...], *, transposed: bool = False
+        self, x: Tensor, b: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] | None = None
     ) -> Tensor:
         # torch.nn.grad.conv2d_weight and its kin, for any dimension and for transposed ones.
         weight = b.new_empty(1).expand(self.weight_shape)
-        zeros, mask = (0,) * self.spatial, (False, True, False)
-        geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, transposed, zeros, self.groups)
+        transposed, zeros, mask = output_padding is not None, (0,) * self.spatial, (False, True, False)
+        longer = output_padding or zeros
+        geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, transposed, longer, self.groups)
         gradients = torch.ops.aten.convolution_backward(b, x.to(b.dtype), weight, None, *geometry, mask)
         return gradients[1]  # type: ignore[no-any-return]
 
@@ -117,7 +118,13 @@ class TransposedConvLayer(ConvLayer):
         self.padding = tuple(int(p) for p in module.padding)
 
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        weight = self._weight_gradient(x, b, self.padding, transposed=True)
+        geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
+        # Not the module's: the caller may have asked for an output size.
+        output_padding = tuple(
+            out - (size - 1) * s + 2 * p - d * (k - 1) - 1
+            for size, out, (k, s, d, p) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
+        )
+        weight = self._weight_gradient(x, b, self.padding, output_padding)
         return self.to_matrix(weight, self._bias_gradient(b))
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -126,6 +126,7 @@ def normalise(params: ParamsLike) -> tuple[list[dict[str, Any]], nn.Module | Non
         ValueError: if ``params`` is empty.
     """
     if isinstance(params, nn.Module):
+        params = getattr(params, "_orig_mod", params)
         named = list(params.named_parameters())
         if not named:
             raise ValueError(f"the module {type(params).__name__} has no parameters to train")

@@ -171,7 +171,7 @@ def summarise(
             if not param.requires_grad:
                 reason += ", frozen"
             elif block.by_adamw:
-                path, reason, factors = "AdamW", f"no statistics: not used by calling its {block.kind}", ""
+                path, reason, factors = "AdamW", _unseen(block), ""
             elif not block.ready:
                 reason += ", no curvature yet"
         held = state.get(param, {})
@@ -205,6 +205,13 @@ def diagnose(
             *block.pairs.report(),
         )
     return Diagnostics(layers, 1.0 if kl_scale is None else float(kl_scale))
+
+
+def _unseen(block: Block) -> str:
+    return (
+        f"no statistics: its {block.kind} was not called, or torch.compile traced it before this optimizer "
+        "was made (torch.compiler.reset())"
+    )
 
 
 def _factors(layer: Layer) -> str:

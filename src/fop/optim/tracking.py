@@ -55,6 +55,8 @@ class Tracker:
         Raises:
             ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
         """
+        # What torch.compile returned is a wrapper; the layers, and the hooks, are the model's own.
+        root = getattr(root, "_orig_mod", root)
         found = find_layers(root, groups.keys(), self.choices)
         if not found.owners:
             return
