@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # What a projection saw: the weight it was given, its input, its output.
@@ -57,11 +57,6 @@ class ProjectionMode(TorchFunctionMode):
             x, weight = args[:2]
             self.seen(weight, x, output)
         return output
-
-
-def samples_of(module: nn.MultiheadAttention, query: Tensor) -> int:
-    """Return the number of samples of an attention module's input."""
-    return query.shape[0 if module.batch_first else 1] if query.dim() == 3 else 1
 
 
 def rows_of(weight: Tensor, used: Tensor) -> slice | None:

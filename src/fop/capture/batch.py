@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Layout:
         if self.dim is None:
             return values[None]
         if self.folded:
-            values = values.unflatten(0, (-1, self.samples))
+            values = values.unflatten(0, (-1, self.samples * self.rows))
         return values.transpose(0, self.dim) if self.dim else values
 
 
@@ -50,11 +50,13 @@ class Batch:
 
     Attributes:
         size: dim 0 of the model's own input, None if it has no tensor input.
+        storages: addresses of the model's tensor inputs, None where they are not known.
         sequences: (length, N) of every input to a module with ``batch_first=False``.
     """
 
-    def __init__(self, size: int | None) -> None:
+    def __init__(self, size: int | None, storages: frozenset[int] | None = None) -> None:
         self.size = size
+        self.storages = storages
         self.sequences: set[tuple[int, int]] = set()
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
@@ -64,14 +66,22 @@ class Batch:
             return Layout(None, 1)
         if layer.options.batch_dim is not None:
             return _fixed(layer.options.batch_dim, shape)
-        if self.size == AMBIGUOUS:
-            why = "a compiled model with batch_first=False needs batch_dim in layer_options"
-            return Layout(0, shape[0], problem=why)
         if self.sequences:
             return self._among_sequences(shape)
-        if self.size is None or self.size == UNKNOWN:
-            return Layout(0, shape[0])
-        return _of_size(self.size, shape, layer)
+        if self.size is None or self.size < 0:
+            ambiguous = "a compiled model with batch_first=False needs batch_dim in layer_options"
+            return Layout(0, shape[0], problem=ambiguous if self.size == AMBIGUOUS else None)
+        if isinstance(layer, EmbeddingLayer) and self._positions(x):
+            return Layout(
+                0, self.size, problem=f"its input {shape} holds positions, the same for all samples"
+            )
+        return _of_size(self.size, shape)
+
+    def _positions(self, ids: Tensor) -> bool:
+        """Tell whether token numbers are made by the model itself: a row for all samples, not for each."""
+        if ids.dim() > 1 and ids.shape[0] == self.size:
+            return False
+        return self.storages is not None and ids.untyped_storage().data_ptr() not in self.storages
 
     def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
         sizes = {N for _, N in self.sequences}
@@ -92,24 +102,38 @@ def _fixed(dim: int, shape: tuple[int, ...]) -> Layout:
     return Layout(0, shape[0], problem=f"batch_dim={dim}, but its input is {shape}")
 
 
-def _of_size(N: int, shape: tuple[int, ...], layer: Layer) -> Layout:
+def _of_size(N: int, shape: tuple[int, ...]) -> Layout:
     if shape[0] == N:
         return Layout(0, N)
     if shape[1:2] == (N,):
         return Layout(1, N)
-    # Token numbers that are not the model's input are positions, the same for all samples.
-    if N > 0 and shape[0] % N == 0 and not isinstance(layer, EmbeddingLayer):
+    if N > 0 and shape[0] % N == 0:
         return Layout(0, N, rows=shape[0] // N)
     return Layout(0, N, problem=f"its input is {shape} for a batch of {N}")
 
 
-class SequenceFirst(Batch):
-    """The batch of a projection inside an attention module, (length, N, features) or (length·N, features)."""
+class Attention(Batch):
+    """The batch of a projection inside an attention module, (length, N, features) or (length·N, features).
+
+    Args:
+        module: the attention module.
+        query: its first input.
+        model: the batch of the model that it is part of.
+    """
+
+    def __init__(self, module: nn.MultiheadAttention, query: Tensor, model: Batch) -> None:
+        super().__init__(query.shape[0 if module.batch_first else 1] if query.dim() == 3 else 1)
+        self.rows = 1
+        assert self.size is not None
+        folds = module.batch_first and not model.sequences and model.size is not None and model.size > 0
+        if folds and model.size is not None and self.size % model.size == 0:
+            # Windows, folded into the batch.
+            self.size, self.rows = model.size, self.size // model.size
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x`` are."""
         assert self.size is not None
-        return Layout(1, self.size, folded=x.dim() == 2)
+        return Layout(1, self.size, self.rows, folded=x.dim() == 2)
 
 
 class ModelWatch:
@@ -135,7 +159,12 @@ class ModelWatch:
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        self.current = self._last = Batch(_batch_size([*args, *kwargs.values()]))
+        inputs = [*_tensors([*args, *kwargs.values()])]
+        storages = None
+        if not torch.compiler.is_compiling():
+            storages = frozenset(x.untyped_storage().data_ptr() for x in inputs)
+        size = next((x.shape[0] for x in inputs if x.dim() > 0), None)
+        self.current = self._last = Batch(size, storages)
 
     def leave(self) -> None:
         """End a forward pass."""
@@ -178,10 +207,9 @@ class _Sequence(InertCopy[ModelWatch]):
             watch.batch().sequences.add((x.shape[0], x.shape[1]))
 
 
-def _batch_size(inputs: Iterable[Any]) -> int | None:
+def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
     for value in inputs:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-        if isinstance(value, Mapping) and (size := _batch_size(value.values())) is not None:
-            return size
-    return None
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())

@@ -15,23 +15,29 @@ class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
     Args:
-        seen: a bound method that is called with each module not shown before; held by weak reference.
+        seen: a bound method that is called with each module not shown before, and its positional arguments;
+            held by weak reference.
     """
 
-    def __init__(self, seen: Callable[[nn.Module], None]) -> None:
+    def __init__(self, seen: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
         self._seen = weakref.WeakMethod(seen)
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
         self._handle = register_module_forward_pre_hook(torch.compiler.disable(self._show))
 
-    def _show(self, module: nn.Module, _: Any) -> None:
+    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen = self._seen()
         if seen is None:
             self.remove()
         elif module not in self._known:
             # Its children's own forward passes, which follow, need no look of their own.
             self._known.update(module.modules())
-            seen(module)
+            seen(module, args)
+
+    @property
+    def used(self) -> bool:
+        """Whether any module was shown."""
+        return len(self._known) > 0
 
     def remove(self) -> None:
         """Take the global hook away."""

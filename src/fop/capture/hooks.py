@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fop.capture.attention import ProjectionMode, rows_of, samples_of
-from fop.capture.batch import Batch, ModelWatch, SequenceFirst
+from fop.capture.attention import ProjectionMode, rows_of
+from fop.capture.batch import Attention, Batch, ModelWatch
 from fop.capture.compiled import key_of, tap
 from fop.capture.lifetime import InertCopy
 from fop.layers import Layer, PackedLayer
@@ -188,7 +188,7 @@ class AttentionUse(UseHook):
             return
         # A compiled attention is one graph, in which nobody can look for the weight.
         if capture.wants and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._batch = SequenceFirst(samples_of(module, query))
+            self._batch = Attention(module, query, self.watch.batch())
             self._mode = ProjectionMode(self._seen)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 

@@ -52,8 +52,7 @@ class NormLayer(Layer):
         return self._by_sample(x, b).sum(0, keepdim=True)
 
     def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        squares = self._by_sample(x, b).square().sum(0, keepdim=True)
-        return FactorSums(squares, None, x.shape[0], x.shape[0])
+        return FactorSums(self._by_sample(x, b), None, x.shape[0], x.shape[0])
 
     def _by_sample(self, x: Tensor, b: Tensor) -> Tensor:
         """Return the gradient of every sample, (N, 1 or 2, size)."""

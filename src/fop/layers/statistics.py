@@ -17,8 +17,8 @@ class FactorSums:
 
     Attributes:
         a: Σ ā āᵀ over all rows, (groups, in, in), or its diagonal, (groups, in).
-        g: Σ b bᵀ likewise, b as autograd gives it. None where ``a`` alone is the curvature: the sum of
-            squares of the samples' own gradients.
+        g: Σ b bᵀ likewise, b as autograd gives it. None where ``a`` holds the samples' own gradients, (N,
+            rows, columns), whose mean square is the curvature.
         samples: N, the number of samples.
         rows: number of rows summed over, N·R; a tensor (groups,) where the groups differ.
     """
@@ -33,7 +33,8 @@ class FactorSums:
         N = self.samples
         # Two factors N, not N²: b bᵀ is tiny at large batch, and N² alone can leave float32's exact range.
         if self.g is None:
-            return (self.a * N if reduction == "mean" else self.a / N), None
+            squares = self.a.square().sum(0, keepdim=True)
+            return (squares * N if reduction == "mean" else squares / N), None
         g = self.g * N if reduction == "mean" else self.g / N
         rows = self.rows
         if isinstance(rows, Tensor):
@@ -42,12 +43,19 @@ class FactorSums:
 
     def add_use(self, other: FactorSums) -> None:
         """Add another use of the layer on the same samples (a module called twice in one forward pass)."""
-        self._add(other)
+        if self.g is None and self.a.shape != other.a.shape:
+            # Uses of batches that do not fit together: as if they were other samples.
+            self.a = torch.cat([self.a, other.a])
+        else:
+            self._add(other)
         self.samples = max(self.samples, other.samples)
 
     def add_batch(self, other: FactorSums) -> None:
         """Add another batch (gradient accumulation)."""
-        self._add(other)
+        if self.g is None:
+            self.a = torch.cat([self.a, other.a])
+        else:
+            self._add(other)
         self.samples += other.samples
 
     def _add(self, other: FactorSums) -> None:

@@ -24,7 +24,6 @@ from fop.algebra import (
 )
 from fop.capture import LayerCapture
 from fop.optim.discovery import FoundLayer
-from fop.optim.gradients import Scaling
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
 GROWTH = 5
@@ -185,14 +184,14 @@ def next_refresh(step: int, interval: int) -> int:
 def refresh_curvature(
     blocks: Sequence[Block],
     options: Sequence[Mapping[str, Any]],
-    scaling: Scaling,
+    loss_scale: Tensor | None,
 ) -> tuple[list[Block], list[tuple[Block, Rung]]]:
     """Take the gathered statistics of ``blocks`` into their factors and invert these.
 
     Args:
         blocks: blocks whose window holds statistics.
         options: the parameter group of each.
-        scaling: loss scale in the backward pass, and whether the step is skipped, which changes nothing.
+        loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
 
     Returns:
         The blocks whose statistics were not finite, which keep their curvature, and the rescues.
@@ -200,16 +199,12 @@ def refresh_curvature(
     Transfers to the host twice (are the statistics finite, did the inversions succeed).
     """
     fresh = [
-        block.capture.window.statistics.factors(group["loss_reduction"], scaling.loss_scale)
+        block.capture.window.statistics.factors(group["loss_reduction"], loss_scale)
         for block, group in zip(blocks, options, strict=True)
         if block.capture.window.statistics
     ]
     home = fresh[0][0].device
-    flags = [_finite(*pair).to(home) for pair in fresh]
-    flags.append(torch.ones_like(flags[0]) if scaling.skipped is None else (scaling.skipped == 0).to(home))
-    *finite, counts = torch.stack(flags).tolist()
-    if not counts:
-        return [], []
+    finite = torch.stack([_finite(*pair).to(home) for pair in fresh]).tolist()
     factors: list[Tensor] = []
     shifts: list[Tensor] = []
     refused = [block for block, fine in zip(blocks, finite, strict=True) if not fine]

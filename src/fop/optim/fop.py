@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fop.algebra import Rung
 from fop.optim.block import Block, refresh_curvature
 from fop.optim.checkpoint import check_state_dict, follow_moves, restore_precision
-from fop.optim.gradients import Scaling, refuse_sparse, unscaled
+from fop.optim.gradients import overflowed, refuse_sparse, unscale
 from fop.optim.layer_options import LayerChoices, LayerOptionsLike
 from fop.optim.options import (
     DEFAULTS,
@@ -83,7 +83,7 @@ class FOP(Optimizer):
         TypeError: an option of the wrong type; complex or integer parameters.
     """
 
-    # GradScaler then leaves unscaling, and skipping of bad steps, to `step`.
+    # GradScaler then leaves unscaling, and skipping of bad steps, to `step`, and tells the loss scale.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -148,6 +148,10 @@ class FOP(Optimizer):
                     f"{name}={options[name]!r} in a parameter group: it is one for the whole step; give it "
                     "to the constructor"
                 )
+        if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
+            raise ValueError(
+                "some parameter groups have named parameters; give names to all groups or to none"
+            )
         params = group["params"]
         check_parameters(params, self._tracker.names, set(self._parameters()))
         self._refuse_driven(params)
@@ -191,8 +195,12 @@ class FOP(Optimizer):
     def _adopt(self, root: nn.Module) -> None:
         self._tracker.adopt(root, self._groups(), self.state)
 
+    def _seen(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        self._adopt(root)
+        self._tracker.enter(root, args)
+
     def _listen(self) -> None:
-        self._tracker.listen(list(self._parameters()), self._adopt)
+        self._tracker.listen(list(self._parameters()), self._seen)
 
     @contextlib.contextmanager
     def sub_batch(self, index: int) -> Iterator[None]:
@@ -247,6 +255,8 @@ class FOP(Optimizer):
                 loss = closure()
         names = self._tracker.names
         refuse_sparse((names.get(param, "a parameter"), param) for param in self._parameters())
+        if overflowed(self):
+            return loss
         self._follow_model()
         with contextlib.ExitStack() as stack:
             for device_type in {param.device.type for param in self._parameters()}:
@@ -266,24 +276,21 @@ class FOP(Optimizer):
         for group, schedules in zip(self.param_groups, self._schedules, strict=True):
             group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
         groups = self._groups()
-        scaling = unscaled(self, groups)
+        loss_scale = unscale(self, groups)
         active = [block for block in self._blocks.values() if block.weight.grad is not None]
-        refused = self._refresh(active, groups, scaling)
+        refused = self._refresh(active, groups, loss_scale)
 
         ready = [block for block in active if block.ready]
         directions = [block.direction(groups[block.weight]) for block in ready]
         if ready:
-            self._kl_scale, finite = apply_directions(ready, directions, groups, self.state, scaling.skipped)
-            self._count_refusals(tuple(block.name for block in ready), ~finite, scaling)
+            self._kl_scale, finite = apply_directions(ready, directions, groups, self.state)
+            self._refusals.count(tuple(block.name for block in ready), ~finite)
 
         for block in active:
             block.by_adamw = not (block.ready or block in refused)
-        self._step_adamw({p for block in active if not block.by_adamw for p in block.params}, scaling)
+        self._step_adamw({p for block in active if not block.by_adamw for p in block.params})
 
-        covered, reasons = self._tracker.covered(), self._tracker.reasons
-        for param in groups:
-            if param.grad is not None and param not in covered:
-                reasons.setdefault(param, "belongs to no module that was called")
+        self._tracker.give_up([param for param in groups if param.grad is not None])
         self._listen()
         for group in self.param_groups:
             group["step"] += 1
@@ -293,18 +300,18 @@ class FOP(Optimizer):
             block.schedule(groups[block.weight])
 
     def _refresh(
-        self, active: list[Block], groups: Mapping[Tensor, dict[str, Any]], scaling: Scaling
+        self, active: list[Block], groups: Mapping[Tensor, dict[str, Any]], loss_scale: Tensor | None
     ) -> list[Block]:
         """Take in the gathered statistics; return the blocks whose statistics were not finite."""
         blocks = [block for block in active if block.capture.window.statistics is not None]
         if not blocks:
             return []
-        refused, rescues = refresh_curvature(blocks, [groups[block.weight] for block in blocks], scaling)
+        refused, rescues = refresh_curvature(blocks, [groups[block.weight] for block in blocks], loss_scale)
         self._refusals.report()
         warn_of_curvature(refused, rescues, self._warned)
         return refused
 
-    def _step_adamw(self, done: Set[Tensor], scaling: Scaling) -> None:
+    def _step_adamw(self, done: Set[Tensor]) -> None:
         """Step every other parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -312,16 +319,8 @@ class FOP(Optimizer):
                 if param.grad is not None and param.numel() and param not in done:
                     alike.setdefault((param.device, param.dtype), []).append(param)
             for params in alike.values():
-                refused = adamw_step(params, group, self.state, scaling.skipped)
-                self._count_refusals(
-                    (f"all {len(params)} AdamW parameters of a group",), refused[None], scaling
-                )
-
-    def _count_refusals(self, names: tuple[str, ...], refused: Tensor, scaling: Scaling) -> None:
-        # A step that the scaler skips is no news: it looks for the largest scale that works.
-        if scaling.skipped is not None:
-            refused = refused & (scaling.skipped.to(refused.device) == 0)
-        self._refusals.count(names, refused)
+                refused = adamw_step(params, group, self.state)
+                self._refusals.count((f"all {len(params)} AdamW parameters of a group",), refused[None])
 
     # What a step leaves behind
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,34 +13,33 @@ from torch.optim import Optimizer
 _CALLERS = 16
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """The loss scale of a step.
+# torch's protocol: in `GradScaler.step` an optimizer with ``_step_supports_amp_scaling`` has the attributes
+# ``found_inf``, and ``grad_scale`` unless the user has called ``scaler.unscale_``.
 
-    Attributes:
-        loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
-        skipped: 0-dim, not 0 where a gradient is infinite and the step must change nothing; None if unknown.
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Tell whether a scaler found infinite gradients, so that the step must change nothing.
+
+    Waits for the device, only under a scaler: as torch does for every optimizer outside the protocol.
     """
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
-    loss_scale: Tensor | None = None
-    skipped: Tensor | None = None
 
+def unscale(optimizer: Optimizer, params: Iterable[Tensor]) -> Tensor | None:
+    """Unscale p.grad in place if the scaler left that to the optimizer.
 
-def unscaled(optimizer: Optimizer, params: Iterable[Tensor]) -> Scaling:
-    """Unscale p.grad in place if the scaler left that to the optimizer; return what is known of the scale.
-
-    torch's protocol: in `GradScaler.step` an optimizer with ``_step_supports_amp_scaling`` has the attributes
-    ``found_inf``, and ``grad_scale`` unless the user has called ``scaler.unscale_``.
+    Returns:
+        0-dim, what the loss was multiplied with in the backward pass; None for 1.
     """
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    skipped: Tensor | None = getattr(optimizer, "found_inf", None)
     if scale is not None:
         gradients = [param.grad for param in params if param.grad is not None]
         _multiply(gradients, scale.double().reciprocal().float())
-    elif skipped is not None:
+    elif getattr(optimizer, "found_inf", None) is not None:
         # Clipping may have come on top, so the gradients no longer tell the scale.
         scale = _scale_of_caller()
-    return Scaling(scale, skipped)
+    return scale
 
 
 def refuse_sparse(params: Iterable[tuple[str, Tensor]]) -> None:

@@ -45,7 +45,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: an option of the wrong type.
     """
     _check_options(options)
-    return {key: _plain(value) for key, value in options.items()}
+    return {key: _plain(value) if key in DEFAULTS else value for key, value in options.items()}
 
 
 def split_schedules(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
@@ -148,24 +148,36 @@ def _ordered(params: Iterable[Any]) -> list[Any]:
 
 
 def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
-    """Return one group with a list of plain parameters; names of named parameters go into ``names``."""
+    """Return one group with a list of plain parameters; names of named parameters go into ``names``.
+
+    As torch does since 2.6, names are kept in the group, too, as ``param_names``.
+
+    Raises:
+        TypeError: no dict with parameters.
+        ValueError: an iterator that has been used up, or names for some parameters only.
+    """
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group must be a dict with the key 'params'; got {type(group).__name__}")
     given = group["params"]
     if isinstance(given, nn.Module):
-        given = list(given.named_parameters())
+        names |= {param: name for name, param in given.named_parameters()}
+        given = list(given.parameters())
     entries = [given] if isinstance(given, Tensor) else _ordered(given)
-    plain = []
-    for entry in entries:
-        name, param = entry if isinstance(entry, tuple) else (None, entry)
+    if not entries and not isinstance(given, Sequence):
+        raise ValueError("a parameter group is empty; an iterator of parameters can be used only once")
+    named = [isinstance(entry, tuple) for entry in entries]
+    if any(named) and not all(named):
+        raise ValueError(
+            "a parameter group has names for some of its parameters; give names to all or to none"
+        )
+    plain = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    for param in plain:
         if not isinstance(param, Tensor):
             raise TypeError(f"params must hold tensors; got {type(param).__name__}")
-        if name is not None:
-            names[param] = name
-        plain.append(param)
-    if not plain:
-        raise ValueError("a parameter group is empty; an iterator of parameters can be used only once")
-    return {**group, "params": plain}
+    if not any(named):
+        return {**group, "params": plain}
+    names |= {param: name for name, param in entries}
+    return {**group, "params": plain, "param_names": [name for name, _ in entries]}
 
 
 def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:

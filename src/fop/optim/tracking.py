@@ -116,12 +116,27 @@ class Tracker:
         if block is not None:
             block.capture.detach()
 
-    def listen(self, params: list[Tensor], seen: Callable[[nn.Module], None]) -> None:
+    def enter(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
+        watch = self._watches.get(getattr(root, "_orig_mod", root))
+        if watch is not None:
+            watch.enter(args, {})
+
+    def give_up(self, params: list[Tensor]) -> None:
+        """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
+        if self._finder is None or not self._finder.used:
+            return
+        covered = self.covered()
+        for param in params:
+            if param not in covered:
+                self.reasons.setdefault(param, "belongs to no module that was called")
+
+    def listen(self, params: list[Tensor], seen: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
         """Watch forward passes for as long as a parameter's owner is not known.
 
         Args:
             params: all parameters.
-            seen: bound method, called with each model that is run; held by weak reference.
+            seen: bound method, called with each model that is run and its arguments; held by weak reference.
         """
         known = self.reasons.keys() | self.covered()
         unknown = any(param not in known for param in params)

@@ -18,7 +18,6 @@ def apply_directions(
     directions: Sequence[Direction],
     groups: Mapping[Tensor, Mapping[str, Any]],
     states: Mapping[Tensor, dict[str, Any]],
-    skipped: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Update the weights of ``blocks``; those whose direction is not finite stay as they are.
 
@@ -27,7 +26,6 @@ def apply_directions(
         directions: the direction of each.
         groups: parameter group of every parameter.
         states: state of every parameter.
-        skipped: 0-dim, not 0 if nothing is to be changed; None if not.
 
     Returns:
         The KL clip's factor, and for each block whether its direction was finite.
@@ -43,10 +41,9 @@ def apply_directions(
     if kl_clip is not None:
         # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
         scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
-    applied = finite if skipped is None else finite & (skipped.to(home) == 0)
     for index, (block, direction) in enumerate(zip(blocks, directions, strict=True)):
         update, device = direction.update, direction.update.device
-        fine = applied[index].to(device)
+        fine = finite[index].to(device)
         # Not a product: 0 times NaN is NaN.
         update = torch.where(fine, update * scale.to(device, update.dtype), 0)
         for param, part in block.parts(update):
@@ -79,14 +76,11 @@ def move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], st
 
 
 def adamw_step(
-    params: Sequence[Tensor],
-    group: Mapping[str, Any],
-    states: Mapping[Tensor, dict[str, Any]],
-    skipped: Tensor | None,
+    params: Sequence[Tensor], group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]
 ) -> Tensor:
     """Step parameters of one device and dtype by torch's AdamW; return whether the step was refused.
 
-    A gradient that is not finite refuses the step of all of them, and so does ``skipped`` if it is not 0.
+    A gradient that is not finite refuses the step of all of them.
     """
     device = params[0].device
     for param in params:
@@ -101,8 +95,7 @@ def adamw_step(
     # flag must be read here.
     dense = all(states[param]["exp_avg"].stride() == param.stride() for param in params)
     fused = dense and device.type in ("cpu", "cuda")
-    halted = refused if skipped is None else refused | (skipped.to(device) != 0)
-    if not fused and bool(halted):
+    if not fused and bool(refused):
         return refused
     adamw(
         list(params),
@@ -112,7 +105,7 @@ def adamw_step(
         [],
         [states[param]["step"] for param in params],
         fused=fused,
-        found_inf=halted.float() if fused else None,
+        found_inf=refused.float() if fused else None,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
