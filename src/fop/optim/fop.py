@@ -362,10 +362,17 @@ class FOP(Optimizer):
         Raises:
             ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
         """
-        shapes = {weight: block.layer.factor_shapes for weight, block in self._blocks.items()}
-        check_state_dict(state_dict, self.param_groups, shapes)
-        super().load_state_dict(state_dict)
-        restore_precision(state_dict, self.param_groups, self.state)
+        loaded: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, saved: dict[str, Any]) -> None:
+            shapes = {weight: block.layer.factor_shapes for weight, block in self._blocks.items()}
+            check_state_dict(saved, self.param_groups, shapes)
+            loaded.append(saved)
+
+        # After the user's hooks, which may make another state of it.
+        with self.register_load_state_dict_pre_hook(check):
+            super().load_state_dict(state_dict)
+        restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
         groups = self._groups()
         for weight, block in self._blocks.items():
