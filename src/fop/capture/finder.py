@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+Seen: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
 
 class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
     Args:
-        seen: a bound method that is called with each module not shown before, and its positional arguments;
-            held by weak reference.
+        seen: a bound method that is called with each module not shown before, and its arguments; held by weak
+            reference.
     """
 
-    def __init__(self, seen: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+    def __init__(self, seen: Seen) -> None:
         self._seen = weakref.WeakMethod(seen)
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
@@ -32,7 +36,7 @@ class FirstForwardHook:
         elif module not in self._known:
             # Its children's own forward passes, which follow, need no look of their own.
             self._known.update(module.modules())
-            seen(module, args)
+            seen(module, args, _keywords(module))
 
     @property
     def used(self) -> bool:
@@ -42,3 +46,16 @@ class FirstForwardHook:
     def remove(self) -> None:
         """Take the global hook away."""
         self._handle.remove()
+
+
+def _keywords(module: nn.Module) -> Mapping[str, Any]:
+    """Return the keyword arguments of the running call of ``module``, which such hooks are not given."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            break
+        given = frame.f_locals.get("kwargs")
+        if frame.f_locals.get("self") is module and isinstance(given, Mapping):
+            return given
+        frame = frame.f_back
+    return {}

@@ -25,12 +25,7 @@ def check_state_dict(
         groups: the parameter groups that it would be loaded into.
         shapes: shapes of the factors of every weight whose layer is known already.
     """
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
-        raise ValueError(
-            f"a state_dict is a dict with the keys 'state' and 'param_groups'; got "
-            f"{sorted(saved) if isinstance(saved, Mapping) else repr(saved)}. Pass what "
-            "optimizer.state_dict() returned"
-        )
+    check_form(saved)
     if len(saved["param_groups"]) != len(groups):
         raise ValueError(
             f"the state_dict has {len(saved['param_groups'])} parameter groups, not {len(groups)}; "
@@ -59,6 +54,16 @@ def check_state_dict(
                 )
             for name, allowed in _allowed_shapes(state, param, shapes.get(param)).items():
                 _check_entry(state, name, allowed, label)
+
+
+def check_form(saved: Any) -> None:
+    """Raise ValueError unless ``saved`` is what `state_dict` of an optimizer gives."""
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(
+            f"a state_dict is a dict with the keys 'state' and 'param_groups'; got "
+            f"{sorted(saved) if isinstance(saved, Mapping) else repr(saved)}. Pass what "
+            "optimizer.state_dict() returned"
+        )
 
 
 def _allowed_shapes(

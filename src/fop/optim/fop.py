@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from fop.algebra import Rung
 from fop.optim.block import Block, refresh_curvature
-from fop.optim.checkpoint import check_state_dict, follow_moves, restore_precision
-from fop.optim.gradients import overflowed, refuse_sparse, unscale
+from fop.optim.checkpoint import check_form, check_state_dict, follow_moves, restore_precision
+from fop.optim.gradients import called_by_scaler, overflowed, refuse_sparse, unscale
 from fop.optim.layer_options import LayerChoices, LayerOptionsLike
 from fop.optim.options import (
     DEFAULTS,
@@ -83,8 +83,11 @@ class FOP(Optimizer):
         TypeError: an option of the wrong type; complex or integer parameters.
     """
 
-    # GradScaler then leaves unscaling, and skipping of bad steps, to `step`, and tells the loss scale.
-    _step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then leaves unscaling, and skipping of bad steps, to `step`, and tells the loss scale. To
+        # others, such as Lightning, it would mean that gradients cannot be clipped.
+        return called_by_scaler()
 
     def __init__(
         self,
@@ -195,9 +198,9 @@ class FOP(Optimizer):
     def _adopt(self, root: nn.Module) -> None:
         self._tracker.adopt(root, self._groups(), self.state)
 
-    def _seen(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+    def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._adopt(root)
-        self._tracker.enter(root, args)
+        self._tracker.enter(root, args, kwargs)
 
     def _listen(self) -> None:
         self._tracker.listen(list(self._parameters()), self._seen)
@@ -362,6 +365,7 @@ class FOP(Optimizer):
         Raises:
             ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
         """
+        check_form(state_dict)
         loaded: list[dict[str, Any]] = []
 
         def check(_: Optimizer, saved: dict[str, Any]) -> None:

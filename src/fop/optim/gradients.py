@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -60,13 +61,18 @@ def _multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_(group, factor.to(device))
 
 
+def called_by_scaler() -> bool:
+    """Tell whether the function that calls this one was called by a `GradScaler`."""
+    return isinstance(sys._getframe(2).f_locals.get("self"), torch.amp.GradScaler)
+
+
 def _scale_of_caller() -> Tensor | None:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     for _ in range(_CALLERS):
-        if frame.f_back is None:
+        if frame is None:
             break
-        frame = frame.f_back
         scaler = frame.f_locals.get("self")
         if isinstance(scaler, torch.amp.GradScaler):
             return scaler._scale
+        frame = frame.f_back
     return None

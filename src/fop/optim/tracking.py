@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from fop.capture import AttentionUse, FirstForwardHook, ForwardUse, LayerCapture, ModelWatch, SubBatch
+from fop.capture import AttentionUse, FirstForwardHook, ForwardUse, LayerCapture, ModelWatch, Seen, SubBatch
 from fop.optim.block import Block
 from fop.optim.discovery import FoundLayer, Owner, find_layers
 from fop.optim.layer_options import LayerChoices
@@ -116,11 +116,11 @@ class Tracker:
         if block is not None:
             block.capture.detach()
 
-    def enter(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
         watch = self._watches.get(getattr(root, "_orig_mod", root))
         if watch is not None:
-            watch.enter(args, {})
+            watch.enter(args, kwargs)
 
     def give_up(self, params: list[Tensor]) -> None:
         """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
@@ -131,7 +131,7 @@ class Tracker:
             if param not in covered:
                 self.reasons.setdefault(param, "belongs to no module that was called")
 
-    def listen(self, params: list[Tensor], seen: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+    def listen(self, params: list[Tensor], seen: Seen) -> None:
         """Watch forward passes for as long as a parameter's owner is not known.
 
         Args:
