@@ -65,23 +65,36 @@ class Batch:
         if not shape:
             return Layout(None, 1)
         if layer.options.batch_dim is not None:
-            return _fixed(layer.options.batch_dim, shape)
+            return self._fixed(layer.options.batch_dim, shape)
+        if isinstance(layer, EmbeddingLayer) and self._positions(x):
+            why = f"its input {shape} holds positions, the same for all samples"
+            return Layout(0, self.size or shape[0], problem=why)
         if self.sequences:
             return self._among_sequences(shape)
         if self.size is None or self.size < 0:
             ambiguous = "a compiled model with batch_first=False needs batch_dim in layer_options"
             return Layout(0, shape[0], problem=ambiguous if self.size == AMBIGUOUS else None)
-        if isinstance(layer, EmbeddingLayer) and self._positions(x):
-            return Layout(
-                0, self.size, problem=f"its input {shape} holds positions, the same for all samples"
-            )
         return _of_size(self.size, shape)
 
+    def _fixed(self, dim: int, shape: tuple[int, ...]) -> Layout:
+        if dim >= len(shape):
+            return Layout(0, shape[0], problem=f"batch_dim={dim}, but its input is {shape}")
+        N = self.size
+        if dim == 0 and not self.sequences and N is not None and N > 0 and shape[0] % N == 0:
+            return Layout(0, N, rows=shape[0] // N)
+        return Layout(dim, shape[dim])
+
     def _positions(self, ids: Tensor) -> bool:
-        """Tell whether token numbers are made by the model itself: a row for all samples, not for each."""
-        if ids.dim() > 1 and ids.shape[0] == self.size:
+        """Tell whether token numbers are a row for all samples, and not for each."""
+        if self.size is None or self.size < 0 or (ids.dim() > 1 and ids.shape[0] == self.size):
             return False
-        return self.storages is not None and ids.untyped_storage().data_ptr() not in self.storages
+        if ids.dim() > 1 and ids.shape[0] == 1:
+            return True
+        if self.storages is None:
+            # Under torch.compile.
+            return ids.dim() == 1
+        # What is not the model's input, it has made itself.
+        return ids.untyped_storage().data_ptr() not in self.storages
 
     def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
         sizes = {N for _, N in self.sequences}
@@ -96,18 +109,18 @@ class Batch:
         return Layout(0, N, problem=why)
 
 
-def _fixed(dim: int, shape: tuple[int, ...]) -> Layout:
-    if dim < len(shape):
-        return Layout(dim, shape[dim])
-    return Layout(0, shape[0], problem=f"batch_dim={dim}, but its input is {shape}")
-
-
 def _of_size(N: int, shape: tuple[int, ...]) -> Layout:
     if shape[0] == N:
         return Layout(0, N)
-    if shape[1:2] == (N,):
+    second, folded = shape[1:2] == (N,), N > 0 and shape[0] % N == 0
+    if second and folded:
+        why = (
+            f"its input {shape} may have the {N} samples in either dimension; set batch_dim in layer_options"
+        )
+        return Layout(0, N, problem=why)
+    if second:
         return Layout(1, N)
-    if N > 0 and shape[0] % N == 0:
+    if folded:
         return Layout(0, N, rows=shape[0] // N)
     return Layout(0, N, problem=f"its input is {shape} for a batch of {N}")
 

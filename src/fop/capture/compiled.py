@@ -29,47 +29,50 @@ _collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDict
 _count = itertools.count()
 
 
-def key_of(module: nn.Module, weight: str, collector: Collector) -> int:
-    """Return the number of a module's weight, and let its gradients go to ``collector`` from now on."""
+def key_of(module: nn.Module, weight: str, collector: Collector) -> Tensor:
+    """Return the number of a module's weight, and let its gradients go to ``collector`` from now on.
+
+    A tensor, 0-dim: numbers are constants in a graph, and like layers would each be compiled anew.
+    """
     numbers = _numbers.setdefault(module, {})
     key = numbers.setdefault(weight, next(_count))
     _collectors[key] = collector
-    return key
+    return torch.tensor(key)
 
 
 @torch.library.custom_op("fop::tap", mutates_args=())
-def tap(x: Tensor, output: Tensor, key: int, size: int) -> Tensor:
+def tap(x: Tensor, output: Tensor, key: Tensor, size: int) -> Tensor:
     """Return a copy of ``output``; an operator must not return its input."""
     return output.clone()
 
 
 @tap.register_fake
-def _(x: Tensor, output: Tensor, key: int, size: int) -> Tensor:
+def _(x: Tensor, output: Tensor, key: Tensor, size: int) -> Tensor:
     return torch.empty_like(output)
 
 
 @torch.library.custom_op("fop::collect", mutates_args=())
-def collect(x: Tensor, b: Tensor, key: int, size: int) -> Tensor:
+def collect(x: Tensor, b: Tensor, key: Tensor, size: int) -> Tensor:
     """Give input and output gradient to the layer of that number; return a copy of the gradient."""
-    collector = _collectors.get(key)
+    collector = _collectors.get(int(key))
     if collector is not None:
         collector.compiled(x, b, Batch(size))
     return b.clone()
 
 
 @collect.register_fake
-def _(x: Tensor, b: Tensor, key: int, size: int) -> Tensor:
+def _(x: Tensor, b: Tensor, key: Tensor, size: int) -> Tensor:
     return torch.empty_like(b)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, ctx.key, ctx.size = inputs
-    ctx.save_for_backward(x)
+    x, _, key, ctx.size = inputs
+    ctx.save_for_backward(x, key)
 
 
 def _backward(ctx: Any, b: Tensor) -> tuple[None, Tensor, None, None]:
-    (x,) = ctx.saved_tensors
-    return None, collect(x, b, ctx.key, ctx.size), None, None
+    x, key = ctx.saved_tensors
+    return None, collect(x, b, key, ctx.size), None, None
 
 
 tap.register_autograd(_backward, setup_context=_setup)

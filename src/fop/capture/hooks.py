@@ -151,17 +151,15 @@ class ForwardUse(UseHook):
 
     def forward(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         """Watch one call of the module; under torch.compile the output goes through an operator of ours."""
+        if torch.compiler.is_compiling():
+            if not (torch.is_grad_enabled() and output.requires_grad):
+                return None
+            copied: Tensor = tap(self.layer.observed(module, x), output, self.key, self.watch.traced_size())
+            return copied
         capture = self.capture()
         # A shallow copy or a replica of the module shares the hook, but is not the module.
-        if capture is None or self.module() is not module:
-            return None
-        x = self.layer.observed(module, x)
-        if torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and output.requires_grad and capture.weight.requires_grad:
-                copied: Tensor = tap(x, output, self.key, self.watch.traced_size())
-                return copied
-            return None
-        capture.observe(self.layer, x, output, self.watch.batch())
+        if capture is not None and self.module() is module:
+            capture.observe(self.layer, self.layer.observed(module, x), output, self.watch.batch())
         return None
 
     def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:

@@ -156,7 +156,7 @@ class LayerCapture:
 
     def _part(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> Part:
         part = Part(layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16)
-        if x is None or not b.numel():
+        if x is None or not x.numel() or not b.numel():
             part.problem = part.problem or "its batch is empty"
             return part
         x, b = layout.batched(x), layout.batched(b)

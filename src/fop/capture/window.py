@@ -99,6 +99,8 @@ class Window:
     @property
     def why(self) -> str:
         """Why there is no pair."""
+        if not any(self._passes):
+            return "p.grad was not made by a backward pass through the layer"
         return self._why or "its backward passes were all of one sub-batch"
 
     def begin(self, samples: int, label: int | None) -> None:
@@ -147,7 +149,7 @@ class Window:
         if self.split and part.problem is None and not self._dropped:
             self._ratio_of = self._ratio_of or part.samples
             self._half, self._whole = _sum(self._half, part.half), _sum(self._whole, part.whole)
-        elif self.split:
+        elif self.split and not self._dropped:
             # This pass cannot be split, but whole passes may still make a pair.
             self._half, self._why = None, part.problem
         self._passes[self._label] += 1

@@ -48,6 +48,8 @@ class Layer(ABC):
     options: LayerOptions
     # Whether ``factor_sums`` has the two factors the other way round than the block, see `Statistics`.
     swapped = False
+    # Whether the weight is stored as (in, out).
+    transposed = False
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:

@@ -12,6 +12,8 @@ from fop.layers.statistics import FactorSums
 class EmbeddingLayer(Layer):
     """A holds how often each token comes in a sample, as a diagonal; rows of G are the output gradients.
 
+    Every token is a row, also with ``weight_sharing="reduce"``.
+
     Args:
         module: the embedding.
         tied: whether an output layer shares the weight; matrices then are (1, vocabulary, features), as that

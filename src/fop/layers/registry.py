@@ -103,9 +103,9 @@ def _reason(
         return "its weight is computed from other parameters"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if kinds is _NORMS and options.path is None:
+    if (why := unsupported(module)) is None and kinds is _NORMS and options.path is None:
         return f"{type(module).__name__}; a diagonal Fisher with path='fop' in layer_options"
-    return unsupported(module)
+    return why
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -128,12 +128,12 @@ class Block:
         fixed_beta = None if beta == "adaptive" else float(beta)
         fixed_eta = None if eta == "adaptive" else float(eta)
         average = self.gradient()
-        difference = None
+        pair = None
         if fixed_beta != 0.0:
             window = self.capture.window
             pair = window.difference(average, self.state.get("complete"), options["loss_reduction"])
             self.pairs.count(None if pair is None else pair[1], window.why)
-            difference = None if pair is None else self._without_frozen_bias(pair[0])
+        difference = None if pair is None else self._without_frozen_bias(pair[0])
         if (samples := self.samples_of(options)) > 1:
             average = average / samples
             difference = None if difference is None else difference / samples
@@ -142,7 +142,8 @@ class Block:
         else:
             direction = fop_direction(self.curvature(), average, difference, beta=fixed_beta, eta=fixed_eta)
         # Only the scalars are kept for the diagnostics, not the update.
-        self.last = direction._replace(update=direction.alignment)
+        beta_used = direction.beta if pair is None else torch.where(pair[1], direction.beta, 0)
+        self.last = direction._replace(update=direction.alignment, beta=beta_used)
         return direction
 
     def _without_frozen_bias(self, difference: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ def _join(found: Found, weight: Tensor, places: list[tuple[str, nn.Module, Slot]
         Use(name, module, slot, slot.tied() if tied and slot.tied else slot.build(alone))
         for name, module, slot in places
     )
-    kinds = {(type(use.layer), use.layer.matrix_shape) for use in uses if not (tied and use.slot.tied)}
+    kinds = {
+        (type(use.layer), use.layer.transposed) for use in uses if not (tied and use.slot.tied is not None)
+    }
     if len(kinds) > 1 or len({use.layer.matrix_shape for use in uses}) > 1:
         return f"shared by {', '.join(use.name for use in uses)}, whose curvatures do not fit together"
     main = next(use for use in uses if not isinstance(use.layer, EmbeddingLayer) or not tied)

@@ -218,7 +218,7 @@ class FOP(Optimizer):
             ValueError: another index.
             RuntimeError: inside another ``sub_batch``.
         """
-        if isinstance(index, bool) or index not in (0, 1):
+        if type(index) is not int or index not in (0, 1):
             raise ValueError(f"sub_batch({index!r}): the pair has two halves, 0 and 1")
         said = self._tracker.sub_batch
         if said.index is not None:

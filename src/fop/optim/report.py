@@ -170,6 +170,8 @@ def summarise(
                 factors = _factors(block.layer)
             if not param.requires_grad:
                 reason += ", frozen"
+            elif param is block.bias and not block.weight.requires_grad:
+                path, reason = "AdamW", f"the weight of its {block.kind} is frozen"
             elif block.by_adamw:
                 path, reason, factors = "AdamW", _unseen(block), ""
             elif not block.ready:
