@@ -191,10 +191,6 @@ class FOP(Optimizer):
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         return {param: group for group in self.param_groups for param in group["params"]}
 
-    @property
-    def _blocks(self) -> dict[Tensor, Block]:
-        return self._tracker.blocks
-
     def _adopt(self, root: nn.Module) -> None:
         self._tracker.adopt(root, self._groups(), self.state)
 
@@ -280,7 +276,7 @@ class FOP(Optimizer):
             group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
         groups = self._groups()
         loss_scale = unscale(self, groups)
-        active = [block for block in self._blocks.values() if block.weight.grad is not None]
+        active = [block for block in self._tracker.blocks.values() if block.weight.grad is not None]
         refused = self._refresh(active, groups, loss_scale)
 
         ready = [block for block in active if block.ready]
@@ -298,7 +294,7 @@ class FOP(Optimizer):
         for group in self.param_groups:
             group["step"] += 1
             group["last_lr"] = group["lr"]
-        for block in self._blocks.values():
+        for block in self._tracker.blocks.values():
             block.capture.clear()
             block.schedule(groups[block.weight])
 
@@ -330,18 +326,18 @@ class FOP(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and forget what was gathered with them."""
         super().zero_grad(set_to_none)
-        for block in self._blocks.values():
+        for block in self._tracker.blocks.values():
             block.capture.clear()
 
     @property
     def curvature_due(self) -> bool:
         """Whether the coming step refreshes the curvature of any layer."""
-        return not self._blocks or any(block.capture.due for block in self._blocks.values())
+        return not self._tracker.blocks or any(block.capture.due for block in self._tracker.blocks.values())
 
     def request_curvature(self) -> None:
         """Refresh every layer's curvature at the coming step, for instance after new weights were loaded."""
         groups = self._groups()
-        for block in self._blocks.values():
+        for block in self._tracker.blocks.values():
             block.state["refresh_at"] = groups[block.weight]["step"]
             block.schedule(groups[block.weight])
 
@@ -355,7 +351,7 @@ class FOP(Optimizer):
         Nothing is transferred from the device before this is called.
         """
         self._refusals.report()
-        return diagnose(self._groups(), self._blocks, self._kl_scale)
+        return diagnose(self._groups(), self._tracker.blocks, self._kl_scale)
 
     # State
 
@@ -369,7 +365,7 @@ class FOP(Optimizer):
         loaded: list[dict[str, Any]] = []
 
         def check(_: Optimizer, saved: dict[str, Any]) -> None:
-            shapes = {weight: block.layer.factor_shapes for weight, block in self._blocks.items()}
+            shapes = {weight: block.layer.factor_shapes for weight, block in self._tracker.blocks.items()}
             check_state_dict(saved, self.param_groups, shapes)
             loaded.append(saved)
 
@@ -379,7 +375,7 @@ class FOP(Optimizer):
         restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
         groups = self._groups()
-        for weight, block in self._blocks.items():
+        for weight, block in self._tracker.blocks.items():
             block.state = self.state[weight]
             block.capture.clear()
             block.schedule(groups[weight])
