@@ -74,7 +74,7 @@ class Batch:
         if self.size is None or self.size < 0:
             ambiguous = "a compiled model with batch_first=False needs batch_dim in layer_options"
             return Layout(0, shape[0], problem=ambiguous if self.size == AMBIGUOUS else None)
-        return _of_size(self.size, shape)
+        return _of_size(self.size, shape, x.dim())
 
     def _fixed(self, dim: int, shape: tuple[int, ...]) -> Layout:
         if dim >= len(shape):
@@ -109,20 +109,17 @@ class Batch:
         return Layout(0, N, problem=why)
 
 
-def _of_size(N: int, shape: tuple[int, ...]) -> Layout:
+def _of_size(N: int, shape: tuple[int, ...], dims: int) -> Layout:
     if shape[0] == N:
         return Layout(0, N)
+    # Rows with no other dimension may be tokens in any order; batch_dim=0 says that they go by sample.
     second, folded = shape[1:2] == (N,), N > 0 and shape[0] % N == 0
-    if second and folded:
-        why = (
-            f"its input {shape} may have the {N} samples in either dimension; set batch_dim in layer_options"
-        )
-        return Layout(0, N, problem=why)
-    if second:
+    if second and not folded:
         return Layout(1, N)
-    if folded:
+    if folded and not second and dims > 2:
         return Layout(0, N, rows=shape[0] // N)
-    return Layout(0, N, problem=f"its input is {shape} for a batch of {N}")
+    how = "set batch_dim in layer_options" if second or folded else "no dimension counts samples"
+    return Layout(0, N, problem=f"its input is {shape} for a batch of {N}; {how}")
 
 
 class Attention(Batch):
@@ -226,3 +223,6 @@ def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Mapping):
             yield from _tensors(value.values())
+        elif isinstance(value, tuple) or (isinstance(value, list) and len(value) == 1):
+            # A longer list may hold the samples themselves, as images of different sizes.
+            yield from _tensors(value)

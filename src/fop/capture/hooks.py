@@ -185,7 +185,7 @@ class AttentionUse(UseHook):
         if capture is None or self.module() is not module or self._mode is not None:
             return
         # A compiled attention is one graph, in which nobody can look for the weight.
-        if capture.wants and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._batch = Attention(module, query, self.watch.batch())
             self._mode = ProjectionMode(self._seen)
             self._mode.__enter__()  # type: ignore[no-untyped-call]

@@ -99,7 +99,7 @@ class Window:
     @property
     def why(self) -> str:
         """Why there is no pair."""
-        if not any(self._passes):
+        if self._why is None and not any(self._passes):
             return "p.grad was not made by a backward pass through the layer"
         return self._why or "its backward passes were all of one sub-batch"
 

@@ -3,10 +3,11 @@
 from fop.layers.attention import PackedLayer
 from fop.layers.base import Layer, LayerOptions
 from fop.layers.embedding import EmbeddingLayer
-from fop.layers.registry import Slot, describe
+from fop.layers.registry import EXCLUDED, Slot, describe
 from fop.layers.statistics import FactorSums, Reduction, Statistics
 
 __all__ = [
+    "EXCLUDED",
     "EmbeddingLayer",
     "FactorSums",
     "Layer",

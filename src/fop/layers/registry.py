@@ -16,6 +16,8 @@ from fop.layers.embedding import EmbeddingLayer, unsupported_embedding
 from fop.layers.linear import LinearLayer, unsupported_linear
 from fop.layers.norm import NormLayer, unsupported_norm
 
+EXCLUDED = "layer_options say so"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -24,44 +26,50 @@ class Slot:
     Attributes:
         weight: its name, dotted where a submodule owns it.
         bias: likewise the bias' name, None if it has none.
-        build: makes the `Layer`, given whether the bias belongs to the block.
+        build: makes the `Layer`, given whether the bias belongs to the block, and the options.
         tied: makes the `Layer` of an embedding that shares its weight with an output layer.
     """
 
     weight: str
     bias: str | None
-    build: Callable[[bool], Layer]
-    tied: Callable[[], Layer] | None = None
+    build: Callable[[bool, LayerOptions], Layer]
+    tied: Callable[[LayerOptions], Layer] | None = None
 
 
-def _own(layer: Callable[..., Layer], module: nn.Module, options: LayerOptions) -> list[Slot]:
-    return [Slot("weight", "bias", lambda bias: layer(module, bias=bias, options=options))]
+def _own(layer: Callable[..., Layer], module: nn.Module) -> list[Slot]:
+    return [Slot("weight", "bias", lambda bias, options: layer(module, bias=bias, options=options))]
 
 
-def _embedding(module: nn.Embedding, options: LayerOptions) -> list[Slot]:
-    build = partial(EmbeddingLayer, module, options=options)
-    return [Slot("weight", None, lambda _: build(tied=False), partial(build, tied=True))]
+def _embedding(module: nn.Embedding) -> list[Slot]:
+    def build(_: bool, options: LayerOptions) -> Layer:
+        return EmbeddingLayer(module, tied=False, options=options)
+
+    def tied(options: LayerOptions) -> Layer:
+        return EmbeddingLayer(module, tied=True, options=options)
+
+    return [Slot("weight", None, build, tied)]
 
 
-def _attention(module: nn.MultiheadAttention, options: LayerOptions) -> list[Slot]:
+def _packed(embed_dim: int) -> Callable[[bool, LayerOptions], Layer]:
+    return lambda bias, options: PackedLayer(embed_dim, bias=bias, options=options)
+
+
+def _attention(module: nn.MultiheadAttention) -> list[Slot]:
     E = module.embed_dim
 
-    def linear(in_dim: int) -> Callable[[bool], Layer]:
-        return lambda bias: LinearLayer(E, in_dim, bias=bias, options=options)
+    def linear(in_dim: int) -> Callable[[bool, LayerOptions], Layer]:
+        return lambda bias, options: LinearLayer(E, in_dim, bias=bias, options=options)
 
     slots = [Slot("out_proj.weight", "out_proj.bias", linear(E))]
     if module._qkv_same_embed_dim:
-        packed = Slot(
-            "in_proj_weight", "in_proj_bias", lambda bias: PackedLayer(E, bias=bias, options=options)
-        )
-        return [packed, *slots]
+        return [Slot("in_proj_weight", "in_proj_bias", _packed(E)), *slots]
     # Their biases are parts of one parameter, which no single block could own.
     dims = {"q_proj_weight": E, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}
     return [*(Slot(name, None, linear(dim)) for name, dim in dims.items()), *slots]
 
 
 _Check: TypeAlias = Callable[[Any], str | None]
-_Slots: TypeAlias = Callable[[Any, LayerOptions], list[Slot]]
+_Slots: TypeAlias = Callable[[Any], list[Slot]]
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -83,12 +91,12 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], _Check, _Slots], ...] = (
 def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
     """Return the module's weights that can take the FOP step, or the reason why it has none."""
     if options.path == "adamw":
-        return "layer_options say so"
+        return EXCLUDED
     for kinds, unsupported, slots in _KINDS:
         if isinstance(module, kinds):
-            return _reason(module, kinds, unsupported, options) or slots(module, options)
+            return _reason(module, kinds, unsupported, options) or slots(module)
     if _is_conv1d(module):
-        return _own(LinearLayer.of_conv1d, module, options)
+        return _own(LinearLayer.of_conv1d, module)
     return f"no Kronecker factors for {type(module).__name__}"
 
 

@@ -126,18 +126,22 @@ def restore_precision(
                     state[param][name] = value.to(param.device, _dtype(name, value, param), copy=True)
 
 
-def follow_moves(
-    state: Mapping[Tensor, dict[str, Any]], places: dict[Tensor, tuple[torch.device, torch.dtype]]
-) -> None:
+Places: TypeAlias = dict[Tensor, tuple[torch.device, torch.dtype]]
+
+
+def note_places(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
+    """Note the device and dtype of every parameter that has a state."""
+    places |= {param: (param.device, param.dtype) for param in state}
+
+
+def follow_moves(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
     """Move the state of parameters that have moved, as by ``model.to``, since ``places`` were noted."""
     for param, entries in state.items():
-        place = (param.device, param.dtype)
-        if places.setdefault(param, place) == place:
+        if places.get(param) in (None, (param.device, param.dtype)):
             continue
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 entries[name] = value.to(param.device, _dtype(name, value, param))
-        places[param] = place
 
 
 def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:

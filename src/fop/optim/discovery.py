@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from fop.layers import EmbeddingLayer, Layer, Slot, describe
+from fop.layers import EXCLUDED, EmbeddingLayer, Layer, LayerOptions, Slot, describe
 from fop.optim.layer_options import LayerChoices
 
 
@@ -19,6 +19,23 @@ class Use:
     module: nn.Module
     slot: Slot
     layer: Layer
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module with a slot for a weight, before it is known who shares it."""
+
+    name: str
+    module: nn.Module
+    slot: Slot
+    options: LayerOptions
+
+    def use(self, bias: bool, tied: bool, max_factor_dim: int) -> Use:
+        """Return how this module sees the weight."""
+        options = replace(self.options, max_factor_dim=max_factor_dim)
+        tie = self.slot.tied if tied else None
+        layer = self.slot.build(bias, options) if tie is None else tie(options)
+        return Use(self.name, self.module, self.slot, layer)
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
         ValueError: if a module would give its parameter sparse gradients.
     """
     found = Found()
-    slots: dict[Tensor, list[tuple[str, nn.Module, Slot]]] = {}
+    slots: dict[Tensor, list[Place]] = {}
     why: dict[nn.Module, str] = {}
     claimed: set[nn.Module] = set()
     for name, module in root.named_modules():
@@ -92,15 +109,23 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
                 _refuse_sparse(module, name)
         if module in claimed or not (mine or isinstance(module, nn.MultiheadAttention)):
             continue
-        described = describe(module, choices.of(name, module))
+        options = choices.of((name, module))
+        described = describe(module, options)
+        # The output projection of attention is a module of its own, but never called.
+        parts = [module.out_proj] if isinstance(module, nn.MultiheadAttention) else []
+        claimed.update(parts)
         if isinstance(described, str):
-            why[module] = described
+            why |= dict.fromkeys([module, *parts], described)
             continue
         for slot in described:
+            path = slot.weight.rpartition(".")[0]
+            owner = module.get_submodule(path)
+            own = choices.of((name, module), (f"{name}.{path}".lstrip("."), owner)) if path else options
             weight = _named(module, slot.weight)
-            claimed |= {module.get_submodule(slot.weight.rpartition(".")[0])} - {module}
-            if weight in wanted and isinstance(weight, nn.Parameter):
-                slots.setdefault(weight, []).append((name, module, slot))
+            if own.path == "adamw":
+                why[owner] = EXCLUDED
+            elif weight in wanted and isinstance(weight, nn.Parameter):
+                slots.setdefault(weight, []).append(Place(name, module, slot, own))
 
     for weight, places in slots.items():
         reason = _join(found, weight, places)
@@ -113,22 +138,20 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
     return found
 
 
-def _join(found: Found, weight: Tensor, places: list[tuple[str, nn.Module, Slot]]) -> str | None:
+def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
     """Add the layer of a weight to ``found``, or return why it cannot be one."""
     # An attention module uses what its submodule owns: one place for both.
-    seen = {_named_owner(module, slot.weight) for _, module, slot in places}
+    seen = {_named_owner(place.module, place.slot.weight) for place in places}
     others = [owner for owner in found.owners[weight] if (owner.module, owner.key) not in seen]
     if others:
         return f"shared with {', '.join(owner.name for owner in others)}, which takes no FOP step"
-    biases = {_named(module, slot.bias) if slot.bias else None for _, module, slot in places}
+    # One block has one pair of factors.
+    cap = min(place.options.max_factor_dim for place in places)
+    biases = {_named(place.module, place.slot.bias) if place.slot.bias else None for place in places}
     bias = biases.pop() if len(biases) == 1 else None
     alone = bias is not None and bias in found.owners and len(found.owners[bias]) == len(places)
-    embeddings = [slot for _, _, slot in places if slot.tied is not None]
-    tied = 0 < len(embeddings) < len(places)
-    uses = tuple(
-        Use(name, module, slot, slot.tied() if tied and slot.tied else slot.build(alone))
-        for name, module, slot in places
-    )
+    tied = 0 < sum(place.slot.tied is not None for place in places) < len(places)
+    uses = tuple(place.use(alone, tied, cap) for place in places)
     kinds = {
         (type(use.layer), use.layer.transposed) for use in uses if not (tied and use.slot.tied is not None)
     }
@@ -148,7 +171,7 @@ def _join(found: Found, weight: Tensor, places: list[tuple[str, nn.Module, Slot]
 
 def _reason(
     owners: list[Owner],
-    slots: dict[Tensor, list[tuple[str, nn.Module, Slot]]],
+    slots: dict[Tensor, list[Place]],
     why: dict[nn.Module, str],
 ) -> str:
     """Return why a parameter that belongs to no layer takes AdamW."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, Literal, overload
 
@@ -14,9 +12,16 @@ from torch.optim import Optimizer
 
 from fop.algebra import Rung
 from fop.optim.block import Block, refresh_curvature
-from fop.optim.checkpoint import check_form, check_state_dict, follow_moves, restore_precision
+from fop.optim.checkpoint import (
+    check_form,
+    check_state_dict,
+    follow_moves,
+    note_places,
+    restore_precision,
+)
 from fop.optim.gradients import called_by_scaler, overflowed, refuse_sparse, unscale
 from fop.optim.layer_options import LayerChoices, LayerOptionsLike
+from fop.optim.live import live, refuse_driven
 from fop.optim.options import (
     DEFAULTS,
     ParamsLike,
@@ -37,9 +42,6 @@ from fop.optim.report import (
 )
 from fop.optim.tracking import Tracker
 from fop.optim.update import adamw_step, apply_directions
-
-# Every optimizer alive, to refuse a second one on the same parameters.
-_live: weakref.WeakSet[FOP] = weakref.WeakSet()
 
 
 class FOP(Optimizer):
@@ -120,7 +122,7 @@ class FOP(Optimizer):
         if root is not None:
             self._adopt(root)
         self._listen()
-        _live.add(self)
+        live.add(self)
 
     def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
         self._tracker = Tracker(LayerChoices(layer_options))
@@ -157,33 +159,17 @@ class FOP(Optimizer):
             )
         params = group["params"]
         check_parameters(params, self._tracker.names, set(self._parameters()))
-        self._refuse_driven(params)
+        refuse_driven(self, params, self._tracker.names)
         group.setdefault("base_lr", group.get("lr", self.defaults["lr"]))
         group.setdefault("last_lr", group.get("lr", self.defaults["lr"]))
         group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
         super().add_param_group(group)
         own = {name: schedule for name, schedule in self._default_schedules.items() if name not in options}
         self._schedules.append({**own, **schedules})
-        if self in _live:
+        if self in live:
             for root in list(self._tracker.roots()):
                 self._adopt(root)
             self._listen()
-
-    def _refuse_driven(self, params: list[Tensor]) -> None:
-        if not self._driven(params):
-            return
-        # An optimizer that nobody can reach any more may still wait for the collector.
-        gc.collect()
-        for param in self._driven(params):
-            label = f"{self._tracker.names.get(param, 'a parameter')} {tuple(param.shape)}"
-            raise ValueError(
-                f"{label} is already driven by another live FOP or KFAC; delete that optimizer first "
-                "(del optimizer) or give each its own parameters"
-            )
-
-    def _driven(self, params: list[Tensor]) -> list[Tensor]:
-        others = {p for other in _live if other is not self for p in other._parameters()}
-        return [param for param in params if param in others]
 
     def _parameters(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -270,6 +256,15 @@ class FOP(Optimizer):
             for group in self.param_groups:
                 group["params"] = [replaced.get(param, param) for param in group["params"]]
         follow_moves(self.state, self._places)
+        self._relink()
+
+    def _relink(self) -> None:
+        """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
+        groups = self._groups()
+        for weight, block in self._tracker.blocks.items():
+            if block.state is not self.state[weight]:
+                block.state = self.state[weight]
+                block.schedule(groups[weight])
 
     def _step(self) -> None:
         for group, schedules in zip(self.param_groups, self._schedules, strict=True):
@@ -297,6 +292,7 @@ class FOP(Optimizer):
         for block in self._tracker.blocks.values():
             block.capture.clear()
             block.schedule(groups[block.weight])
+        note_places(self.state, self._places)
 
     def _refresh(
         self, active: list[Block], groups: Mapping[Tensor, dict[str, Any]], loss_scale: Tensor | None
@@ -326,6 +322,7 @@ class FOP(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and forget what was gathered with them."""
         super().zero_grad(set_to_none)
+        self._relink()
         for block in self._tracker.blocks.values():
             block.capture.clear()
 
@@ -374,11 +371,9 @@ class FOP(Optimizer):
             super().load_state_dict(state_dict)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
-        groups = self._groups()
-        for weight, block in self._tracker.blocks.items():
-            block.state = self.state[weight]
+        self._relink()
+        for block in self._tracker.blocks.values():
             block.capture.clear()
-            block.schedule(groups[weight])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"layer_options": self._tracker.choices.given, "schedules": self._schedules}
@@ -392,6 +387,6 @@ class FOP(Optimizer):
             self._begin(own[0]["layer_options"], own[1])
             self._schedules = own[0]["schedules"]
         super().__setstate__(state)
-        if self not in _live:
+        if self not in live:
             self._listen()
-            _live.add(self)
+            live.add(self)

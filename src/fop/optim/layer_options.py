@@ -43,11 +43,11 @@ class LayerChoices:
         self.given = {} if given is None else {key: _checked(key, value) for key, value in given.items()}
         self._unmatched = set(self.given)
 
-    def of(self, name: str, module: nn.Module) -> LayerOptions:
-        """Return the options of the module of that qualified name."""
+    def of(self, *modules: tuple[str, nn.Module]) -> LayerOptions:
+        """Return the options of a module, or of a part of one: what is said of any of these named modules."""
         options = LayerOptions()
         for key, chosen in self.given.items():
-            if fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key):
+            if any(_matches(key, name, module) for name, module in modules):
                 self._unmatched.discard(key)
                 options = replace(options, **chosen)
         return options
@@ -88,6 +88,10 @@ def _checked(key: Any, chosen: Any) -> dict[str, Any]:
             allowed = " or ".join(map(repr, _ALLOWED[name]))
             raise ValueError(f"layer_options: {name}={value!r} of {_label(key)} must be {allowed}")
     return dict(chosen)
+
+
+def _matches(key: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+    return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
 
 
 def _label(key: str | type[nn.Module]) -> str:
