@@ -26,7 +26,10 @@ def watch_output(capture: LayerCapture, layer: Layer, x: Tensor, output: Tensor,
     # hook on it, out of the graph.
     base = output._base
     source = base if base is not None and base.numel() == output.numel() else output
-    source.register_hook(_OutputHook(capture, layer, x, batch, output.shape))
+    node, index, hook = source.grad_fn, source.output_nr, _OutputHook(capture, layer, x, batch, output.shape)
+    assert node is not None
+    # On the node and not on the tensor: after hooks of the user's that change the gradient.
+    node.register_prehook(lambda gradients: hook(gradients[index]))
 
 
 class _Keep(torch.autograd.Function):
@@ -43,7 +46,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _OutputHook:
-    """Tensor hook: holds the input until the gradient of the output arrives, exactly as autograd does."""
+    """Hook on an output's node: holds the input until the gradient of the output arrives, as autograd does."""
 
     def __init__(
         self, capture: LayerCapture, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size
@@ -53,14 +56,15 @@ class _OutputHook:
         self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call]
         self._shape = shape
         self._batch = batch
+        self._outer = torch._C._current_graph_task_id()
 
-    def __call__(self, b: Tensor) -> None:
+    def __call__(self, b: Tensor | None) -> None:
         capture, kept = self._capture(), self._kept
         if not _graph_is_kept():
             self._kept = None
-        if capture is not None and capture.wants:
+        if capture is not None and capture.wants and b is not None:
             x = _unpacked(kept)
-            capture.collect(self._layer, x, b.reshape(self._shape), self._batch)
+            capture.collect(self._layer, x, b.reshape(self._shape), self._batch, self._outer)
 
 
 def _unpacked(kept: Any) -> Tensor | None:

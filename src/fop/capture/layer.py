@@ -52,6 +52,8 @@ class LayerCapture:
         self._parts: dict[int, Part] = {}
         # Version of p.grad when the window last took it in; None while the window is empty.
         self._version: int | None = None
+        # Backward pass around the last one, and whether that had parts before.
+        self._outer, self._continued = -1, False
         self._uses: list[UseHook] = []
         self._handles: list[RemovableHandle] = []
         self._watched: set[Tensor] = set()
@@ -84,6 +86,7 @@ class LayerCapture:
         self.window = Window(self.layer, self.params)
         self._parts.clear()
         self._version = None
+        self._outer = -1
 
     @property
     def wants(self) -> bool:
@@ -91,10 +94,12 @@ class LayerCapture:
         return self.paired or self.due or self.counted
 
     def ready_for(self, output: Tensor) -> bool:
-        """Tell whether a backward pass from ``output`` is to be watched, and get ready for it."""
-        if not (
-            self.wants and torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad
-        ):
+        """Tell whether a backward pass from ``output`` can be watched, and get ready for it.
+
+        Not whether anything is wanted of it: that may change until then, and checkpointing expects the same
+        tensors to be kept when it repeats a forward pass.
+        """
+        if not (torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad):
             return False
         self.watch_gradients()
         return True
@@ -113,7 +118,7 @@ class LayerCapture:
             watch_output(self, layer, x, output, batch)
 
     @torch.no_grad()
-    def collect(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch) -> None:
+    def collect(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch, outer: int = -1) -> None:
         """Take one use of the weight out of a running backward pass.
 
         Args:
@@ -121,6 +126,7 @@ class LayerCapture:
             x: its input, None if it was changed since the forward pass.
             b: gradient of its output.
             batch: what is known of the batch.
+            outer: the backward pass that repeated the forward pass (reentrant checkpointing), -1 if none.
         """
         layout = (
             Layout(0, 0, problem="its input was changed in place") if x is None else batch.layout(layer, x)
@@ -130,7 +136,11 @@ class LayerCapture:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
             self._parts.clear()
             self._open_window()
-            self.window.begin(layout.samples if layout.problem is None else 0, self._sub_batch.index)
+            # Every repeated part runs a backward pass of its own; together they are one.
+            self._continued = outer != -1 and outer == self._outer
+            self._outer = outer
+            if not self._continued:
+                self.window.begin(layout.samples if layout.problem is None else 0, self._sub_batch.index)
         with torch.autocast(b.device.type, enabled=False):
             part = self._part(layer, x, b, layout)
         if task in self._parts:
@@ -148,7 +158,7 @@ class LayerCapture:
             if part is None:
                 self.window.drop_pair("its gradient came by a path that no hook saw")
             else:
-                self.window.add(part)
+                self.window.add(part, continued=self._continued)
                 self.window.compare(param.grad)
             self._version = param.grad._version
         if self.paired or self.due:

@@ -86,7 +86,7 @@ class Window:
         # Halves of passes: S1 of all passes, and N of the first one.
         self._half: Tensor | None = None
         self._whole: Tensor | None = None
-        self._ratio_of = 0
+        self._ratio_of = self._last = 0
         self._precise = True
         # Whole passes: the sub-batch of the last one, passes and samples of each sub-batch, and the gradient
         # of sub-batch 0, less p.grad if the last pass was of it.
@@ -138,22 +138,28 @@ class Window:
                 before.add_(param.grad, alpha=1 if label else -1)
         self._label = label
 
-    def add(self, part: Part) -> None:
-        """Add a finished backward pass."""
+    def add(self, part: Part, *, continued: bool = False) -> None:
+        """Add a finished backward pass; ``continued`` if it is one with the pass before it."""
         if self.statistics is None:
             self.statistics = part.statistics
+        elif part.statistics is not None and continued:
+            self.statistics.add_use(part.statistics)
         elif part.statistics is not None:
             self.statistics.add_batch(part.statistics)
         self._precise &= part.precise
-        self.samples += part.samples
+        if continued and part.samples != self._last and self.split:
+            part.problem = f"its uses have batches of {self._last} and {part.samples}"
+        self._last = part.samples
         if self.split and part.problem is None and not self._dropped:
             self._ratio_of = self._ratio_of or part.samples
             self._half, self._whole = _sum(self._half, part.half), _sum(self._whole, part.whole)
         elif self.split and not self._dropped:
             # This pass cannot be split, but whole passes may still make a pair.
             self._half, self._why = None, part.problem
-        self._passes[self._label] += 1
-        self._samples[self._label] += part.samples
+        if not continued:
+            self.samples += part.samples
+            self._passes[self._label] += 1
+            self._samples[self._label] += part.samples
 
     def drop_pair(self, why: str) -> None:
         """Take the K-FAC step: the gradients of the two sub-batches are not known."""

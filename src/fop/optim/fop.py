@@ -183,6 +183,8 @@ class FOP(Optimizer):
     def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._adopt(root)
         self._tracker.enter(root, args, kwargs)
+        # Not only in the step: torch.compile would leave the model in the pieces that the hook made of it.
+        self._listen()
 
     def _listen(self) -> None:
         self._tracker.listen(list(self._parameters()), self._seen)
