@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INTEGRATIONS := $(VENV)/.installed-integrations
 
 .PHONY: demo test lint build clean
 
@@ -13,10 +14,15 @@ $(STAMP): requirements/pins.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/pins.txt -e '.[bench,test,lint]'
 	touch $@
 
+# Apart, because `make demo` has no use for them.
+$(INTEGRATIONS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/pins.txt -e '.[test-integrations]'
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/fop-bench demo
 
-test: $(STAMP)
+test: $(INTEGRATIONS)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)

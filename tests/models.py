@@ -48,7 +48,7 @@ def conv_net(seed: int = 0) -> nn.Sequential:
 
 
 class Mixed(nn.Module):
-    """Both paths: two linear layers take FOP; embedding, norm and a bare parameter take AdamW."""
+    """Both paths: embedding and two linear layers take FOP; a norm and a bare parameter take AdamW."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -65,6 +65,29 @@ class Mixed(nn.Module):
         return out
 
 
+class Attentive(nn.Module):
+    """Every further kind of layer in little: embedding, attention, (transposed) convolutions, norms."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+        self.down = nn.Conv1d(4, 3, 2, stride=2)
+        self.up = nn.ConvTranspose1d(3, 4, 2, stride=2)
+        self.group = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, sentences: Tensor) -> Tensor:
+        x = self.embed(sentences)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = self.group(x.mT + self.up(torch.tanh(self.down(x.mT))))
+        out: Tensor = self.head(x.mean(-1))
+        return out
+
+
 def batch(n: int = 6, seed: int = 1, shape: tuple[int, ...] = (5,)) -> tuple[Tensor, Tensor]:
     """Inputs (n, *shape) and targets (n, 3)."""
     generator = torch.Generator().manual_seed(seed)
@@ -76,6 +99,14 @@ def tokens(n: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Token inputs for `Mixed`, with targets."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 7, (n,), generator=generator), batch(n, seed)[1]
+
+
+def sentences(n: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Token inputs for `Attentive`, (n, 4), the last often padding; with targets."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 7, (n, 4), generator=generator)
+    ids[::2, -1] = 0
+    return ids, batch(n, seed)[1]
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +10,15 @@ from torch import Tensor, nn
 
 from fop import FOP
 from fop.algebra import (
+    DiagonalBlock,
     Inversion,
     KroneckerBlock,
     Rung,
+    damped_diagonal,
     damped_inverses,
     damping_split,
     kronecker_product,
+    mean_eigenvalue,
 )
 
 
@@ -65,6 +66,39 @@ def test_block_uses_undamped_factors_for_fisher_and_inverses_for_solve(groups: i
     damped_A = A + shift_A[:, None, None] * torch.eye(4)
     damped_G = G + shift_G[:, None, None] * torch.eye(3)
     assert_close(damped_G @ block.solve(V) @ damped_A, V, 1e-12)
+
+
+@pytest.mark.parametrize("diagonal", ["A", "G", "AG"])
+def test_diagonal_factors_stand_for_diagonal_matrices(diagonal: str) -> None:
+    V = torch.randn(3, 2, 4).double()
+    kept = [
+        M.diagonal(dim1=1, dim2=2) if key in diagonal else M
+        for key, M in (("A", psd(3, 4)), ("G", psd(3, 2)))
+    ]
+    dense = [torch.diag_embed(M) if M.dim() == 2 else M for M in kept]
+    for factor, matrix in zip(kept, dense, strict=True):
+        assert_close(mean_eigenvalue(factor), mean_eigenvalue(matrix), 1e-14)
+    shifts = damping_split(*kept, 0.1)
+    for shift, expected in zip(shifts, damping_split(*dense, 0.1), strict=True):
+        assert_close(shift, expected, 1e-14)
+    inverses = [answer.inverse for answer in damped_inverses(kept, shifts) if answer.inverse is not None]
+    block = KroneckerBlock(*kept, *inverses)
+    assert_close(block.fisher(V), kronecker_product(*dense, V), 1e-14)
+    expected = kronecker_product(*(dense_inverse(M, s) for M, s in zip(dense, shifts, strict=True)), V)
+    assert_close(block.solve(V), expected, 1e-12)
+
+
+def test_diagonal_block() -> None:
+    F, V = torch.rand(1, 2, 4).double(), torch.randn(1, 2, 4).double()
+    block = DiagonalBlock(F, damped_diagonal(F, 0.1))
+    assert_close(block.fisher(V), F * V, 1e-15)
+    assert_close((F + 0.1) * block.solve(V), V, 1e-14)
+
+
+def test_element_without_curvature_and_damping_does_not_move() -> None:
+    F = torch.tensor([[[4.0, 0.0]]])
+    assert damped_diagonal(F, 4.0).tolist() == [[[0.125, 0.25]]]
+    assert damped_diagonal(F, 0.0).tolist() == [[[0.25, 0.0]]]
 
 
 # --- damping ---------------------------------------------------------------------------------------
@@ -278,6 +312,45 @@ def test_inverse_beyond_float32_takes_more_damping() -> None:
     assert torch.isfinite(answer.inverse).all()
 
 
+@pytest.mark.parametrize(
+    ("diagonal", "shift", "rung"),
+    [
+        ([4.0, 0.0], 0.25, Rung.NONE),
+        ([4.0, 0.0], 0.0, Rung.DAMPING),
+        ([1.0, -1e-3], 5e-4, Rung.DAMPING),
+        ([1.0, 1e-39], 0.0, Rung.DAMPING),
+        ([0.0, 0.0], 0.0, Rung.KEPT),
+        ([1.0, NAN], 0.1, Rung.KEPT),
+        ([INF, 1.0], 0.1, Rung.KEPT),
+        ([1.0, -1e9], 0.1, Rung.KEPT),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rungs_of_a_diagonal(diagonal: list[float], shift: float, rung: Rung, dtype: torch.dtype) -> None:
+    M = torch.tensor([diagonal], dtype=dtype)
+    if dtype == torch.float64 and 1e-39 in diagonal:
+        rung = Rung.NONE
+    answer = only(M, shift)
+    assert answer.rung is rung
+    assert (answer.inverse is None) == (rung is Rung.KEPT)
+    if answer.inverse is not None:
+        assert answer.inverse.dtype == dtype
+        assert answer.inverse.shape == M.shape
+        assert (torch.isfinite(answer.inverse) & (answer.inverse > 0)).all()
+    if rung is Rung.NONE:
+        assert_close(answer.inverse, 1 / (M + shift), 1e-6)  # type: ignore[arg-type]
+
+
+def test_diagonals_among_matrices_keep_their_order(cholesky_shapes: list[tuple[int, ...]]) -> None:
+    factors = [psd(1, 3), psd(2, 3).diagonal(dim1=1, dim2=2), psd(1, 3), psd(1, 3).diagonal(dim1=1, dim2=2)]
+    shifts = [torch.rand(len(factor)).double() + 0.1 for factor in factors]
+    for factor, shift, answer in zip(factors, shifts, damped_inverses(factors, shifts), strict=True):
+        assert answer.inverse is not None
+        full, dense = (torch.diag_embed(M) if M.dim() == 2 else M for M in (answer.inverse, factor))
+        assert_close(full, dense_inverse(dense, shift), 1e-13)
+    assert cholesky_shapes == [(2, 3, 3)]
+
+
 def test_one_bad_group_spoils_only_its_own_factor() -> None:
     good, bad, hopeless = psd(2, 2, dtype=torch.float32), psd(2, 2, dtype=torch.float32), torch.ones(1, 2, 2)
     bad[1] = matrix(*TWINS)[0]
@@ -295,144 +368,3 @@ def test_one_bad_group_spoils_only_its_own_factor() -> None:
     for g in range(2):
         # Group by group: the inverse of the twins is a billion times the other.
         assert_close(rescued[g], dense_inverse(bad, shifts[1])[g], 1e-5)
-
-
-# --- the ladder through the optimizer --------------------------------------------------------------
-
-Inputs = Callable[[int], Tensor]
-
-
-def ordinary(_: int) -> Tensor:
-    return torch.randn(8, 2)
-
-
-def twins(_: int) -> Tensor:
-    # Both features 1 in all samples: A is exactly the matrix of ones.
-    return torch.ones(8, 2)
-
-
-def dead_feature(_: int) -> Tensor:
-    x = torch.randn(8, 2)
-    x[:, 1] = 0
-    return x
-
-
-def run(
-    inputs: Inputs, steps: int, **options: Any
-) -> tuple[nn.Module, FOP, list[str], list[dict[str, Tensor]]]:
-    """Train; return model, optimizer, warnings and the curvature after every step."""
-    model = nn.Sequential(nn.Linear(2, 3, bias=False))
-    optimizer = FOP(model, lr=0.01, curvature_interval=1, **options)
-    curvature: list[dict[str, Tensor]] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(steps):
-            optimizer.zero_grad()
-            (model(inputs(step)) - torch.randn(8, 3)).square().mean().backward()
-            optimizer.step()
-            state = optimizer.state[model[0].weight]
-            curvature.append({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
-    for p in model.parameters():
-        assert torch.isfinite(p).all()
-    return model, optimizer, [str(w.message) for w in caught], curvature
-
-
-def rescues(optimizer: FOP) -> dict[str, int]:
-    return optimizer.diagnostics().layers["0"].rescues
-
-
-def test_a_healthy_run_has_no_rescues() -> None:
-    _, optimizer, messages, _ = run(ordinary, 5)
-    assert rescues(optimizer) == {"float64": 0, "damping": 0, "kept": 0}
-    assert messages == []
-
-
-def test_optimizer_counts_float64() -> None:
-    # A has eigenvalues 2 and 0: with a damping this small, float32 finds it singular and float64 does not.
-    _, optimizer, messages, _ = run(twins, 3, damping=1e-18)
-    assert rescues(optimizer) == {"float64": 3, "damping": 0, "kept": 0}
-    assert len(messages) == 1
-    assert "curvature factor of 0 needed float64" in messages[0]
-
-
-def test_optimizer_counts_more_damping() -> None:
-    _, optimizer, messages, _ = run(dead_feature, 4, damping=0.0)
-    assert rescues(optimizer) == {"float64": 0, "damping": 4, "kept": 0}
-    assert len(messages) == 1
-    assert "curvature factor of 0 needed more damping" in messages[0]
-
-
-def test_optimizer_keeps_the_last_good_inverse() -> None:
-    """A = 0 without any damping has no inverse at any rung."""
-
-    def inputs(step: int) -> Tensor:
-        return torch.zeros(8, 2) if step in (2, 3) else torch.randn(8, 2)
-
-    # stat_decay=0 forgets the earlier steps, momentum keeps the weights moving.
-    _, optimizer, messages, curvature = run(inputs, 6, damping=0.0, stat_decay=0.0)
-    assert rescues(optimizer) == {"float64": 0, "damping": 0, "kept": 2}
-    assert len(messages) == 1
-    assert "curvature factor of 0 failed and the last good inverse was kept" in messages[0]
-    assert torch.equal(curvature[2]["A"], torch.zeros(1, 2, 2))
-    for key in ("A_inv", "G_inv"):
-        # G could be inverted, but shares its π with A: both stay.
-        assert torch.equal(curvature[1][key], curvature[2][key])
-        assert torch.equal(curvature[1][key], curvature[3][key])
-        assert not torch.equal(curvature[3][key], curvature[4][key])
-
-
-def test_age_of_a_kept_inverse_goes_on() -> None:
-    """The diagnostics give the steps since the inverses were computed, and keeping is not computing."""
-
-    def inputs(step: int) -> Tensor:
-        return torch.zeros(8, 2) if step == 2 else torch.randn(8, 2)
-
-    _, optimizer, _, _ = run(inputs, 3, damping=0.0, stat_decay=0.0)
-    assert optimizer.diagnostics().layers["0"].steps_since_curvature == 1
-
-
-def test_damping_shares_without_any_damping() -> None:
-    _, optimizer, _, _ = run(lambda step: torch.randn(8, 2) * (step < 2), 3, damping=0.0, stat_decay=0.0)
-    layer = optimizer.diagnostics().layers["0"]
-    assert (layer.damping_A, layer.damping_G) == (0.0, 0.0)
-
-
-def test_a_layer_that_never_had_an_inverse_is_still_reported() -> None:
-    """Its warning says "counted in diagnostics()", and there it must be found."""
-    _, optimizer, messages, _ = run(lambda _: torch.zeros(8, 2), 3, damping=0.0)
-    assert len(messages) == 1
-    assert rescues(optimizer)["kept"] == 3
-
-
-def test_each_rung_and_each_layer_is_warned_of_once() -> None:
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.eye(2))
-    optimizer = FOP(model, lr=0.0, damping=0.0, stat_decay=0.0, curvature_interval=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(6):
-            optimizer.zero_grad()
-            # Zero inputs reach both layers, a dead feature too: the first layer passes its input on.
-            x = torch.zeros(8, 2) if step in (2, 4) else dead_feature(step)
-            (model(x) - torch.randn(8, 3)).square().mean().backward()
-            optimizer.step()
-    messages = sorted(str(w.message).split(";")[0] for w in caught)
-    assert messages == [
-        f"the inversion of a curvature factor of {layer} {rung}"
-        for layer in ("0", "1")
-        for rung in ("failed and the last good inverse was kept", "needed more damping")
-    ]
-    for layer in optimizer.diagnostics().layers.values():
-        assert (layer.rescues["kept"], layer.rescues["damping"]) == (2, 4)
-
-
-def test_statistics_that_are_not_finite_are_not_taken() -> None:
-    def inputs(step: int) -> Tensor:
-        return torch.full((8, 2), NAN) if step == 1 else torch.randn(8, 2)
-
-    _, optimizer, messages, curvature = run(inputs, 3)
-    for key in ("A", "G", "A_inv", "G_inv"):
-        assert torch.equal(curvature[0][key], curvature[1][key])
-    assert rescues(optimizer) == {"float64": 0, "damping": 0, "kept": 0}
-    assert len([m for m in messages if "statistics of 0 are not finite" in m]) == 1

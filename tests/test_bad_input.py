@@ -76,6 +76,9 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("lr", None, TypeError, "[0, inf)"),
     ("lr", True, TypeError, "[0, inf)"),
     ("damping", 1j, TypeError, "[0, inf)"),
+    ("lr", len, TypeError, "[0, inf)"),  # only some options may be functions
+    ("loss_reduction", "max", ValueError, "'mean' or 'sum'"),
+    ("loss_reduction", None, ValueError, "'mean' or 'sum'"),
 ]  # fmt: skip
 
 
@@ -187,7 +190,11 @@ PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "no-parameters": (nn.ReLU, ValueError, ("ReLU", "no parameters")),
     "exhausted": (exhausted, ValueError, ("empty", "only once")),
     "exhausted-group": (lambda: [{"params": exhausted()}], ValueError, ("empty", "only once")),
-    "empty-group": (lambda: [{"params": []}], ValueError, ("empty",)),
+    "some-names": (
+        lambda: [*mlp().named_parameters(), nn.Parameter(torch.zeros(2))],
+        ValueError,
+        ("names for some", "to all or to none"),
+    ),
     "twice": (twice, ValueError, ("(6, 5)", "2 times", "give each parameter once")),
     "two-groups": (shared_between_groups, ValueError, ("(3, 6)", "more than one parameter group", "once")),
     "complex": (lambda: [torch.zeros(2, dtype=torch.cfloat)], TypeError, ("complex64", "real floating")),
@@ -240,7 +247,6 @@ def test_unordered_parameters() -> None:
 # Lists of groups are no group; owners of an added group are looked for at the next forward pass.
 NO_GROUPS = (
     "exhausted-group",
-    "empty-group",
     "two-groups",
     "mixed",
     "group-without-params",
@@ -248,7 +254,11 @@ NO_GROUPS = (
 )
 
 
-@pytest.mark.parametrize("case", [case for case in PARAMS if case not in NO_GROUPS])
+# Unlike a whole optimizer, a group may be empty, as with torch.optim.
+EMPTY_GROUPS = ("empty", "no-parameters")
+
+
+@pytest.mark.parametrize("case", [case for case in PARAMS if case not in NO_GROUPS + EMPTY_GROUPS])
 def test_bad_group_added_later_changes_nothing(case: str) -> None:
     make, error, _ = PARAMS[case]
     given = make()
@@ -265,6 +275,19 @@ def test_bad_group_added_later_changes_nothing(case: str) -> None:
     assert hooks(model) == installed
     assert optimizer.summary().rows == rows
     train_step(model, optimizer, *batch())
+
+
+@pytest.mark.parametrize("case", EMPTY_GROUPS)
+def test_empty_group_changes_no_step(case: str) -> None:
+    """A list of parameters that were filtered out; no step and no report minds it."""
+    model, plain = mlp(), mlp()
+    optimizer, other = FOP([{"params": []}, {"params": model.parameters()}]), FOP(plain)
+    optimizer.add_param_group({"params": PARAMS[case][0]()})
+    for seed in range(3):
+        train_step(model, optimizer, *batch(6, seed))
+        train_step(plain, other, *batch(6, seed))
+    assert_equal(weights(model), weights(plain))
+    assert len(optimizer.summary().rows) == 4
 
 
 def test_sparse_gradients_at_run_time() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import reference
 from fop import FOP
 from models import (
     PLAIN,
@@ -18,6 +17,7 @@ from models import (
     batch,
     check_step,
     conv_net,
+    direction,
     gradients,
     halves,
     kfac,
@@ -283,6 +283,66 @@ def test_module_called_on_batches_of_other_size_is_kfac() -> None:
     check_step(model, twin, optimizer, {"cell": (whole["cell"], None)})
 
 
+class Tied(nn.Module):
+    """One weight in two modules, with one bias or a bias each."""
+
+    def __init__(self, one_bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.b.weight = self.a.weight
+        if one_bias:
+            self.b.bias = self.a.bias
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return out
+
+
+@pytest.mark.parametrize("one_bias", [False, True])
+@pytest.mark.parametrize("N", [6, 5])
+def test_weight_of_two_modules_is_one_block(N: int, one_bias: bool) -> None:
+    model = Tied(one_bias)
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    x, y = batch(N)
+    pairs = halves(twin, x, y)
+    train_step(model, optimizer, x, y)
+    rows = torch.cat([x, torch.tanh(twin.a(x)).detach()])
+    if one_bias:
+        check_step(model, twin, optimizer, pairs)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+    else:
+        average, difference = (part[..., :-1] for part in pairs["a"])
+        expected = direction(optimizer, model.a.weight, average, difference)[0]
+        taken = (twin.a.weight - model.a.weight).detach() / PLAIN["lr"]
+        torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-10)
+        # A bias each: they are no part of the one matrix. Adam's first step is its lr.
+        for bias, before in ((model.a.bias, twin.a.bias), (model.b.bias, twin.b.bias)):
+            torch.testing.assert_close((bias - before).abs(), torch.full_like(bias, 1e-3), rtol=1e-4, atol=0)
+    torch.testing.assert_close(optimizer.state[model.a.weight]["A"][0], rows.T @ rows / N)
+
+
+def test_use_of_a_weight_by_only_one_of_its_modules() -> None:
+    """An auxiliary head that is left out of some steps."""
+    model = Tied(one_bias=True)
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    train_step(model, optimizer, *batch())
+    twin.load_state_dict(model.state_dict())
+
+    def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return half_squared_error(model.head(torch.tanh(model.a(x))), y)  # type: ignore[operator]
+
+    x, y = batch(6, seed=2)
+    pairs = halves(twin, x, y, loss_fn)
+    optimizer.zero_grad()
+    loss_fn(model, x, y).backward()
+    optimizer.step()
+    check_step(model, twin, optimizer, pairs)
+
+
 def test_layer_unused_in_a_step() -> None:
     model, twin, optimizer = started()
     x, y = batch()
@@ -301,97 +361,3 @@ def test_layer_unused_in_a_step() -> None:
     pairs = halves(twin, x, y)
     train_step(model, optimizer, x, y)
     check_step(model, twin, optimizer, pairs)
-
-
-# --- several backward passes -------------------------------------------------------------------------------
-
-
-def test_two_passes_through_one_graph() -> None:
-    model, twin, optimizer = started()
-    x, y = batch()
-    pairs = {name: (2 * a, 2 * d) for name, (a, d) in halves(twin, x, y).items()}
-    loss = loss_of(model, x, y)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    optimizer.step()
-    check_step(model, twin, optimizer, pairs)
-
-
-@pytest.mark.parametrize("sizes", [(6, 6), (5, 5, 5), (6, 4), (6, 6, 1), (1, 1)])
-def test_accumulation(sizes: tuple[int, ...]) -> None:
-    """Passes of one size keep the pair; of different sizes, or of one sample, the step is K-FAC's."""
-    model, twin, optimizer = started()
-    batches = [batch(n, seed) for seed, n in enumerate(sizes)]
-    for x, y in batches:
-        (loss_of(model, x, y) / len(sizes)).backward()
-    wholes = [gradients(twin, loss_of(twin, x, y) / len(sizes)) for x, y in batches]
-    average = {name: sum(whole[name] for whole in wholes) for name in wholes[0]}
-    optimizer.step()
-    if len(set(sizes)) > 1 or sizes[0] == 1:
-        check_step(model, twin, optimizer, {name: (a, None) for name, a in average.items()})
-        return
-    each = [halves(twin, x, y) for x, y in batches]
-    difference = {name: sum(pairs[name][1] for pairs in each) / len(sizes) for name in average}
-    check_step(model, twin, optimizer, {name: (a, difference[name]) for name, a in average.items()})
-
-
-def test_accumulated_statistics_are_those_of_one_batch() -> None:
-    model, _, optimizer = started()
-    (x1, y1), (x2, y2) = batch(4, 1), batch(6, 2)
-    samples = reference.per_sample(model, torch.cat([x1, x2]), torch.cat([y1, y2]), half_squared_error)
-    (0.4 * loss_of(model, x1, y1)).backward()
-    (0.6 * loss_of(model, x2, y2)).backward()
-    optimizer.step()
-    for name, layer in reference.layers_of(model).items():
-        A, G = reference.factors(samples[name])
-        torch.testing.assert_close(optimizer.state[layer.weight]["A"], A)
-        torch.testing.assert_close(optimizer.state[layer.weight]["G"], G)
-
-
-def test_step_without_zero_grad_is_kfac() -> None:
-    model, twin, optimizer = started()
-    train_step(model, optimizer, *batch())
-    first = gradients(twin, loss_of(twin, *batch()))
-    twin.load_state_dict(model.state_dict())
-    second = gradients(twin, loss_of(twin, *batch(6, seed=2)))
-    loss_of(model, *batch(6, seed=2)).backward()
-    optimizer.step()
-    check_step(model, twin, optimizer, {name: (first[name] + second[name], None) for name in first})
-
-
-def zero_by_hand(model: nn.Module, _: FOP) -> None:
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.zero_()
-
-
-def drop_by_hand(model: nn.Module, _: FOP) -> None:
-    for p in model.parameters():
-        p.grad = None
-
-
-RESETS: dict[str, Callable[[nn.Module, FOP], None]] = {
-    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
-    "optimizer-zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
-    "model": lambda model, optimizer: model.zero_grad(),
-    "model-zeros": lambda model, optimizer: model.zero_grad(set_to_none=False),
-    "none": drop_by_hand,
-    "zero_": zero_by_hand,
-}
-
-
-@pytest.mark.parametrize("skipped", [False, True])
-@pytest.mark.parametrize("reset", RESETS)
-def test_every_way_to_reset_gradients(reset: str, skipped: bool) -> None:
-    model, _, optimizer = started(conv_net)
-    oracle = plain_oracle(model)
-    for seed in range(3):
-        x, y = batch(6, seed, IMAGE)
-        oracle.step(x, y, half_squared_error)
-        RESETS[reset](model, optimizer)
-        if skipped:  # a step that the caller decides not to take
-            loss_of(model, *batch(6, seed + 10, IMAGE)).backward()
-            RESETS[reset](model, optimizer)
-        loss_of(model, x, y).backward()
-        optimizer.step()
-        check_oracle(model, oracle)

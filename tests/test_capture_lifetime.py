@@ -1,4 +1,4 @@
-"""Gradients edited before the step, in-place activations, copies of the model, and what is kept alive."""
+"""In-place activations, checkpointing, autocast, copies of the model, and what is kept alive."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from fop import FOP, KFAC
+from fop.capture.batch import Layout
 from fop.layers import Layer
-from fop.layers.conv import Conv2dLayer
+from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from models import (
     PLAIN,
+    Attentive,
     assert_differs,
     assert_equal,
     batch,
-    check_step,
     conv_net,
-    halves,
     loss_of,
     mlp,
+    sentences,
     snapshot,
     train_step,
     weights,
@@ -36,97 +37,6 @@ from models import (
 from reference import ReferenceFOP, half_squared_error
 
 IMAGE = (2, 5, 6)
-
-
-# --- gradients changed between backward and step -----------------------------------------------------------
-
-
-def scale_in_place(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad.mul_(0.125)  # type: ignore[union-attr]
-
-
-def scale_anew(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = p.grad * 0.125  # type: ignore[operator]
-
-
-def scale_data(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad.data.mul_(0.125)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("scale", [scale_in_place, scale_anew, scale_data])
-def test_pair_follows_a_change_of_scale(scale: Callable[[nn.Module], None]) -> None:
-    model, x, y = mlp(), *batch()
-    twin = copy.deepcopy(model)
-    optimizer = FOP(model, **PLAIN)
-    loss_of(model, x, y).backward()
-    scale(model)
-    optimizer.step()
-    pairs = {name: (a / 8, d / 8) for name, (a, d) in halves(twin, x, y).items()}
-    check_step(model, twin, optimizer, pairs)
-
-
-@pytest.mark.parametrize("foreach", [False, True])
-def test_pair_follows_clip_grad_norm(foreach: bool) -> None:
-    model, x, y = conv_net(), *batch(shape=IMAGE)
-    twin = copy.deepcopy(model)
-    optimizer = FOP(model, **PLAIN)
-    loss_of(model, x, y).backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=foreach)
-    optimizer.step()
-    scale = 0.1 / (norm + 1e-6)
-    assert scale < 0.5
-    pairs = {name: (scale * a, scale * d) for name, (a, d) in halves(twin, x, y).items()}
-    check_step(model, twin, optimizer, pairs)
-
-
-def test_pair_survives_a_clip_that_does_nothing() -> None:
-    model, x, y = mlp(), *batch()
-    twin = copy.deepcopy(model)
-    optimizer = FOP(model, **PLAIN)
-    loss_of(model, x, y).backward()
-    nn.utils.clip_grad_value_(model.parameters(), 1e6)
-    optimizer.step()
-    check_step(model, twin, optimizer, halves(twin, x, y))
-
-
-def clip_value(model: nn.Module) -> None:
-    nn.utils.clip_grad_value_(model.parameters(), 0.02)
-
-
-def clamp_anew(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = p.grad.clamp(-0.02, 0.02)  # type: ignore[union-attr]
-
-
-def clamp_data(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad.data.clamp_(-0.02, 0.02)  # type: ignore[union-attr]
-
-
-def negate(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad.neg_()  # type: ignore[union-attr]
-
-
-def clamp_biases(model: nn.Module) -> None:
-    nn.utils.clip_grad_value_([model[0].bias, model[2].bias], 0.02)  # type: ignore[index]
-
-
-@pytest.mark.parametrize("change", [clip_value, clamp_anew, clamp_data, negate, clamp_biases])
-def test_any_other_change_falls_back_to_kfac(change: Callable[[nn.Module], None]) -> None:
-    results = []
-    for library in (FOP, KFAC):
-        model = mlp()
-        options = {k: v for k, v in PLAIN.items() if k != "eta" and (k != "beta" or library is FOP)}
-        optimizer = library(model, **options)
-        loss_of(model, *batch()).backward()
-        change(model)
-        optimizer.step()
-        results.append(weights(model))
-    assert_equal(*results)
 
 
 # --- modules as people write them ---------------------------------------------------------------------------
@@ -183,14 +93,17 @@ def test_input_by_keyword(layer: Callable[[], nn.Module], shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool) -> None:
-    model, plain = mlp(), mlp()
+@pytest.mark.parametrize("build", [mlp, Attentive])
+def test_activation_checkpointing(build: Callable[[], nn.Module], reentrant: bool) -> None:
+    model, plain = build(), build()
     optimizer, other = FOP(model, **PLAIN), FOP(plain, **PLAIN)
     for seed in range(3):
-        x, y = batch(6, seed)
+        x, y = sentences(6, seed) if build is Attentive else batch(6, seed)
         train_step(plain, other, x, y)
         optimizer.zero_grad()
-        out = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+        # Reentrant checkpointing wants an input with a gradient.
+        start = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        out = checkpoint(lambda x, _, model=model: model(x), x, start, use_reentrant=reentrant)
         half_squared_error(out, y).backward()
         optimizer.step()
     torch.testing.assert_close(weights(model), weights(plain), rtol=1e-12, atol=1e-12)
@@ -247,6 +160,17 @@ class Watched(nn.Module):
         return out
 
 
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None]
+        out: Tensor = self.attention(x, x, x, need_weights=False)[0][:, 0]
+        return out
+
+
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """Reference counts alone must do."""
@@ -261,17 +185,18 @@ def no_collector() -> Iterator[None]:
 def test_activations_die_with_the_backward_pass(library: type[FOP]) -> None:
     seen: list[weakref.ref[Buffer]] = []
     torch.manual_seed(0)
-    layers = [nn.Conv2d(2, 3, 3), nn.Flatten(), Watched(seen), nn.Linear(36, 3)]
+    layers = [nn.Conv2d(2, 3, 3), nn.Flatten(), Watched(seen), nn.Linear(36, 4), Watched(seen)]
+    layers += [SelfAttention(), Watched(seen), nn.LayerNorm(4), nn.Linear(4, 3)]
     model = nn.Sequential(Watched(seen), *layers).double()
-    optimizer = library(model)
+    optimizer = library(model, layer_options={nn.LayerNorm: {"path": "fop"}})
     for _ in range(2):
         x, y = batch(shape=IMAGE)
         out = model(x.requires_grad_())
         loss = half_squared_error(out, y)
-        assert [ref() is not None for ref in seen] == [True] * 2, "the test cannot fail"
+        assert [ref() is not None for ref in seen] == [True] * 4, "the test cannot fail"
         loss.backward()
         # out and loss are still held here, and so is their (freed) graph.
-        assert [ref() for ref in seen] == [None] * 2
+        assert [ref() for ref in seen] == [None] * 4
         del out, loss
         optimizer.step()
         optimizer.zero_grad()
@@ -292,18 +217,20 @@ def test_graph_without_backward_dies_with_its_output() -> None:
 
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("bare", [False, True])
-def test_dropping_the_optimizer_frees_it_and_its_hooks(bare: bool) -> None:
+@pytest.mark.parametrize("build", [conv_net, Attentive])
+def test_dropping_the_optimizer_frees_it_and_its_hooks(build: Callable[[], nn.Module], bare: bool) -> None:
     before = len(torch_module._global_forward_pre_hooks)
-    model = conv_net()
-    optimizer = FOP(model.parameters() if bare else model)
+    model = build()
+    norms = {nn.LayerNorm: {"path": "fop"}} if build is Attentive else None
+    optimizer = FOP(model.parameters() if bare else model, layer_options=norms)
     if bare:
         assert len(torch_module._global_forward_pre_hooks) == before + 1
     for seed in range(2):
-        train_step(model, optimizer, *batch(6, seed, IMAGE))
+        train_step(model, optimizer, *(sentences(6, seed) if build is Attentive else batch(6, seed, IMAGE)))
     assert len(torch_module._global_forward_pre_hooks) == before, "all owners are known"
     optimizer.zero_grad()
-    loss = loss_of(model, *batch(shape=IMAGE))
-    held = [v for v in optimizer.state[model[0].weight].values() if isinstance(v, Tensor)]
+    loss = loss_of(model, *(sentences() if build is Attentive else batch(shape=IMAGE)))
+    held = [v for p in model.parameters() for v in optimizer.state[p].values() if isinstance(v, Tensor)]
     watched = [weakref.ref(each) for each in (optimizer, *held)]
     del optimizer, held
     assert [ref() for ref in watched] == [None] * len(watched)
@@ -332,18 +259,19 @@ def test_dropping_an_optimizer_that_never_saw_a_forward_pass() -> None:
 def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"factor_sums": 0, "gradient": 0, "batched": 0}
 
-    def count(kind: type[Layer], name: str) -> None:
+    def count(kind: type[Layer] | type[Layout], name: str) -> None:
         original = getattr(kind, name)
 
-        def counted(self: Layer, *args: Tensor) -> Any:
+        def counted(self: Any, *args: Tensor) -> Any:
             calls[name] += 1
             return original(self, *args)
 
         monkeypatch.setattr(kind, name, counted)
 
-    for kind in (LinearLayer, Conv2dLayer):
-        for name in calls:
-            count(kind, name)
+    for kind in (LinearLayer, ConvLayer):
+        count(kind, "factor_sums")
+        count(kind, "gradient")
+    count(Layout, "batched")
     model = conv_net()
     optimizer = library(model, curvature_interval=4)
     due_steps = 0
@@ -356,7 +284,7 @@ def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: p
         pair = library is FOP
         # With statistics the second half is computed too, to compare the sum with p.grad.
         gradients = 3 * pair * (1 + due)
-        assert did == {"factor_sums": 3 * due, "gradient": gradients, "batched": 3 * (due or pair)}
+        assert did == {"factor_sums": 3 * due, "gradient": gradients, "batched": 6 * (due or pair)}
     assert 10 < due_steps < 30
 
 
@@ -373,23 +301,26 @@ def saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved], ids=["deepcopy", "save"])
+@pytest.mark.parametrize("build", [mlp, Attentive])
 def test_copies_of_the_model_never_feed_the_optimizer(
-    copied: Callable[[nn.Module], nn.Module], bare: bool
+    build: Callable[[], nn.Module], copied: Callable[[nn.Module], nn.Module], bare: bool
 ) -> None:
+    data = sentences if build is Attentive else batch
+
     def run(disturbed: bool) -> tuple[Any, Any]:
-        model = mlp()
+        model = build()
         optimizer = FOP(model.parameters() if bare else model, curvature_interval=1)
         for seed in range(4):
             optimizer.zero_grad()
-            loss = loss_of(model, *batch(6, seed))
+            loss = loss_of(model, *data(6, seed))
             if disturbed:
                 twin = copied(model)
                 own = FOP(twin) if seed % 2 else torch.optim.SGD(twin.parameters(), lr=0.1)
                 before = weights(twin)
-                loss_of(twin, *batch(4, seed + 20)).backward()
+                loss_of(twin, *data(4, seed + 20)).backward()
             loss.backward()
             if disturbed:
-                loss_of(twin, *batch(4, seed + 30)).backward()
+                loss_of(twin, *data(4, seed + 30)).backward()
                 own.step()
                 assert_differs(weights(twin), before)
             optimizer.step()

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from fop.capture import LayerCapture
-from fop.layers import Layer, describe
+from fop.capture import ForwardUse, LayerCapture, ModelWatch, SubBatch
+from fop.layers import LayerOptions, describe
 from models import (
     PLAIN,
     assert_equal,
     batch,
     check_step,
+    conv_net,
     direction,
     gradients,
     halves,
@@ -28,6 +29,8 @@ from models import (
     weights,
 )
 from test_capture import check_right_pair_or_kfac, gradient_penalty, weight_penalty
+
+IMAGE = (2, 5, 6)
 
 
 def inside_an_interval(model: nn.Module) -> tuple[FOP, int]:
@@ -41,6 +44,94 @@ def inside_an_interval(model: nn.Module) -> tuple[FOP, int]:
 
 
 # --- changes between backward and step ---------------------------------------------------------------------
+
+
+def scale_in_place(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.mul_(0.125)  # type: ignore[union-attr]
+
+
+def scale_anew(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = p.grad * 0.125  # type: ignore[operator]
+
+
+def scale_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.data.mul_(0.125)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("scale", [scale_in_place, scale_anew, scale_data])
+def test_pair_follows_a_change_of_scale(scale: Callable[[nn.Module], None]) -> None:
+    model, x, y = mlp(), *batch()
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    loss_of(model, x, y).backward()
+    scale(model)
+    optimizer.step()
+    pairs = {name: (a / 8, d / 8) for name, (a, d) in halves(twin, x, y).items()}
+    check_step(model, twin, optimizer, pairs)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_pair_follows_clip_grad_norm(foreach: bool) -> None:
+    model, x, y = conv_net(), *batch(shape=IMAGE)
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    loss_of(model, x, y).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=foreach)
+    optimizer.step()
+    scale = 0.1 / (norm + 1e-6)
+    assert scale < 0.5
+    pairs = {name: (scale * a, scale * d) for name, (a, d) in halves(twin, x, y).items()}
+    check_step(model, twin, optimizer, pairs)
+
+
+def test_pair_survives_a_clip_that_does_nothing() -> None:
+    model, x, y = mlp(), *batch()
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, **PLAIN)
+    loss_of(model, x, y).backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1e6)
+    optimizer.step()
+    check_step(model, twin, optimizer, halves(twin, x, y))
+
+
+def clip_value(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), 0.02)
+
+
+def clamp_anew(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = p.grad.clamp(-0.02, 0.02)  # type: ignore[union-attr]
+
+
+def clamp_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.data.clamp_(-0.02, 0.02)  # type: ignore[union-attr]
+
+
+def negate_all(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.neg_()  # type: ignore[union-attr]
+
+
+def clamp_biases(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_([model[0].bias, model[2].bias], 0.02)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", [clip_value, clamp_anew, clamp_data, negate_all, clamp_biases])
+def test_any_other_change_falls_back_to_kfac(change: Callable[[nn.Module], None]) -> None:
+    results = []
+    for library in (FOP, KFAC):
+        model = mlp()
+        options = {k: v for k, v in PLAIN.items() if k != "eta" and (k != "beta" or library is FOP)}
+        optimizer = library(model, **options)
+        loss_of(model, *batch()).backward()
+        change(model)
+        optimizer.step()
+        results.append(weights(model))
+    assert_equal(*results)
 
 
 def cross_entropy(model: nn.Module) -> Tensor:
@@ -86,20 +177,27 @@ def test_changed_gradient_of_a_large_layer(change: Callable[[Tensor], None]) -> 
     """In a large gradient sum and norms of noise are those of any other noise, to a part in a thousand."""
     torch.manual_seed(0)
     module = nn.Linear(2048, 2048, bias=False)
-    layer = describe(module, bias=False)
-    assert isinstance(layer, Layer)
-    capture = LayerCapture(module, layer, module.weight, None)
+    slots = describe(module, LayerOptions())
+    assert not isinstance(slots, str)
+    layer = slots[0].build(False, LayerOptions())
+    capture = LayerCapture(layer, module.weight, None, SubBatch())
+    capture.attach(ForwardUse(capture, layer, module, "weight", ModelWatch(module)))
     capture.due = False
 
-    def difference() -> Tensor:
-        found = capture.difference(layer.to_matrix(module.weight.grad, None))  # type: ignore[arg-type]
+    def difference() -> tuple[Tensor, Tensor]:
+        average = layer.to_matrix(module.weight.grad, None)  # type: ignore[arg-type]
+        found = capture.window.difference(average, None, "mean")
         assert found is not None
         return found
 
     (module(torch.randn(16, 2048)) * torch.randn(16, 2048)).mean().backward()
-    assert difference().count_nonzero() > 0
+    Gd, trusted = difference()
+    assert Gd.count_nonzero() > 0
+    assert trusted
     change(module.weight)
-    assert difference().count_nonzero() == 0
+    Gd, trusted = difference()
+    assert Gd.count_nonzero() == 0
+    assert not trusted
 
 
 # --- other paths into the gradient -------------------------------------------------------------------------

@@ -13,7 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from models import Mixed, assert_equal, batch, conv_net, loss_of, mlp, snapshot, tokens, train_step, weights
+from models import (
+    Attentive,
+    Mixed,
+    assert_differs,
+    assert_equal,
+    batch,
+    conv_net,
+    loss_of,
+    mlp,
+    sentences,
+    snapshot,
+    tokens,
+    train_step,
+    weights,
+)
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "curvature_interval": 4}
 STEPS = 34
@@ -73,6 +87,68 @@ def test_continuing_equals_never_having_stopped(stop: int, way: str, later: str,
     train(second, range(stop, STEPS))
     assert_equal(weights(second[0]), weights(unbroken[0]))
     assert_equal(snapshot(second[1]), snapshot(unbroken[1]))
+
+
+CHOICE: dict[Any, dict[str, Any]] = {
+    "*": {"max_factor_dim": 5},
+    nn.LayerNorm: {"path": "fop"},
+    nn.GroupNorm: {"path": "fop"},
+}
+
+
+@pytest.mark.parametrize(("way", "later"), [("module", "bare"), ("bare", "module")])
+@pytest.mark.parametrize("stop", [1, 13])
+def test_continuing_with_factors_of_every_form(stop: int, way: str, later: str) -> None:
+    """Dense, diagonal and grouped factors, and the diagonal Fisher of norms."""
+
+    def run(model: nn.Module, optimizer: FOP, seeds: range) -> None:
+        for seed in seeds:
+            train_step(model, optimizer, *sentences(6, seed))
+
+    unbroken = Attentive()
+    expected = FOP(params_of(unbroken, way), layer_options=CHOICE, **OPTIONS)
+    run(unbroken, expected, range(20))
+    model = Attentive()
+    first = FOP(params_of(model, way), layer_options=CHOICE, **OPTIONS)
+    run(model, first, range(stop))
+    saved = round_trip(first.state_dict())
+    del first
+    second = FOP(params_of(model, later), layer_options=CHOICE, **OPTIONS)
+    second.load_state_dict(saved)
+    run(model, second, range(stop, 20))
+    assert_equal(weights(model), weights(unbroken))
+    assert_equal(snapshot(second), snapshot(expected))
+
+
+def test_state_of_other_layer_options() -> None:
+    """Refused where the layers are known; otherwise those that do not fit start afresh, and only those."""
+    model = Attentive()
+    optimizer = FOP(model, **OPTIONS)
+    for seed in range(3):
+        train_step(model, optimizer, *sentences(6, seed))
+    saved = round_trip(optimizer.state_dict())
+    del optimizer
+    optimizer = FOP(model, layer_options=CHOICE, **OPTIONS)
+    check_refused(optimizer, model, saved)
+    del optimizer
+    optimizer = FOP(model.parameters(), layer_options=CHOICE, **OPTIONS)
+    optimizer.load_state_dict(saved)
+    before = weights(model)
+    model(sentences()[0])
+    fits = {name: "A" in optimizer.state[p] for name, p in model.named_parameters() if "weight" in name}
+    assert {name for name, kept in fits.items() if kept} == {
+        "embed.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight",
+    }  # fmt: skip
+    for seed in range(3):
+        train_step(model, optimizer, *sentences(6, seed))
+    assert_differs(before, weights(model))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    fresh = FOP(fresh_model := Attentive(), layer_options=CHOICE, **OPTIONS)
+    train_step(fresh_model, fresh, *sentences())
+    for (name, p), q in zip(model.named_parameters(), fresh_model.parameters(), strict=True):
+        for key in ("A", "G", "A_inv", "G_inv"):
+            if key in fresh.state[q]:
+                assert optimizer.state[p][key].shape == fresh.state[q][key].shape, name
 
 
 def test_loading_forgets_what_was_gathered() -> None:

@@ -13,10 +13,22 @@ import torch
 from torch import nn
 
 from fop import FOP, KFAC
-from models import Mixed, assert_differs, assert_equal, loss_of, mlp, snapshot, tokens, train_step, weights
+from models import (
+    Attentive,
+    Mixed,
+    assert_differs,
+    assert_equal,
+    loss_of,
+    mlp,
+    sentences,
+    snapshot,
+    tokens,
+    train_step,
+    weights,
+)
 
 BUSY: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "kl_clip": 1e-2}
-LAYERS = ("first", "second")
+LAYERS = ("embed", "first", "second")
 
 
 def poison(model: nn.Module, value: float = float("nan"), seed: int = 99) -> None:
@@ -96,6 +108,34 @@ def test_step_on_it_is_refused_and_reported(when: int, library: type[FOP], value
     after = weights(model)
     assert all(torch.isfinite(p).all() for p in after.values())
     assert_differs(before, after)
+
+
+@pytest.mark.parametrize("max_factor_dim", [0, 8192])
+@pytest.mark.parametrize("when", [1, 4, 16])
+def test_every_kind_of_layer_refuses_and_says_so(when: int, max_factor_dim: int) -> None:
+    """Embedding, attention, convolutions, and norms with a diagonal Fisher."""
+    model = Attentive()
+    choice: dict[Any, dict[str, Any]] = {"*": {"path": "fop", "max_factor_dim": max_factor_dim}}
+    optimizer = FOP(model, curvature_interval=5, layer_options=choice, **BUSY)
+    for seed in range(when):
+        train_step(model, optimizer, *sentences(6, seed))
+    before, state = weights(model), curvature(optimizer)
+    optimizer.zero_grad()
+    (float("nan") * loss_of(model, *sentences(6, 99))).backward()
+    with pytest.warns(RuntimeWarning) as caught:
+        optimizer.step()
+    text = "\n".join(str(warning.message) for warning in caught)
+    names = ("embed", "attention.in_proj", "attention.out_proj", "norm", "down", "up", "group", "head")
+    for name in names:
+        assert re.search(rf"update of .*\b{re.escape(name)}\b.* refused", text), text
+    assert_equal(weights(model), before)
+    assert_equal(curvature(optimizer), state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            train_step(model, optimizer, *sentences(6, seed))
+    assert_differs(before, weights(model))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_refused_step_costs_only_the_count() -> None:

@@ -187,7 +187,9 @@ def test_adamw_path_is_torch_adamw(schedule: str, maximize: bool) -> None:
     assert len(others) == 4
     twins = {name: nn.Parameter(p.detach().clone()) for name, p in others.items()}
     shared = {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "maximize": maximize}
-    optimizer = FOP(model.parameters(), lr=0.2, adamw_lr=0.01, **shared)
+    # A table of tokens is the usual thing to be left to AdamW.
+    choice = {"embed": {"path": "adamw"}}
+    optimizer = FOP(model.parameters(), lr=0.2, adamw_lr=0.01, layer_options=choice, **shared)
     adamw = torch.optim.AdamW(twins.values(), lr=0.01, **shared)
     make = SCHEDULES[schedule]
     schedulers = [make(optimizer, 0.2), make(adamw, 0.01)] if make else []
@@ -297,10 +299,13 @@ def test_bias_without_its_weight_takes_adamw() -> None:
     torch.testing.assert_close((model[0].bias - before["0.bias"]).abs(), torch.full((6,), 1e-3).double())
 
 
-def test_kl_clip_in_a_group_is_refused() -> None:
+@pytest.mark.parametrize("option", [{"kl_clip": 0.5}, {"kl_clip": None}, {"loss_reduction": "sum"}])
+def test_options_of_the_whole_step_in_a_group_are_refused(option: dict[str, Any]) -> None:
     model = mlp()
-    with pytest.raises(ValueError, match=r"kl_clip=0\.5.*constructor"):
-        FOP([{"params": model.parameters(), "kl_clip": 0.5}])
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}.*constructor"):
+        FOP([{"params": model.parameters(), **option}])
+    FOP([{"params": model.parameters(), **option}], **option)
 
 
 def test_maximize_is_minimizing_the_negative() -> None:

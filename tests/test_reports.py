@@ -1,10 +1,7 @@
-"""`summary()` and `diagnostics()`: complete, true, and free of charge until someone asks."""
+"""`summary()`: every parameter once, what its step is, and why."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import math
 import re
 from typing import Any
 
@@ -13,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from models import Mixed, batch, conv_net, loss_of, mlp, tokens, train_step
-from reference import ReferenceFOP, half_squared_error
+from models import Attentive, Mixed, batch, conv_net, mlp, sentences, tokens, train_step
+from reference import half_squared_error
 
 IMAGE = (2, 5, 6)
 
@@ -29,6 +26,9 @@ def given(model: nn.Module, way: str) -> Any:
         params = list(model.parameters())
         return [{"params": params[2:]}, {"params": params[:2]}]
     return {"module": model, "bare": model.parameters(), "named": model.named_parameters()}[way]
+
+
+NORM = "LayerNorm; a diagonal Fisher with path='fop' in layer_options"
 
 
 # --- summary -----------------------------------------------------------------------------------------------
@@ -56,10 +56,10 @@ def test_summary_covers_every_parameter_once(way: str, library: type[FOP]) -> No
     assert [row.shape for row in rows] == [tuple(p.shape) for p in order]
     path = "FOP" if library is FOP else "K-FAC"
     expected = {
-        "embed.weight": ("AdamW", "Embedding is not one of Linear, Conv2d", ""),
-        "norm.weight": ("AdamW", "LayerNorm is not one of Linear, Conv2d", ""),
-        "norm.bias": ("AdamW", "LayerNorm is not one of Linear, Conv2d", ""),
-        "shift": ("AdamW", "Mixed is not one of Linear, Conv2d", ""),
+        "embed.weight": (path, "Embedding", "(A 7, G 4²)"),
+        "norm.weight": ("AdamW", NORM, ""),
+        "norm.bias": ("AdamW", NORM, ""),
+        "shift": ("AdamW", "no Kronecker factors for Mixed", ""),
         "first.weight": (path, "Linear", "(A 5², G 6²)"),
         "first.bias": (path, "Linear", ""),
         "second.weight": (path, "Linear", "(A 6², G 3²)"),
@@ -88,10 +88,106 @@ def test_summary_shows_the_factors_that_are_held() -> None:
         assert rows[name].bytes == 8 * elements + 1
 
 
+class Everything(nn.Module):
+    """What takes AdamW for one reason or another, next to layers with factors of every form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = Attentive()
+        self.mixed_dims = nn.MultiheadAttention(4, 1, kdim=3, vdim=2, add_bias_kv=True, batch_first=True)
+        self.recurrent = nn.GRU(3, 3, batch_first=True)
+        self.bilinear = nn.Bilinear(3, 3, 3)
+        self.bags = nn.EmbeddingBag(7, 3)
+        self.capped = nn.Embedding(7, 3, max_norm=1.0)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+        self.batch_norm = nn.BatchNorm1d(3)
+        self.shift = nn.Parameter(torch.zeros(3))
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.body(ids)
+        keys = x[:, None]
+        x = x + self.mixed_dims(self.body.embed(ids), keys, keys[..., :2], need_weights=False)[0][:, 0, :3]
+        x = self.bilinear(self.recurrent(x[:, None])[0][:, 0], x) + self.bags(ids) + self.capped(ids).sum(1)
+        return self.batch_norm(self.normed(x)) + self.shift  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_every_row_on_the_adamw_path_says_why(bare: bool) -> None:
+    model = Everything()
+    optimizer = FOP(model.parameters() if bare else model, layer_options={"body.head": {"path": "adamw"}})
+    train_step(model, optimizer, *sentences())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    assert len(rows) == len(list(model.parameters()))
+    fop = {name: row for name, row in rows.items() if row.path == "FOP"}
+    assert {name: row.factors for name, row in fop.items() if row.factors} == {
+        "body.embed.weight": "(A 7, G 4²)",
+        "body.attention.in_proj_weight": "3×(A 5², G 4²)",
+        "body.attention.out_proj.weight": "(A 5², G 4²)",
+        "body.down.weight": "(A 9², G 3²)",
+        "body.up.weight": "(A 7², G 4²)",
+        "mixed_dims.q_proj_weight": "(A 4², G 4²)",
+        "mixed_dims.k_proj_weight": "(A 3², G 4²)",
+        "mixed_dims.v_proj_weight": "(A 2², G 4²)",
+        "mixed_dims.out_proj.weight": "(A 5², G 4²)",
+    }
+    biases = ("body.attention.in_proj_bias", "body.attention.out_proj.bias", "body.down.bias", "body.up.bias")
+    assert {name for name, row in fop.items() if not row.factors} == {*biases, "mixed_dims.out_proj.bias"}
+    adamw = {name: row.reason for name, row in rows.items() if row.path == "AdamW"}
+    assert fop.keys() | adamw.keys() == rows.keys()
+    kinds = {
+        "body.norm.": NORM,
+        "body.group.": NORM.replace("LayerNorm", "GroupNorm"),
+        "body.head.": "layer_options say so",
+        "mixed_dims.in_proj_bias": "one bias for three weights",
+        "mixed_dims.bias_": "of MultiheadAttention is no weight of a layer",
+        "recurrent.": "no Kronecker factors for GRU",
+        "bilinear.": "no Kronecker factors for Bilinear",
+        "bags.": "no Kronecker factors for EmbeddingBag",
+        "capped.": "an Embedding with max_norm changes its own weight",
+        "normed.bias": "its weight is computed from other parameters",
+        "normed.parametrizations.": "no Kronecker factors for",
+        "batch_norm.": NORM.replace("LayerNorm", "BatchNorm1d"),
+        "shift": "no Kronecker factors for Everything",
+    }
+    for name, reason in adamw.items():
+        (expected,) = (text for start, text in kinds.items() if name.startswith(start))
+        assert expected in reason, name
+    assert all(any(name.startswith(start) for name in adamw) for start in kinds)
+
+
+def test_summary_of_diagonal_curvature() -> None:
+    model = Attentive()
+    choice = {nn.LayerNorm: {"path": "fop"}, nn.GroupNorm: {"path": "fop"}, "*": {"max_factor_dim": 5}}
+    optimizer = FOP(model, layer_options=choice)
+    train_step(model, optimizer, *sentences())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    factors = {name: row.factors for name, row in rows.items() if name.endswith("weight")}
+    assert factors["norm.weight"] == factors["group.weight"] == "diagonal 8"
+    assert (rows["norm.bias"].path, rows["norm.bias"].reason) == ("FOP", "LayerNorm")
+    # The bias' column does not count towards the limit.
+    assert factors["down.weight"] == "(A 9, G 3²)"
+    assert factors["up.weight"] == "(A 7, G 4²)"
+    assert factors["head.weight"] == "(A 5², G 3²)"
+    for name, param in model.named_parameters():
+        assert rows[name].bytes == held_bytes(optimizer, param) > 0
+    layers = optimizer.diagnostics().layers
+    for name in ("norm", "group"):
+        layer, F = layers[name], optimizer.state[dict(model.named_parameters())[f"{name}.weight"]]["A"]
+        assert layer.damping_A == pytest.approx(1e-3 / (float(F.mean()) + 1e-3), rel=1e-9)
+        assert layer.damping_G is None
+        assert 0 <= layer.rho <= 1
+    assert layers.keys() == {
+        "embed", "attention.in_proj", "attention.out_proj", "norm", "down", "up", "group", "head",
+    }  # fmt: skip
+    assert str(optimizer.diagnostics()).count("–") == 2, "the two without G"
+
+
 def test_summary_prints_as_a_table() -> None:
     model = Mixed()
     optimizer = FOP(model.parameters())
-    for paths in ("7 unknown", "4 AdamW, 3 FOP"):
+    for paths in ("7 unknown", "3 AdamW, 4 FOP"):
         text = str(optimizer.summary())
         head, rule, *body, foot = text.splitlines()
         assert set(rule) == {"-", " "}
@@ -129,177 +225,3 @@ def test_summary_of_frozen_and_unused_layers() -> None:
     assert "frozen" in rows["0.weight"].reason
     assert "frozen" in rows["0.bias"].reason
     assert rows["2.weight"].reason == "Linear"
-
-
-# --- diagnostics -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mixing", [{}, {"beta": 0.1}, {"eta": 0.5}, {"beta": 0.1, "eta": 0.5}])
-def test_diagnostics_against_the_oracle(mixing: dict[str, float]) -> None:
-    model = conv_net()
-    options = {"lr": 0.1, "momentum": 0.9, "damping": 0.05, "stat_decay": 0.8, "kl_clip": 1e-3, **mixing}
-    oracle = ReferenceFOP(model, weight_decay=0.01, **options)
-    optimizer = FOP(model, weight_decay=0.01, curvature_interval=1, **options)
-    assert all(layer.beta is None for layer in optimizer.diagnostics().layers.values())
-    assert optimizer.diagnostics().kl_scale == 1.0
-    for seed in range(4):
-        x, y = batch(6, seed, IMAGE)
-        oracle.step(x, y, half_squared_error)
-        train_step(model, optimizer, x, y)
-        found = optimizer.diagnostics()
-        assert found.kl_scale == pytest.approx(oracle.kl_scale, rel=1e-8)
-        assert found.kl_scale < 1
-        assert list(found.layers) == ["0", "2", "4"]
-        for name, state in oracle.state.items():
-            layer = found.layers[name]
-            for key in ("beta", "eta", "rho"):
-                assert getattr(layer, key) == pytest.approx(getattr(state.correction, key), rel=1e-7), key
-            assert 0 < layer.rho < 1
-            assert layer.steps_since_curvature == 0
-            assert set(layer.rescues.values()) == {0}
-
-
-def test_damping_shares() -> None:
-    """The share of πγ in the mean eigenvalue of A + πγI, and of γ/π in that of G + γ/π I."""
-    model = mlp()
-    optimizer = FOP(model, damping=0.01)
-    train_step(model, optimizer, *batch())
-    for name, layer in optimizer.diagnostics().layers.items():
-        state = optimizer.state[model[int(name)].weight]
-        a = float(state["A"][0].trace()) / state["A"].shape[-1]
-        g = float(state["G"][0].trace()) / state["G"].shape[-1]
-        pi = math.sqrt(a / g)
-        assert layer.damping_A == pytest.approx(0.1 * pi / (a + 0.1 * pi), rel=1e-9)
-        assert layer.damping_G == pytest.approx(0.1 / pi / (g + 0.1 / pi), rel=1e-9)
-
-
-def test_steps_since_curvature() -> None:
-    model = mlp()
-    optimizer = FOP(model, curvature_interval=6)
-    age = -1
-    ages = []
-    for step in range(60):
-        age = 0 if optimizer.curvature_due else age + 1
-        train_step(model, optimizer, *batch(6, step))
-        assert {layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()} == {age}
-        ages.append(age)
-    assert max(ages) == 5
-
-
-def test_diagnostics_of_a_kfac_step() -> None:
-    model = mlp()
-    optimizer = FOP(model)
-    train_step(model, optimizer, *batch())
-    assert all(layer.beta != 0 for layer in optimizer.diagnostics().layers.values())
-    train_step(model, optimizer, *batch(1))
-    for layer in optimizer.diagnostics().layers.values():
-        assert (layer.beta, layer.eta, layer.rho) == (0.0, 1.0, 0.0)
-    assert optimizer.diagnostics().kl_scale <= 1.0
-
-
-def test_rescues_are_counted_and_reported_once() -> None:
-    """Without damping, factors of rank one cannot be inverted: more damping is needed at every update."""
-    torch.manual_seed(0)
-    model = nn.Linear(6, 4, bias=False)
-    optimizer = FOP(model, damping=0.0, curvature_interval=1)
-    x, y = torch.randn(1, 6).repeat(4, 1), torch.randn(1, 4).repeat(4, 1)
-    with pytest.warns(RuntimeWarning, match=r"more damping.*reported once") as caught:
-        for _ in range(3):
-            train_step(model, optimizer, x, y)
-    assert len({str(warning.message) for warning in caught}) == len(caught)
-    (layer,) = optimizer.diagnostics().layers.values()
-    assert sum(layer.rescues.values()) == 6, "two factors at each of three updates"
-    assert torch.isfinite(model.weight).all()
-
-
-def test_factor_that_no_damping_can_invert() -> None:
-    """All inputs are zero and damping is zero: no curvature, no crash, no NaN, and it is reported."""
-    model = nn.Linear(6, 4, bias=False)
-    optimizer = FOP(model, damping=0.0)
-    with pytest.warns(RuntimeWarning, match="inversion of a curvature factor"):
-        for _ in range(2):
-            train_step(model, optimizer, torch.zeros(4, 6), torch.ones(4, 4))
-    assert torch.isfinite(model.weight).all()
-    assert optimizer.summary().rows[0].path != "FOP" or "no curvature" in optimizer.summary().rows[0].reason
-
-
-# --- nothing is read before someone asks -------------------------------------------------------------------
-
-
-def not_due(seed_model: nn.Module, **options: Any) -> tuple[FOP, int]:
-    """An optimizer in the middle of a curvature interval."""
-    optimizer = FOP(seed_model, curvature_interval=100, weight_decay=0.1, **options)
-    step = 0
-    while step < 12 or optimizer.curvature_due:
-        train_step(seed_model, optimizer, *batch(6, step, IMAGE))
-        step += 1
-    return optimizer, step
-
-
-@pytest.mark.parametrize("options", [{}, {"beta": 0.0}, {"beta": 0.1, "eta": 1.0}, {"nesterov": True}])
-def test_step_reads_nothing_from_the_device(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the meta device have no values: whatever reads one fails, as diagnostics() must."""
-    # autocast knows no meta device
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    model = conv_net()
-    optimizer, step = not_due(model, **options)
-    ghost = copy.deepcopy(model).to("meta")
-    other = FOP(ghost, curvature_interval=100, **options)
-    other.load_state_dict(optimizer.state_dict())
-    x, y = (tensor.to("meta") for tensor in batch(6, step, IMAGE))
-    assert not other.curvature_due
-    other.zero_grad()
-    loss_of(ghost, x, y).backward()
-    nn.utils.clip_grad_norm_(ghost.parameters(), 1.0)
-    other.step()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
-        other.diagnostics()
-
-
-def test_step_copies_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a Python number made into a tensor is a blocking copy from pageable memory."""
-    model = conv_net()
-    optimizer, step = not_due(model, nesterov=True)
-    made: list[str] = []
-
-    def watch(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            made.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, watched)
-
-    optimizer.zero_grad()
-    loss_of(model, *batch(6, step, IMAGE)).backward()
-    for owner, name in (
-        (Tensor, "new_tensor"),
-        (torch, "tensor"),
-        (torch, "as_tensor"),
-        (torch, "scalar_tensor"),
-    ):
-        watch(owner, name)
-    optimizer.step()
-    assert made == []
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_step_never_waits_for_the_gpu() -> None:
-    model = conv_net()
-    optimizer, step = not_due(model)
-    saved = copy.deepcopy(optimizer.state_dict())
-    del optimizer
-    model = model.cuda()
-    optimizer = FOP(model, curvature_interval=100, weight_decay=0.1)
-    optimizer.load_state_dict(saved)
-    x, y = (tensor.cuda() for tensor in batch(6, step, IMAGE))
-    assert not optimizer.curvature_due
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert 0 < optimizer.diagnostics().kl_scale <= 1

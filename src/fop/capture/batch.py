@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fop.capture.lifetime import InertCopy, remove_all
+from fop.capture.lifetime import InertCopy, in_place, remove_all
 from fop.layers import EmbeddingLayer, Layer
 
 # In place of the size of a batch where it is not known, or where another dimension may be meant.
@@ -156,16 +156,27 @@ class ModelWatch:
     def __init__(self, root: nn.Module) -> None:
         self.current: Batch | None = None
         self._last: Batch | None = None
-        self._handles: list[RemovableHandle] = [
+        self._handles: list[RemovableHandle] = []
+        self.sequence_first = False
+        self._register(root)
+        weakref.finalize(self, remove_all, self._handles)
+
+    def _register(self, root: nn.Module) -> None:
+        self._handles += [
             root.register_forward_pre_hook(_Enter(self), with_kwargs=True),
             root.register_forward_hook(_Leave(self), always_call=True),
         ]
-        self.sequence_first = False
         for module in root.modules():
             if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
                 self._handles.append(module.register_forward_pre_hook(_Sequence(self), with_kwargs=True))
                 self.sequence_first = True
-        weakref.finalize(self, remove_all, self._handles)
+
+    def repair(self, root: nn.Module) -> None:
+        """Put the hooks back if somebody has cleared hooks of the model."""
+        if not all(map(in_place, self._handles)):
+            remove_all(self._handles)
+            self._handles.clear()
+            self._register(root)
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from fop.capture.attention import ProjectionMode, rows_of
 from fop.capture.batch import Attention, Batch, ModelWatch
 from fop.capture.compiled import key_of, tap
-from fop.capture.lifetime import InertCopy
+from fop.capture.lifetime import InertCopy, in_place
 from fop.layers import Layer, PackedLayer
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _OutputHook:
-    """Hook on an output's node: holds the input until the gradient of the output arrives, as autograd does."""
+    """Hook on an output's node: holds the input until the gradient of the output comes, as autograd does."""
 
     def __init__(
         self, capture: LayerCapture, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size
@@ -131,9 +131,11 @@ class UseHook(ABC):
     def intact(self, weight: Tensor) -> bool:
         """Whether the module is alive, still has the weight under its name, and has the hooks."""
         module = self.module()
-        if module is None or parameter_of(module, self._weight) is not weight:
-            return False
-        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
+        return module is not None and self.uses(weight, module) and all(map(in_place, self._handles))
+
+    def uses(self, weight: Tensor, module: nn.Module) -> bool:
+        """Whether the module still has the weight under its name."""
+        return parameter_of(module, self._weight) is weight
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
@@ -162,7 +164,7 @@ class ForwardUse(UseHook):
             return copied
         capture = self.capture()
         # A shallow copy or a replica of the module shares the hook, but is not the module.
-        if capture is not None and self.module() is module:
+        if capture is not None and self.module() is module and self.uses(capture.weight, module):
             capture.observe(self.layer, self.layer.observed(module, x), output, self.watch.batch())
         return None
 
@@ -189,7 +191,8 @@ class AttentionUse(UseHook):
         if capture is None or self.module() is not module or self._mode is not None:
             return
         # A compiled attention is one graph, in which nobody can look for the weight.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        leaves = in_place(self._handles[1])
+        if leaves and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._batch = Attention(module, query, self.watch.batch())
             self._mode = ProjectionMode(self._seen)
             self._mode.__enter__()  # type: ignore[no-untyped-call]

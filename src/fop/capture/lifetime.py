@@ -35,6 +35,11 @@ def _nothing() -> Callable[..., None]:
     return contextlib.nullcontext().__exit__
 
 
+def in_place(handle: RemovableHandle) -> bool:
+    """Tell whether a hook is where it was put."""
+    return handle.id in (handle.hooks_dict_ref() or ())
+
+
 def remove_all(handles: Sequence[RemovableHandle]) -> None:
     """Remove hooks, when their owner is gone."""
     for handle in handles:

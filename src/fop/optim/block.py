@@ -84,11 +84,19 @@ class Block:
         # Whether the last gradient came without curvature, so that AdamW took the step.
         self.by_adamw = False
         self.pairs = PairCount()
+        self._seen = False
         shapes = self.layer.factor_shapes
         if any(key in state and tuple(state[key].shape) != shape for key, shape in shapes.items()):
             # Loaded before the layer was known, from a run with other layer options or bias: start afresh.
             for key in ("A", "G", "A_inv", "G_inv", "refresh_at", "refreshed_at", "complete"):
                 state.pop(key, None)
+
+    def newly_unseen(self) -> bool:
+        """Tell whether the weight has a gradient that, unlike the one before, its modules know nothing of."""
+        capture = self.capture
+        seen = self.weight.grad is None or not capture.wants or capture.window.samples > 0
+        was_seen, self._seen = self._seen, seen
+        return was_seen and not seen
 
     @property
     def params(self) -> list[Tensor]:

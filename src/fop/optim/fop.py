@@ -72,8 +72,8 @@ class FOP(Optimizer):
         betas: as `torch.optim.AdamW`, for the AdamW path.
         eps: as `torch.optim.AdamW`, for the AdamW path.
         maximize: go up instead of down.
-        loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" gradients are divided
-            by N.
+        loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" the gradients of
+            preconditioned layers are divided by N (AdamW does not mind the scale).
         layer_options: choices for single layers, from a glob pattern on the module's name, or a module type,
             to a dict with any of ``path`` ("fop" or "adamw"), ``max_factor_dim`` (factors with a larger side
             are diagonal; 8192), ``weight_sharing`` ("expand" or "reduce") and ``batch_dim`` (0 or 1, where
@@ -257,6 +257,8 @@ class FOP(Optimizer):
         if replaced:
             for group in self.param_groups:
                 group["params"] = [replaced.get(param, param) for param in group["params"]]
+            # Where the old ones were is where their state is.
+            self._places = {replaced.get(param, param): place for param, place in self._places.items()}
         follow_moves(self.state, self._places)
         self._relink()
 

@@ -13,7 +13,12 @@ from torch import nn
 
 from fop.layers import LayerOptions
 
-LayerOptionsLike: TypeAlias = Mapping[str | type[nn.Module], Mapping[str, Any]]
+# Mappings are invariant in their keys: a variable of the caller's has only one kind of them, or both.
+LayerOptionsLike: TypeAlias = (
+    Mapping[str, Mapping[str, Any]]
+    | Mapping[type[nn.Module], Mapping[str, Any]]
+    | Mapping[str | type[nn.Module], Mapping[str, Any]]
+)
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "path": ("fop", "adamw"),

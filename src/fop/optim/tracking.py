@@ -37,6 +37,7 @@ class Tracker:
         self.reasons: dict[Tensor, str] = {}
         self.sub_batch = SubBatch()
         self._owners: dict[Tensor, tuple[weakref.ref[nn.Module], str]] = {}
+        self._homes: dict[Tensor, weakref.WeakSet[nn.Module]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
         self._finder: FirstForwardHook | None = None
@@ -82,6 +83,7 @@ class Tracker:
 
     def _remember(self, param: Tensor, owners: list[Owner]) -> None:
         self._owners.setdefault(param, (weakref.ref(owners[0].module), owners[0].key))
+        self._homes[param] = weakref.WeakSet(owner.module for owner in owners)
 
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
         block = self.blocks.get(found.weight)
@@ -159,7 +161,10 @@ class Tracker:
             ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
         """
         replaced = self._replaced(groups)
-        broken = [weight for weight, block in self.blocks.items() if not block.capture.intact]
+        for root in self.roots():
+            if (watch := self._watches.get(root)) is not None:
+                watch.repair(root)
+        broken = [weight for weight, block in self.blocks.items() if self._lost(block)]
         moved = [
             param for param in self._owners if param not in replaced and self._current(param) is not param
         ]
@@ -171,6 +176,7 @@ class Tracker:
                 self.names[new] = self.names[old]
         for param in [*replaced, *moved]:
             self._owners.pop(param, None)
+            self._homes.pop(param, None)
         for param in replaced:
             self.names.pop(param, None)
             self.reasons.pop(param, None)
@@ -180,6 +186,17 @@ class Tracker:
         for root in list(self.roots()):
             self.adopt(root, renamed, state)
         return replaced
+
+    def _lost(self, block: Block) -> bool:
+        """Tell whether the modules of a block must be looked for again."""
+        if not block.capture.intact:
+            return True
+        if not block.newly_unseen():
+            return False
+        # Another module may have the weight now, and the old one be kept by somebody.
+        modules = (module for root in self.roots() for module in root.modules())
+        have = {module for module in modules if any(p is block.weight for p in module._parameters.values())}
+        return not have <= set(self._homes[block.weight])
 
     def _current(self, param: Tensor) -> Tensor | None:
         """Return what the parameter's module has now under the parameter's name."""

@@ -1,32 +1,29 @@
-"""A dense float64 oracle for FOP and K-FAC, written from the paper's equations alone.
-
-It never imports the library, and takes the slow road wherever the library could take a fast one: samples one
-at a time through autograd, patches by index loops, the Kronecker block as one full matrix, the inverse by a
-dense solve, every inner product as a dot product of long vectors.
-
-A gradient "matrix" of a layer has shape (groups, out, in), with the bias as last column; a Linear layer is
-one group. `vec` stacks the columns of each group, which makes the printed F = A ⊗ G act as
-F·vec(V) = vec(G V A).
-"""
+"""FOP and K-FAC on an `nn.Sequential` of Linear and Conv2d layers, samples one at a time through autograd."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from reference.equations import (
+    Correction,
+    Mixing,
+    correct,
+    dense_damped_fisher,
+    dense_fisher,
+    momentum_step,
+    unvec,
+    vec,
+)
+from reference.patches import patches
+
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Layer = nn.Linear | nn.Conv2d
-Mixing = float | Literal["adaptive"]
-
-# The ε of equation (4): a guard against 0/0 and nothing else, so far below any real denominator.
-TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -65,75 +62,7 @@ def from_matrix(layer: Layer, matrix: Tensor) -> list[Tensor]:
     return [matrix[:, :, :-1].reshape(layer.weight.shape), matrix[:, :, -1].reshape(layer.bias.shape)]
 
 
-def vec(matrix: Tensor) -> Tensor:
-    """Stack the columns of every group."""
-    return matrix.transpose(1, 2).reshape(-1)
-
-
-def unvec(vector: Tensor, like: Tensor) -> Tensor:
-    groups, out, in_ = like.shape
-    return vector.reshape(groups, in_, out).transpose(1, 2)
-
-
 # --- what one sample does in one layer -------------------------------------------------------------
-
-
-def _padding(conv: nn.Conv2d) -> list[tuple[int, int]]:
-    """(before, after) for height and width."""
-    if conv.padding == "valid":
-        return [(0, 0), (0, 0)]
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return [(t // 2, t - t // 2) for t in total]  # an odd total pads one more after than before
-    return [(int(p), int(p)) for p in conv.padding]
-
-
-def _source(index: int, size: int, mode: str) -> int | None:
-    """The pixel a padded coordinate stands for; None means zero."""
-    if 0 <= index < size:
-        return index
-    if mode == "zeros":
-        return None
-    if mode == "circular":
-        return index % size
-    if mode == "replicate":
-        return min(max(index, 0), size - 1)
-    if mode == "reflect":
-        return -index if index < 0 else 2 * (size - 1) - index
-    raise NotImplementedError(mode)
-
-
-def patches(conv: nn.Conv2d, image: Tensor) -> Tensor:
-    """(groups, T, in/groups·kh·kw) from one image (in, height, width), by explicit index loops."""
-    pixels = image.detach().tolist()
-    channels, *size = image.shape
-    padding, per_group = _padding(conv), channels // conv.groups
-    count = [
-        (size[i] + sum(padding[i]) - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i in range(2)
-    ]
-
-    def pixel(channel: int, position: Sequence[int], tap: Sequence[int]) -> float:
-        at = [
-            _source(
-                position[i] * conv.stride[i] + tap[i] * conv.dilation[i] - padding[i][0],
-                size[i],
-                conv.padding_mode,
-            )
-            for i in range(2)
-        ]
-        return 0.0 if at[0] is None or at[1] is None else pixels[channel][at[0]][at[1]]
-
-    positions = list(itertools.product(range(count[0]), range(count[1])))
-    taps = list(itertools.product(range(conv.kernel_size[0]), range(conv.kernel_size[1])))
-    rows = [
-        [
-            [pixel(g * per_group + c, position, tap) for c in range(per_group) for tap in taps]
-            for position in positions
-        ]
-        for g in range(conv.groups)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _input_rows(layer: Layer, x: Tensor) -> Tensor:
@@ -202,62 +131,6 @@ def factors(samples: Sequence[LayerSample]) -> tuple[Tensor, Tensor]:
     A = sum(sample.inputs.mT @ sample.inputs for sample in samples) / N
     G = sum(sample.outputs.mT @ sample.outputs for sample in samples) / (N * R)
     return torch.as_tensor(A), torch.as_tensor(G)
-
-
-def dense_fisher(A: Tensor, G: Tensor) -> Tensor:
-    """F = A ⊗ G as one matrix, block diagonal over the groups."""
-    return torch.block_diag(*[torch.kron(A_g, G_g) for A_g, G_g in zip(A, G, strict=True)])
-
-
-def dense_damped_fisher(A: Tensor, G: Tensor, damping: float) -> Tensor:
-    """F̂ = (A + πγ I) ⊗ (G + γ/π I), with π of each group's own factors."""
-    gamma = math.sqrt(damping)
-    A_hat, G_hat = [], []
-    for A_g, G_g in zip(A, G, strict=True):
-        a, g = float(A_g.trace()) / len(A_g), float(G_g.trace()) / len(G_g)
-        pi = math.sqrt(a / g) if a > 0 and g > 0 else 1.0
-        A_hat.append(A_g + pi * gamma * torch.eye(len(A_g), dtype=A_g.dtype))
-        G_hat.append(G_g + gamma / pi * torch.eye(len(G_g), dtype=G_g.dtype))
-    return dense_fisher(torch.stack(A_hat), torch.stack(G_hat))
-
-
-# --- equations -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Correction:
-    """Equations (4) to (17) for one layer; vectors are `vec` of gradient matrices."""
-
-    direction: Tensor  # η F̂⁻¹ Gc
-    perpendicular: Tensor  # G⊥
-    beta: float
-    eta: float
-    rho: float
-
-
-def correct(F: Tensor, F_hat: Tensor, Ga: Tensor, Gd: Tensor | None, beta: Mixing, eta: Mixing) -> Correction:
-    """The direction η F̂⁻¹ (Ga + β G⊥); without a second gradient it is K-FAC's, whatever the options."""
-    if Gd is None:
-        return Correction(torch.linalg.solve(F_hat, Ga), torch.zeros_like(Ga), beta=0.0, eta=1.0, rho=0.0)
-    s = (Gd @ F @ Ga) / (Ga @ F @ Ga + TINY)  # (4)
-    perp = Gd - s * Ga  # (5)
-    solved_perp = torch.linalg.solve(F_hat, perp)
-    D, E = Ga @ solved_perp, perp @ solved_perp  # (13)
-    B = Ga @ torch.linalg.solve(F_hat, Ga)
-    rho = float(D**2 / (E * B + TINY))
-    beta = float(D / (E + TINY)) if beta == "adaptive" else beta  # (16)
-    Gc = Ga + beta * perp  # (6)
-    solved = torch.linalg.solve(F_hat, Gc)
-    eta = float((Ga @ solved) / (Gc @ solved + TINY)) if eta == "adaptive" else eta  # (17), with g_tot = Ga
-    return Correction(eta * solved, perp, beta=beta, eta=eta, rho=rho)
-
-
-def momentum_step(
-    direction: Tensor, buffer: Tensor | None, momentum: float, nesterov: bool
-) -> tuple[Tensor, Tensor]:
-    """(step, new buffer) with the rule of torch.optim.SGD without dampening."""
-    buffer = direction if buffer is None else momentum * buffer + direction
-    return (direction + momentum * buffer if nesterov else buffer), buffer
 
 
 # --- optimizer -------------------------------------------------------------------------------------

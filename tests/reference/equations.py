@@ -1,0 +1,94 @@
+"""The paper's equations on dense matrices: the Kronecker block as one matrix, its inverse by a dense solve.
+
+A gradient "matrix" of a layer has shape (groups, out, in), with the bias as last column; a Linear layer
+is one group. `vec` stacks the columns of each group, so that the printed F = A ⊗ G acts as
+F·vec(V) = vec(G V A).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mixing = float | Literal["adaptive"]
+
+# The ε of equation (4): a guard against 0/0 and nothing else, so far below any real denominator.
+TINY = 1e-300
+
+
+def vec(matrix: Tensor) -> Tensor:
+    """Stack the columns of every group."""
+    return matrix.transpose(1, 2).reshape(-1)
+
+
+def unvec(vector: Tensor, like: Tensor) -> Tensor:
+    groups, out, in_ = like.shape
+    return vector.reshape(groups, in_, out).transpose(1, 2)
+
+
+# --- curvature -------------------------------------------------------------------------------------
+
+
+def full(factor: Tensor) -> Tensor:
+    """(groups, d, d) of a factor that may be kept as its diagonal, (groups, d)."""
+    return torch.diag_embed(factor) if factor.dim() == 2 else factor
+
+
+def dense_fisher(A: Tensor, G: Tensor) -> Tensor:
+    """F = A ⊗ G as one matrix, block diagonal over the groups."""
+    return torch.block_diag(*[torch.kron(A_g, G_g) for A_g, G_g in zip(A, G, strict=True)])
+
+
+def dense_damped_fisher(A: Tensor, G: Tensor, damping: float) -> Tensor:
+    """F̂ = (A + πγ I) ⊗ (G + γ/π I), with π of each group's own factors."""
+    gamma = math.sqrt(damping)
+    A_hat, G_hat = [], []
+    for A_g, G_g in zip(A, G, strict=True):
+        a, g = float(A_g.trace()) / len(A_g), float(G_g.trace()) / len(G_g)
+        pi = math.sqrt(a / g) if a > 0 and g > 0 else 1.0
+        A_hat.append(A_g + pi * gamma * torch.eye(len(A_g), dtype=A_g.dtype))
+        G_hat.append(G_g + gamma / pi * torch.eye(len(G_g), dtype=G_g.dtype))
+    return dense_fisher(torch.stack(A_hat), torch.stack(G_hat))
+
+
+# --- the step --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Equations (4) to (17) for one layer; vectors are `vec` of gradient matrices."""
+
+    direction: Tensor  # η F̂⁻¹ Gc
+    perpendicular: Tensor  # G⊥
+    beta: float
+    eta: float
+    rho: float
+
+
+def correct(F: Tensor, F_hat: Tensor, Ga: Tensor, Gd: Tensor | None, beta: Mixing, eta: Mixing) -> Correction:
+    """The direction η F̂⁻¹ (Ga + β G⊥); without a second gradient it is K-FAC's, whatever the options."""
+    if Gd is None:
+        return Correction(torch.linalg.solve(F_hat, Ga), torch.zeros_like(Ga), beta=0.0, eta=1.0, rho=0.0)
+    s = (Gd @ F @ Ga) / (Ga @ F @ Ga + TINY)  # (4)
+    perp = Gd - s * Ga  # (5)
+    solved_perp = torch.linalg.solve(F_hat, perp)
+    D, E = Ga @ solved_perp, perp @ solved_perp  # (13)
+    B = Ga @ torch.linalg.solve(F_hat, Ga)
+    rho = float(D**2 / (E * B + TINY))
+    beta = float(D / (E + TINY)) if beta == "adaptive" else beta  # (16)
+    Gc = Ga + beta * perp  # (6)
+    solved = torch.linalg.solve(F_hat, Gc)
+    eta = float((Ga @ solved) / (Gc @ solved + TINY)) if eta == "adaptive" else eta  # (17), with g_tot = Ga
+    return Correction(eta * solved, perp, beta=beta, eta=eta, rho=rho)
+
+
+def momentum_step(
+    direction: Tensor, buffer: Tensor | None, momentum: float, nesterov: bool
+) -> tuple[Tensor, Tensor]:
+    """(step, new buffer) with the rule of torch.optim.SGD without dampening."""
+    buffer = direction if buffer is None else momentum * buffer + direction
+    return (direction + momentum * buffer if nesterov else buffer), buffer

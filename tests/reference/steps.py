@@ -1,0 +1,222 @@
+"""Steps of an optimizer on any small model, held to the dense equations with the oracle's own factors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reference.equations import correct, dense_damped_fisher, dense_fisher, full, unvec, vec
+from reference.observe import Block, Inputs, Tape, estimate, observe
+from reference.sequential import half_squared_error
+
+Pair = tuple[Tensor, Tensor]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what is expected of it.
+
+    Attributes:
+        build: makes the model; its forward takes the tensors of a batch, with the samples in dim 0.
+        inputs: makes the tensors of a batch of the given size.
+        blocks: names of the weights that take the FOP step. Every other parameter must have no curvature.
+        whole: whether the samples of a batch depend on each other (BatchNorm in train mode).
+        estimates: options of `estimate` by weight; those of "" hold for all others.
+        options: options of the optimizer for this case.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Inputs]
+    blocks: set[str]
+    whole: bool = False
+    estimates: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build().double()
+
+    def batch(self, N: int, seed: int = 1) -> tuple[Inputs, Tensor]:
+        """Inputs, and targets with the shape of the output."""
+        model = self.model()
+        torch.manual_seed(seed)
+        inputs = self.inputs(N)
+        with torch.no_grad():
+            return inputs, torch.randn_like(model(*inputs))
+
+
+def double(*shape: int) -> Callable[[int], Inputs]:
+    """Batches of one random tensor with samples of this shape."""
+    return lambda N: (torch.randn(N, *shape, dtype=torch.float64),)
+
+
+def gradients(model: nn.Module, inputs: Inputs, y: Tensor) -> Tensors:
+    """Plain autograd, by name of the parameter; parameters that are not used get zeros."""
+    named = dict(model.named_parameters())
+    loss = half_squared_error(model(*inputs), y)
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), found, strict=True)
+    }
+
+
+def check_rows(case: Case, N: int = 5) -> None:
+    """The rows of the oracle reproduce the gradients of plain autograd, and its model is the model.
+
+    Without this the oracle could be wrong in the same way as the library.
+    """
+    model = case.model()
+    inputs, y = case.batch(N)
+    twin = copy.deepcopy(model)
+    tape = Tape(twin)
+    torch.testing.assert_close(twin(*inputs), model(*inputs))
+    blocks = observe(twin, tape, inputs, y, half_squared_error, whole=case.whole)
+    assert case.blocks <= blocks.keys()
+    batch = gradients(model, inputs, y)
+    for block in blocks.values():
+        _assert_near(block.mean_gradient(0, N), block.matrix(batch), f"gradient of {block.weight}")
+        for n in () if case.whole else range(N):
+            own = gradients(model, tuple(t[n : n + 1] for t in inputs), y[n : n + 1])
+            _assert_near(
+                block.sample_gradient(n), block.matrix(own), f"gradient of {block.weight}, sample {n}"
+            )
+
+
+def check_steps(
+    case: Case,
+    optimizer_of: Callable[..., Any],
+    plain: Mapping[str, Any],
+    *,
+    sizes: Sequence[int] = (6, 5),
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-9,
+) -> None:
+    """Curvature and weights after every step, one batch a step, of the given sizes.
+
+    Args:
+        case: the model.
+        optimizer_of: makes the optimizer from the model and its options.
+        plain: options that leave η F̂⁻¹ (Ga + β G⊥) alone of the step; the case's own are added.
+        sizes: numbers of samples, each two or more, so that every step has a gradient pair.
+        dtype: of the model; the oracle always has float64.
+        tolerance: allowed error of factors and updates, relative to their norm.
+    """
+    model = case.model().to(dtype)
+    twin = copy.deepcopy(model).double()
+    tape = Tape(twin)
+    options = {**plain, **case.options}
+    optimizer = optimizer_of(model, **options)
+    curvature: dict[str, Tensors] = {}
+    for step, N in enumerate(sizes):
+        inputs, y = case.batch(N, seed=step + 1)
+        twin.load_state_dict(model.state_dict())
+        blocks = observe(twin, tape, inputs, y, half_squared_error, whole=case.whole)
+        pairs = {name: _pair(twin, blocks[name], inputs, y, case.whole) for name in case.blocks}
+        for name in case.blocks:
+            fresh = estimate(blocks[name], **case.estimates.get(name, case.estimates.get("", {})))
+            curvature[name] = _averaged(curvature.get(name), fresh, options["stat_decay"])
+
+        optimizer.zero_grad()
+        loss = half_squared_error(model(*(t.to(dtype) if t.is_floating_point() else t for t in inputs)), y)
+        (loss * N if options.get("loss_reduction") == "sum" else loss).backward()
+        optimizer.step()
+
+        check_curvature(model, optimizer, curvature, tolerance)
+        for name, (average, difference) in pairs.items():
+            check_direction(
+                name,
+                _moved(model, twin, blocks[name], options["lr"]),
+                curvature[name],
+                average,
+                difference,
+                options,
+                tolerance,
+            )
+
+
+def check_curvature(
+    model: nn.Module, optimizer: Any, curvature: Mapping[str, Tensors], tolerance: float
+) -> None:
+    """The optimizer holds exactly these factors, for exactly these weights."""
+    for name, param in model.named_parameters():
+        held, expected = optimizer.state[param], curvature.get(name, {})
+        assert {key for key in ("A", "G") if key in held} == expected.keys(), f"{name}: {list(held)}"
+        for key, value in expected.items():
+            _assert_near(held[key], value, f"{key} of {name}", tolerance)
+
+
+def check_direction(
+    name: str,
+    moved: Tensor,
+    held: Tensors,
+    average: Tensor,
+    difference: Tensor,
+    options: Mapping[str, Any],
+    tolerance: float,
+) -> None:
+    """``moved`` is η F̂⁻¹ (Ga + β G⊥), and is not the step without the second gradient.
+
+    Options without β and η are K-FAC's: β = 0 and η = 1.
+    """
+    F, F_hat = _dense(held, options["damping"])
+    Ga, Gd = vec(average), vec(difference)
+    beta, eta = options.get("beta", 0.0), options.get("eta", 1.0)
+    kfac = torch.linalg.solve(F_hat, Ga)
+    if beta == 0.0:
+        _assert_near(moved, unvec(kfac, like=average), f"step of {name}", tolerance)
+        return
+    expected = correct(F, F_hat, Ga, Gd, beta, eta).direction
+    _assert_near(moved, unvec(expected, like=average), f"step of {name}", tolerance)
+    # A fixed η stays without a second gradient: it is the caller's own scale.
+    without = kfac if eta == "adaptive" else eta * kfac
+    assert (without - expected).norm() > 1e-4 * expected.norm(), f"{name}: the case cannot fail"
+
+
+def _dense(held: Tensors, damping: float) -> tuple[Tensor, Tensor]:
+    """F and F̂ as matrices on `vec`."""
+    if "G" in held:
+        A, G = full(held["A"]), full(held["G"])
+        return dense_fisher(A, G), dense_damped_fisher(A, G, damping)
+    F = vec(held["A"])
+    return torch.diag(F), torch.diag(F + damping)
+
+
+def _pair(twin: nn.Module, block: Block, inputs: Inputs, y: Tensor, whole: bool) -> Pair:
+    """Ga, and Gd from separate backward passes over the halves.
+
+    Where the halves would see other statistics than the batch, both are sums over the rows of the batch.
+    """
+    h, N = len(y) // 2, len(y)
+    average = block.matrix(gradients(twin, inputs, y))
+    if whole:
+        return average, block.mean_gradient(0, h) - block.mean_gradient(h, N)
+    g1 = gradients(twin, tuple(t[:h] for t in inputs), y[:h])
+    g2 = gradients(twin, tuple(t[h:] for t in inputs), y[h:])
+    return average, block.matrix(g1) - block.matrix(g2)
+
+
+def _averaged(old: Tensors | None, new: Tensors, decay: float) -> Tensors:
+    if old is None:
+        return new
+    return {key: decay * old[key] + (1 - decay) * value for key, value in new.items()}
+
+
+def _moved(model: nn.Module, twin: nn.Module, block: Block, lr: float) -> Tensor:
+    """(old − new) / lr as gradient matrix; ``twin`` has the old weights."""
+    new = dict(model.named_parameters())
+    parts = {name: (old - new[name]).detach() / lr for name, old in twin.named_parameters()}
+    return block.matrix(parts)
+
+
+def _assert_near(value: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
+    assert value.shape == expected.shape, f"{what}: {tuple(value.shape)}, not {tuple(expected.shape)}"
+    assert expected.norm() > 0, f"{what} is zero: the case cannot fail"
+    error = float((value.detach() - expected).norm() / expected.norm())
+    assert error < tolerance, f"{what} differs by {error:.1e}"

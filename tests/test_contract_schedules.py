@@ -1,0 +1,306 @@
+"""What stands around an optimizer: schedulers, GradScaler, gradient clipping, averaged weights.
+
+Part of the conformance suite; see `test_contract.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+
+from contract import LR, Make, every, train, trained
+from models import Mixed, assert_differs, assert_equal, loss_of, snapshot, tokens, weights
+
+STEPS = 12
+
+# --- schedulers --------------------------------------------------------------------------------------------
+
+SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: step / 10),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5, 9], 0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.25, total_iters=4),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=8),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=10, power=2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4, 2),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, LR / 10, LR, step_size_up=3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, LR, total_steps=STEPS + 1),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.8)], [4]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)], o
+    ),
+    "SWALR": lambda o: SWALR(o, swa_lr=LR / 5, anneal_epochs=6),
+}
+
+every_scheduler = pytest.mark.parametrize("kind", SCHEDULERS)
+
+
+def test_no_scheduler_of_torch_is_left_out() -> None:
+    kinds = {
+        name
+        for name, kind in vars(lr_scheduler).items()
+        if inspect.isclass(kind) and issubclass(kind, LRScheduler) and not name.endswith("LRScheduler")
+    }
+    assert kinds | {"SWALR"} == SCHEDULERS.keys()
+
+
+def advance(scheduler: LRScheduler) -> None:
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(1.0)
+    else:
+        scheduler.step()
+
+
+def scheduled(
+    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, seeds: range
+) -> list[dict[str, Any]]:
+    """Train on a schedule; return what it had set in each step."""
+    used = []
+    for seed in seeds:
+        used.append({k: v for k, v in optimizer.param_groups[0].items() if k in ("lr", "momentum", "betas")})
+        train(model, optimizer, [seed])
+        advance(scheduler)
+    return used
+
+
+@every
+@every_scheduler
+def test_scheduler_drives_the_step(make: Make, kind: str) -> None:
+    """Weights go where they go when the same numbers are written into the group by hand."""
+    model = Mixed()
+    optimizer = make(model.parameters(), weight_decay=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        used = scheduled(model, optimizer, SCHEDULERS[kind](optimizer), range(STEPS))
+    assert len({options["lr"] for options in used}) > 1
+    by_hand = Mixed()
+    other = make(by_hand.parameters(), weight_decay=0.1)
+    for seed, options in enumerate(used):
+        other.param_groups[0].update(options)
+        train(by_hand, other, [seed])
+    assert_equal(weights(by_hand), weights(model))
+    constant, _ = trained(make, STEPS, weight_decay=0.1)
+    assert_differs(weights(constant), weights(model))
+
+
+@every
+@every_scheduler
+def test_scheduler_and_optimizer_continue_from_their_states(make: Make, kind: str) -> None:
+    def fresh() -> tuple[Mixed, Optimizer, LRScheduler]:
+        model = Mixed()
+        optimizer = make(model.parameters())
+        return model, optimizer, SCHEDULERS[kind](optimizer)
+
+    first, unbroken = fresh(), fresh()
+    scheduled(*first, range(5))
+    scheduled(*unbroken, range(STEPS))
+    file = io.BytesIO()
+    torch.save([each.state_dict() for each in first], file)
+    file.seek(0)
+    second = fresh()
+    for each, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        each.load_state_dict(state)
+    scheduled(*second, range(5, STEPS))
+    assert second[2].get_last_lr() == unbroken[2].get_last_lr()
+    assert_equal(weights(second[0]), weights(unbroken[0]))
+    assert_equal(snapshot(second[1]), snapshot(unbroken[1]))
+
+
+@every
+def test_groups_keep_their_rates_on_a_schedule(make: Make) -> None:
+    model = Mixed()
+    first, *rest = model.parameters()
+    optimizer = make([{"params": [first], "lr": LR / 10}, {"params": rest}])
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    train(model, optimizer, [0])
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [LR / 20, LR / 2]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [LR / 10, LR]
+
+
+@every
+def test_rate_of_zero_moves_nothing(make: Make) -> None:
+    model, optimizer = trained(make, weight_decay=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: float(step != 1))
+    train(model, optimizer, [3])
+    scheduler.step()
+    before = weights(model)
+    train(model, optimizer, [4])
+    assert_equal(weights(model), before)
+    scheduler.step()
+    train(model, optimizer, [5])
+    assert_differs(weights(model), before)
+
+
+# --- GradScaler --------------------------------------------------------------------------------------------
+
+
+def amp_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    seed: int,
+    *,
+    unscale: bool = False,
+    factor: float = 1.0,
+) -> None:
+    """One step the way torch's documentation shows it; a ``factor`` of 1e38 makes the gradients overflow."""
+    x, y = tokens(6, seed)
+    optimizer.zero_grad()
+    (factor * scaler.scale(loss_of(model, x, y.float()))).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def amp_run(make: Make, scale: float | None, unscale: bool = False) -> dict[str, Tensor]:
+    model = Mixed().float()
+    optimizer = make(model.parameters(), weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    for seed in range(9):
+        amp_step(model, optimizer, scaler, seed, unscale=unscale)
+    return weights(model)
+
+
+@every
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("scale", [2.0**4, 2.0**16])
+def test_grad_scaler_changes_no_step(make: Make, scale: float, unscale: bool) -> None:
+    torch.testing.assert_close(amp_run(make, scale, unscale), amp_run(make, None), rtol=1e-4, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_skips_a_step_that_overflows(make: Make, unscale: bool) -> None:
+    """Weights and state stay as they are, without a warning, and the run goes on as if nothing had been."""
+    model = Mixed().float()
+    optimizer = make(model.parameters(), weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for seed in range(9):
+        if seed in (0, 4):
+            before, state = weights(model), snapshot(optimizer)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                amp_step(model, optimizer, scaler, seed, unscale=unscale, factor=1e38)
+            assert_equal(weights(model), before)
+            # The very first step may lay out its state, as torch's fused AdamW does.
+            if seed > 0:
+                assert_equal(snapshot(optimizer), state)
+        amp_step(model, optimizer, scaler, seed, unscale=unscale)
+    assert scaler.get_scale() == 2.0**14
+    torch.testing.assert_close(weights(model), amp_run(make, None), rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_grad_scaler_keeps_two_optimizers_apart(make: Make) -> None:
+    """Only the one whose gradients overflow is skipped, and nothing of the scaler stays on them."""
+    models = [Mixed().float(), Mixed().float()]
+    optimizers = [make(model.parameters()) for model in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [weights(model) for model in models]
+    for model, factor in zip(models, (1e38, 1.0), strict=True):
+        x, y = tokens()
+        (factor * scaler.scale(loss_of(model, x, y.float()))).backward()
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert_equal(weights(models[0]), before[0])
+    assert_differs(weights(models[1]), before[1])
+    assert not any(hasattr(each, name) for each in optimizers for name in ("found_inf", "grad_scale"))
+
+
+# --- clipping ----------------------------------------------------------------------------------------------
+
+
+def by_norm(model: nn.Module, limit: float) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+
+def by_value(model: nn.Module, limit: float) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), limit)
+
+
+def clipped_run(make: Make, clip: Callable[[nn.Module, float], None], limit: float) -> dict[str, Tensor]:
+    model = Mixed()
+    optimizer = make(model.parameters())
+    for seed in range(6):
+        optimizer.zero_grad()
+        loss_of(model, *tokens(6, seed)).backward()
+        clip(model, limit)
+        optimizer.step()
+    return weights(model)
+
+
+@every
+@pytest.mark.parametrize("clip", [by_norm, by_value])
+def test_clipping(make: Make, clip: Callable[[nn.Module, float], None]) -> None:
+    expected, _ = trained(make, 6)
+    assert_equal(clipped_run(make, clip, 1e6), weights(expected))
+    limited = clipped_run(make, clip, 0.02)
+    assert_differs(limited, weights(expected))
+    assert all(bool(p.isfinite().all()) for p in limited.values())
+    # To nothing at all: no direction of its own is left.
+    start, nothing = weights(Mixed()), clipped_run(make, clip, 0.0)
+    assert_equal(nothing, start)
+
+
+# --- averaged weights --------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averaged_model_is_the_mean_and_disturbs_nothing(make: Make, use_buffers: bool) -> None:
+    expected, _ = trained(make, 8)
+    model = Mixed()
+    optimizer = make(model.parameters())
+    averaged = AveragedModel(model, use_buffers=use_buffers)
+    visited = []
+    for seed in range(8):
+        train(model, optimizer, [seed])
+        averaged.update_parameters(model)
+        visited.append(weights(model))
+        loss_of(averaged, *tokens(5, 40 + seed)).backward()
+    assert_equal(weights(model), weights(expected))
+    for name, p in averaged.module.named_parameters():
+        mean = torch.stack([each[name] for each in visited]).mean(0)
+        torch.testing.assert_close(p.detach(), mean)
+
+
+@every
+def test_stochastic_weight_averaging(make: Make) -> None:
+    """The recipe of torch's documentation: SWALR, an average from the middle on, batch norm at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(24, 5, dtype=torch.float64)
+    y = x[:, :3].sin()
+    optimizer = make(model.parameters())
+    averaged, scheduler = AveragedModel(model), SWALR(optimizer, swa_lr=LR / 2, anneal_epochs=3)
+    before = loss_of(model, x, y)
+    for epoch in range(12):
+        for part in range(0, 24, 8):
+            optimizer.zero_grad()
+            loss_of(model, x[part : part + 8], y[part : part + 8]).backward()
+            optimizer.step()
+        if epoch >= 6:
+            averaged.update_parameters(model)
+            scheduler.step()
+    update_bn(torch.utils.data.DataLoader(x, batch_size=8), averaged)
+    assert optimizer.param_groups[0]["lr"] == LR / 2
+    assert loss_of(averaged, x, y) < before / 2

@@ -1,0 +1,397 @@
+"""Frozen parameters, groups with options of their own, and options that are functions of the step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fop import FOP
+from models import PLAIN, assert_equal, weights
+from reference import (
+    Tape,
+    correct,
+    dense_damped_fisher,
+    dense_fisher,
+    estimate,
+    full,
+    half_squared_error,
+    observe,
+    unvec,
+    vec,
+)
+
+L = 4
+BLOCKS = {"embed", "attention.in_proj", "attention.out_proj", "conv", "head"}
+
+
+class Net(nn.Module):
+    """Every way a weight and its bias lie in a block, and a norm on the AdamW path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(4, 4, 2, padding=1, groups=2)
+        self.head = nn.Linear(4, 2)
+        self.double()
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        out: Tensor = self.head(torch.tanh(self.conv(x.mT).mT))
+        return out
+
+
+def batch(seed: int, n: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(7, (n, L), generator=generator)
+    return ids, torch.randn(n, L + 1, 2, dtype=torch.float64, generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, *seeds: int) -> None:
+    for seed in seeds:
+        ids, y = batch(seed)
+        optimizer.zero_grad()
+        half_squared_error(model(ids), y).backward()
+        optimizer.step()
+
+
+def groups_of(optimizer: FOP) -> dict[Tensor, dict[str, Any]]:
+    return {param: group for group in optimizer.param_groups for param in group["params"]}
+
+
+def check(model: nn.Module, old: nn.Module, optimizer: FOP, seed: int, *frozen: str) -> None:
+    """The step from ``old`` by the dense equations, each block and each parameter with its own options."""
+    twin = copy.deepcopy(old).requires_grad_(True)
+    new, groups = dict(model.named_parameters()), groups_of(optimizer)
+    ids, y = batch(seed)
+    blocks = observe(twin, Tape(twin), (ids,), y, half_squared_error)
+    moved = {}
+    for name, was in old.named_parameters():
+        group = groups.get(new[name], optimizer.param_groups[0])
+        decayed = was if name in frozen else was * (1 - group["lr"] * group["weight_decay"])
+        moved[name] = (decayed - new[name]).detach() / group["lr"]
+        assert name not in frozen or torch.equal(was, new[name]), f"{name} is frozen and has moved"
+    for name, block in blocks.items():
+        if name in frozen or block.diagonal or new[name] not in groups:
+            continue
+        state, group = optimizer.state[new[name]], groups[new[name]]
+        A, G = full(state["A"]), full(state["G"])
+        half = len(y) // 2
+        g1, g2 = block.mean_gradient(0, half), block.mean_gradient(half, len(y))
+        Ga, Gd = (g1 + g2) / 2, g1 - g2
+        without_bias = block.bias in frozen
+        if without_bias:
+            Ga[..., -1] = Gd[..., -1] = 0
+        F, F_hat = dense_fisher(A, G), dense_damped_fisher(A, G, group["damping"])
+        mixed = correct(F, F_hat, vec(Ga), vec(Gd), group["beta"], group["eta"])
+        expected = unvec(mixed.direction, like=Ga)
+        if without_bias:
+            expected[..., -1] = 0
+        error = float((block.matrix(moved) - expected).norm() / expected.norm())
+        assert error < 1e-9, f"{name}: {error:.1e}"
+        assert abs(mixed.beta) * mixed.perpendicular.norm() > 1e-4 * Ga.norm(), "the case cannot fail"
+
+
+# --- freezing ----------------------------------------------------------------------------------------------
+
+
+def paths(optimizer: FOP) -> dict[str, str]:
+    return {row.name: row.path for row in optimizer.summary().rows}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", [name for name, _ in Net().named_parameters()])
+def test_one_parameter_frozen_and_thawed(name: str, when: str) -> None:
+    """Before the optimizer is made or in mid-training: it and its state stay, the others do their step."""
+    model = Net()
+    frozen = model.get_parameter(name)
+    if when == "before":
+        frozen.requires_grad_(False)
+    optimizer = FOP(model, **PLAIN)
+    if when == "after":
+        train(model, optimizer, 0)
+    frozen.grad = None
+    frozen.requires_grad_(False)
+    state = copy.deepcopy(optimizer.state[frozen]) if name.endswith("weight") else {}
+    old = copy.deepcopy(model)
+    train(model, optimizer, 1)
+    check(model, old, optimizer, 1, name)
+    assert frozen.grad is None
+    if name.endswith("weight"):
+        assert_equal(copy.deepcopy(optimizer.state[frozen]), state)
+    frozen.requires_grad_(True)
+    old = copy.deepcopy(model)
+    train(model, optimizer, 2)
+    check(model, old, optimizer, 2)
+    assert not torch.equal(frozen, old.get_parameter(name))
+
+
+def test_only_biases_train() -> None:
+    """As in BitFit: no block has its weight, so the biases take AdamW, and the table says so."""
+    model, twin = Net(), Net()
+    for net in (model, twin):
+        for name, param in net.named_parameters():
+            param.requires_grad_(name.endswith("bias"))
+    biases = {name for name, param in model.named_parameters() if param.requires_grad}
+    optimizer = FOP(model, **PLAIN, adamw_lr=0.01)
+    adamw = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    train(model, optimizer, 0, 1, 2)
+    train(twin, adamw, 0, 1, 2)
+    for (name, param), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param, other, msg=name)
+    rows = {row.name: row for row in optimizer.summary().rows}
+    for name in biases:
+        assert rows[name].path == "AdamW", f"{name}: {rows[name]}"
+        assert rows[name].reason
+    for param in model.parameters():
+        param.requires_grad_(True)
+    old = copy.deepcopy(model)
+    train(model, optimizer, 3)
+    check(model, old, optimizer, 3)
+
+
+def test_everything_frozen() -> None:
+    model = Net()
+    optimizer = FOP(model, **PLAIN)
+    train(model, optimizer, 0)
+    model.requires_grad_(False)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_equal(weights(model), before)
+    assert_equal(copy.deepcopy(optimizer.state_dict()["state"]), state)
+
+
+def test_gradual_unfreezing_by_groups() -> None:
+    """Each layer is thawed and given to the optimizer in a group of its own while the others train."""
+    model = Net()
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    optimizer = FOP(model.head.parameters(), **PLAIN)
+    known = ["head"]
+    for seed, part in enumerate(["head", "conv", "attention", "embed"]):
+        if part != "head":
+            getattr(model, part).requires_grad_(True)
+            optimizer.add_param_group({"params": getattr(model, part).parameters(), "lr": 0.5 / (seed + 1)})
+            known.append(part)
+        for step in range(2):
+            old = copy.deepcopy(model)
+            train(model, optimizer, 10 * seed + step)
+            frozen = [name for name, _ in model.named_parameters() if name.split(".")[0] not in known]
+            check(model, old, optimizer, 10 * seed + step, *frozen)
+    assert optimizer.diagnostics().layers.keys() == BLOCKS
+
+
+# --- groups ------------------------------------------------------------------------------------------------
+
+
+def test_decay_and_no_decay() -> None:
+    """The two groups of most scripts: matrices are decayed; vectors, that is biases and norms, are not."""
+    model = Net()
+    split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for param in model.parameters():
+        split[param.dim() > 1].append(param)
+    groups = [{"params": split[True], "weight_decay": 0.2}, {"params": split[False], "weight_decay": 0.0}]
+    optimizer = FOP(groups, **{key: value for key, value in PLAIN.items() if key != "weight_decay"})
+    for seed in range(3):
+        old = copy.deepcopy(model)
+        train(model, optimizer, seed)
+        check(model, old, optimizer, seed)
+    assert optimizer.diagnostics().layers.keys() == BLOCKS
+
+
+def layerwise(model: Net) -> list[dict[str, Any]]:
+    """Every option that may differ, and a bias in another group than its weight."""
+    return [
+        {"params": [*model.embed.parameters(), *model.norm.parameters()], "lr": 0.1, "damping": 1.0},
+        {
+            "params": [model.attention.in_proj_weight, *model.attention.out_proj.parameters()],
+            "lr": 0.2,
+            "weight_decay": 0.1,
+            "curvature_interval": 4,
+            "stat_decay": 0.5,
+        },
+        {"params": [model.attention.in_proj_bias], "lr": 0.05, "weight_decay": 0.3, "damping": 50.0},
+        {"params": model.conv.parameters(), "beta": 0.25, "eta": "adaptive", "damping": 0.02},
+        {"params": model.head.parameters(), "beta": "adaptive", "eta": 0.5, "lr": 1.0},
+    ]
+
+
+def test_groups_with_all_options_of_their_own() -> None:
+    model = Net()
+    optimizer = FOP(layerwise(model), **PLAIN)
+    for seed in range(4):
+        old = copy.deepcopy(model)
+        train(model, optimizer, seed)
+        check(model, old, optimizer, seed)
+
+
+def refreshes(step: int, interval: int) -> int:
+    """The step after ``step`` that renews the curvature, as docs/architecture.md has it."""
+    return step + max(1, min(interval, step // 5))
+
+
+@pytest.mark.parametrize("intervals", [(1, 4), (lambda step: 1 + step // 12, lambda step: 100)])
+def test_every_group_renews_its_curvature_in_its_own_time(
+    intervals: Sequence[int | Callable[[int], int]],
+) -> None:
+    """Factors after every step against an average of our own, for two groups with other intervals."""
+    model = Net()
+    parts: list[list[nn.Module]] = [[model.embed, model.attention], [model.norm, model.conv, model.head]]
+    groups = [
+        {"params": [p for m in part for p in m.parameters()], "curvature_interval": each, "stat_decay": decay}
+        for part, each, decay in zip(parts, intervals, (0.8, 0.3), strict=True)
+    ]
+    optimizer = FOP(groups, **{**PLAIN, "lr": 0.02})
+    names = {param: name for name, param in model.named_parameters()}
+    held: dict[str, dict[str, Tensor]] = {}
+    due = [0, 0]
+    renewed: list[list[int]] = [[], []]
+    for step in range(20):
+        twin = copy.deepcopy(model)
+        ids, y = batch(step)
+        blocks = observe(twin, Tape(twin), (ids,), y, half_squared_error)
+        for index, group in enumerate(groups):
+            if due[index] != step:
+                continue
+            each = intervals[index]
+            due[index] = refreshes(step, each(step) if callable(each) else each)
+            renewed[index].append(step)
+            for param in group["params"]:
+                block = blocks.get(names[param])
+                if block is None or block.diagonal:
+                    continue
+                fresh, decay = estimate(block), group["stat_decay"]
+                old = held.get(names[param], fresh)
+                held[names[param]] = {key: decay * old[key] + (1 - decay) * fresh[key] for key in fresh}
+        train(model, optimizer, step)
+        for param, name in names.items():
+            for key, value in held.get(name, {}).items():
+                torch.testing.assert_close(optimizer.state[param][key], value, rtol=1e-9, atol=1e-12)
+    assert len(held) == 5
+    assert renewed[0] != renewed[1]
+
+
+def test_group_with_a_rate_of_zero() -> None:
+    model = Net()
+    still = [*model.attention.parameters(), *model.norm.parameters()]
+    moving = [*model.embed.parameters(), *model.conv.parameters(), *model.head.parameters()]
+    optimizer = FOP([{"params": still, "lr": 0.0}, {"params": moving}], **PLAIN)
+    before = weights(model)
+    train(model, optimizer, 0, 1)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name]) is name.startswith(("attention", "norm")), name
+
+
+def test_new_head_in_mid_training() -> None:
+    """Transfer: the old head is taken out of the model, the new one comes with a group and options."""
+    model = Net()
+    optimizer = FOP(model, **PLAIN)
+    train(model, optimizer, 0, 1)
+    gone = model.head
+    before = copy.deepcopy(gone)
+    model.head = nn.Linear(4, 2).double()
+    optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.25, "damping": 0.5})
+    for seed in (2, 3):
+        old = copy.deepcopy(model)
+        train(model, optimizer, seed)
+        check(model, old, optimizer, seed)
+        assert not torch.equal(model.head.weight, old.head.weight)
+    assert torch.equal(gone.weight, before.weight)
+
+
+# --- functions of the step ---------------------------------------------------------------------------------
+
+
+def falling(step: int) -> float:
+    return 0.5 / (1 + step)
+
+
+def rising(step: int) -> float:
+    return 0.1 * (1 + step)
+
+
+def test_damping_of_a_group_as_a_function() -> None:
+    model = Net()
+    groups = layerwise(model)
+    groups[1]["damping"], groups[3]["damping"] = rising, 0.7
+    optimizer = FOP(groups, **{**PLAIN, "damping": falling})
+    for step in range(4):
+        old = copy.deepcopy(model)
+        train(model, optimizer, step)
+        used = [group["damping"] for group in optimizer.param_groups]
+        assert used == [1.0, rising(step), 50.0, 0.7, falling(step)]
+        # `check` reads the damping from the groups.
+        check(model, old, optimizer, step)
+
+
+def test_group_added_later_has_a_function_too() -> None:
+    """It gets the number of the step that the whole optimizer is in."""
+    model = Net()
+    head = list(model.head.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    optimizer = FOP(rest, **{**PLAIN, "damping": falling})
+    train(model, optimizer, 0, 1)
+    optimizer.add_param_group({"params": head, "damping": rising})
+    optimizer.zero_grad()
+    for step in (2, 3):
+        old = copy.deepcopy(model)
+        train(model, optimizer, step)
+        assert [group["damping"] for group in optimizer.param_groups] == [falling(step), rising(step)]
+        check(model, old, optimizer, step)
+
+
+def test_functions_go_on_after_loading() -> None:
+    """A state dict has numbers only; the optimizer that loads it has functions of its own."""
+    model = Net()
+    optimizer = FOP(model, **{**PLAIN, "damping": falling, "curvature_interval": lambda step: 2 + step})
+    train(model, optimizer, 0, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def leaves(value: Any) -> Iterator[Any]:
+        if isinstance(value, dict | list | tuple):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from leaves(each)
+        else:
+            yield value
+
+    assert not any(callable(value) for value in leaves(saved))
+    resumed = Net()
+    resumed.load_state_dict(model.state_dict())
+    other = FOP(resumed, **{**PLAIN, "damping": falling, "curvature_interval": lambda step: 2 + step})
+    other.load_state_dict(saved)
+    for step in (2, 3, 4):
+        train(model, optimizer, step)
+        train(resumed, other, step)
+        assert other.param_groups[0]["damping"] == falling(step)
+    assert_equal(weights(resumed), weights(model))
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"damping": lambda step: -1.0 if step == 2 else 0.1}, ValueError),
+        ({"damping": lambda step: None if step == 2 else 0.1}, TypeError),
+        ({"curvature_interval": lambda step: 0 if step == 2 else 1}, ValueError),
+        ({"curvature_interval": lambda step: 1.5 if step == 2 else 1}, TypeError),
+    ],
+)
+def test_function_with_a_value_out_of_range(option: dict[str, Any], error: type[Exception]) -> None:
+    """The step that asks for it raises, names the option and has changed nothing."""
+    model = Net()
+    optimizer = FOP(model, **{**PLAIN, **option})
+    train(model, optimizer, 0, 1)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=next(iter(option))):
+        train(model, optimizer, 2)
+    assert_equal(weights(model), before)
+    assert_equal(copy.deepcopy(optimizer.state_dict()), state)

@@ -1,0 +1,377 @@
+"""`layer_options`: who is meant, what it changes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fop import FOP, KFAC
+from models import (
+    PLAIN,
+    Attentive,
+    Mixed,
+    assert_equal,
+    batch,
+    half_squared_error,
+    loss_of,
+    mlp,
+    sentences,
+    snapshot,
+    tokens,
+    train_step,
+    weights,
+)
+
+KFAC_PLAIN = {key: value for key, value in PLAIN.items() if key not in ("beta", "eta")}
+
+
+def paths(optimizer: FOP) -> dict[str, str]:
+    return {row.name: row.path for row in optimizer.summary().rows}
+
+
+def taking_adamw(model: nn.Module, choice: Any) -> set[str]:
+    """Names of the modules that are left to AdamW because the options say so."""
+    rows = FOP(model, layer_options=choice).summary().rows
+    return {row.name.rpartition(".")[0] for row in rows if row.reason == "layer_options say so"}
+
+
+# --- refused -----------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
+    "list": ([("0", {"path": "adamw"})], TypeError, ("layer_options=", "{'head': {'path': 'adamw'}}")),
+    "string": ("adamw", TypeError, ("layer_options='adamw'", "dict")),
+    "number-as-key": ({0: {"path": "adamw"}}, TypeError, ("key 0", "name pattern or a module type")),
+    "module-as-key": ({nn.Linear(1, 1): {}}, TypeError, ("key Linear(", "name pattern or a module type")),
+    "other-type-as-key": ({dict: {}}, TypeError, ("dict", "name pattern or a module type")),
+    "no-dict": ({"0": "adamw"}, TypeError, ("'0'", "dict of options", "got 'adamw'")),
+    "unknown": ({"0": {"lr": 0.1}}, ValueError, ("unknown option 'lr' of '0'", "path", "max_factor_dim")),
+    "path": ({"0": {"path": "sgd"}}, ValueError, ("path='sgd' of '0'", "'fop' or 'adamw'")),
+    "no-path": ({"0": {"path": None}}, ValueError, ("path=None of '0'", "'fop' or 'adamw'")),
+    "sharing": ({nn.Linear: {"weight_sharing": 1}}, ValueError, ("1 of Linear", "'expand' or 'reduce'")),
+    "batch-dim": ({"0": {"batch_dim": 2}}, ValueError, ("batch_dim=2 of '0'", "0 or 1")),
+    "negative-batch-dim": ({"0": {"batch_dim": -1}}, ValueError, ("batch_dim=-1", "0 or 1")),
+    "boolean-batch-dim": ({"0": {"batch_dim": True}}, ValueError, ("batch_dim=True", "0 or 1")),
+    "negative-dim": ({"0": {"max_factor_dim": -1}}, ValueError, ("max_factor_dim=-1 of '0'", "0 or more")),
+    "fraction": ({"0": {"max_factor_dim": 2.5}}, ValueError, ("max_factor_dim=2.5", "whole number")),
+    "boolean-dim": ({"0": {"max_factor_dim": True}}, ValueError, ("max_factor_dim=True", "whole number")),
+    "second-entry": ({"0": {"path": "fop"}, "2": {"path": 1}}, ValueError, ("path=1 of '2'",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("library", [FOP, KFAC])
+@pytest.mark.parametrize("case", BAD)
+def test_refused_when_the_optimizer_is_made(case: str, library: type[FOP], bare: bool) -> None:
+    given, error, parts = BAD[case]
+    model = mlp()
+    with pytest.raises(error) as caught:
+        library(model.parameters() if bare else model, layer_options=given)
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    train_step(model, library(model), *batch())
+
+
+def test_they_are_no_option_of_a_group() -> None:
+    """Groups hold numbers that a checkpoint keeps; layers go by name."""
+    model = mlp()
+    optimizer = FOP(model, layer_options={"0": {"path": "adamw"}})
+    assert "layer_options" not in optimizer.param_groups[0]
+    assert "layer_options" not in optimizer.state_dict()["param_groups"][0]
+
+
+# --- who is meant ------------------------------------------------------------------------------------------
+
+ADAMW, FOP_PATH = {"path": "adamw"}, {"path": "fop"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, set()),
+        ({}, set()),
+        ({"body.first": ADAMW}, {"body.first"}),
+        ({"*.first": ADAMW}, {"body.first"}),
+        ({"*d*": ADAMW}, {"body", "body.embed", "body.norm", "body.first", "body.second", "head"}),
+        ({"body.[es]*": ADAMW}, {"body.embed", "body.second"}),
+        ({"first": ADAMW}, set()),
+        ({"BODY.FIRST": ADAMW}, set()),
+        ({nn.Linear: ADAMW}, {"body.first", "body.second", "head"}),
+        ({nn.Linear: ADAMW, "head": FOP_PATH}, {"body.first", "body.second"}),
+        ({"head": FOP_PATH, nn.Linear: ADAMW}, {"body.first", "body.second", "head"}),
+        ({nn.Module: ADAMW, "*.?*": FOP_PATH}, {"body", "head"}),
+        ({"*": ADAMW, nn.Embedding: FOP_PATH}, {"body", "body.norm", "body.first", "body.second", "head"}),
+        # Options of another kind are joined with those given before.
+        ({"head": ADAMW, "h*": {"max_factor_dim": 3}}, {"head"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:layer_options")
+def test_patterns_and_types_in_their_order(choice: Any, expected: set[str]) -> None:
+    model = nn.Sequential()
+    model.body, model.head = Mixed(), Headed(3, 3)
+    assert taking_adamw(model, choice) == expected
+
+
+class Headed(nn.Linear):
+    """A type of the user's own that is an `nn.Linear`."""
+
+
+@pytest.mark.parametrize("key", ["", "*", nn.Linear, nn.Module])
+def test_model_that_is_one_layer(key: Any) -> None:
+    """Its name is empty."""
+    model = nn.Linear(3, 2)
+    (row, _) = FOP(model, layer_options={key: ADAMW}).summary().rows
+    assert (row.path, row.reason) == ("AdamW", "layer_options say so")
+
+
+@pytest.mark.parametrize("key", ["attention.out_proj", nn.Linear])
+def test_part_of_an_attention_module(key: Any) -> None:
+    """Its output projection is a module with a name and a type of its own."""
+    model = Attentive()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = paths(FOP(model, layer_options={key: ADAMW}))
+    assert {found[f"attention.out_proj.{part}"] for part in ("weight", "bias")} == {"AdamW"}
+    assert found["attention.in_proj_weight"] == "FOP"
+
+
+def test_whole_attention_module() -> None:
+    found = paths(FOP(Attentive(), layer_options={"attention": ADAMW}))
+    assert {path for name, path in found.items() if name.startswith("attention")} == {"AdamW"}
+    assert found["head.weight"] == "FOP"
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_warning_of_a_pattern_that_nothing_matches(bare: bool) -> None:
+    """Once, when all modules are known: with bare parameters that is the first forward pass."""
+    model = mlp()
+    choice = {"fc*": ADAMW, "0": {"max_factor_dim": 3}, nn.Conv2d: ADAMW}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = FOP(model.parameters() if bare else model, layer_options=choice)
+        assert len(caught) == (0 if bare else 2)
+        for seed in range(3):
+            train_step(model, optimizer, *batch(6, seed))
+    messages = sorted(str(warning.message) for warning in caught)
+    assert len(messages) == 2
+    assert "no module matches 'fc*'" in messages[0]
+    assert "no module matches Conv2d" in messages[1]
+    assert {warning.category for warning in caught} == {UserWarning}
+
+
+def test_a_change_of_the_dict_afterwards_has_no_effect() -> None:
+    choice: dict[Any, dict[str, Any]] = {"0": {"path": "adamw"}}
+    model = mlp()
+    optimizer = FOP(model.parameters(), layer_options=choice)
+    choice["0"]["path"] = "fop"
+    choice["2"] = {"path": "adamw"}
+    train_step(model, optimizer, *batch())
+    assert paths(optimizer) == {"0.weight": "AdamW", "0.bias": "AdamW", "2.weight": "FOP", "2.bias": "FOP"}
+
+
+# --- what it changes ---------------------------------------------------------------------------------------
+
+CHOICE: dict[Any, dict[str, Any]] = {
+    "embed": {"path": "adamw"},
+    nn.LayerNorm: {"path": "fop"},
+    "*": {"max_factor_dim": 4, "weight_sharing": "reduce"},
+}
+
+
+def run(make: Callable[[nn.Module], FOP], steps: int = 6) -> tuple[dict[str, Tensor], FOP]:
+    model = Attentive()
+    optimizer = make(model)
+    for seed in range(steps):
+        train_step(model, optimizer, *sentences(6, seed))
+    return weights(model), optimizer
+
+
+def test_same_run_from_bare_parameters_and_from_the_model() -> None:
+    expected, optimizer = run(lambda model: FOP(model, layer_options=CHOICE))
+    found, _ = run(lambda model: FOP(model.parameters(), layer_options=CHOICE))
+    assert_equal(found, expected)
+    plain, _ = run(FOP)
+    assert all(not torch.equal(plain[name], value) for name, value in expected.items())
+    assert paths(optimizer)["norm.weight"] == "FOP"
+    assert paths(optimizer)["group.weight"] == paths(optimizer)["embed.weight"] == "AdamW"
+
+
+def test_kfac_takes_them_too() -> None:
+    expected, _ = run(lambda model: FOP(model, **{**PLAIN, "beta": 0.0, "eta": 1.0}, layer_options=CHOICE))
+    found, optimizer = run(lambda model: KFAC(model, **KFAC_PLAIN, layer_options=CHOICE))
+    assert_equal(found, expected)
+    assert {"K-FAC", "AdamW"} == set(paths(optimizer).values())
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
+)
+def test_copies_keep_them(copied: Callable[[Any], Any]) -> None:
+    model = Attentive()
+    optimizer = FOP(model, layer_options=CHOICE)
+    train_step(model, optimizer, *sentences())
+    twin, other = copied((model, optimizer))
+    for seed in range(3):
+        train_step(model, optimizer, *sentences(6, seed))
+        train_step(twin, other, *sentences(6, seed))
+    assert_equal(weights(twin), weights(model))
+    assert_equal(snapshot(other), snapshot(optimizer))
+    assert paths(other) == paths(optimizer)
+
+
+def test_layer_on_the_adamw_path_steps_as_adamw() -> None:
+    model = Mixed()
+    twins = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    optimizer = FOP(model, lr=0.2, adamw_lr=0.01, weight_decay=0.1, layer_options={"*": ADAMW})
+    adamw = torch.optim.AdamW(twins.values(), lr=0.01, weight_decay=0.1)
+    for seed in range(4):
+        optimizer.zero_grad()
+        loss_of(model, *tokens(6, seed)).backward()
+        for name, p in model.named_parameters():
+            twins[name].grad = p.grad.clone()  # type: ignore[union-attr]
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(weights(model), {name: p.detach() for name, p in twins.items()})
+    assert not any("A" in state for state in optimizer.state.values())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_asking_for_the_fop_step_where_there_is_none() -> None:
+    """Everything that has one takes it; the others still say why not."""
+
+    class Model(Attentive):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = nn.GRU(3, 3, batch_first=True).double()
+            self.batch_norm = nn.BatchNorm1d(3).double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.batch_norm(self.recurrent(super().forward(ids)[:, None])[0][:, 0])
+            return out
+
+    model = Model()
+    optimizer = FOP(model, layer_options={"*": FOP_PATH})
+    train_step(model, optimizer, *sentences())
+    adamw = {row.name: row.reason for row in optimizer.summary().rows if row.path != "FOP"}
+    assert adamw.keys() == {f"recurrent.{name}" for name in dict(model.recurrent.named_parameters())}
+    assert set(adamw.values()) == {"no Kronecker factors for GRU"}
+
+
+@pytest.mark.parametrize("limit", [0, 2, 4, 5, 8192])
+def test_factors_beyond_the_limit_are_diagonal(limit: int) -> None:
+    model = mlp()  # 5 → 6 → 3
+    optimizer = FOP(model, layer_options={"*": {"max_factor_dim": limit}})
+    train_step(model, optimizer, *batch())
+    for module, sides in ((model[0], (5, 6)), (model[2], (6, 3))):
+        state = optimizer.state[module.weight]
+        # The column of the bias does not count.
+        for key, side, dim in (("A", sides[0], sides[0] + 1), ("G", sides[1], sides[1])):
+            shape = (1, dim) if side > limit else (1, dim, dim)
+            assert state[key].shape == state[f"{key}_inv"].shape == shape
+
+
+@pytest.mark.parametrize("N", [2, 4, 5])
+@pytest.mark.parametrize("bare", [False, True])
+def test_batch_in_the_second_dimension(bare: bool, N: int) -> None:
+    """Steps of a layer that sees (length, N, features) are those of one that sees (N, length, features)."""
+
+    class Model(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.dim = nn.Linear(5, 3).double(), dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x.movedim(0, self.dim))
+            return out.movedim(self.dim, 0)
+
+    results = []
+    for dim in (0, 1):
+        model = Model(dim)
+        optimizer = FOP(
+            model.parameters() if bare else model, **PLAIN, layer_options={"layer": {"batch_dim": dim}}
+        )
+        for seed in range(2):
+            # As long as the batch in one case: nothing but the option can tell.
+            x, _ = batch(N, seed, (4, 5))
+            optimizer.zero_grad()
+            half_squared_error(model(x).flatten(1), torch.ones(N, 12).double()).backward()
+            optimizer.step()
+        results.append(weights(model))
+        assert {layer.kfac_steps for layer in optimizer.diagnostics().layers.values()} == {0}
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+
+
+def test_batch_dimension_that_an_input_does_not_have() -> None:
+    model = mlp()
+    optimizer = FOP(model, layer_options={"0": {"batch_dim": 1}})
+    train_step(model, optimizer, *batch())
+    layers = optimizer.diagnostics().layers
+    assert "batch_dim=1, but its input is (6,)" in str(layers["0"].why_kfac)
+    assert layers["2"].why_kfac is None
+
+
+# --- one weight, several modules ---------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return out
+
+
+class TiedLanguage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(7, 3)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(ids)))))
+        return out
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_factor_dim": 2}, {"max_factor_dim": 6}, {"weight_sharing": "reduce"}]
+)
+@pytest.mark.parametrize("which", ["a", "b", "?"])
+@pytest.mark.parametrize("build", [Shared, TiedLanguage])
+@pytest.mark.filterwarnings("error")
+def test_options_for_one_of_the_modules_that_share_a_weight(
+    build: Callable[[], nn.Module], which: str, option: dict[str, Any]
+) -> None:
+    """Symmetric factors of the promised shapes, which can be loaded again; the lowest limit counts."""
+    model = build()
+    optimizer = FOP(model, layer_options={which: option})
+    for seed in range(3):
+        train_step(model, optimizer, *(batch(6, seed) if build is Shared else tokens(6, seed)))
+    state = optimizer.state[model.a.weight]  # type: ignore[union-attr, index]
+    for key in ("A", "G"):
+        factor = state[key]
+        assert factor.dim() == 2 or torch.equal(factor, factor.mT), key
+        assert state[f"{key}_inv"].shape == factor.shape
+        # An embedding alone has a diagonal in place of a dense A, tied to an output layer it has none.
+        side = factor.shape[-1]
+        assert (factor.dim() == 2) == (side > option.get("max_factor_dim", 8192))
+    assert optimizer.diagnostics().layers.keys() == {"a" if build is Shared else "b", "head"}
+    before = snapshot(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_equal(snapshot(optimizer), before)
