@@ -41,8 +41,8 @@ def views() -> nn.Module:
     return Moved(lambda x: torch.cat([x[:, 0], x[:, 1]]), lambda x, n: x[:n] * torch.tanh(x[n:]))
 
 
-# Dimension 0 has as many entries as the batch, as in a model that takes (N, N, E): nothing tells that they are
-# tokens here, and K-FAC's step for all such models would be worse. docs/architecture.md, known limits.
+# Dimension 0 has as many entries as the batch, as in a model that takes (N, N, E): nothing tells that they
+# are tokens here, and K-FAC's step for all such models would be worse. docs/architecture.md, known limits.
 COINCIDENCE = pytest.mark.xfail(strict=True, reason="as many tokens as samples in dim 0: architecture.md")
 
 

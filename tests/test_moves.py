@@ -172,6 +172,9 @@ def test_conversion_that_replaces_the_parameters(bare: bool) -> None:
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert not {id(p) for p in before} & {id(p) for p in model.parameters()}
+    with pytest.raises(ValueError, match=r"embed\.weight was shared .* different parameters now"):
+        optimizer.step()
+    model.head.weight = model.embed.weight
     check_followed(model, optimizer)
 
 

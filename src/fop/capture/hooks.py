@@ -187,12 +187,14 @@ class AttentionUse(UseHook):
 
     def enter(self, module: nn.MultiheadAttention, query: Tensor) -> None:
         """Begin to see the module's projections."""
+        # A compiled attention is one graph, in which nobody can look for the weight.
+        if torch.compiler.is_compiling():
+            return
         capture = self.capture()
         if capture is None or self.module() is not module or self._mode is not None:
             return
-        # A compiled attention is one graph, in which nobody can look for the weight.
-        leaves = in_place(self._handles[1])
-        if leaves and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Not without the hook that ends it, if somebody has cleared hooks.
+        if torch.is_grad_enabled() and in_place(self._handles[1]):
             self._batch = Attention(module, query, self.watch.batch())
             self._mode = ProjectionMode(self._seen)
             self._mode.__enter__()  # type: ignore[no-untyped-call]

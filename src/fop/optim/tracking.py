@@ -36,8 +36,7 @@ class Tracker:
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.sub_batch = SubBatch()
-        self._owners: dict[Tensor, tuple[weakref.ref[nn.Module], str]] = {}
-        self._homes: dict[Tensor, weakref.WeakSet[nn.Module]] = {}
+        self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
         self._finder: FirstForwardHook | None = None
@@ -82,8 +81,7 @@ class Tracker:
             self._drop(param)
 
     def _remember(self, param: Tensor, owners: list[Owner]) -> None:
-        self._owners.setdefault(param, (weakref.ref(owners[0].module), owners[0].key))
-        self._homes[param] = weakref.WeakSet(owner.module for owner in owners)
+        self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
 
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
         block = self.blocks.get(found.weight)
@@ -166,7 +164,9 @@ class Tracker:
                 watch.repair(root)
         broken = [weight for weight, block in self.blocks.items() if self._lost(block)]
         moved = [
-            param for param in self._owners if param not in replaced and self._current(param) is not param
+            param
+            for param in self._owners
+            if param not in replaced and list(map(id, self._current(param))) != [id(param)]
         ]
         if not (replaced or broken or moved):
             return {}
@@ -176,7 +176,6 @@ class Tracker:
                 self.names[new] = self.names[old]
         for param in [*replaced, *moved]:
             self._owners.pop(param, None)
-            self._homes.pop(param, None)
         for param in replaced:
             self.names.pop(param, None)
             self.reasons.pop(param, None)
@@ -196,29 +195,34 @@ class Tracker:
         # Another module may have the weight now, and the old one be kept by somebody.
         modules = (module for root in self.roots() for module in root.modules())
         have = {module for module in modules if any(p is block.weight for p in module._parameters.values())}
-        return not have <= set(self._homes[block.weight])
+        return not have <= {ref() for ref, _ in self._owners[block.weight]}
 
-    def _current(self, param: Tensor) -> Tensor | None:
-        """Return what the parameter's module has now under the parameter's name."""
-        ref, key = self._owners[param]
-        module = ref()
-        return None if module is None else module._parameters.get(key)
+    def _current(self, param: Tensor) -> list[Tensor]:
+        """Return what the parameter's modules have now under its names, each tensor once."""
+        alive = ((module, key) for ref, key in self._owners[param] if (module := ref()) is not None)
+        found = {id(now): now for module, key in alive if (now := module._parameters.get(key)) is not None}
+        return list(found.values())
 
     def _replaced(self, groups: Groups) -> dict[Tensor, Tensor]:
         replaced: dict[Tensor, Tensor] = {}
         for old in self._owners:
-            new = self._current(old)
-            if new is None or new is old or new in groups or old in replaced:
+            current = self._current(old)
+            if not current or any(new is old or new in groups for new in current):
                 continue
             if any(param is old for root in self.roots() for param in root.parameters()):
                 continue
-            if new.shape != old.shape:
-                name = self.names.get(old, "a parameter")
+            name = self.names.get(old, "a parameter")
+            if len(current) > 1:
                 raise ValueError(
-                    f"{name} {tuple(old.shape)} was replaced by one of shape {tuple(new.shape)} after "
-                    "the optimizer was made; make the optimizer after changing the model"
+                    f"{name} was shared by several modules, and they have different parameters now; share it "
+                    "again, or make the optimizer after changing the model"
                 )
-            replaced[old] = new
+            if current[0].shape != old.shape:
+                raise ValueError(
+                    f"{name} {tuple(old.shape)} was replaced by one of shape {tuple(current[0].shape)}; make "
+                    "the optimizer after changing the model"
+                )
+            replaced[old] = current[0]
         return replaced
 
 
