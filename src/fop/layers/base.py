@@ -151,12 +151,13 @@ class Layer(ABC):
         matrix = self.weight_matrix(weight.to(dtype))
         if not self.bias:
             return matrix
-        whole = matrix.new_zeros(self.matrix_shape)
-        self.weight_part(whole).copy_(matrix)
-        if bias is not None:
-            part = self.bias_part(whole)
-            part.copy_(bias.reshape(part.shape))
-        return whole
+        entries = matrix.new_zeros(self.groups * self.out_dim) if bias is None else bias.to(dtype)
+        return self.with_bias(matrix, entries)
+
+    def with_bias(self, matrix: Tensor, bias: Tensor) -> Tensor:
+        """Return a gradient matrix from the part of the weight and the entries of the bias."""
+        column = bias.reshape(self.groups, self.out_dim, 1)
+        return torch.cat([matrix, column], dim=-1)
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the parts of a gradient matrix in the shapes of ``weight`` and of the bias."""

@@ -76,6 +76,13 @@ class NormLayer(Layer):
     def weight_part(self, matrix: Tensor) -> Tensor:
         return matrix[:, :1]
 
+    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Zeros for a bias without gradient are as many as the weight's entries, not one a row.
+        return super().to_matrix(weight, torch.zeros_like(weight) if bias is None else bias)
+
+    def with_bias(self, matrix: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat([matrix, bias.reshape(1, 1, self.in_dim)], dim=1)
+
     def bias_part(self, matrix: Tensor) -> Tensor:
         return matrix[:, 1:]
 

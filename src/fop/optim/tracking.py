@@ -158,23 +158,19 @@ class Tracker:
         Raises:
             ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
         """
-        replaced = self._replaced(groups)
         for root in self.roots():
             if (watch := self._watches.get(root)) is not None:
                 watch.repair(root)
+        changed = [param for param in self._owners if not self._as_found(param)]
         broken = [weight for weight, block in self.blocks.items() if self._lost(block)]
-        moved = [
-            param
-            for param in self._owners
-            if param not in replaced and list(map(id, self._current(param))) != [id(param)]
-        ]
-        if not (replaced or broken or moved):
+        if not (changed or broken):
             return {}
+        replaced = self._replaced(changed, groups)
         for old, new in replaced.items():
             state[new] = state.pop(old, {})
             if old in self.names:
                 self.names[new] = self.names[old]
-        for param in [*replaced, *moved]:
+        for param in changed:
             self._owners.pop(param, None)
         for param in replaced:
             self.names.pop(param, None)
@@ -195,7 +191,12 @@ class Tracker:
         # Another module may have the weight now, and the old one be kept by somebody.
         modules = (module for root in self.roots() for module in root.modules())
         have = {module for module in modules if any(p is block.weight for p in module._parameters.values())}
-        return not have <= {ref() for ref, _ in self._owners[block.weight]}
+        return not have <= {ref() for ref, _ in self._owners.get(block.weight, ())}
+
+    def _as_found(self, param: Tensor) -> bool:
+        """Tell whether all modules that had a parameter have it still."""
+        owners = ((ref(), key) for ref, key in self._owners[param])
+        return all(module is not None and module._parameters.get(key) is param for module, key in owners)
 
     def _current(self, param: Tensor) -> list[Tensor]:
         """Return what the parameter's modules have now under its names, each tensor once."""
@@ -203,9 +204,9 @@ class Tracker:
         found = {id(now): now for module, key in alive if (now := module._parameters.get(key)) is not None}
         return list(found.values())
 
-    def _replaced(self, groups: Groups) -> dict[Tensor, Tensor]:
+    def _replaced(self, changed: list[Tensor], groups: Groups) -> dict[Tensor, Tensor]:
         replaced: dict[Tensor, Tensor] = {}
-        for old in self._owners:
+        for old in changed:
             current = self._current(old)
             if not current or any(new is old or new in groups for new in current):
                 continue
