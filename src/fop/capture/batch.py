@@ -94,7 +94,7 @@ class Batch:
             # Under torch.compile.
             return ids.dim() == 1
         # What is not the model's input, it has made itself.
-        return ids.untyped_storage().data_ptr() not in self.storages
+        return _address(ids) not in self.storages
 
     def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
         sizes = {N for _, N in self.sequences}
@@ -183,7 +183,7 @@ class ModelWatch:
         inputs = [*_tensors([*args, *kwargs.values()])]
         storages = None
         if not torch.compiler.is_compiling():
-            storages = frozenset(x.untyped_storage().data_ptr() for x in inputs)
+            storages = frozenset(address for x in inputs if (address := _address(x)) is not None)
         size = next((x.shape[0] for x in inputs if x.dim() > 0), None)
         self.current = self._last = Batch(size, storages)
 
@@ -226,6 +226,14 @@ class _Sequence(InertCopy[ModelWatch]):
         x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
         if watch is not None and x is not None and x.dim() == 3:
             watch.batch().sequences.add((x.shape[0], x.shape[1]))
+
+
+def _address(x: Tensor) -> int | None:
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        # Sparse tensors, and those that stand for others (fake ones, torch.func's), have none.
+        return None
 
 
 def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
