@@ -74,7 +74,8 @@ def damping_split(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]
     """
     a, g = mean_eigenvalue(A), mean_eigenvalue(G)
     defined = (a > 0) & (g > 0)
-    pi = torch.where(defined, a / torch.where(defined, g, 1), 1).sqrt()
+    # Not the root of the quotient, which leaves float32's range where gradients are tiny.
+    pi = torch.where(defined, a.sqrt() / torch.where(defined, g, 1).sqrt(), 1)
     gamma = damping**0.5
     return gamma * pi, gamma / pi
 

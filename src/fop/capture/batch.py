@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture.lifetime import InertCopy, in_place, remove_all
@@ -52,15 +54,27 @@ class Batch:
         size: dim 0 of the model's own input, None if it has no tensor input.
         storages: addresses of the model's tensor inputs, None where they are not known.
         sequences: (length, N) of every input to a module with ``batch_first=False``.
+        asked: whether a backward pass has asked for a layout.
     """
 
-    def __init__(self, size: int | None, storages: frozenset[int] | None = None) -> None:
+    def __init__(self, size: int | None) -> None:
         self.size = size
-        self.storages = storages
+        self.storages: frozenset[int] | None = None
         self.sequences: set[tuple[int, int]] = set()
+        self.asked = False
+
+    def see(self, inputs: Iterable[Any]) -> None:
+        """Take the size of the batch from the inputs of a model, or of one of its parts."""
+        tensors = [x for x in _tensors(inputs) if x.dim() > 0]
+        sizes = [x.shape[0] for x in tensors]
+        # A single time step, for instance, may come before the samples.
+        self.size = next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+        if not torch.compiler.is_compiling():
+            self.storages = frozenset(a for x in tensors if (a := _address(x)) is not None)
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x``, input of ``layer``, are."""
+        self.asked = True
         shape = tuple(x.shape[: layer.leading_dims(x)])
         if not shape:
             return Layout(None, 1)
@@ -71,10 +85,11 @@ class Batch:
             return Layout(0, self.size or shape[0], problem=why)
         if self.sequences:
             return self._among_sequences(shape)
-        if self.size is None or self.size < 0:
-            ambiguous = "a compiled model with batch_first=False needs batch_dim in layer_options"
-            return Layout(0, shape[0], problem=ambiguous if self.size == AMBIGUOUS else None)
-        return _of_size(self.size, shape, x.dim())
+        if self.size == AMBIGUOUS:
+            why = "a compiled model with batch_first=False needs batch_dim in layer_options"
+            return Layout(0, shape[0], problem=why)
+        N = shape[0] if self.size is None or self.size == UNKNOWN else self.size
+        return _of_size(N, shape, x.dim())
 
     def _fixed(self, dim: int, shape: tuple[int, ...]) -> Layout:
         if dim >= len(shape):
@@ -154,8 +169,8 @@ class ModelWatch:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.current: Batch | None = None
-        self._last: Batch | None = None
+        # Threads run the same model, as one that trains and one that evaluates.
+        self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self.sequence_first = False
         self._register(root)
@@ -166,6 +181,9 @@ class ModelWatch:
             root.register_forward_pre_hook(_Enter(self), with_kwargs=True),
             root.register_forward_hook(_Leave(self), always_call=True),
         ]
+        # Scripts also call the parts of a model one by one, from a method of their own.
+        for part in _parts(root):
+            self._handles.append(part.register_forward_pre_hook(_EnterPart(self), with_kwargs=True))
         for module in root.modules():
             if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
                 self._handles.append(module.register_forward_pre_hook(_Sequence(self), with_kwargs=True))
@@ -178,34 +196,50 @@ class ModelWatch:
             self._handles.clear()
             self._register(root)
 
+    @property
+    def _running(self) -> list[Batch]:
+        """Forward passes of the model that are running in this thread, the inner ones last."""
+        stack: list[Batch] = self._local.__dict__.setdefault("running", [])
+        return stack
+
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        inputs = [*_tensors([*args, *kwargs.values()])]
-        storages = None
-        if not torch.compiler.is_compiling():
-            storages = frozenset(address for x in inputs if (address := _address(x)) is not None)
-        size = next((x.shape[0] for x in inputs if x.dim() > 0), None)
-        self.current = self._last = Batch(size, storages)
+        batch = Batch(None)
+        batch.see([*args, *kwargs.values()])
+        self._running.append(batch)
+        self._local.last = batch
 
     def leave(self) -> None:
         """End a forward pass."""
-        self.current = None
+        if self._running:
+            self._running.pop()
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
         if self.sequence_first:
             return AMBIGUOUS
-        return UNKNOWN if self.current is None or self.current.size is None else self.current.size
+        size = self._running[-1].size if self._running else None
+        return UNKNOWN if size is None else size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
-        if self.current is not None:
-            return self.current
+        if self._running:
+            return self._running[-1]
+        last: Batch | None = getattr(self._local, "last", None)
         # A part of the model that runs in the backward pass is being recomputed (reentrant checkpointing);
-        # elsewhere somebody calls the part by itself, and its own input is all there is.
-        if torch._C._current_graph_task_id() != -1 and self._last is not None:
-            return self._last
-        return Batch(None)
+        # elsewhere somebody calls the parts one by one, until the backward pass asks for what was seen.
+        if last is None or (last.asked and torch._C._current_graph_task_id() == -1):
+            last = self._local.last = Batch(None)
+        return last
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of a model, those in lists and dictionaries of modules included."""
+    for child in root.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child)
+        else:
+            yield child
 
 
 class _Enter(InertCopy[ModelWatch]):
@@ -214,17 +248,26 @@ class _Enter(InertCopy[ModelWatch]):
             watch.enter(args, kwargs)
 
 
+class _EnterPart(InertCopy[ModelWatch]):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (watch := self.target()) is not None and (batch := watch.batch()).size is None:
+            batch.see([*args, *kwargs.values()])
+
+
 class _Leave(InertCopy[ModelWatch]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if (watch := self.target()) is not None:
             watch.leave()
 
 
 class _Sequence(InertCopy[ModelWatch]):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch = self.target()
-        x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-        if watch is not None and x is not None and x.dim() == 3:
+        if (watch := self.target()) is None:
+            return
+        x = args[0] if args else kwargs.get("query", kwargs.get("input"))
+        if isinstance(x, PackedSequence):
+            watch.batch().sequences.add((len(x.batch_sizes), int(x.batch_sizes[0])))
+        elif isinstance(x, Tensor) and x.dim() == 3:
             watch.batch().sequences.add((x.shape[0], x.shape[1]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class _OutputHook:
         capture, kept = self._capture(), self._kept
         if not _graph_is_kept():
             self._kept = None
-        if capture is not None and capture.wants and b is not None:
+        if capture is not None and capture.wants and b is not None and not _is_batched(b):
             x = _unpacked(kept)
             capture.collect(self._layer, x, b.reshape(self._shape), self._batch, self._outer)
 
@@ -83,6 +84,23 @@ def _graph_is_kept() -> bool:
     """Tell whether the running backward pass was called with retain_graph=True."""
     # Private, and absent from some versions; without it a second pass through the graph has no pair.
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else False
+
+
+def _is_batched(b: Tensor) -> bool:
+    """Tell whether several backward passes run as one (vectorized Jacobians); none of them reaches p.grad."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(b) or functorch.is_legacy_batchedtensor(b)
+
+
+def _transformed() -> bool:
+    """Tell whether a transformation of torch.func is running, whose tensors stand for others."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _exporting() -> bool:
+    """Tell whether torch.export is tracing; an exported program is to have no operators of ours."""
+    ask = getattr(torch.compiler, "is_exporting", None)
     return bool(ask()) if ask is not None else False
 
 
@@ -158,11 +176,11 @@ class ForwardUse(UseHook):
     def forward(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         """Watch one call of the module; under torch.compile the output goes through an operator of ours."""
         if torch.compiler.is_compiling():
-            if not (torch.is_grad_enabled() and output.requires_grad):
+            if not (torch.is_grad_enabled() and output.requires_grad) or _exporting():
                 return None
             copied: Tensor = tap(self.layer.observed(module, x), output, self.key, self.watch.traced_size())
             return copied
-        capture = self.capture()
+        capture = None if _transformed() else self.capture()
         # A shallow copy or a replica of the module shares the hook, but is not the module.
         if capture is not None and self.module() is module and self.uses(capture.weight, module):
             capture.observe(self.layer, self.layer.observed(module, x), output, self.watch.batch())
@@ -179,7 +197,8 @@ class AttentionUse(UseHook):
     """A `MultiheadAttention`, which uses its weights in functions."""
 
     def _register(self, module: nn.Module) -> list[RemovableHandle]:
-        self._mode: ProjectionMode | None = None
+        # torch keeps function modes for each thread.
+        self._local = threading.local()
         return [
             module.register_forward_pre_hook(_EnterAttention(self), with_kwargs=True),
             module.register_forward_hook(_LeaveAttention(self), always_call=True),
@@ -188,22 +207,26 @@ class AttentionUse(UseHook):
     def enter(self, module: nn.MultiheadAttention, query: Tensor) -> None:
         """Begin to see the module's projections."""
         # A compiled attention is one graph, in which nobody can look for the weight.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _transformed():
             return
         capture = self.capture()
         if capture is None or self.module() is not module or self._mode is not None:
             return
         # Not without the hook that ends it, if somebody has cleared hooks.
         if torch.is_grad_enabled() and in_place(self._handles[1]):
-            self._batch = Attention(module, query, self.watch.batch())
-            self._mode = ProjectionMode(self._seen)
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+            self._local.batch = Attention(module, query, self.watch.batch())
+            self._local.mode = mode = ProjectionMode(self._seen)
+            mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self) -> None:
         """End it."""
-        if self._mode is not None:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._mode = None
+        if (mode := self._mode) is not None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._local.mode = None
+
+    @property
+    def _mode(self) -> ProjectionMode | None:
+        return getattr(self._local, "mode", None)
 
     def _seen(self, used: Tensor, x: Tensor, output: Tensor) -> None:
         capture = self.capture()
@@ -211,17 +234,18 @@ class AttentionUse(UseHook):
             return
         layer = self.layer.uses(rows) if isinstance(self.layer, PackedLayer) else self.layer
         if capture.ready_for(output):
-            watch_output(capture, layer, x.detach(), output, self._batch)
+            watch_output(capture, layer, x.detach(), output, self._local.batch)
 
 
 class _ForwardHook(InertCopy[ForwardUse]):
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
-        use = self.target()
-        if use is None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        use, output = self.target(), rest[-1]
+        # Without keyword arguments where quantisation has put it back; a hook may have replaced the output.
+        kwargs = rest[0] if len(rest) > 1 else {}
+        x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
+        if use is None or x is None or not isinstance(output, Tensor):
             return None
-        return use.forward(module, args[0] if args else next(iter(kwargs.values())), output)
+        return use.forward(module, x, output)
 
 
 class _EnterAttention(InertCopy[AttentionUse]):
@@ -232,6 +256,6 @@ class _EnterAttention(InertCopy[AttentionUse]):
 
 
 class _LeaveAttention(InertCopy[AttentionUse]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if (use := self.target()) is not None:
             use.leave()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fop.capture.batch import Batch, Layout
+from fop.capture.batch import Batch, Layout, ModelWatch
 from fop.capture.hooks import AccumulatedHook, UseHook, watch_output
 from fop.capture.lifetime import remove_all
 from fop.capture.window import Part, Window
@@ -50,8 +50,8 @@ class LayerCapture:
         self.window = Window(layer, self.params)
         self._sub_batch = sub_batch
         self._parts: dict[int, Part] = {}
-        # Version of p.grad when the window last took it in; None while the window is empty.
-        self._version: int | None = None
+        # Which tensor p.grad was, and its version, when the window last took it in; None while that is empty.
+        self._version: tuple[int, int] | None = None
         # Backward pass around the last one, and whether that had parts before.
         self._outer, self._continued = -1, False
         self._uses: list[UseHook] = []
@@ -65,6 +65,11 @@ class LayerCapture:
         self._handles += use.register()
         # A compiled forward pass cannot do it.
         self.watch_gradients()
+
+    def belongs_to(self, watch: ModelWatch) -> None:
+        """Take what is known of the batch from this model."""
+        for use in self._uses:
+            use.watch = watch
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -128,9 +133,12 @@ class LayerCapture:
             batch: what is known of the batch.
             outer: the backward pass that repeated the forward pass (reentrant checkpointing), -1 if none.
         """
-        layout = (
-            Layout(0, 0, problem="its input was changed in place") if x is None else batch.layout(layer, x)
-        )
+        if x is None:
+            layout = Layout(0, 0, problem="its input was changed in place")
+        elif x.is_nested or x.layout is not torch.strided:
+            x, layout = None, Layout(0, 0, problem="its input is sparse or nested")
+        else:
+            layout = batch.layout(layer, x)
         task = torch._C._current_graph_task_id()
         if task not in self._parts:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
@@ -160,7 +168,7 @@ class LayerCapture:
             else:
                 self.window.add(part, continued=self._continued)
                 self.window.compare(param.grad)
-            self._version = param.grad._version
+            self._version = _state(param.grad)
         if self.paired or self.due:
             self.window.remember(param, param.grad)
 
@@ -188,7 +196,12 @@ class LayerCapture:
         gradient = self.weight.grad
         if gradient is None:
             self.clear()
-        elif gradient._version != self._version:
+        elif _state(gradient) != self._version:
             self.clear()
             # Zeros are as good as None; anything else is a gradient whose halves nobody knows.
             self.window.clean = gradient.count_nonzero() == 0
+
+
+def _state(gradient: Tensor) -> tuple[int, int]:
+    """Return what changes when p.grad is replaced, or changed in place."""
+    return id(gradient), gradient._version

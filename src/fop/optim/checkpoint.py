@@ -109,7 +109,7 @@ def _check_entry(state: Mapping[str, Any], name: str, allowed: list[tuple[int, .
     if tuple(value.shape) not in allowed:
         raise ValueError(
             f"{name!r} of {label} has shape {tuple(value.shape)} in the state_dict and must have "
-            f"{' or '.join(map(str, allowed))}: it belongs to another model"
+            f"{' or '.join(map(str, allowed))}: it belongs to another model, or to other layer_options"
         )
 
 

@@ -89,7 +89,7 @@ def _checked(key: Any, chosen: Any) -> dict[str, Any]:
             raise ValueError(
                 f"layer_options: unknown option {name!r} of {_label(key)}; the options are {known}"
             )
-        elif isinstance(value, bool) or value not in _ALLOWED[name]:
+        elif type(value) is not type(_ALLOWED[name][0]) or value not in _ALLOWED[name]:
             allowed = " or ".join(map(repr, _ALLOWED[name]))
             raise ValueError(f"layer_options: {name}={value!r} of {_label(key)} must be {allowed}")
     return dict(chosen)

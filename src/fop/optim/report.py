@@ -211,8 +211,8 @@ def diagnose(
 
 def _unseen(block: Block) -> str:
     return (
-        f"no statistics: its {block.kind} was not called, or torch.compile traced it before this optimizer "
-        "was made (torch.compiler.reset())"
+        f"no statistics: no backward pass through its {block.kind} gave this gradient, or torch.compile had "
+        "traced that before this optimizer was made (torch.compiler.reset())"
     )
 
 

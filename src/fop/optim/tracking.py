@@ -104,6 +104,8 @@ class Tracker:
         known = set(block.capture.modules)
         if root not in self._watches:
             self._watches[root] = ModelWatch(root)
+        # A part that was called by itself before its model: the model knows more.
+        block.capture.belongs_to(self._watches[root])
         for use in found.uses:
             if use.module not in known:
                 hook = AttentionUse if isinstance(use.module, nn.MultiheadAttention) else ForwardUse
@@ -180,6 +182,10 @@ class Tracker:
         renamed = {replaced.get(param, param): group for param, group in groups.items()}
         for root in list(self.roots()):
             self.adopt(root, renamed, state)
+        for param in changed:
+            if param in groups and param not in replaced and param not in self._owners:
+                self.reasons[param] = "belongs to no module any more"
+                self._drop(param)
         return replaced
 
     def _lost(self, block: Block) -> bool:
