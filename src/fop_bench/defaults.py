@@ -22,7 +22,7 @@ from fop_bench.cifar import cifar_subset
 from fop_bench.defaults_report import read_runs
 from fop_bench.digits import digits
 from fop_bench.environment import environment
-from fop_bench.models import ResNet, digits_cnn, mlp
+from fop_bench.models import DigitsTransformer, ResNet, digits_cnn, mlp
 from fop_bench.training import Samples, train
 
 
@@ -49,6 +49,8 @@ TASKS = {
     "digits-mlp, full batch": Task("digits", _digits_mlp, None, 40),
     "digits-cnn, batch 64": Task("digits", digits_cnn, 64, 8),
     "digits-cnn, full batch": Task("digits", digits_cnn, None, 40),
+    "digits-transformer, batch 64": Task("digits", DigitsTransformer, 64, 12),
+    "digits-transformer, full batch": Task("digits", DigitsTransformer, None, 60),
     "cifar-small, batch 100": Task("cifar", _cifar_resnet, 100, 4),
     "cifar-small, full batch": Task("cifar", _cifar_resnet, None, 30),
 }
@@ -78,6 +80,9 @@ def _studies() -> dict[str, list[dict[str, Any]]]:
             )
         ),
         "clip": list(_grid("fop", (0, 1), lr=rates, damping=(1e-5, 1e-3), kl_clip=(None, 1e-3, 1e-2))),
+        "momentum": list(
+            _grid("fop", (0, 1), lr=(0.05,), kl_clip=(1e-5, 1e-4, 1e-3), momentum=(0.0, 0.5, 0.9))
+        ),
         "freshness": list(
             _grid("fop", (0, 1), lr=(0.05,), curvature_interval=(1, 10, 100), stat_decay=(0.0, 0.5, 0.9))
         ),

@@ -139,3 +139,21 @@ def digits_cnn(classes: int = 10) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(32 * 2 * 2, classes),
     )
+
+
+class DigitsTransformer(nn.Module):
+    """An encoder of `torch.nn.TransformerEncoderLayer` on 8×8 digits (N, 1, 8, 8), one token a row of pixels."""
+
+    def __init__(self, width: int = 32, layers: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(8, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map digits (N, 1, 8, 8) to logits (N, classes)."""
+        h_NTD = self.encoder(self.embed(x.squeeze(1)) + self.positions)
+        logits: Tensor = self.head(h_NTD.mean(dim=1))
+        return logits
