@@ -40,25 +40,30 @@ def used(model: nn.Module) -> nn.Module:
     return forward
 
 
-def test_a_model_that_ran_before_is_told_of_and_mended_by_a_reset() -> None:
-    """Guards of a graph do not see new hooks, so that graph goes on as it was traced."""
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_model_that_ran_before(bare: bool) -> None:
+    """Guards of a graph do not see new hooks, so the optimizer has everything traced anew."""
     model = mlp()
     forward = used(model)
-    optimizer = FOP(model, **OPTIONS)
-    train(forward, optimizer, SHORT[:1])
-    for row in optimizer.summary().rows:
-        assert row.path == "AdamW" and "torch.compiler.reset()" in row.reason
-    del optimizer
-    torch.compiler.reset()
-    model.load_state_dict(mlp().state_dict())
-    model.zero_grad()
-    optimizer = FOP(model, **OPTIONS)
+    optimizer = FOP(model.parameters() if bare else model, **OPTIONS)
     train(forward, optimizer, SHORT)
     assert_same(model, eager(mlp, SHORT))
     assert_all_paired(optimizer)
 
 
-def test_a_reset_mends_a_running_optimizer() -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_another_model_of_the_class_ran_before(bare: bool) -> None:
+    """Compiled code belongs to the class: a baseline with another optimizer, then FOP, in one process."""
+    other = mlp()
+    train(compiled(other), torch.optim.SGD(other.parameters(), lr=0.1), SHORT)
+    model = mlp()
+    optimizer = FOP(model.parameters() if bare else model, **OPTIONS)
+    train(compiled(model), optimizer, SHORT)
+    assert_same(model, eager(mlp, SHORT))
+    assert_all_paired(optimizer)
+
+
+def test_a_reset_disturbs_no_running_optimizer() -> None:
     model = mlp()
     forward = used(model)
     optimizer = FOP(model, **OPTIONS)

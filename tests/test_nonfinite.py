@@ -209,7 +209,7 @@ def test_one_bad_layer_refuses_only_itself(where: str, value: float) -> None:
         loss_of(model, *tokens(6, seed=9)).backward()
         if spoil:
             getattr(model.first, where).grad.view(-1)[1] = value
-            with pytest.warns(RuntimeWarning, match=r"update of first was not finite"):
+            with pytest.warns(RuntimeWarning, match=r"update of layer 'first' was not finite"):
                 optimizer.step()
             assert torch.equal(model.first.weight, before["first.weight"])
             assert torch.equal(model.first.bias, before["first.bias"])

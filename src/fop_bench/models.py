@@ -142,7 +142,7 @@ def digits_cnn(classes: int = 10) -> nn.Sequential:
 
 
 class DigitsTransformer(nn.Module):
-    """An encoder of `torch.nn.TransformerEncoderLayer` on 8×8 digits (N, 1, 8, 8), one token a row of pixels."""
+    """A `torch.nn.TransformerEncoder` for 8×8 digits (N, 1, 8, 8), one token a row of pixels."""
 
     def __init__(self, width: int = 32, layers: int = 2, classes: int = 10) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ be gathered is decided when that runs, not when it is traced.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from typing import Any, Protocol
 
@@ -27,6 +28,15 @@ class Collector(Protocol):
 _numbers: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
 _collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
 _count = itertools.count()
+
+
+def trace_anew() -> None:
+    """Let torch.compile trace every model anew: it does not notice hooks that came after its trace.
+
+    Not of this model alone: another model of the same class shares what was compiled for its code.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def key_of(module: nn.Module, weight: str, collector: Collector) -> Tensor:

@@ -56,7 +56,10 @@ class PairCount:
 
 
 # What else can be wrong is decided on the device, without a word.
-_CHANGED = "p.grad is not what the layer's own backward pass gave (changed since, or other paths in the loss)"
+_CHANGED = (
+    "p.grad is not what the layer's own backward pass gave (changed since, not finite, not zeroed before, "
+    "or other paths in the loss)"
+)
 
 
 class Block:

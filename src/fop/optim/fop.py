@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fop.algebra import Rung
+from fop.capture import trace_anew
 from fop.optim.block import Block, refresh_curvature
 from fop.optim.checkpoint import (
     check_form,
@@ -119,6 +120,7 @@ class FOP(Optimizer):
         self._begin(layer_options, schedules)
         self._tracker.names.update(names)
         super().__init__(groups, defaults)
+        trace_anew()
         if root is not None:
             self._adopt(root)
         self._listen()
@@ -167,6 +169,7 @@ class FOP(Optimizer):
         own = {name: schedule for name, schedule in self._default_schedules.items() if name not in options}
         self._schedules.append({**own, **schedules})
         if self in live:
+            trace_anew()
             for root in list(self._tracker.roots()):
                 self._adopt(root)
             self._listen()
@@ -282,7 +285,7 @@ class FOP(Optimizer):
         directions = [block.direction(groups[block.weight]) for block in ready]
         if ready:
             self._kl_scale, finite = apply_directions(ready, directions, groups, self.state)
-            self._refusals.count(tuple(block.name for block in ready), ~finite)
+            self._refusals.count(tuple(f"layer {block.name!r}" for block in ready), ~finite)
 
         for block in active:
             block.by_adamw = not (block.ready or block in refused)

@@ -21,8 +21,8 @@ def refuse_driven(optimizer: Optimizer, params: Sequence[Tensor], names: Mapping
     for param in _driven(optimizer, params):
         label = f"{names.get(param, 'a parameter')} {tuple(param.shape)}"
         raise ValueError(
-            f"{label} is already driven by another live FOP or KFAC; delete that optimizer first "
-            "(del optimizer) or give each its own parameters"
+            f"{label} is already driven by another live FOP or KFAC; delete that optimizer and what holds it "
+            "(del optimizer, scheduler, trainer), or give each its own parameters"
         )
 
 

@@ -17,7 +17,7 @@ ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tenso
 # Measured in records/defaults; docs/defaults.md defends each in a line.
 DEFAULTS: dict[str, Any] = {
     "lr": 0.05,
-    "momentum": 0.9,
+    "momentum": 0.5,
     "nesterov": False,
     "weight_decay": 0.0,
     "damping": 1e-3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -124,8 +125,16 @@ class Refusals:
                     f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
                     "refused; these weights are as before",
                     RuntimeWarning,
-                    stacklevel=8,
+                    stacklevel=_outside(),
                 )
+
+
+def _outside() -> int:
+    """Return the ``stacklevel`` of the first caller outside this library and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fop", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def warn_of_curvature(
@@ -137,7 +146,7 @@ def warn_of_curvature(
         warnings.warn(
             f"statistics of {names} are not finite in this step and were not used",
             RuntimeWarning,
-            stacklevel=7,
+            stacklevel=_outside(),
         )
     for block, rung in rescues:
         if (block.name, rung) not in warned:
@@ -146,7 +155,7 @@ def warn_of_curvature(
                 f"the inversion of a curvature factor of {block.name} {_RESCUES[rung]}; reported once, "
                 "counted in diagnostics(). More damping avoids it.",
                 RuntimeWarning,
-                stacklevel=7,
+                stacklevel=_outside(),
             )
 
 
@@ -211,8 +220,8 @@ def diagnose(
 
 def _unseen(block: Block) -> str:
     return (
-        f"no statistics: no backward pass through its {block.kind} gave this gradient, or torch.compile had "
-        "traced that before this optimizer was made (torch.compiler.reset())"
+        f"no statistics: no backward pass through its {block.kind} was seen (a gradient set by hand, a "
+        "function in place of the module, or attention under torch.compile)"
     )
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fop.capture import AttentionUse, FirstForwardHook, ForwardUse, LayerCapture, ModelWatch, Seen, SubBatch
+from fop.capture import (
+    AttentionUse,
+    FirstForwardHook,
+    ForwardUse,
+    LayerCapture,
+    ModelWatch,
+    Seen,
+    SubBatch,
+    trace_anew,
+)
 from fop.optim.block import Block
 from fop.optim.discovery import FoundLayer, Owner, find_layers
 from fop.optim.layer_options import LayerChoices
@@ -179,6 +188,7 @@ class Tracker:
             self.reasons.pop(param, None)
         for weight in {*broken, *replaced}:
             self._drop(weight)
+        trace_anew()
         renamed = {replaced.get(param, param): group for param, group in groups.items()}
         for root in list(self.roots()):
             self.adopt(root, renamed, state)
