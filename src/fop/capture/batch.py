@@ -209,6 +209,26 @@ class ModelWatch:
         self._running.append(batch)
         self._local.last = batch
 
+    def enter_part(self, part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin a call of a part of the model, which tells the batch if the model itself was not called."""
+        if not self._running and torch.compiler.is_compiling():
+            return
+        batch = self.batch()
+        if not self._running and torch._C._current_graph_task_id() == -1:
+            if part in self._called:
+                # The next round; the last one may have been an evaluation, which nobody asked about.
+                batch = self._local.last = Batch(None)
+                self._called.clear()
+            self._called.add(part)
+        if batch.size is None:
+            batch.see([*args, *kwargs.values()])
+
+    @property
+    def _called(self) -> weakref.WeakSet[nn.Module]:
+        """Parts that were called one by one since the last round."""
+        called: weakref.WeakSet[nn.Module] = self._local.__dict__.setdefault("called", weakref.WeakSet())
+        return called
+
     def leave(self) -> None:
         """End a forward pass."""
         if self._running:
@@ -250,8 +270,8 @@ class _Enter(InertCopy[ModelWatch]):
 
 class _EnterPart(InertCopy[ModelWatch]):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (watch := self.target()) is not None and (batch := watch.batch()).size is None:
-            batch.see([*args, *kwargs.values()])
+        if (watch := self.target()) is not None:
+            watch.enter_part(module, args, kwargs)
 
 
 class _Leave(InertCopy[ModelWatch]):
