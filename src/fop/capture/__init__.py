@@ -3,7 +3,7 @@
 from fop.capture.batch import ModelWatch
 from fop.capture.compiled import trace_anew
 from fop.capture.finder import FirstForwardHook, Seen
-from fop.capture.hooks import AttentionUse, ForwardUse
+from fop.capture.hooks import AttentionUse, ForwardUse, parameter_of
 from fop.capture.layer import LayerCapture, SubBatch
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "ModelWatch",
     "Seen",
     "SubBatch",
+    "parameter_of",
     "trace_anew",
 ]

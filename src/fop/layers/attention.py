@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fop.layers.base import Layer, LayerOptions
+from fop.layers.base import LayerOptions, RowLayer
 from fop.layers.statistics import FactorSums
 
 
-class PackedLayer(Layer):
+class PackedLayer(RowLayer):
     """The query, key and value projections of one packed weight, as three groups.
 
     Args:

@@ -90,41 +90,14 @@ class Layer(ABC):
         """Return the gradient matrix Σ b āᵀ of these samples; x and b with the batch as dim 0."""
 
     @abstractmethod
-    def input_columns(self, x: Tensor) -> Tensor:
-        """Return the rows ā of x without the bias' 1, as columns: (N, groups, in, R)."""
-
-    @abstractmethod
-    def output_columns(self, b: Tensor) -> Tensor:
-        """Return the rows of b as columns: (N, groups, out, R)."""
+    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
 
     # What follows from it
 
     def observed(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return what the other methods take for the module's input, as of its forward pass."""
         return x.detach()
-
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
-        dtype = statistics_dtype(b)
-        shapes = self.factor_shapes
-        a = torch.zeros(shapes["A"], dtype=dtype, device=x.device)
-        g = torch.zeros(shapes["G"], dtype=dtype, device=x.device)
-        rows = 0
-        for x_part, b_part in self.chunks(x, b):
-            # Not yet in the statistics' dtype: the rows of large inputs are views.
-            a_columns = self.input_columns(x_part).to(dtype)
-            g_columns = self.output_columns(b_part).to(dtype)
-            if self.options.weight_sharing == "reduce":
-                a_columns = a_columns.mean(-1, keepdim=True)
-                g_columns = g_columns.sum(-1, keepdim=True)
-            rows += a_columns.shape[0] * a_columns.shape[-1]
-            _add_covariance(a, a_columns, ones=self.bias)
-            _add_covariance(g, g_columns, ones=False)
-        return FactorSums(a, g, x.shape[0], rows)
-
-    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield x and b in parts whose rows may be in memory at a time."""
-        yield x, b
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor in the layout of the weight as (groups, out, in)."""
@@ -163,6 +136,41 @@ class Layer(ABC):
         """Return the parts of a gradient matrix in the shapes of ``weight`` and of the bias."""
         part = self.weight_from_matrix(self.weight_part(matrix), weight.shape)
         return part, self.bias_part(matrix).reshape(-1) if self.bias else None
+
+
+class RowLayer(Layer):
+    """A layer whose factors are covariances of rows."""
+
+    @abstractmethod
+    def input_columns(self, x: Tensor) -> Tensor:
+        """Return the rows ā of x without the bias' 1, as columns: (N, groups, in, R)."""
+
+    @abstractmethod
+    def output_columns(self, b: Tensor) -> Tensor:
+        """Return the rows of b as columns: (N, groups, out, R)."""
+
+    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
+        dtype = statistics_dtype(b)
+        shapes = self.factor_shapes
+        a = torch.zeros(shapes["A"], dtype=dtype, device=x.device)
+        g = torch.zeros(shapes["G"], dtype=dtype, device=x.device)
+        rows = 0
+        for x_part, b_part in self.chunks(x, b):
+            # Not yet in the statistics' dtype: the rows of large inputs are views.
+            a_columns = self.input_columns(x_part).to(dtype)
+            g_columns = self.output_columns(b_part).to(dtype)
+            if self.options.weight_sharing == "reduce":
+                a_columns = a_columns.mean(-1, keepdim=True)
+                g_columns = g_columns.sum(-1, keepdim=True)
+            rows += a_columns.shape[0] * a_columns.shape[-1]
+            _add_covariance(a, a_columns, ones=self.bias)
+            _add_covariance(g, g_columns, ones=False)
+        return FactorSums(a, g, x.shape[0], rows)
+
+    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield x and b in parts whose rows may be in memory at a time."""
+        yield x, b
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

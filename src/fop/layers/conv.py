@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fop.layers.base import CHUNK_ELEMENTS, Layer, LayerOptions
+from fop.layers.base import CHUNK_ELEMENTS, LayerOptions, RowLayer
 from fop.layers.statistics import FactorSums
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -22,7 +22,7 @@ MIN_SAMPLES = 2048
 MIN_ROWS_PER_DIM = 8
 
 
-class ConvLayer(Layer):
+class ConvLayer(RowLayer):
     """Rows of A are unfolded patches in the order of ``weight.flatten(1)``, rows of G output positions."""
 
     def __init__(

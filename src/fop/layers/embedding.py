@@ -62,12 +62,6 @@ class EmbeddingLayer(Layer):
         g = b_RD.square().sum(0) if diagonal else b_RD.T @ b_RD
         return FactorSums(a[None], g[None], x.shape[0], rows)
 
-    def input_columns(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("one-hot rows are never built")
-
-    def output_columns(self, b: Tensor) -> Tensor:
-        return b.reshape(b.shape[0], 1, -1, self.features).mT
-
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return (weight if self.tied else weight.T)[None]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fop.layers.base import Layer, LayerOptions
+from fop.layers.base import LayerOptions, RowLayer
 
 
-class LinearLayer(Layer):
+class LinearLayer(RowLayer):
     """Rows of A are the input rows (with a 1 for the bias), rows of G the output gradients.
 
     Args:

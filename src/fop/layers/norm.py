@@ -64,12 +64,6 @@ class NormLayer(Layer):
             summed = [part.reshape(part.shape[0], self.in_dim, -1).sum(2) for part in parts]
         return torch.stack(summed, dim=1)
 
-    def input_columns(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("a diagonal Fisher has no rows")
-
-    def output_columns(self, b: Tensor) -> Tensor:
-        raise NotImplementedError("a diagonal Fisher has no rows")
-
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(1, 1, self.in_dim)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from fop.capture import parameter_of
 from fop.layers import EXCLUDED, EmbeddingLayer, Layer, LayerOptions, Slot, describe
 from fop.optim.layer_options import LayerChoices
 
@@ -121,7 +122,7 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
             path = slot.weight.rpartition(".")[0]
             owner = module.get_submodule(path)
             own = choices.of((name, module), (f"{name}.{path}".lstrip("."), owner)) if path else options
-            weight = _named(module, slot.weight)
+            weight = parameter_of(module, slot.weight)
             if own.path == "adamw":
                 why[owner] = EXCLUDED
             elif weight in wanted and isinstance(weight, nn.Parameter):
@@ -147,7 +148,7 @@ def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
         return f"shared with {', '.join(owner.name for owner in others)}, which takes no FOP step"
     # One block has one pair of factors.
     cap = min(place.options.max_factor_dim for place in places)
-    biases = {_named(place.module, place.slot.bias) if place.slot.bias else None for place in places}
+    biases = {parameter_of(place.module, place.slot.bias) if place.slot.bias else None for place in places}
     bias = biases.pop() if len(biases) == 1 else None
     alone = bias is not None and bias in found.owners and len(found.owners[bias]) == len(places)
     tied = 0 < sum(place.slot.tied is not None for place in places) < len(places)
@@ -202,8 +203,3 @@ def _refuse_sparse(module: nn.Module, name: str) -> None:
 def _named_owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, key = name.rpartition(".")
     return module.get_submodule(path), key
-
-
-def _named(module: nn.Module, name: str) -> Tensor | None:
-    owner, key = _named_owner(module, name)
-    return owner._parameters.get(key)
