@@ -181,7 +181,7 @@ def test_changed_gradient_of_a_large_layer(change: Callable[[Tensor], None]) -> 
     assert not isinstance(slots, str)
     layer = slots[0].build(False, LayerOptions())
     capture = LayerCapture(layer, module.weight, None, SubBatch())
-    capture.attach(ForwardUse(capture, layer, module, "weight", ModelWatch(module)))
+    capture.attach(ForwardUse(capture, layer, module, "weight", None, ModelWatch(module)))
     capture.due = False
 
     def difference() -> tuple[Tensor, Tensor]:

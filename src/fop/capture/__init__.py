@@ -5,15 +5,21 @@ from fop.capture.compiled import trace_anew
 from fop.capture.finder import FirstForwardHook, Seen
 from fop.capture.hooks import AttentionUse, ForwardUse, parameter_of
 from fop.capture.layer import LayerCapture, SubBatch
+from fop.capture.lifetime import InertCopy, remove_all
+from fop.capture.sharded import is_sharded, local
 
 __all__ = [
     "AttentionUse",
     "FirstForwardHook",
     "ForwardUse",
+    "InertCopy",
     "LayerCapture",
     "ModelWatch",
     "Seen",
     "SubBatch",
+    "is_sharded",
+    "local",
     "parameter_of",
+    "remove_all",
     "trace_anew",
 ]

@@ -15,6 +15,7 @@ from fop.capture.attention import ProjectionMode, rows_of
 from fop.capture.batch import Attention, Batch, ModelWatch
 from fop.capture.compiled import key_of, tap
 from fop.capture.lifetime import InertCopy, in_place
+from fop.capture.sharded import is_sharded
 from fop.layers import Layer, PackedLayer
 
 if TYPE_CHECKING:
@@ -123,17 +124,25 @@ class UseHook(ABC):
         layer: how this module sees the weight.
         module: the module.
         weight: the module's name for the weight, dotted where a submodule owns it.
+        bias: likewise for the bias, None if it has none.
         watch: hooks on the model that the module belongs to.
     """
 
     def __init__(
-        self, capture: LayerCapture, layer: Layer, module: nn.Module, weight: str, watch: ModelWatch
+        self,
+        capture: LayerCapture,
+        layer: Layer,
+        module: nn.Module,
+        weight: str,
+        bias: str | None,
+        watch: ModelWatch,
     ) -> None:
         self.capture = weakref.ref(capture)
         self.layer = layer
         self.module = weakref.ref(module)
         self.watch = watch
         self._weight = weight
+        self._bias = bias
         self._handles: list[RemovableHandle] = []
 
     def register(self) -> list[RemovableHandle]:
@@ -152,8 +161,17 @@ class UseHook(ABC):
         return module is not None and self.uses(weight, module) and all(map(in_place, self._handles))
 
     def uses(self, weight: Tensor, module: nn.Module) -> bool:
-        """Whether the module still has the weight under its name."""
-        return parameter_of(module, self._weight) is weight
+        """Whether the module has the weight under its name, or what FSDP put there while it runs."""
+        current = parameter_of(module, self._weight)
+        return current is weight or (current is not None and is_sharded(weight) and not is_sharded(current))
+
+    def follow_shards(self, capture: LayerCapture, module: nn.Module) -> None:
+        """Let the capture watch the whole tensors that FSDP puts in the place of its shards."""
+        if is_sharded(capture.weight):
+            names = (self._weight, self._bias)
+            whole = (None if name is None else parameter_of(module, name) for name in names)
+            pairs = zip(whole, capture.params, strict=False)
+            capture.stand_in({now: param for now, param in pairs if now is not None})
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
@@ -183,6 +201,7 @@ class ForwardUse(UseHook):
         capture = None if _transformed() else self.capture()
         # A shallow copy or a replica of the module shares the hook, but is not the module.
         if capture is not None and self.module() is module and self.uses(capture.weight, module):
+            self.follow_shards(capture, module)
             capture.observe(self.layer, self.layer.observed(module, x), output, self.watch.batch())
         return None
 
@@ -214,6 +233,7 @@ class AttentionUse(UseHook):
             return
         # Not without the hook that ends it, if somebody has cleared hooks.
         if torch.is_grad_enabled() and in_place(self._handles[1]):
+            self.follow_shards(capture, module)
             self._local.batch = Attention(module, query, self.watch.batch())
             self._local.mode = mode = ProjectionMode(self._seen)
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -229,8 +249,9 @@ class AttentionUse(UseHook):
         return getattr(self._local, "mode", None)
 
     def _seen(self, used: Tensor, x: Tensor, output: Tensor) -> None:
-        capture = self.capture()
-        if capture is None or (rows := rows_of(capture.weight, used)) is None:
+        capture, module = self.capture(), self.module()
+        weight = None if module is None else parameter_of(module, self._weight)
+        if capture is None or weight is None or (rows := rows_of(weight, used)) is None:
             return
         layer = self.layer.uses(rows) if isinstance(self.layer, PackedLayer) else self.layer
         if capture.ready_for(output):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from fop.capture.batch import Batch, Layout, ModelWatch
 from fop.capture.hooks import AccumulatedHook, UseHook, watch_output
 from fop.capture.lifetime import remove_all
+from fop.capture.sharded import is_sharded
 from fop.capture.window import Part, Window
 from fop.layers import Layer, Statistics
 
@@ -36,6 +38,8 @@ class LayerCapture:
         paired: whether the gradient pair is wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
+        completed: called when a backward pass has given all gradients of the block, with these by parameter;
+            None for nobody to call.
 
     The hooks know the capture by weak reference only: dropping the optimizer drops the capture.
     """
@@ -47,6 +51,7 @@ class LayerCapture:
         self.paired = True
         self.due = True
         self.counted = False
+        self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.window = Window(layer, self.params)
         self._sub_batch = sub_batch
         self._parts: dict[int, Part] = {}
@@ -57,6 +62,9 @@ class LayerCapture:
         self._uses: list[UseHook] = []
         self._handles: list[RemovableHandle] = []
         self._watched: set[Tensor] = set()
+        # Unsharded tensors that FSDP puts in the place of parameters while a module runs.
+        self._stand_ins: dict[Tensor, Tensor] = {}
+        self._arrived: dict[Tensor, Tensor] = {}
         weakref.finalize(self, remove_all, self._handles)
 
     def attach(self, use: UseHook) -> None:
@@ -92,6 +100,7 @@ class LayerCapture:
         self._parts.clear()
         self._version = None
         self._outer = -1
+        self._arrived = {}
 
     @property
     def wants(self) -> bool:
@@ -111,11 +120,16 @@ class LayerCapture:
 
     def watch_gradients(self) -> None:
         """Be told when the gradients of the parameters are complete."""
-        for param in self.params:
+        whole = [param for param in self.params if not is_sharded(param)]
+        for param in [*whole, *self._stand_ins]:
             # A frozen parameter takes no hook; it may be thawed later.
             if param.requires_grad and param not in self._watched:
                 self._handles.append(param.register_post_accumulate_grad_hook(AccumulatedHook(self)))
                 self._watched.add(param)
+
+    def stand_in(self, unsharded: Mapping[Tensor, Tensor]) -> None:
+        """Watch these tensors in place of parameters, of which this rank has a shard only."""
+        self._stand_ins |= unsharded
 
     def observe(self, layer: Layer, x: Tensor, output: Tensor, batch: Batch) -> None:
         """Arrange that the gradient of ``output`` meets ``x`` in the backward pass."""
@@ -159,18 +173,24 @@ class LayerCapture:
     @torch.no_grad()
     def accumulated(self, param: Tensor) -> None:
         """Move the finished backward pass into the window: it is in p.grad now."""
-        if param.grad is None:
+        if (gradient := param.grad) is None:
             return
+        param = self._stand_ins.get(param, param)
         if param is self.weight:
             part = self._parts.pop(torch._C._current_graph_task_id(), None)
             if part is None:
                 self.window.drop_pair("its gradient came by a path that no hook saw")
             else:
                 self.window.add(part, continued=self._continued)
-                self.window.compare(param.grad)
-            self._version = _state(param.grad)
+                self.window.compare(gradient)
+            self._version = _state(gradient)
         if self.paired or self.due:
-            self.window.remember(param, param.grad)
+            self.window.remember(param, gradient)
+        if self.completed is not None:
+            self._arrived[param] = gradient
+            if all(each in self._arrived or not each.requires_grad for each in self.params):
+                arrived, self._arrived = self._arrived, {}
+                self.completed(arrived)
 
     def _part(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> Part:
         part = Part(layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16)
@@ -194,6 +214,9 @@ class LayerCapture:
     def _open_window(self) -> None:
         """Start afresh unless this pass adds to a gradient that the window already describes."""
         gradient = self.weight.grad
+        if is_sharded(self.weight):
+            # Its gradient comes after the backward pass; only a step, or zero_grad, begins anew.
+            return
         if gradient is None:
             self.clear()
         elif _state(gradient) != self._version:

@@ -198,9 +198,33 @@ class Window:
         other change the difference is 0, which makes the step K-FAC's.
         """
         known = [param for param in self._params if param.grad is not None and param in self._norms]
-        if self._dropped or not known or not (all(self._passes) or self._half is not None):
+        if not known or not self.has_pair:
             return None
         scale, trusted = self._scale_since(known)
+        return self._difference(average, scale, trusted, complete, reduction)
+
+    def difference_now(
+        self, average: Tensor, complete: Tensor | None, reduction: Reduction
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return as `difference`, in a backward pass that has just given ``average``: nothing has changed."""
+        if not self.has_pair:
+            return None
+        one = torch.ones((), dtype=average.dtype, device=average.device)
+        return self._difference(average, one, one > 0, complete, reduction)
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether the gradients of both sub-batches are known."""
+        return not self._dropped and (all(self._passes) or self._half is not None)
+
+    def _difference(
+        self,
+        average: Tensor,
+        scale: Tensor,
+        trusted: Tensor,
+        complete: Tensor | None,
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor]:
         if self._half is not None:
             share = self._ratio_of // 2 / self._ratio_of
             S1 = self._half.to(average.dtype) * scale.to(average.dtype)

@@ -21,25 +21,31 @@ class FactorSums:
             rows, columns), whose mean square is the curvature.
         samples: N, the number of samples.
         rows: number of rows summed over, N·R; a tensor (groups,) where the groups differ.
+        squared: whether ``a`` is, where g is None, the sum of the squares already, (1, rows, columns).
     """
 
     a: Tensor
     g: Tensor | None
     samples: int
     rows: int | Tensor
+    squared: bool = False
 
     def factors(self, reduction: Reduction = "mean") -> tuple[Tensor, Tensor | None]:
         """Return A = (1/N) Σ ā āᵀ and G = (1/rows) Σ (N b)(N b)ᵀ; b bᵀ without N for a loss that is a sum."""
         N = self.samples
         # Two factors N, not N²: b bᵀ is tiny at large batch, and N² alone can leave float32's exact range.
         if self.g is None:
-            squares = self.a.square().sum(0, keepdim=True)
+            squares = self.squares()
             return (squares * N if reduction == "mean" else squares / N), None
         g = self.g * N if reduction == "mean" else self.g / N
         rows = self.rows
         if isinstance(rows, Tensor):
             rows = rows.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)
         return self.a / N, g * (N / rows)
+
+    def squares(self) -> Tensor:
+        """Return the sum of the squares of the samples' own gradients, (1, rows, columns)."""
+        return self.a if self.squared else self.a.square().sum(0, keepdim=True)
 
     def add_use(self, other: FactorSums) -> None:
         """Add another use of the layer on the same samples (a module called twice in one forward pass)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,22 @@ from fop.optim.discovery import FoundLayer
 GROWTH = 5
 
 
+class GradPair(NamedTuple):
+    """The two gradients of a step as their mean and difference, as gradient matrices.
+
+    Attributes:
+        average: Ga.
+        difference: Gd = g1 - g2; None if there is one gradient only.
+        trusted: 0-dim bool, whether ``difference`` may be believed; it is 0 where not.
+        why: why there is no pair, where there is none.
+    """
+
+    average: Tensor
+    difference: Tensor | None
+    trusted: Tensor | None
+    why: str
+
+
 class PairCount:
     """How many steps had no gradient pair, and why the last one had none; counted on the device."""
 
@@ -37,10 +53,17 @@ class PairCount:
         self._distrusted: Tensor | None = None
         self._trusted: Tensor | None = None
         self._why: str | None = None
+        self._torn = _CHANGED
 
-    def count(self, trusted: Tensor | None, why: str) -> None:
-        """Add one step: ``trusted`` is a 0-dim bool, or None for a step without a pair because of ``why``."""
-        self._trusted, self._why = trusted, None
+    def count(self, trusted: Tensor | None, why: str, torn: str | None = None) -> None:
+        """Add one step.
+
+        Args:
+            trusted: 0-dim bool, whether the pair was believed; None for a step without one.
+            why: why there was none.
+            torn: why one is not believed.
+        """
+        self._trusted, self._why, self._torn = trusted, None, torn or _CHANGED
         if trusted is None:
             self._without += 1
             self._why = why
@@ -51,7 +74,7 @@ class PairCount:
         """Return the number of steps without a pair, and why the last step was one of them, if it was."""
         distrusted = 0 if self._distrusted is None else int(self._distrusted)
         if self._trusted is not None and not bool(self._trusted):
-            return self._without + distrusted, _CHANGED
+            return self._without + distrusted, self._torn
         return self._without + distrusted, self._why
 
 
@@ -76,6 +99,7 @@ class Block:
     def __init__(self, found: FoundLayer, capture: LayerCapture, state: dict[str, Any]) -> None:
         self.name = found.name
         self.kind = type(found.uses[0].module).__name__
+        self.views = tuple(use.layer for use in found.uses)
         self.modules = tuple(use.name for use in found.uses)
         self.layer = found.layer
         self.weight = found.weight
@@ -84,6 +108,10 @@ class Block:
         self.capture = capture
         self.rescues: Counter[Rung] = Counter()
         self.last: Direction | None = None
+        # Between ranks: whether the owner, another rank, has a curvature; None where it is this process's own.
+        self.elsewhere: bool | None = None
+        # Between ranks: whether the gradient goes to the owner, and p.grad is None.
+        self.lean = False
         # Whether the last gradient came without curvature, so that AdamW took the step.
         self.by_adamw = False
         self.pairs = PairCount()
@@ -109,12 +137,13 @@ class Block:
     @property
     def ready(self) -> bool:
         """Whether there is a curvature to precondition with."""
-        return "A_inv" in self.state
+        return "A_inv" in self.state if self.elsewhere is None else self.elsewhere
 
     def schedule(self, options: Mapping[str, Any]) -> None:
         """Tell the capture what the coming backward pass must gather."""
         self.capture.paired = options["beta"] != 0.0
-        self.capture.due = self.state.get("refresh_at", 0) <= options["step"]
+        # A state that was saved by one of several ranks lacks the curvature that others owned.
+        self.capture.due = self.state.get("refresh_at", 0) <= options["step"] or not self.ready
         self.capture.counted = options["loss_reduction"] == "sum"
 
     def curvature(self) -> Curvature:
@@ -133,55 +162,77 @@ class Block:
         """Return by what p.grad is divided to be the gradient of a mean: 1, or N of a loss that is a sum."""
         return max(1, self.capture.window.samples) if options["loss_reduction"] == "sum" else 1
 
-    def direction(self, options: Mapping[str, Any]) -> Direction:
-        """Return the FOP direction, or K-FAC's where this step has no gradient pair."""
+    def pair(self, options: Mapping[str, Any]) -> GradPair:
+        """Return the gradient pair that this process has gathered, Ga as p.grad is now."""
+        average, window = self.gradient(), self.capture.window
+        known = None
+        if options["beta"] != 0.0:
+            known = window.difference(average, self.state.get("complete"), options["loss_reduction"])
+        difference, trusted = known or (None, None)
+        if difference is not None and self.bias is not None and self.bias.grad is None:
+            self.layer.bias_part(difference).zero_()
+        return GradPair(average, difference, trusted, window.why)
+
+    def direction(self, pair: GradPair, options: Mapping[str, Any], samples: int | Tensor) -> Direction:
+        """Return the FOP direction, or K-FAC's where there is no gradient pair.
+
+        Args:
+            pair: the gradients.
+            options: the parameter group of the weight.
+            samples: what `samples_of` returns.
+        """
         beta, eta = options["beta"], options["eta"]
         fixed_beta = None if beta == "adaptive" else float(beta)
         fixed_eta = None if eta == "adaptive" else float(eta)
-        average = self.gradient()
-        pair = None
-        if fixed_beta != 0.0:
-            window = self.capture.window
-            pair = window.difference(average, self.state.get("complete"), options["loss_reduction"])
-            self.pairs.count(None if pair is None else pair[1], window.why)
-        difference = None if pair is None else self._without_frozen_bias(pair[0])
-        if (samples := self.samples_of(options)) > 1:
+        average, difference = pair.average, pair.difference
+        if options["loss_reduction"] == "sum":
             average = average / samples
             difference = None if difference is None else difference / samples
         if difference is None:
-            direction = kfac_direction(self.curvature(), average, eta=fixed_eta)
-        else:
-            direction = fop_direction(self.curvature(), average, difference, beta=fixed_beta, eta=fixed_eta)
-        # Only the scalars are kept for the diagnostics, not the update.
-        beta_used = direction.beta if pair is None else torch.where(pair[1], direction.beta, 0)
-        self.last = direction._replace(update=direction.alignment, beta=beta_used)
-        return direction
+            return kfac_direction(self.curvature(), average, eta=fixed_eta)
+        direction = fop_direction(self.curvature(), average, difference, beta=fixed_beta, eta=fixed_eta)
+        assert pair.trusted is not None
+        return direction._replace(beta=torch.where(pair.trusted, direction.beta, 0))
 
-    def _without_frozen_bias(self, difference: Tensor) -> Tensor:
-        if self.bias is not None and self.bias.grad is None:
-            self.layer.bias_part(difference).zero_()
-        return difference
+    def note(self, direction: Direction, pair: GradPair, options: Mapping[str, Any]) -> None:
+        """Keep for the diagnostics how a step went: the scalars, not the update."""
+        self.last = direction._replace(update=direction.alignment)
+        if options["beta"] != 0.0:
+            self.pairs.count(pair.trusted, pair.why)
 
-    def squared_length(self, direction: Direction, groups: Mapping[Tensor, Mapping[str, Any]]) -> Tensor:
-        """Return lr²·⟨update, gradient⟩, this layer's term of the KL clip."""
+    def squared_length(
+        self,
+        direction: Direction,
+        average: Tensor,
+        groups: Mapping[Tensor, Mapping[str, Any]],
+        samples: int | Tensor,
+    ) -> Tensor:
+        """Return lr²·⟨update, gradient⟩, this layer's term of the KL clip, from Ga in ``average``."""
         rate = float(groups[self.weight]["lr"])
         if self.bias is None or groups[self.bias]["lr"] == rate:
             return direction.alignment * rate**2
-        samples = self.samples_of(groups[self.weight])
         terms = [
-            groups[param]["lr"] ** 2 * (part * param.grad).sum() / samples
-            for param, part in self.parts(direction.update)
-            if param.grad is not None
+            groups[param]["lr"] ** 2 * (part * gradient).sum()
+            for (param, part), (_, gradient) in zip(
+                self.parts(direction.update), self.parts(average), strict=True
+            )
         ]
-        return torch.stack(terms).sum()
+        total = torch.stack(terms).sum()
+        return total / samples if groups[self.weight]["loss_reduction"] == "sum" else total
 
     def parts(self, update: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, its part of the update) for the parameters that have a gradient."""
+        """Return (parameter, its part of a gradient matrix) for the parameters that take part in a step."""
         weight_part, bias_part = self.layer.from_matrix(update, self.weight)
         parts: list[tuple[Tensor, Tensor]] = [(self.weight, weight_part)]
-        if self.bias is not None and bias_part is not None and self.bias.grad is not None:
+        if self.bias is not None and bias_part is not None and self.steps_bias():
             parts.append((self.bias, bias_part))
         return parts
+
+    def steps_bias(self) -> bool:
+        """Whether the bias takes part in a step: whether it has a gradient."""
+        if self.bias is None:
+            return False
+        return self.bias.requires_grad if self.lean else self.bias.grad is not None
 
 
 def next_refresh(step: int, interval: int) -> int:
@@ -195,26 +246,23 @@ def next_refresh(step: int, interval: int) -> int:
 
 def refresh_curvature(
     blocks: Sequence[Block],
+    fresh: Sequence[tuple[Tensor, Tensor | None]],
     options: Sequence[Mapping[str, Any]],
-    loss_scale: Tensor | None,
 ) -> tuple[list[Block], list[tuple[Block, Rung]]]:
-    """Take the gathered statistics of ``blocks`` into their factors and invert these.
+    """Take new factors of ``blocks`` into the averages and invert these.
 
     Args:
-        blocks: blocks whose window holds statistics.
+        blocks: the blocks.
+        fresh: A and G of each, from the statistics of this step.
         options: the parameter group of each.
-        loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
 
     Returns:
         The blocks whose statistics were not finite, which keep their curvature, and the rescues.
 
     Transfers to the host twice (are the statistics finite, did the inversions succeed).
     """
-    fresh = [
-        block.capture.window.statistics.factors(group["loss_reduction"], loss_scale)
-        for block, group in zip(blocks, options, strict=True)
-        if block.capture.window.statistics
-    ]
+    if not blocks:
+        return [], []
     home = fresh[0][0].device
     finite = torch.stack([_finite(*pair).to(home) for pair in fresh]).tolist()
     factors: list[Tensor] = []
@@ -238,13 +286,19 @@ def refresh_curvature(
             factors += [state["A"], state["G"]]
             shifts += [shift_A, shift_G]
             updated.append((block, group["step"]))
-        if (complete := block.capture.window.complete) is not None:
-            if (clean := block.capture.window.clean) is not None:
+    return refused, _store(updated, damped_inverses(factors, shifts))
+
+
+def schedule_refresh(blocks: Sequence[Block], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Note of blocks whose curvature was refreshed when the next time is, and how far p.grad was seen."""
+    for block in blocks:
+        window, state, group = block.capture.window, block.state, groups[block.weight]
+        if (complete := window.complete) is not None:
+            if (clean := window.clean) is not None:
                 # What p.grad held before says nothing about the paths into it.
                 complete = torch.where(clean, complete, state.get("complete", torch.ones_like(complete)))
             state["complete"] = complete
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
-    return refused, _store(updated, damped_inverses(factors, shifts))
 
 
 def _finite(A: Tensor, G: Tensor | None) -> Tensor:

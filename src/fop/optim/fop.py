@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from fop.algebra import Rung
 from fop.capture import trace_anew
-from fop.optim.block import Block, refresh_curvature
+from fop.optim.agreement import Description, describe_rank
+from fop.optim.block import Block
 from fop.optim.checkpoint import (
     check_form,
     check_state_dict,
@@ -20,6 +21,8 @@ from fop.optim.checkpoint import (
     note_places,
     restore_precision,
 )
+from fop.optim.crew import crew_for
+from fop.optim.distribution import DistributedLike, Distribution, checked_distribution, portable
 from fop.optim.gradients import called_by_scaler, overflowed, refuse_sparse, unscale
 from fop.optim.layer_options import LayerChoices, LayerOptionsLike
 from fop.optim.live import live, refuse_driven
@@ -42,7 +45,7 @@ from fop.optim.report import (
     warn_of_curvature,
 )
 from fop.optim.tracking import Tracker
-from fop.optim.update import adamw_step, apply_directions
+from fop.optim.update import adamw_step, apply_moves
 
 
 class FOP(Optimizer):
@@ -79,6 +82,11 @@ class FOP(Optimizer):
             to a dict with any of ``path`` ("fop" or "adamw"), ``max_factor_dim`` (factors with a larger side
             are diagonal; 8192), ``weight_sharing`` ("expand" or "reduce") and ``batch_dim`` (0 or 1, where
             samples are in the layer's input; found out if not given). Later entries override earlier ones.
+        max_grad_norm: gradients of all parameters are scaled together to this norm at most, as by
+            `torch.nn.utils.clip_grad_norm_`; None for no clip.
+        distributed: how ranks of `torch.distributed` train one model together, a dict with any of ``mode``,
+            ``pair``, ``group``, ``factor_dtype`` and ``ranks_per_node`` (docs/distributed.md); False if every
+            rank trains a model of its own.
 
     Raises:
         ValueError: an option out of range; empty, duplicate, shared or sparse parameters; parameters that
@@ -111,22 +119,31 @@ class FOP(Optimizer):
         eps: float = DEFAULTS["eps"],
         maximize: bool = DEFAULTS["maximize"],
         loss_reduction: Literal["mean", "sum"] = DEFAULTS["loss_reduction"],
+        max_grad_norm: float | None = DEFAULTS["max_grad_norm"],
         layer_options: LayerOptionsLike | None = None,
+        distributed: DistributedLike = None,
     ) -> None:
         given = locals()
         defaults, schedules = split_schedules({name: given[name] for name in DEFAULTS})
         defaults = checked(defaults)
+        distribution = checked_distribution(distributed)
         groups, root, names = normalise(params)
-        self._begin(layer_options, schedules)
+        self._begin(layer_options, schedules, distribution)
         self._tracker.names.update(names)
         super().__init__(groups, defaults)
         trace_anew()
         if root is not None:
-            self._adopt(root)
+            assert isinstance(params, nn.Module)
+            self._adopt(params)
         self._listen()
         live.add(self)
 
-    def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
+    def _begin(
+        self,
+        layer_options: LayerOptionsLike | None,
+        schedules: dict[str, Schedule],
+        distribution: Distribution | None,
+    ) -> None:
         self._tracker = Tracker(LayerChoices(layer_options))
         # By index of the group: functions do not belong into a state_dict.
         self._schedules: list[dict[str, Schedule]] = []
@@ -135,6 +152,8 @@ class FOP(Optimizer):
         self._kl_scale: Tensor | None = None
         self._warned: set[tuple[str, Rung]] = set()
         self._refusals = Refusals()
+        self._distribution = distribution
+        self._crew = crew_for(distribution)
 
     # Parameters and modules
 
@@ -149,7 +168,7 @@ class FOP(Optimizer):
         options = {key: value for key, value in group.items() if key != "params"}
         plain = checked({**self.defaults, **options})
         group |= {key: value for key, value in plain.items() if key in options}
-        for name in ("kl_clip", "loss_reduction"):
+        for name in ("kl_clip", "loss_reduction", "max_grad_norm"):
             if name in options and options[name] != self.defaults[name]:
                 raise ValueError(
                     f"{name}={options[name]!r} in a parameter group: it is one for the whole step; give it "
@@ -181,6 +200,7 @@ class FOP(Optimizer):
         return {param: group for group in self.param_groups for param in group["params"]}
 
     def _adopt(self, root: nn.Module) -> None:
+        self._crew.see(root)
         self._tracker.adopt(root, self._groups(), self.state)
 
     def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -191,6 +211,7 @@ class FOP(Optimizer):
 
     def _listen(self) -> None:
         self._tracker.listen(list(self._parameters()), self._seen)
+        self._crew.watch(self._tracker.blocks.values(), self._groups())
 
     @contextlib.contextmanager
     def sub_batch(self, index: int) -> Iterator[None]:
@@ -202,7 +223,7 @@ class FOP(Optimizer):
             index: 0 or 1. A step takes the pair if there were passes of both, and none outside.
 
         Raises:
-            ValueError: another index.
+            ValueError: another index, or ranks that take the pair from one another.
             RuntimeError: inside another ``sub_batch``.
         """
         if type(index) is not int or index not in (0, 1):
@@ -210,6 +231,7 @@ class FOP(Optimizer):
         said = self._tracker.sub_batch
         if said.index is not None:
             raise RuntimeError(f"sub_batch({index}) inside sub_batch({said.index}); end that one first")
+        self._crew.label()
         said.index = index
         try:
             yield
@@ -245,7 +267,10 @@ class FOP(Optimizer):
                 loss = closure()
         names = self._tracker.names
         refuse_sparse((names.get(param, "a parameter"), param) for param in self._parameters())
+        if hasattr(self, "found_inf"):
+            self._crew.allow_scaler()
         if overflowed(self):
+            self._crew.abandon()
             return loss
         self._follow_model()
         with contextlib.ExitStack() as stack:
@@ -271,20 +296,28 @@ class FOP(Optimizer):
         for weight, block in self._tracker.blocks.items():
             if block.state is not self.state[weight]:
                 block.state = self.state[weight]
-                block.schedule(groups[weight])
+                self._schedule(block, groups)
 
     def _step(self) -> None:
         for group, schedules in zip(self.param_groups, self._schedules, strict=True):
             group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
-        groups = self._groups()
+        groups, blocks = self._groups(), self._tracker.blocks.values()
         loss_scale = unscale(self, groups)
-        active = [block for block in self._tracker.blocks.values() if block.weight.grad is not None]
-        refused = self._refresh(active, groups, loss_scale)
+        crew = self._crew
+        crew.begin(groups, self._describe)
+        if (max_norm := self.defaults["max_grad_norm"]) is not None:
+            crew.clip(self._parameters(), max_norm)
+        active = [block for block in blocks if crew.takes_part(block)]
+        refused, rescues = crew.refresh(active, groups, loss_scale)
+        if refused or rescues:
+            warn_of_curvature(refused, rescues, self._warned)
+        if any(block.capture.due for block in active):
+            self._refusals.report()
 
         ready = [block for block in active if block.ready]
-        directions = [block.direction(groups[block.weight]) for block in ready]
         if ready:
-            self._kl_scale, finite = apply_directions(ready, directions, groups, self.state)
+            moves = crew.moves(ready, groups)
+            self._kl_scale, finite = apply_moves(moves, self.defaults["kl_clip"], groups, self.state)
             self._refusals.count(tuple(f"layer {block.name!r}" for block in ready), ~finite)
 
         for block in active:
@@ -292,26 +325,21 @@ class FOP(Optimizer):
         self._step_adamw({p for block in active if not block.by_adamw for p in block.params})
 
         self._tracker.give_up([param for param in groups if param.grad is not None])
-        self._listen()
         for group in self.param_groups:
             group["step"] += 1
             group["last_lr"] = group["lr"]
-        for block in self._tracker.blocks.values():
+        for block in blocks:
             block.capture.clear()
-            block.schedule(groups[block.weight])
+            self._schedule(block, groups)
+        self._listen()
         note_places(self.state, self._places)
 
-    def _refresh(
-        self, active: list[Block], groups: Mapping[Tensor, dict[str, Any]], loss_scale: Tensor | None
-    ) -> list[Block]:
-        """Take in the gathered statistics; return the blocks whose statistics were not finite."""
-        blocks = [block for block in active if block.capture.window.statistics is not None]
-        if not blocks:
-            return []
-        refused, rescues = refresh_curvature(blocks, [groups[block.weight] for block in blocks], loss_scale)
-        self._refusals.report()
-        warn_of_curvature(refused, rescues, self._warned)
-        return refused
+    def _describe(self) -> Description:
+        return describe_rank(self.param_groups, self._tracker, self._distribution)
+
+    def _schedule(self, block: Block, groups: Mapping[Tensor, dict[str, Any]]) -> None:
+        block.schedule(groups[block.weight])
+        self._crew.schedule(block)
 
     def _step_adamw(self, done: Set[Tensor]) -> None:
         """Step every other parameter that has a gradient."""
@@ -321,7 +349,7 @@ class FOP(Optimizer):
                 if param.grad is not None and param.numel() and param not in done:
                     alike.setdefault((param.device, param.dtype), []).append(param)
             for params in alike.values():
-                refused = adamw_step(params, group, self.state)
+                refused = adamw_step(params, group, self.state, self._crew.agree)
                 self._refusals.count((f"all {len(params)} AdamW parameters of a group",), refused[None])
 
     # What a step leaves behind
@@ -329,6 +357,7 @@ class FOP(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and forget what was gathered with them."""
         super().zero_grad(set_to_none)
+        self._crew.abandon()
         self._relink()
         for block in self._tracker.blocks.values():
             block.capture.clear()
@@ -343,7 +372,7 @@ class FOP(Optimizer):
         groups = self._groups()
         for block in self._tracker.blocks.values():
             block.state["refresh_at"] = groups[block.weight]["step"]
-            block.schedule(groups[block.weight])
+            self._schedule(block, groups)
 
     def summary(self) -> Summary:
         """Return a printable table: parameter, path, why, factor shapes and memory."""
@@ -378,12 +407,17 @@ class FOP(Optimizer):
             super().load_state_dict(state_dict)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
+        self._crew.unsettle()
         self._relink()
         for block in self._tracker.blocks.values():
             block.capture.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"layer_options": self._tracker.choices.given, "schedules": self._schedules}
+        own = {
+            "layer_options": self._tracker.choices.given,
+            "schedules": self._schedules,
+            "distribution": portable(self._distribution),
+        }
         return {**super().__getstate__(), "_own": (own, self._default_schedules)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -391,7 +425,7 @@ class FOP(Optimizer):
         # A copy or an unpickled optimizer has no modules yet: it finds them as from bare parameters.
         if "_tracker" not in self.__dict__:
             assert own is not None
-            self._begin(own[0]["layer_options"], own[1])
+            self._begin(own[0]["layer_options"], own[1], own[0]["distribution"])
             self._schedules = own[0]["schedules"]
         super().__setstate__(state)
         if self not in live:

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fop.optim.wrapping import unwrapped
+
 Schedule: TypeAlias = Callable[[int], float]
 ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -31,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
     "maximize": False,
     "loss_reduction": "mean",
+    "max_grad_norm": None,
 }
 
 # Options that may be functions of the step.
@@ -82,6 +85,8 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
         )
     if options.get("kl_clip") is not None:
         _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
+    if options.get("max_grad_norm") is not None:
+        _check_number("max_grad_norm", options["max_grad_norm"], low=0.0, strict=True, instead="or None")
     if "curvature_interval" in options:
         interval = options["curvature_interval"]
         if isinstance(interval, bool) or not isinstance(interval, numbers.Integral):
@@ -126,7 +131,7 @@ def normalise(params: ParamsLike) -> tuple[list[dict[str, Any]], nn.Module | Non
         ValueError: if ``params`` is empty.
     """
     if isinstance(params, nn.Module):
-        params = getattr(params, "_orig_mod", params)
+        params = unwrapped(params)
         named = list(params.named_parameters())
         if not named:
             raise ValueError(f"the module {type(params).__name__} has no parameters to train")

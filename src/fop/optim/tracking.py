@@ -21,6 +21,7 @@ from fop.capture import (
 from fop.optim.block import Block
 from fop.optim.discovery import FoundLayer, Owner, find_layers
 from fop.optim.layer_options import LayerChoices
+from fop.optim.wrapping import unwrapped
 
 Groups = Mapping[Tensor, Mapping[str, Any]]
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -64,8 +65,8 @@ class Tracker:
         Raises:
             ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
         """
-        # What torch.compile returned is a wrapper; the layers, and the hooks, are the model's own.
-        root = getattr(root, "_orig_mod", root)
+        # What torch.compile or DistributedDataParallel returned is a wrapper; layers and hooks are the model's.
+        root = unwrapped(root)
         found = find_layers(root, groups.keys(), self.choices)
         if not found.owners:
             return
@@ -118,9 +119,8 @@ class Tracker:
         for use in found.uses:
             if use.module not in known:
                 hook = AttentionUse if isinstance(use.module, nn.MultiheadAttention) else ForwardUse
-                block.capture.attach(
-                    hook(block.capture, use.layer, use.module, use.slot.weight, self._watches[root])
-                )
+                names = (use.slot.weight, use.slot.bias)
+                block.capture.attach(hook(block.capture, use.layer, use.module, *names, self._watches[root]))
 
     def _drop(self, param: Tensor) -> None:
         block = self.blocks.pop(param, None)
@@ -129,7 +129,7 @@ class Tracker:
 
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
-        watch = self._watches.get(getattr(root, "_orig_mod", root))
+        watch = self._watches.get(unwrapped(root))
         if watch is not None:
             watch.enter(args, kwargs)
 

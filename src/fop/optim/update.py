@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fop.algebra import Direction
-from fop.optim.block import Block
+from fop.capture import local
 
 
-def apply_directions(
-    blocks: Sequence[Block],
-    directions: Sequence[Direction],
+class Move(NamedTuple):
+    """What one block is about to do.
+
+    Attributes:
+        parts: its parameters (this rank's part of them), and the update of each in the same shape.
+        length: 0-dim, lr²·⟨update, gradient⟩ over the whole block; not finite if update or gradient is not.
+    """
+
+    parts: list[tuple[Tensor, Tensor]]
+    length: Tensor
+
+
+def apply_moves(
+    moves: Sequence[Move],
+    kl_clip: float | None,
     groups: Mapping[Tensor, Mapping[str, Any]],
     states: Mapping[Tensor, dict[str, Any]],
 ) -> tuple[Tensor, Tensor]:
-    """Update the weights of ``blocks``; those whose direction is not finite stay as they are.
+    """Update the parameters of blocks; those whose update is not finite stay as they are.
 
     Args:
-        blocks: at least one block.
-        directions: the direction of each.
+        moves: at least one.
+        kl_clip: κ, None for no clip.
         groups: parameter group of every parameter.
         states: state of every parameter.
 
     Returns:
-        The KL clip's factor, and for each block whether its direction was finite.
+        The KL clip's factor, and for each block whether its update was finite.
     """
-    home = directions[0].alignment.device
-    lengths = torch.stack(
-        [b.squared_length(d, groups).to(home) for b, d in zip(blocks, directions, strict=True)]
-    )
+    home = moves[0].length.device
+    lengths = torch.stack([move.length.to(home) for move in moves])
     finite = torch.isfinite(lengths)
     total = torch.where(finite, lengths, 0).sum()
-    kl_clip = groups[blocks[0].weight]["kl_clip"]
     scale = torch.ones_like(total)
     if kl_clip is not None:
         # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
         scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
-    for index, (block, direction) in enumerate(zip(blocks, directions, strict=True)):
-        update, device = direction.update, direction.update.device
-        fine = finite[index].to(device)
-        # Not a product: 0 times NaN is NaN.
-        update = torch.where(fine, update * scale.to(device, update.dtype), 0)
-        for param, part in block.parts(update):
-            move(param, part, fine, groups[param], states[param])
+    for index, (parts, _) in enumerate(moves):
+        for param, part in parts:
+            fine = finite[index].to(part.device)
+            # Not a product: 0 times NaN is NaN.
+            update = torch.where(fine, part * scale.to(part.device, part.dtype), 0)
+            move(param, update, fine, groups[param], states[param])
     return scale, finite
 
 
@@ -64,23 +71,27 @@ def move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], st
     momentum = group["momentum"] * _carried(group)
     if group["momentum"]:
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = part.clone()
-        else:
-            state["momentum_buffer"].mul_(_if(fine, momentum, 1.0, part)).add_(part)
-        buffer: Tensor = state["momentum_buffer"]
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=part.dtype)
+        buffer = local(state["momentum_buffer"])
+        buffer.mul_(_if(fine, momentum, 1.0, part)).add_(part)
         part = torch.add(part, buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
     rate = _if(fine, group["lr"], 0.0, part)
+    param = local(param)
     if group["weight_decay"]:
         param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
     param.add_((part * rate).to(param.dtype), alpha=1.0 if group["maximize"] else -1.0)
 
 
 def adamw_step(
-    params: Sequence[Tensor], group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]
+    params: Sequence[Tensor],
+    group: Mapping[str, Any],
+    states: Mapping[Tensor, dict[str, Any]],
+    agree: Callable[[Tensor], Tensor] = lambda refused: refused,
 ) -> Tensor:
     """Step parameters of one device and dtype by torch's AdamW; return whether the step was refused.
 
-    A gradient that is not finite refuses the step of all of them.
+    A gradient that is not finite refuses the step of all of them; ``agree`` makes that of what other ranks
+    found in their parts of the gradients, too.
     """
     device = params[0].device
     for param in params:
@@ -88,20 +99,32 @@ def adamw_step(
             states[param]["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for key in ("exp_avg", "exp_avg_sq"):
                 states[param][key] = torch.zeros_like(param)
-    gradients = [_laid_out_as(param, param.grad) for param in params if param.grad is not None]
-    refused = ~torch.isfinite(torch.stack([gradient.abs().amax() for gradient in gradients])).all()
+    # A shard may be empty: a parameter with fewer rows than there are ranks.
+    params = [param for param in params if local(param).numel()]
+    weights = [local(param) for param in params]
+    gradients = [
+        _laid_out_as(weight, local(param.grad))
+        for param, weight in zip(params, weights, strict=True)
+        if param.grad is not None
+    ]
+    found = [gradient.abs().amax() for gradient in gradients]
+    refused = ~torch.isfinite(torch.stack(found)).all() if found else torch.zeros((), dtype=torch.bool)
+    refused = agree(refused.to(device))
+    if not params:
+        return refused
     # The fused kernel reads found_inf on the device and then leaves everything as it is; where torch has no
     # such kernel, and for slices of larger tensors, which it would walk through as if they were dense, the
     # flag must be read here.
-    dense = all(states[param]["exp_avg"].stride() == param.stride() for param in params)
+    averages, squares = ([local(states[param][key]) for param in params] for key in ("exp_avg", "exp_avg_sq"))
+    dense = all(m.stride() == weight.stride() for m, weight in zip(averages, weights, strict=True))
     fused = dense and device.type in ("cpu", "cuda")
     if not fused and bool(refused):
         return refused
     adamw(
-        list(params),
+        weights,
         gradients,
-        [states[param]["exp_avg"] for param in params],
-        [states[param]["exp_avg_sq"] for param in params],
+        averages,
+        squares,
         [],
         [states[param]["step"] for param in params],
         fused=fused,

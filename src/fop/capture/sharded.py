@@ -1,0 +1,15 @@
+"""Parameters of which a rank holds a shard only (DTensors of `torch.distributed.fsdp.fully_shard`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, without importing what that needs."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return,operator]

@@ -1,0 +1,157 @@
+"""What averages the gradients of a model over the ranks, and what wraps the model for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fop.capture import InertCopy, is_sharded, remove_all
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the user's own module inside `torch.compile` and `DistributedDataParallel`, in any order."""
+    return list(_layers(module))[-1]
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    inner: nn.Module | None = module
+    while inner is not None:
+        module = inner
+        yield module
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and _is_ddp(module):
+            inner = module.module  # type: ignore[assignment]
+
+
+def _is_ddp(module: nn.Module) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel)
+
+
+class Wrapping:
+    """DistributedDataParallel, `fully_shard`, or neither, as far as seen.
+
+    Args:
+        on_ddp: bound method, called with the DistributedDataParallel when that is first seen; held weakly.
+    """
+
+    def __init__(self, on_ddp: Callable[[Any], None]) -> None:
+        self._on_ddp = weakref.WeakMethod(on_ddp)
+        self._ddp: Callable[[], Any] = lambda: None
+        self._sharded: Callable[[], Any] = lambda: None
+        self._handles: list[RemovableHandle] = []
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        weakref.finalize(self, remove_all, self._handles)
+
+    def see(self, root: nn.Module) -> None:
+        """Look for wrappers around a model, now and when it runs (it may be wrapped later)."""
+        for module in _layers(root):
+            if _is_ddp(module):
+                self.note(module)
+        root = unwrapped(root)
+        if root not in self._watched:
+            self._watched.add(root)
+            self._handles.append(root.register_forward_pre_hook(_Running(self)))
+        sharded = next((m for m in root.modules() if hasattr(m, "_get_fsdp_state")), None)
+        if sharded is not None:
+            self._sharded = weakref.ref(sharded)
+
+    def note(self, ddp: nn.Module) -> None:
+        """Take this DistributedDataParallel for the one that averages the gradients."""
+        if self._ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
+            if (tell := self._on_ddp()) is not None:
+                tell(ddp)
+
+    @property
+    def ddp(self) -> Any:
+        """The DistributedDataParallel, None if none was seen."""
+        return self._ddp()
+
+    def averages(self, param: Tensor) -> bool:
+        """Tell whether p.grad is averaged over the ranks in the backward pass."""
+        return self.ddp is not None or is_sharded(param)
+
+    def synchronises(self, param: Tensor) -> bool:
+        """Tell whether it is in the running backward pass, and not only accumulated (``no_sync``)."""
+        if not is_sharded(param):
+            # What the last forward pass said; `require_backward_grad_sync` is for the next one.
+            return self.ddp is not None and bool(self.ddp.require_forward_param_sync)
+        sharded = self._sharded()
+        state = None if sharded is None else sharded._get_fsdp_state()
+        group = None if state is None else state._fsdp_param_group
+        return group is None or bool(group.reduce_grads)
+
+
+class _Running(InertCopy[Wrapping]):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        wrapping = self.target()
+        if wrapping is None or torch.compiler.is_compiling():
+            return
+        # Private, as TorchDynamo asks for it.
+        running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if running is not None and running.module is module:
+            wrapping.note(running)
+
+
+def average(params: list[Tensor], reduce: Callable[[Tensor], None], ranks: int) -> None:
+    """Replace p.grad of ``params`` by its mean over the ranks, where nobody else has done so.
+
+    Args:
+        params: those with a gradient on any rank; where it is None here it counts as zeros.
+        reduce: sums a tensor over the ranks, in place.
+        ranks: number of ranks.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        alike.setdefault((param.device, param.dtype), []).append(param.grad)
+    for gradients in alike.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        reduce(flat)
+        flat /= ranks
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> Callable[[object, Any], Any]:
+    """Return a communication hook of DistributedDataParallel that leaves out the gradients sent to owners.
+
+    Args:
+        is_lean: whether a parameter's gradient is.
+        group: DistributedDataParallel's process group.
+    """
+    ranks = dist.get_world_size(group)
+
+    def hook(state: object, bucket: Any) -> Any:
+        buffer: Tensor = bucket.buffer()
+        gradients = bucket.gradients()
+        wanted = [g for g, p in zip(gradients, bucket.parameters(), strict=True) if not is_lean(p)]
+        if not wanted:
+            done: Any = torch.futures.Future()
+            done.set_result(buffer)
+            return done
+        flat = buffer if len(wanted) == len(gradients) else torch.cat([g.reshape(-1) for g in wanted])
+        flat.div_(ranks)
+        work = dist.all_reduce(flat, group=group, async_op=True)
+        assert work is not None
+
+        def put_back(future: Any) -> Tensor:
+            if flat is not buffer:
+                parts = flat.split([gradient.numel() for gradient in wanted])
+                for gradient, part in zip(wanted, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+            return buffer
+
+        return work.get_future().then(put_back)
+
+    # torch looks at the types themselves, not at their names.
+    hook.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+    return hook
