@@ -286,7 +286,9 @@ def refresh_curvature(
             factors += [state["A"], state["G"]]
             shifts += [shift_A, shift_G]
             updated.append((block, group["step"]))
-    return refused, _store(updated, damped_inverses(factors, shifts))
+    with torch.profiler.record_function("fop::inversion"):
+        inversions = damped_inverses(factors, shifts)
+    return refused, _store(updated, inversions)
 
 
 def schedule_refresh(blocks: Sequence[Block], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:

@@ -1,30 +1,26 @@
-"""The optimizer: options, the order of a step, state."""
+"""The optimizer as users see it: options, steps, reports, state."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from fop.algebra import Rung
 from fop.capture import trace_anew
-from fop.optim.agreement import Description, describe_rank
-from fop.optim.block import Block
+from fop.distributed import Plan
 from fop.optim.checkpoint import (
     check_form,
     check_state_dict,
-    follow_moves,
-    note_places,
     restore_precision,
 )
-from fop.optim.crew import crew_for
-from fop.optim.distribution import DistributedLike, Distribution, checked_distribution, portable
-from fop.optim.gradients import called_by_scaler, overflowed, refuse_sparse, unscale
-from fop.optim.layer_options import LayerChoices, LayerOptionsLike
+from fop.optim.distribution import DistributedLike, checked_distribution
+from fop.optim.engine import Engine
+from fop.optim.gradients import called_by_scaler, overflowed, refuse_sparse
+from fop.optim.layer_options import LayerOptionsLike
 from fop.optim.live import live, refuse_driven
 from fop.optim.options import (
     DEFAULTS,
@@ -38,18 +34,14 @@ from fop.optim.options import (
 )
 from fop.optim.report import (
     Diagnostics,
-    Refusals,
     Summary,
     diagnose,
     summarise,
-    warn_of_curvature,
 )
-from fop.optim.tracking import Tracker
-from fop.optim.update import adamw_step, apply_moves
 
 
-class FOP(Optimizer):
-    """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026, Algorithm 1 on one process).
+class FOP(Engine):
+    """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026, Algorithm 1).
 
     Linear, convolution, embedding and attention weights take η0·η*·F̂⁻¹·(Ga + β*·G⊥) with Kronecker-factored
     F; all other parameters take AdamW in the same step. Nothing in the training loop changes.
@@ -138,23 +130,6 @@ class FOP(Optimizer):
         self._listen()
         live.add(self)
 
-    def _begin(
-        self,
-        layer_options: LayerOptionsLike | None,
-        schedules: dict[str, Schedule],
-        distribution: Distribution | None,
-    ) -> None:
-        self._tracker = Tracker(LayerChoices(layer_options))
-        # By index of the group: functions do not belong into a state_dict.
-        self._schedules: list[dict[str, Schedule]] = []
-        self._default_schedules = schedules
-        self._places: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
-        self._kl_scale: Tensor | None = None
-        self._warned: set[tuple[str, Rung]] = set()
-        self._refusals = Refusals()
-        self._distribution = distribution
-        self._crew = crew_for(distribution)
-
     # Parameters and modules
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -192,26 +167,6 @@ class FOP(Optimizer):
             for root in list(self._tracker.roots()):
                 self._adopt(root)
             self._listen()
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
-
-    def _groups(self) -> dict[Tensor, dict[str, Any]]:
-        return {param: group for group in self.param_groups for param in group["params"]}
-
-    def _adopt(self, root: nn.Module) -> None:
-        self._crew.see(root)
-        self._tracker.adopt(root, self._groups(), self.state)
-
-    def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._adopt(root)
-        self._tracker.enter(root, args, kwargs)
-        # Not only in the step: torch.compile would leave the model in the pieces that the hook made of it.
-        self._listen()
-
-    def _listen(self) -> None:
-        self._tracker.listen(list(self._parameters()), self._seen)
-        self._crew.watch(self._tracker.blocks.values(), self._groups())
 
     @contextlib.contextmanager
     def sub_batch(self, index: int) -> Iterator[None]:
@@ -280,78 +235,6 @@ class FOP(Optimizer):
             self._step()
         return loss
 
-    def _follow_model(self) -> None:
-        replaced = self._tracker.follow(self._groups(), self.state)
-        if replaced:
-            for group in self.param_groups:
-                group["params"] = [replaced.get(param, param) for param in group["params"]]
-            # Where the old ones were is where their state is.
-            self._places = {replaced.get(param, param): place for param, place in self._places.items()}
-        follow_moves(self.state, self._places)
-        self._relink()
-
-    def _relink(self) -> None:
-        """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
-        groups = self._groups()
-        for weight, block in self._tracker.blocks.items():
-            if block.state is not self.state[weight]:
-                block.state = self.state[weight]
-                self._schedule(block, groups)
-
-    def _step(self) -> None:
-        for group, schedules in zip(self.param_groups, self._schedules, strict=True):
-            group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
-        groups, blocks = self._groups(), self._tracker.blocks.values()
-        loss_scale = unscale(self, groups)
-        crew = self._crew
-        crew.begin(groups, self._describe)
-        if (max_norm := self.defaults["max_grad_norm"]) is not None:
-            crew.clip(self._parameters(), max_norm)
-        active = [block for block in blocks if crew.takes_part(block)]
-        refused, rescues = crew.refresh(active, groups, loss_scale)
-        if refused or rescues:
-            warn_of_curvature(refused, rescues, self._warned)
-        if any(block.capture.due for block in active):
-            self._refusals.report()
-
-        ready = [block for block in active if block.ready]
-        if ready:
-            moves = crew.moves(ready, groups)
-            self._kl_scale, finite = apply_moves(moves, self.defaults["kl_clip"], groups, self.state)
-            self._refusals.count(tuple(f"layer {block.name!r}" for block in ready), ~finite)
-
-        for block in active:
-            block.by_adamw = not (block.ready or block in refused)
-        self._step_adamw({p for block in active if not block.by_adamw for p in block.params})
-
-        self._tracker.give_up([param for param in groups if param.grad is not None])
-        for group in self.param_groups:
-            group["step"] += 1
-            group["last_lr"] = group["lr"]
-        for block in blocks:
-            block.capture.clear()
-            self._schedule(block, groups)
-        self._listen()
-        note_places(self.state, self._places)
-
-    def _describe(self) -> Description:
-        return describe_rank(self.param_groups, self._tracker, self._distribution)
-
-    def _schedule(self, block: Block, groups: Mapping[Tensor, dict[str, Any]]) -> None:
-        block.schedule(groups[block.weight])
-        self._crew.schedule(block)
-
-    def _step_adamw(self, done: Set[Tensor]) -> None:
-        """Step every other parameter that has a gradient."""
-        for group in self.param_groups:
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for param in group["params"]:
-                if param.grad is not None and param.numel() and param not in done:
-                    alike.setdefault((param.device, param.dtype), []).append(param)
-            for params in alike.values():
-                refused = adamw_step(params, group, self.state, self._crew.agree)
-                self._refusals.count((f"all {len(params)} AdamW parameters of a group",), refused[None])
-
     # What a step leaves behind
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -386,6 +269,16 @@ class FOP(Optimizer):
         self._refusals.report()
         return diagnose(self._groups(), self._tracker.blocks, self._kl_scale)
 
+    @property
+    def plan(self) -> Plan | None:
+        """Which rank owns which layer, in the order of `diagnostics()`; None on one process, or not yet."""
+        return self._crew.plan
+
+    @property
+    def bytes_sent(self) -> dict[str, float]:
+        """Bytes that this rank has sent to others for the optimizer, by category (docs/distributed.md)."""
+        return dict(self._crew.sent)
+
     # State
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -411,23 +304,3 @@ class FOP(Optimizer):
         self._relink()
         for block in self._tracker.blocks.values():
             block.capture.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {
-            "layer_options": self._tracker.choices.given,
-            "schedules": self._schedules,
-            "distribution": portable(self._distribution),
-        }
-        return {**super().__getstate__(), "_own": (own, self._default_schedules)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        own = state.pop("_own", None)
-        # A copy or an unpickled optimizer has no modules yet: it finds them as from bare parameters.
-        if "_tracker" not in self.__dict__:
-            assert own is not None
-            self._begin(own[0]["layer_options"], own[1], own[0]["distribution"])
-            self._schedules = own[0]["schedules"]
-        super().__setstate__(state)
-        if self not in live:
-            self._listen()
-            live.add(self)

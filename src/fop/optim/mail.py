@@ -31,7 +31,7 @@ class Mail:
         # Of the running step, on owners: one tensor for each round.
         self._factors: dict[Tensor, list[Tensor]] = {}
         self._gradients: dict[Tensor, list[Tensor]] = {}
-        self._counts: dict[Tensor, list[Tensor]] = {}
+        self._counts: dict[Tensor, Tensor] = {}
 
     @property
     def here(self) -> Routes:

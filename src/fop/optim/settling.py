@@ -38,18 +38,20 @@ def open_channels(group: dist.ProcessGroup, sent: dict[str, float]) -> tuple[Cha
 
 def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
     """Return a new process group of these ranks with the backend and the timeout of another."""
-    return dist.new_group(
+    made: dist.ProcessGroup = dist.new_group(
         ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=True
     )
+    return made
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:
     # torch has no public way to ask; without it the new group waits as long as the backend does by default.
     for device in ("cpu", "cuda"):
         try:
-            return group._get_backend(torch.device(device)).options._timeout
+            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
         except (RuntimeError, AttributeError):
             continue
+        return timeout
     return None
 
 

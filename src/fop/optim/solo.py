@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from fop.algebra import Rung
+from fop.distributed import Plan
 from fop.optim.agreement import Description
 from fop.optim.block import Block, refresh_curvature, schedule_refresh
 from fop.optim.update import Move
@@ -16,7 +17,18 @@ Groups: TypeAlias = Mapping[Tensor, dict[str, Any]]
 
 
 class Solo:
-    """What a step needs, from this process alone; `Team` gives the same from several ranks."""
+    """What a step needs, from this process alone; `Team` gives the same from several ranks.
+
+    Attributes:
+        plan: which rank owns which block; None on one process.
+        sent: bytes sent to other ranks, by category.
+    """
+
+    plan: Plan | None
+
+    def __init__(self) -> None:
+        self.plan = None
+        self.sent: dict[str, float] = {}
 
     def see(self, root: nn.Module) -> None:
         """Be told of a model, with what wraps it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fop.algebra import Direction, Rung, inner
 from fop.capture import is_sharded, local
-from fop.distributed import SKETCH, Plan, scale_between, sketch
+from fop.distributed import SKETCH, scale_between, sketch
 from fop.optim.agreement import Description, check_devices
 from fop.optim.block import Block, GradPair, refresh_curvature, schedule_refresh
 from fop.optim.distribution import Distribution
@@ -45,9 +45,8 @@ class Team(Solo):
     """
 
     def __init__(self, options: Distribution) -> None:
+        super().__init__()
         self.options = options
-        self.plan: Plan | None = None
-        self.sent: dict[str, float] = {}
         self.wrapping = Wrapping(self._meet)
         self._mail = Mail(options.factor_dtype)
         self._blocks: list[Block] = []
@@ -243,7 +242,8 @@ class Team(Solo):
         ranks, side = (routes.ranks, routes.side) if routes else open_channels(self.group, self.sent)
         interval = next(iter(groups.values()))["curvature_interval"]
         self.plan, lacking = settle(self._blocks, description, self.options, ranks, interval)
-        owners = {block.weight: owner for block, owner in zip(self._blocks, self.plan.owners, strict=True)}
+        weights: list[Tensor] = [block.weight for block in self._blocks]
+        owners = dict(zip(weights, self.plan.owners, strict=True))
         self._mail.routes = Routes(ranks, side, owners)
         for block in self._blocks:
             if block not in lacking and block.state.get("refresh_at", 0) > groups[block.weight]["step"]:
@@ -316,7 +316,7 @@ class Team(Solo):
         gathered: dict[Tensor, Tensor] = {}
         if any(is_sharded(block.weight) for block in blocks):
             gathered = gather_gradients(ranks, blocks, owners)
-        packets = {
+        packets: dict[Tensor, Packet] = {
             block.weight: self._packet(block, gathered.get(block.weight), groups)
             for block in blocks
             if self._mail.owns(block)

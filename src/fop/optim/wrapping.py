@@ -153,5 +153,6 @@ def lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> Ca
         return work.get_future().then(put_back)
 
     # torch looks at the types themselves, not at their names.
-    hook.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+    bucket_type = dist.GradBucket  # type: ignore[attr-defined]
+    hook.__annotations__ = {"bucket": bucket_type, "return": torch.futures.Future[torch.Tensor]}
     return hook
