@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fop_bench.cost_model import H100
 from fop_bench.defaults import STUDIES, TASKS, measure
 from fop_bench.defaults_report import write_report
 from fop_bench.demo import FULL, QUICK, SELECTION, TARGET, TUNING_SEED, run_demo
@@ -24,7 +26,20 @@ from fop_bench.environment import environment
 from fop_bench.overhead import Measurement, measure_overhead, workloads
 from fop_bench.plot import plot_demo
 from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json
-from fop_bench.workloads import MODELS
+from fop_bench.scale import PLAIN_STEPS, measure_scale
+from fop_bench.scale import Measurement as Measured
+from fop_bench.scale_report import (
+    GPUS,
+    assumptions,
+    measured_markdown,
+    measured_sheets,
+    predicted_markdown,
+    predicted_sheets,
+    predictions,
+)
+from fop_bench.workloads import MODELS, Workload
+
+MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.device:
@@ -165,6 +180,93 @@ def defaults(
             on_run=lambda done, left: progress.update(bar, completed=done, total=done + left),
         )
     click.echo(f"Wrote {write_report(out)}; {left} runs left")
+
+
+@main.command()
+@click.option(
+    "--ranks",
+    "counts",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Processes, or GPUs for --predict; may be repeated.  [default: 1, 2, 4; for --predict 1, 2, … 1024]",
+)
+@click.option("--model", type=click.Choice([*MODELS]), default="resnet18", help="Network to step.")
+@click.option("--batch", type=click.IntRange(min=1), default=32, help="Batch of every rank.")
+@click.option("--mode", type=click.Choice(["compatible", "lean", "both"]), default="both", help="FOP's mode.")
+@click.option("--rounds", type=click.IntRange(min=1), default=2, help="Turns of every optimizer.")
+@click.option("--trace", is_flag=True, help="Also write Chrome traces of curvature steps of rank 0.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    help="Limit for each number of ranks.",
+)
+@click.option("--predict", is_flag=True, help="Only predict bytes, memory and times for up to 1024 GPUs.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("fop-scale"))
+def scale(
+    counts: tuple[int, ...],
+    model: str,
+    batch: int,
+    mode: str,
+    rounds: int,
+    trace: bool,
+    minutes: float,
+    predict: bool,
+    out: Path,
+) -> None:
+    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones.
+
+    Writes scale.json and README.md into --out; with --predict prediction.json and prediction.md.
+    """
+    # A number that is given twice is measured once.
+    counts = tuple(dict.fromkeys(counts))
+    if predict:
+        _predict_scale(counts or GPUS, out)
+        return
+    console = _console()
+    workload = Workload(model, batch, bf16=False)
+    modes = ["compatible", "lean"] if mode == "both" else [mode]
+    where = environment(torch.device("cpu")) | {"threads": 1}
+    cores = os.cpu_count() or 1
+    protocol = {
+        "workload": asdict(workload),
+        "cores": cores,
+        "modes": modes,
+        "rounds": rounds,
+        "plain_steps_a_round": PLAIN_STEPS,
+        "transport": "gloo over the loopback interface",
+    }
+    measurements: list[Measured] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(counts or MEASURED))
+        for count in counts or MEASURED:
+            progress.update(task, description=f"{model} · batch {batch} · {count} rank{'s' * (count > 1)}")
+            try:
+                measurements += measure_scale(
+                    workload, count, modes, rounds, minutes * 60, out if trace else None
+                )
+            except (RuntimeError, TimeoutError) as error:
+                raise click.ClickException(str(error)) from error
+            progress.advance(task)
+            # After every number of ranks: one that fails takes no other's result with it.
+            results = [asdict(each) for each in measurements]
+            write_json(out / "scale.json", {"environment": where, "protocol": protocol, "results": results})
+            (out / "README.md").write_text(measured_markdown(measurements, where, cores), encoding="utf-8")
+    for sheet in measured_sheets(measurements):
+        console.print(sheet.table())
+    console.print(f"Wrote scale.json and README.md to {out}", soft_wrap=True)
+
+
+def _predict_scale(counts: tuple[int, ...], out: Path) -> None:
+    predicted = predictions(counts)
+    results = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
+    write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": results})
+    (out / "prediction.md").write_text(predicted_markdown(predicted), encoding="utf-8")
+    console = _console()
+    for sheet in predicted_sheets(predicted):
+        console.print(sheet.table())
+    console.print(assumptions(), soft_wrap=True)
+    console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)
 
 
 def _console() -> Console:

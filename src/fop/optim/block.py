@@ -27,6 +27,8 @@ from fop.optim.discovery import FoundLayer
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
 GROWTH = 5
+# In place of a step: the inverses are there, but were never computed.
+NEVER = -1
 
 
 class GradPair(NamedTuple):
@@ -137,7 +139,12 @@ class Block:
     @property
     def ready(self) -> bool:
         """Whether there is a curvature to precondition with."""
-        return "A_inv" in self.state if self.elsewhere is None else self.elsewhere
+        return self.holds_curvature if self.elsewhere is None else self.elsewhere
+
+    @property
+    def holds_curvature(self) -> bool:
+        """Whether it is in this process."""
+        return "A_inv" in self.state and self.state.get("refreshed_at", 0) != NEVER
 
     def schedule(self, options: Mapping[str, Any]) -> None:
         """Tell the capture what the coming backward pass must gather."""
@@ -273,9 +280,10 @@ def refresh_curvature(
         if not fine:
             continue
         state, decay = block.state, group["stat_decay"]
+        known = state.get("refreshed_at", 0) != NEVER
         for key, new in (("A", A), ("G", G)):
             if new is not None:
-                state[key] = torch.lerp(new, state[key], decay) if key in state else new
+                state[key] = torch.lerp(new, state[key], decay) if known and key in state else new
         if G is None:
             state["A_inv"], state["refreshed_at"] = (
                 damped_diagonal(state["A"], group["damping"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fop.capture import local
+from fop.optim.block import NEVER, Block
 from fop.optim.options import DEFAULTS
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -124,6 +126,42 @@ def restore_precision(
             for name, value in saved["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     state[param][name] = value.to(param.device, _dtype(name, value, param), copy=True)
+
+
+def enter_block(block: Block, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Let the state of an optimizer hold that of a block, which takes a step."""
+    state[block.weight] = block.state
+    for bias in block.params[1:]:
+        # torch.distributed.checkpoint takes a parameter without any state for one that was left out.
+        state.setdefault(bias, {})["in_block_of_weight"] = True
+
+
+def make_block_state(
+    block: Block,
+    *,
+    owned: bool,
+    groups: Mapping[Tensor, Mapping[str, Any]],
+    state: MutableMapping[Tensor, dict[str, Any]],
+) -> None:
+    """Make the state of a block's parameters as before its first step: no curvature, no momentum.
+
+    Args:
+        block: the block.
+        owned: whether its curvature is kept in this process.
+        groups: parameter group of every parameter.
+        state: where to.
+    """
+    weight = block.weight
+    for name, shape in block.layer.factor_shapes.items() if owned else ():
+        for key in (name, f"{name}_inv"):
+            dtype = _dtype(key, weight, weight)
+            block.state[key] = torch.zeros(shape, dtype=dtype, device=local(weight).device)
+    block.state |= {"refreshed_at": NEVER, "refresh_at": 0}
+    enter_block(block, state)
+    for param in block.params:
+        if groups[param]["momentum"]:
+            dtype = _dtype("momentum_buffer", param, param)
+            state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
 
 
 Places: TypeAlias = dict[Tensor, tuple[torch.device, torch.dtype]]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fop.algebra import Rung
+from fop.capture import local
 from fop.optim.agreement import Description, describe_rank
 from fop.optim.block import Block
-from fop.optim.checkpoint import follow_moves, note_places
+from fop.optim.checkpoint import enter_block, follow_moves, make_block_state, note_places
 from fop.optim.crew import crew_for
 from fop.optim.distribution import Distribution, portable
 from fop.optim.gradients import unscale
@@ -22,7 +23,7 @@ from fop.optim.options import Schedule, checked
 from fop.optim.report import Refusals, warn_of_curvature
 from fop.optim.solo import Solo
 from fop.optim.tracking import Tracker
-from fop.optim.update import adamw_step, apply_moves
+from fop.optim.update import adamw_step, apply_moves, make_adamw_state
 
 
 class Engine(Optimizer):
@@ -84,8 +85,9 @@ class Engine(Optimizer):
         """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
         groups = self._groups()
         for weight, block in self._tracker.blocks.items():
-            if block.state is not self.state[weight]:
-                block.state = self.state[weight]
+            held = self.state.get(weight)
+            if held is not block.state and (held is not None or block.state):
+                block.state = {} if held is None else held
                 self._schedule(block, groups)
 
     def _step(self) -> None:
@@ -98,6 +100,8 @@ class Engine(Optimizer):
         if (max_norm := self.defaults["max_grad_norm"]) is not None:
             crew.clip(self._parameters(), max_norm)
         active = [block for block in blocks if crew.takes_part(block)]
+        for block in active:
+            enter_block(block, self.state)
         refused, rescues = crew.refresh(active, groups, loss_scale)
         if refused or rescues:
             warn_of_curvature(refused, rescues, self._warned)
@@ -123,6 +127,37 @@ class Engine(Optimizer):
             self._schedule(block, groups)
         self._listen()
         note_places(self.state, self._places)
+
+    def _asks_for_state(self) -> bool:
+        """Tell whether this step is to do nothing but make the state.
+
+        So does torch.distributed.checkpoint before it loads: it reads only into what is there.
+        """
+        idle = not self.state and all(group["lr"] == group["step"] == 0 for group in self.param_groups)
+        unseen = not any(block.capture.window.samples for block in self._tracker.blocks.values())
+        gradients = [param.grad for param in self._parameters() if param.grad is not None]
+        return idle and unseen and bool(gradients) and not any(bool(g.any()) for g in map(local, gradients))
+
+    def _make_state(self) -> None:
+        """Make the state that this rank will hold, as before the first step.
+
+        Raises:
+            RuntimeError: it is not known yet which parameter belongs to which module.
+        """
+        if self._tracker.listening:
+            raise RuntimeError(
+                "the state cannot be made before the modules of the parameters are known; make the optimizer from "
+                "the module, FOP(model, ...), or run the model once before loading a checkpoint"
+            )
+        groups, blocks = self._groups(), list(self._tracker.blocks.values())
+        owned = self._crew.owned(blocks, groups)
+        for block in blocks:
+            make_block_state(block, owned=block in owned, groups=groups, state=self.state)
+        covered = self._tracker.covered()
+        make_adamw_state(
+            [param for param in groups if param not in covered and param.requires_grad], self.state
+        )
+        self._relink()
 
     def _describe(self) -> Description:
         return describe_rank(self.param_groups, self._tracker, self._distribution)

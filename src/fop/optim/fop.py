@@ -222,6 +222,9 @@ class FOP(Engine):
                 loss = closure()
         names = self._tracker.names
         refuse_sparse((names.get(param, "a parameter"), param) for param in self._parameters())
+        if self._asks_for_state():
+            self._make_state()
+            return loss
         if hasattr(self, "found_inf"):
             self._crew.allow_scaler()
         if overflowed(self):

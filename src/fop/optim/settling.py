@@ -98,7 +98,7 @@ def settle(
     Raises:
         ValueError: the ranks disagree, or parameters are sharded in a way that is not known.
     """
-    mine = {"description": description, "has": ["A_inv" in block.state for block in blocks]}
+    mine = {"description": description, "has": [block.holds_curvature for block in blocks]}
     said = channel.gather_objects(mine, "the model and the options")
     check_agreement([each["description"] for each in said])
     _check_shards([param for block in blocks for param in block.params], channel)

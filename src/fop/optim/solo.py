@@ -46,6 +46,10 @@ class Solo:
             ValueError: where the pair cannot come from labels.
         """
 
+    def owned(self, blocks: Sequence[Block], groups: Groups) -> list[Block]:
+        """Return the blocks whose curvature this process keeps."""
+        return list(blocks)
+
     def unsettle(self) -> None:
         """Be told that the state was replaced."""
 

@@ -18,7 +18,7 @@ from fop.optim.block import Block, GradPair, refresh_curvature, schedule_refresh
 from fop.optim.distribution import Distribution
 from fop.optim.mail import Mail
 from fop.optim.rounds import Routes, Sending, contribution, factors_from
-from fop.optim.settling import open_channels, settle
+from fop.optim.settling import open_channels, plan_for, settle
 from fop.optim.sharing import Packet, gather_gradients, share_updates
 from fop.optim.solo import Groups, Solo
 from fop.optim.update import Move
@@ -116,6 +116,12 @@ class Team(Solo):
         for block in blocks:
             block.capture.completed = _Completed(self, block)
             self.schedule(block)
+
+    def owned(self, blocks: Sequence[Block], groups: Groups) -> list[Block]:
+        # Without a word to the others: the plan is the same on all ranks.
+        plan = plan_for(blocks, self.options, dist.get_world_size(self.group), _interval(groups))
+        rank = dist.get_rank(self.group)
+        return [block for block, owner in zip(blocks, plan.owners, strict=True) if owner == rank]
 
     def unsettle(self) -> None:
         self._settled = False
@@ -240,8 +246,7 @@ class Team(Solo):
         check_devices(groups, {})
         routes = self._mail.routes
         ranks, side = (routes.ranks, routes.side) if routes else open_channels(self.group, self.sent)
-        interval = next(iter(groups.values()))["curvature_interval"]
-        self.plan, lacking = settle(self._blocks, description, self.options, ranks, interval)
+        self.plan, lacking = settle(self._blocks, description, self.options, ranks, _interval(groups))
         weights: list[Tensor] = [block.weight for block in self._blocks]
         owners = dict(zip(weights, self.plan.owners, strict=True))
         self._mail.routes = Routes(ranks, side, owners)
@@ -410,6 +415,11 @@ class Team(Solo):
     def abandon(self) -> None:
         self._mail.abandon()
         self._labelled = False
+
+
+def _interval(groups: Groups) -> int:
+    # A mean over groups would be no better: the plan needs the order of magnitude.
+    return int(next(iter(groups.values()))["curvature_interval"])
 
 
 class _Completed:

@@ -51,6 +51,11 @@ class Tracker:
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
         self._finder: FirstForwardHook | None = None
 
+    @property
+    def listening(self) -> bool:
+        """Whether the owner of a parameter is still looked for."""
+        return self._finder is not None
+
     def covered(self) -> set[Tensor]:
         """Return the parameters that belong to a block."""
         return {param for block in self.blocks.values() for param in block.params}
@@ -97,7 +102,9 @@ class Tracker:
         block = self.blocks.get(found.weight)
         if block is None:
             capture = LayerCapture(found.layer, found.weight, found.bias, self.sub_batch)
-            block = Block(found, capture, state[found.weight])
+            # Not put into the state before it holds something: an empty one tells torch.distributed.checkpoint
+            # that it is not there yet.
+            block = Block(found, capture, state.get(found.weight, {}))
             self.blocks[found.weight] = block
             for param in block.params:
                 self.reasons.pop(param, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,24 +94,17 @@ def adamw_step(
     found in their parts of the gradients, too.
     """
     device = params[0].device
-    for param in params:
-        if "exp_avg" not in states[param]:
-            states[param]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                states[param][key] = torch.zeros_like(param)
-    # A shard may be empty: a parameter with fewer rows than there are ranks.
-    params = [param for param in params if local(param).numel()]
+    make_adamw_state(params, states)
     weights = [local(param) for param in params]
     gradients = [
         _laid_out_as(weight, local(param.grad))
         for param, weight in zip(params, weights, strict=True)
         if param.grad is not None
     ]
-    found = [gradient.abs().amax() for gradient in gradients]
+    # A shard may be empty: a parameter with fewer rows than there are ranks.
+    found = [gradient.abs().amax() for gradient in gradients if gradient.numel()]
     refused = ~torch.isfinite(torch.stack(found)).all() if found else torch.zeros((), dtype=torch.bool)
     refused = agree(refused.to(device))
-    if not params:
-        return refused
     # The fused kernel reads found_inf on the device and then leaves everything as it is; where torch has no
     # such kernel, and for slices of larger tensors, which it would walk through as if they were dense, the
     # flag must be read here.
@@ -138,6 +131,15 @@ def adamw_step(
         maximize=group["maximize"],
     )
     return refused
+
+
+def make_adamw_state(params: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Make AdamW's state of the parameters that have none."""
+    for param in params:
+        if "exp_avg" not in states[param]:
+            states[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                states[param][key] = torch.zeros_like(param)
 
 
 def _carried(group: Mapping[str, Any]) -> float:
