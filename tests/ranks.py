@@ -59,13 +59,20 @@ def run_ranks(
         codes = tuple(process.exitcode for process in processes)
         assert codes == (expected or (0,) * ranks), f"exit codes {codes}\n{errors}"
         return [
-            torch.load(path, weights_only=False) if (path := Path(folder) / f"result{rank}").exists() else None
+            torch.load(path, weights_only=False)
+            if (path := Path(folder) / f"result{rank}").exists()
+            else None
             for rank in range(ranks)
         ]
 
 
 def _child(
-    rank: int, ranks: int, folder: str, timeout: float, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    folder: str,
+    timeout: float,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)

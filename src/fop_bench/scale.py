@@ -157,7 +157,7 @@ def measure_scale(
     """
     names = contenders(ranks, modes)
     # Read when a process loads torch: otherwise the profiler announces its start and end on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds, traces, seconds=seconds)
     architecture = architecture_of(MODELS[workload.model][0](), workload.model)
     of = {name: [samples[name] for samples in by_rank] for name in names}

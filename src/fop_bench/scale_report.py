@@ -245,14 +245,14 @@ def _predicted(architecture: Architecture, rows: Sequence[Prediction]) -> Sheet:
         [
             [
                 str(row.ranks),
-                f"{row.baseline_bytes / 1e9:.3g}",
+                _short(row.baseline_bytes / 1e9),
                 *("–" if ratio is None else f"{ratio:.3f}" for ratio in row.ratios.values()),
                 str(row.burden.owners),
-                f"{row.burden.factor_bytes / 1e9:.3g}",
-                f"{row.product_seconds * 1e3:.3g}",
-                f"{row.inversion_seconds * 1e3:.3g}",
-                f"{row.inversion_seconds * 1e3 / INTERVAL:.3g}",
-                *(f"{row.extra_seconds[method] * 1e3:.3g}" for method in methods),
+                _short(row.burden.factor_bytes / 1e9),
+                _short(row.product_seconds * 1e3),
+                _short(row.inversion_seconds * 1e3),
+                _short(row.inversion_seconds * 1e3 / INTERVAL),
+                *(_short(row.extra_seconds[method] * 1e3) for method in methods),
             ]
             for row in rows
         ],
@@ -270,6 +270,11 @@ def assumptions() -> str:
 
 def _name(measurement: Measurement) -> list[str]:
     return [str(measurement.ranks), CONTENDERS[measurement.optimizer].label]
+
+
+def _short(value: float) -> str:
+    """Give three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def _mb(count: float) -> str:

@@ -38,6 +38,8 @@ class LayerCapture:
         paired: whether the gradient pair is wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
+        averaged: whether somebody averages p.grad over ranks after a backward pass, so that it changes.
+        apart: whether p.grad never holds what the passes so far gave: each shows its own gradient only.
         completed: called when a backward pass has given all gradients of the block, with these by parameter;
             None for nobody to call.
 
@@ -51,6 +53,8 @@ class LayerCapture:
         self.paired = True
         self.due = True
         self.counted = False
+        self.averaged = False
+        self.apart = is_sharded(weight)
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.window = Window(layer, self.params)
         self._sub_batch = sub_batch
@@ -101,6 +105,12 @@ class LayerCapture:
         self._version = None
         self._outer = -1
         self._arrived = {}
+
+    def restart(self) -> None:
+        """Forget the gradients of the passes so far, not their statistics."""
+        window = Window(self.layer, self.params)
+        window.statistics, window.samples = self.window.statistics, self.window.samples
+        self.window = window
 
     @property
     def wants(self) -> bool:
@@ -182,7 +192,8 @@ class LayerCapture:
                 self.window.drop_pair("its gradient came by a path that no hook saw")
             else:
                 self.window.add(part, continued=self._continued)
-                self.window.compare(gradient)
+                if not (self.averaged and self._version is not None):
+                    self.window.compare(gradient)
             self._version = _state(gradient)
         if self.paired or self.due:
             self.window.remember(param, gradient)
@@ -214,8 +225,8 @@ class LayerCapture:
     def _open_window(self) -> None:
         """Start afresh unless this pass adds to a gradient that the window already describes."""
         gradient = self.weight.grad
-        if is_sharded(self.weight):
-            # Its gradient comes after the backward pass; only a step, or zero_grad, begins anew.
+        if self.apart or (self.averaged and gradient is not None and self._version is not None):
+            # Only a step, or zero_grad, begins anew.
             return
         if gradient is None:
             self.clear()

@@ -61,8 +61,8 @@ class Channel:
         group: the process group.
         sent: bytes by category, shared by all channels of an optimizer.
 
-    Bytes are those that the rank sends on average with a bandwidth-optimal algorithm (Thakur et al. 2005): of a
-    message of n bytes over W ranks 2n(W-1)/W for an all-reduce, n(W-1)/W for a reduce or a broadcast.
+    Bytes are those that a rank sends on average with a bandwidth-optimal algorithm (Thakur et al. 2005): of
+    n bytes over W ranks 2n(W-1)/W for an all-reduce, n(W-1)/W for a reduce or a broadcast.
     """
 
     def __init__(self, group: dist.ProcessGroup, sent: dict[str, float]) -> None:
@@ -245,7 +245,7 @@ class Outbox:
 
 
 def _bucketed(parcels: Iterable[Parcel]) -> list[list[Parcel]]:
-    """Join parcels of one destination and dtype, each bucket of BUCKET_BYTES, in the order in which the buckets become full."""
+    """Join parcels that go the same way into buckets of BUCKET_BYTES, in the order in which these become full."""
     full: list[list[Parcel]] = []
     filling: dict[Hashable, list[Parcel]] = {}
     for parcel in parcels:

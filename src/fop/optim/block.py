@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,20 +13,14 @@ from fop.algebra import (
     Curvature,
     DiagonalBlock,
     Direction,
-    Inversion,
     KroneckerBlock,
     Rung,
-    damped_diagonal,
-    damped_inverses,
-    damping_split,
     fop_direction,
     kfac_direction,
 )
 from fop.capture import LayerCapture
 from fop.optim.discovery import FoundLayer
 
-# Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
-GROWTH = 5
 # In place of a step: the inverses are there, but were never computed.
 NEVER = -1
 
@@ -110,7 +104,7 @@ class Block:
         self.capture = capture
         self.rescues: Counter[Rung] = Counter()
         self.last: Direction | None = None
-        # Between ranks: whether the owner, another rank, has a curvature; None where it is this process's own.
+        # Between ranks: whether the owner, another rank, has a curvature; None where it is here.
         self.elsewhere: bool | None = None
         # Between ranks: whether the gradient goes to the owner, and p.grad is None.
         self.lean = False
@@ -240,93 +234,3 @@ class Block:
         if self.bias is None:
             return False
         return self.bias.requires_grad if self.lean else self.bias.grad is not None
-
-
-def next_refresh(step: int, interval: int) -> int:
-    """Return the step of the next curvature update after one in ``step``.
-
-    The distance grows with the number of steps taken, up to ``interval``: early on the weights move far
-    and an inverse is soon out of date.
-    """
-    return step + max(1, min(interval, step // GROWTH))
-
-
-def refresh_curvature(
-    blocks: Sequence[Block],
-    fresh: Sequence[tuple[Tensor, Tensor | None]],
-    options: Sequence[Mapping[str, Any]],
-) -> tuple[list[Block], list[tuple[Block, Rung]]]:
-    """Take new factors of ``blocks`` into the averages and invert these.
-
-    Args:
-        blocks: the blocks.
-        fresh: A and G of each, from the statistics of this step.
-        options: the parameter group of each.
-
-    Returns:
-        The blocks whose statistics were not finite, which keep their curvature, and the rescues.
-
-    Transfers to the host twice (are the statistics finite, did the inversions succeed).
-    """
-    if not blocks:
-        return [], []
-    home = fresh[0][0].device
-    finite = torch.stack([_finite(*pair).to(home) for pair in fresh]).tolist()
-    factors: list[Tensor] = []
-    shifts: list[Tensor] = []
-    refused = [block for block, fine in zip(blocks, finite, strict=True) if not fine]
-    updated: list[tuple[Block, int]] = []
-    for block, group, (A, G), fine in zip(blocks, options, fresh, finite, strict=True):
-        if not fine:
-            continue
-        state, decay = block.state, group["stat_decay"]
-        known = state.get("refreshed_at", 0) != NEVER
-        for key, new in (("A", A), ("G", G)):
-            if new is not None:
-                state[key] = torch.lerp(new, state[key], decay) if known and key in state else new
-        if G is None:
-            state["A_inv"], state["refreshed_at"] = (
-                damped_diagonal(state["A"], group["damping"]),
-                group["step"],
-            )
-        else:
-            shift_A, shift_G = damping_split(state["A"], state["G"], group["damping"])
-            factors += [state["A"], state["G"]]
-            shifts += [shift_A, shift_G]
-            updated.append((block, group["step"]))
-    with torch.profiler.record_function("fop::inversion"):
-        inversions = damped_inverses(factors, shifts)
-    return refused, _store(updated, inversions)
-
-
-def schedule_refresh(blocks: Sequence[Block], groups: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Note of blocks whose curvature was refreshed when the next time is, and how far p.grad was seen."""
-    for block in blocks:
-        window, state, group = block.capture.window, block.state, groups[block.weight]
-        if (complete := window.complete) is not None:
-            if (clean := window.clean) is not None:
-                # What p.grad held before says nothing about the paths into it.
-                complete = torch.where(clean, complete, state.get("complete", torch.ones_like(complete)))
-            state["complete"] = complete
-        state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
-
-
-def _finite(A: Tensor, G: Tensor | None) -> Tensor:
-    finite = torch.isfinite(A).all()
-    return finite if G is None else finite & torch.isfinite(G).all()
-
-
-def _store(blocks: Sequence[tuple[Block, int]], inversions: Sequence[Inversion]) -> list[tuple[Block, Rung]]:
-    rescues: list[tuple[Block, Rung]] = []
-    pairs = zip(inversions[::2], inversions[1::2], strict=True)
-    for (block, step), pair in zip(blocks, pairs, strict=True):
-        for inversion in pair:
-            if inversion.rung is not Rung.NONE:
-                block.rescues[inversion.rung] += 1
-                rescues.append((block, inversion.rung))
-        A, G = pair
-        # The two inverses share one π, so one of them alone is not replaced.
-        if A.inverse is not None and G.inverse is not None:
-            block.state["A_inv"], block.state["G_inv"] = A.inverse, G.inverse
-            block.state["refreshed_at"] = step
-    return rescues

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fop.capture import local
 from fop.optim.block import NEVER, Block
+from fop.optim.curvature import NOTHING_UNDER_WAY
 from fop.optim.options import DEFAULTS
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -157,6 +158,8 @@ def make_block_state(
             dtype = _dtype(key, weight, weight)
             block.state[key] = torch.zeros(shape, dtype=dtype, device=local(weight).device)
     block.state |= {"refreshed_at": NEVER, "refresh_at": 0}
+    if owned and groups[weight]["inverse_delay"] and "G" in block.layer.factor_shapes:
+        block.state |= NOTHING_UNDER_WAY
     enter_block(block, state)
     for param in block.params:
         if groups[param]["momentum"]:

@@ -23,8 +23,8 @@ class Distribution:
     """How ranks work together.
 
     Attributes:
-        mode: "compatible", p.grad is the mean over all ranks after ``backward()``; or "lean", the gradients of
-            preconditioned layers go to their owners alone and p.grad is None.
+        mode: "compatible", p.grad is the mean over all ranks after ``backward()``; or "lean", the gradients
+            of preconditioned layers go to their owners alone and p.grad is None.
         pair: "parity", even ranks give g1 and odd ranks g2; "halves", every rank splits its batch; None for
             parity where the number of ranks is even, and halves where it is odd.
         group: process group; None for DistributedDataParallel's, or all ranks.
@@ -50,8 +50,8 @@ def checked_distribution(given: DistributedLike) -> Distribution | None:
         return None
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(
-            f"distributed={given!r} must be a dict of options, such as {{'mode': 'lean'}}, or False for ranks "
-            "that train models of their own"
+            f"distributed={given!r} must be a dict of options, such as {{'mode': 'lean'}}, or False for "
+            "ranks that train models of their own"
         )
     options = dict(given or {})
     known = [field.name for field in fields(Distribution)]

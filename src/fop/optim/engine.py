@@ -17,11 +17,13 @@ from fop.optim.checkpoint import enter_block, follow_moves, make_block_state, no
 from fop.optim.crew import crew_for
 from fop.optim.distribution import Distribution, portable
 from fop.optim.gradients import unscale
+from fop.optim.joining import Shadow
 from fop.optim.layer_options import LayerChoices, LayerOptionsLike
 from fop.optim.live import live
 from fop.optim.options import Schedule, checked
 from fop.optim.report import Refusals, warn_of_curvature
 from fop.optim.solo import Solo
+from fop.optim.team import Team
 from fop.optim.tracking import Tracker
 from fop.optim.update import adamw_step, apply_moves, make_adamw_state
 
@@ -44,7 +46,7 @@ class Engine(Optimizer):
         self._warned: set[tuple[str, Rung]] = set()
         self._refusals = Refusals()
         self._distribution = distribution
-        self._crew = crew_for(distribution)
+        self._crew = crew_for(distribution, self)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -65,7 +67,7 @@ class Engine(Optimizer):
     def _listen(self) -> None:
         if type(self._crew) is Solo:
             # The process group may have come after the optimizer.
-            self._crew = crew_for(self._distribution)
+            self._crew = crew_for(self._distribution, self)
             for root in self._tracker.roots():
                 self._crew.see(root)
         self._tracker.listen(list(self._parameters()), self._seen)
@@ -139,16 +141,10 @@ class Engine(Optimizer):
         return idle and unseen and bool(gradients) and not any(bool(g.any()) for g in map(local, gradients))
 
     def _make_state(self) -> None:
-        """Make the state that this rank will hold, as before the first step.
+        """Make the state that this process will hold, as before the first step.
 
-        Raises:
-            RuntimeError: it is not known yet which parameter belongs to which module.
+        For a parameter whose module is not known yet that is AdamW's.
         """
-        if self._tracker.listening:
-            raise RuntimeError(
-                "the state cannot be made before the modules of the parameters are known; make the optimizer from "
-                "the module, FOP(model, ...), or run the model once before loading a checkpoint"
-            )
         groups, blocks = self._groups(), list(self._tracker.blocks.values())
         owned = self._crew.owned(blocks, groups)
         for block in blocks:
@@ -161,6 +157,31 @@ class Engine(Optimizer):
 
     def _describe(self) -> Description:
         return describe_rank(self.param_groups, self._tracker, self._distribution)
+
+    @torch.no_grad()
+    def shadow_step(self) -> None:
+        """Take part in a step of other ranks, for which this one has no batch left (`Join`)."""
+        assert isinstance(self._crew, Team)
+        for param in self._parameters():
+            param.grad = None
+        self._crew.shadow = True
+        self._follow_model()
+        self._step()
+        self._crew.shadow = False
+
+    def join_hook(self, **options: Any) -> Shadow:
+        """Return what `torch.distributed.algorithms.Join` calls on ranks without a batch."""
+        return Shadow(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device on which `Join` may communicate."""
+        return next(self._parameters()).device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The process group of the ranks."""
+        return self._crew.group if isinstance(self._crew, Team) else torch.distributed.group.WORLD
 
     def _schedule(self, block: Block, groups: Mapping[Tensor, dict[str, Any]]) -> None:
         block.schedule(groups[block.weight])

@@ -59,6 +59,8 @@ class FOP(Engine):
         stat_decay: weight of the old factors when new statistics come in, in [0, 1).
         curvature_interval: steps between curvature updates; early in training they come more often. May be a
             function of the step.
+        inverse_delay: steps after which new inverses are used; until then they are computed in another thread
+            (on a GPU, another stream), and steps do not wait. 0 computes them in the step.
         beta: "adaptive" for β* (16), or a fixed mixing coefficient; 0.0 with ``eta=1.0`` is K-FAC.
         eta: "adaptive" for η* (17), or a fixed scale.
         kl_clip: κ; the preconditioned updates are scaled by min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩))
@@ -103,6 +105,7 @@ class FOP(Engine):
         damping: float | Schedule = DEFAULTS["damping"],
         stat_decay: float = DEFAULTS["stat_decay"],
         curvature_interval: int | Schedule = DEFAULTS["curvature_interval"],
+        inverse_delay: int = DEFAULTS["inverse_delay"],
         beta: float | Literal["adaptive"] = DEFAULTS["beta"],
         eta: float | Literal["adaptive"] = DEFAULTS["eta"],
         kl_clip: float | None = DEFAULTS["kl_clip"],

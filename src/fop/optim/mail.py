@@ -86,11 +86,15 @@ class Mail:
         """Whether nothing was sent since the last step."""
         return not self._rounds
 
-    def collect(self) -> None:
-        """Send what is left, and wait for the sums."""
-        self._factors, self._gradients, self._counts = {}, {}, {}
+    def flush(self) -> None:
+        """Send what is left."""
         for each in self._rounds:
             each.flush()
+
+    def collect(self) -> None:
+        """Send what is left, and wait for the sums."""
+        self.flush()
+        self._factors, self._gradients, self._counts = {}, {}, {}
         for each in self._rounds:
             for (what, weight), tensor in each.collect().items():
                 sums = self._factors if what == "factors" else self._gradients
@@ -109,8 +113,8 @@ class Mail:
         """Give the sums of this rank's side to the owner beside it, and take those of the other side.
 
         Args:
-            blocks: those whose gradients are added up on each side apart. The sums of a block are then those of
-                even and of odd ranks.
+            blocks: those whose gradients are added up on each side apart. The sums of a block are then those
+                of even and of odd ranks.
         """
         ranks, owners = self.ranks, self.here.owners
         other = ranks.rank ^ 1
@@ -135,7 +139,7 @@ class Mail:
         return _total(self._factors.pop(block.weight))
 
     def counts(self, blocks: Sequence[Block]) -> list[list[float]]:
-        """Return N and the numbers of rows over all ranks, for every term of each block; waits for the device."""
+        """Return N and numbers of rows over all ranks, for every term of each block; waits for the device."""
         sizes = [sum(1 + layer.groups for layer in terms_of(block).values()) for block in blocks]
         zeros = torch.zeros(max(sizes), dtype=torch.float64, device=blocks[0].weight.device)
         own = [

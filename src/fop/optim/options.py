@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": 1e-3,
     "stat_decay": 0.9,
     "curvature_interval": 100,
+    "inverse_delay": 0,
     "beta": "adaptive",
     "eta": "adaptive",
     "kl_clip": 1e-3,
@@ -87,12 +88,13 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
         _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
     if options.get("max_grad_norm") is not None:
         _check_number("max_grad_norm", options["max_grad_norm"], low=0.0, strict=True, instead="or None")
-    if "curvature_interval" in options:
-        interval = options["curvature_interval"]
-        if isinstance(interval, bool) or not isinstance(interval, numbers.Integral):
-            raise TypeError(f"curvature_interval={interval!r} must be a whole number of steps, 1 or more")
-        if interval < 1:
-            raise ValueError(f"curvature_interval={interval} must be 1 or more steps")
+    for name, least in (("curvature_interval", 1), ("inverse_delay", 0)):
+        if name in options:
+            steps = options[name]
+            if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+                raise TypeError(f"{name}={steps!r} must be a whole number of steps, {least} or more")
+            if steps < least:
+                raise ValueError(f"{name}={steps} must be {least} or more steps")
     if "betas" in options:
         betas = options["betas"]
         if not isinstance(betas, Sequence) or len(betas) != 2:

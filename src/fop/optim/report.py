@@ -66,7 +66,8 @@ class LayerDiagnostics:
         beta: mixing coefficient β used; 0 for a K-FAC step, None before the first.
         eta: step scale η used; 1 for a K-FAC step, None before the first.
         rho: ρ ∈ [0, 1], None before the first step.
-        damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1].
+        damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1]; None where another rank
+            owns the layer.
         damping_G: the same for G + γ/π I; None for a diagonal curvature, which has no G.
         steps_since_curvature: steps since the inverses were computed; None before the first time.
         rescues: how often an inversion needed each rung of the ladder.
@@ -199,7 +200,7 @@ def diagnose(
     layers: dict[str, LayerDiagnostics] = {}
     for weight, block in blocks.items():
         group, refreshed_at, last = groups[weight], block.state.get("refreshed_at"), block.last
-        if "A" not in block.state:
+        if last is None and "A" not in block.state:
             continue
         beta, eta, rho = (
             (None, None, None) if last is None else torch.stack([last.beta, last.eta, last.rho]).tolist()
@@ -235,6 +236,9 @@ def _factors(layer: Layer) -> str:
 
 
 def _damping_shares(block: Block, damping: float) -> list[float | None]:
+    if "A" not in block.state:
+        # Another rank owns the curvature.
+        return [None, None]
     A, G = block.state["A"], block.state.get("G")
     if G is None:
         whole = A.mean() + damping

@@ -19,12 +19,21 @@ from fop.distributed import (
     pack_symmetric,
     packed_shape,
     representative,
+    scale_between,
     side_of,
     sketch,
     unpack_symmetric,
 )
 from fop.layers import FactorSums, Layer, Statistics
-from fop.optim.block import Block
+from fop.optim.block import Block, GradPair
+
+# How far p.grad may be from a scaling of what the ranks gave, as a share of its sketch: compressed
+# all-reduces and half precision round, while clipped elements and added noise move it further.
+_SAME, _SAME_HALF = 1e-2, 5e-2
+TORN = (
+    "p.grad is not the mean of what the ranks gave (changed since, or not finite), or a rank had no pair in "
+    "its batch"
+)
 
 
 class Sending(Enum):
@@ -205,6 +214,43 @@ def contribution(
     if sending is Sending.BOTH:
         return [matrix / ranks, difference, has_pair]
     return [difference, sketch(matrix) / ranks, has_pair]
+
+
+def pair_of(
+    block: Block, sending: Sending, sums: Sequence[Tensor], gathered: Tensor | None, ranks: int
+) -> GradPair:
+    """Return the gradient pair of a block, from what all ranks have sent to its owner.
+
+    Args:
+        block: the block.
+        sending: what each has sent.
+        sums: their sums, one for each round; for `Sending.SIDE` those of even and of odd ranks.
+        gathered: the gradient matrix, if p.grad is a shard of it.
+        ranks: their number.
+    """
+    shape = block.layer.matrix_shape
+    if sending is Sending.NOTHING:
+        return GradPair(block.gradient() if gathered is None else gathered, None, None, TORN)
+    if sending is Sending.SIDE:
+        first, second = (each.view(shape) for each in sums)
+        known = torch.ones((), dtype=torch.bool, device=first.device)
+        return GradPair((first + second) / ranks, (first - second) * (2 / ranks), known, TORN)
+    total = torch.stack(list(sums)).sum(0)
+    if sending is Sending.GRADIENT:
+        return GradPair(total.view(shape) / ranks, None, None, TORN)
+    size = torch.Size(shape).numel()
+    trusted = total[-1] > ranks * len(sums) - 0.5
+    if sending is Sending.BOTH:
+        difference = torch.where(trusted, total[size:-1].view(shape), 0)
+        return GradPair(total[:size].view(shape), difference, trusted, TORN)
+    average = block.gradient() if gathered is None else gathered
+    assert block.weight.grad is not None
+    tolerance = _SAME if torch.finfo(block.weight.grad.dtype).bits > 16 else _SAME_HALF
+    # A shard's p.grad is the sum of what its passes gave; otherwise the last pass has seen all that it holds.
+    marks = total if block.capture.apart else sums[-1]
+    scale, same = scale_between(marks[size : size + SKETCH], sketch(average), tolerance)
+    trusted = trusted & same
+    return GradPair(average, torch.where(trusted, total[:size].view(shape) * scale, 0), trusted, TORN)
 
 
 def factors_from(

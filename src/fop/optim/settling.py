@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,12 @@ def plan_for(blocks: Sequence[Block], options: Distribution, ranks: int, interva
         curvature_interval=interval,
         ranks_per_node=options.ranks_per_node,
     )
+
+
+def interval_of(groups: Mapping[Tensor, Mapping[str, Any]]) -> int:
+    """Return the steps between curvature updates that the plan reckons with."""
+    # A mean over groups would be no better: the plan needs the order of magnitude.
+    return int(next(iter(groups.values()))["curvature_interval"])
 
 
 def size_of(block: Block) -> LayerSize:

@@ -1,4 +1,4 @@
-"""Updates on their way from the owner of a layer to all ranks, and gradient shards on their way to the owner."""
+"""Updates on their way from the owner of a layer to all ranks, and gradient shards on their way to it."""
 
 from __future__ import annotations
 

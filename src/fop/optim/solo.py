@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from fop.algebra import Rung
 from fop.distributed import Plan
 from fop.optim.agreement import Description
-from fop.optim.block import Block, refresh_curvature, schedule_refresh
+from fop.optim.block import Block
+from fop.optim.curvature import Inverter, Rescues, schedule_refresh
 from fop.optim.update import Move
 
 Groups: TypeAlias = Mapping[Tensor, dict[str, Any]]
@@ -29,6 +29,7 @@ class Solo:
     def __init__(self) -> None:
         self.plan = None
         self.sent: dict[str, float] = {}
+        self._inverter = Inverter()
 
     def see(self, root: nn.Module) -> None:
         """Be told of a model, with what wraps it."""
@@ -52,6 +53,7 @@ class Solo:
 
     def unsettle(self) -> None:
         """Be told that the state was replaced."""
+        self._inverter.forget()
 
     def allow_scaler(self) -> None:
         """Raise RuntimeError where a `GradScaler` would not see the overflow of all ranks."""
@@ -77,7 +79,7 @@ class Solo:
 
     def refresh(
         self, blocks: Sequence[Block], groups: Groups, loss_scale: Tensor | None
-    ) -> tuple[list[Block], list[tuple[Block, Rung]]]:
+    ) -> tuple[list[Block], Rescues]:
         """Take the statistics that blocks have gathered into their curvature.
 
         Args:
@@ -94,9 +96,10 @@ class Solo:
             if (statistics := block.capture.window.statistics) is not None:
                 due.append(block)
                 fresh.append(statistics.factors(groups[block.weight]["loss_reduction"], loss_scale))
-        refused, rescues = refresh_curvature(due, fresh, [groups[block.weight] for block in due])
+        came = self._inverter.take(blocks, groups)
+        refused, rescues = self._inverter.refresh(due, fresh, [groups[block.weight] for block in due])
         schedule_refresh([block for block in due if block not in refused], groups)
-        return refused, rescues
+        return refused, came + rescues
 
     def moves(self, blocks: Sequence[Block], groups: Groups) -> list[Move]:
         """Return what blocks that have a curvature are about to do."""

@@ -51,11 +51,6 @@ class Tracker:
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
         self._finder: FirstForwardHook | None = None
 
-    @property
-    def listening(self) -> bool:
-        """Whether the owner of a parameter is still looked for."""
-        return self._finder is not None
-
     def covered(self) -> set[Tensor]:
         """Return the parameters that belong to a block."""
         return {param for block in self.blocks.values() for param in block.params}
@@ -70,7 +65,7 @@ class Tracker:
         Raises:
             ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
         """
-        # What torch.compile or DistributedDataParallel returned is a wrapper; layers and hooks are the model's.
+        # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
         root = unwrapped(root)
         found = find_layers(root, groups.keys(), self.choices)
         if not found.owners:
@@ -102,8 +97,8 @@ class Tracker:
         block = self.blocks.get(found.weight)
         if block is None:
             capture = LayerCapture(found.layer, found.weight, found.bias, self.sub_batch)
-            # Not put into the state before it holds something: an empty one tells torch.distributed.checkpoint
-            # that it is not there yet.
+            # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
+            # knows that it must be made.
             block = Block(found, capture, state.get(found.weight, {}))
             self.blocks[found.weight] = block
             for param in block.params:

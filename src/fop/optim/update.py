@@ -58,6 +58,30 @@ def apply_moves(
     return scale, finite
 
 
+def clip_moves(
+    moves: Sequence[Move], squares: Sequence[Tensor], rest: Sequence[Tensor], max_norm: float
+) -> list[Move]:
+    """Scale the gradients of a step together, as `torch.nn.utils.clip_grad_norm_`, after its moves were made.
+
+    Args:
+        moves: an update grows as its gradient does, so these are scaled.
+        squares: squared norm of the gradient behind each move.
+        rest: all other gradients, scaled in place.
+        max_norm: the norm that all together may have.
+
+    Returns:
+        The moves from the scaled gradients.
+    """
+    total = torch.stack([*squares, *(gradient.square().sum().to(squares[0]) for gradient in rest)]).sum()
+    coefficient = (max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in rest:
+        gradient.mul_(coefficient.to(gradient))
+    return [
+        Move([(p, part * coefficient.to(part)) for p, part in parts], length * coefficient**2)
+        for parts, length in moves
+    ]
+
+
 def move(param: Tensor, part: Tensor, fine: Tensor, group: Mapping[str, Any], state: dict[str, Any]) -> None:
     """Decay the weights (decoupled), then move them with `torch.optim.SGD`'s momentum, if ``fine``.
 

@@ -121,7 +121,34 @@ def average(params: list[Tensor], reduce: Callable[[Tensor], None], ranks: int) 
             gradient.copy_(part.view_as(gradient))
 
 
-def lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> Callable[[object, Any], Any]:
+def check_group(group: dist.ProcessGroup | None, ddp: Any) -> None:
+    """Raise ValueError if DistributedDataParallel averages over other ranks than those of ``group``."""
+    if group is None:
+        return
+    ours, theirs = (sorted(dist.get_process_group_ranks(each)) for each in (group, ddp.process_group))
+    if ours != theirs:
+        raise ValueError(
+            f"distributed: 'group' has the ranks {ours}, and DistributedDataParallel averages over {theirs}; "
+            "give both the same process group"
+        )
+
+
+def average_lean(ddp: Any, is_lean: Callable[[Tensor], bool]) -> None:
+    """Let DistributedDataParallel leave out the gradients that go to owners.
+
+    Raises:
+        ValueError: it has another communication hook.
+    """
+    try:
+        ddp.register_comm_hook(None, _lean_hook(is_lean, ddp.process_group))
+    except RuntimeError as error:
+        raise ValueError(
+            "distributed: mode='lean' needs a communication hook of its own, and this "
+            "DistributedDataParallel has one already; make it without, or use mode='compatible'"
+        ) from error
+
+
+def _lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> Callable[[object, Any], Any]:
     """Return a communication hook of DistributedDataParallel that leaves out the gradients sent to owners.
 
     Args:
