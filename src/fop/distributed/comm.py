@@ -245,7 +245,7 @@ class Outbox:
 
 
 def _bucketed(parcels: Iterable[Parcel]) -> list[list[Parcel]]:
-    """Join parcels that go the same way into buckets of BUCKET_BYTES, in the order in which these become full."""
+    """Join parcels that go the same way into buckets of BUCKET_BYTES, in the order in which these fill up."""
     full: list[list[Parcel]] = []
     filling: dict[Hashable, list[Parcel]] = {}
     for parcel in parcels:

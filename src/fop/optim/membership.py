@@ -150,8 +150,8 @@ class Membership(Solo, ABC):
         """Raise RuntimeError where ranks would not find the same overflow."""
         if self.options.mode == "lean":
             raise RuntimeError(
-                "GradScaler looks for overflow in p.grad, and with distributed={'mode': 'lean'} preconditioned "
-                "layers have none; use bfloat16 without a scaler, or mode='compatible'"
+                "GradScaler looks for overflow in p.grad, and with distributed={'mode': 'lean'} "
+                "preconditioned layers have none; use bfloat16 without a scaler, or mode='compatible'"
             )
         if self.wrapping.ddp is None and not any(map(is_sharded, self._groups)):
             raise RuntimeError(

@@ -103,8 +103,14 @@ def settle(
         The plan, and the blocks whose owner has no curvature for them. Curvature that others own is dropped.
 
     Raises:
-        ValueError: the ranks disagree, or parameters are sharded in a way that is not known.
+        ValueError: the ranks disagree, a pair by parity is asked of an odd number of ranks, or parameters are
+            sharded in a way that is not known.
     """
+    if options.pair == "parity" and channel.size % 2:
+        raise ValueError(
+            f"distributed: pair='parity' needs an even number of ranks, and there are {channel.size}; use "
+            "pair='halves', or leave it out"
+        )
     mine = {"description": description, "has": [block.holds_curvature for block in blocks]}
     said = channel.gather_objects(mine, "the model and the options")
     check_agreement([each["description"] for each in said])

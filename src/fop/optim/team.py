@@ -33,8 +33,8 @@ class Team(Membership):
         optimizer: whose steps these are; held weakly.
 
     In a backward pass every layer sends its statistics, if they are due, and its part of the gradient pair to
-    its owner as soon as it has them. In `step()` owners refresh the curvature and compute the updates of their
-    layers, and share these; momentum and weight decay then follow on all ranks alike.
+    its owner as soon as it has them. In `step()` owners refresh the curvature, compute the updates of their
+    layers and share these; momentum and weight decay then follow on all ranks alike.
     """
 
     def __init__(self, options: Distribution, optimizer: Stepping) -> None:
