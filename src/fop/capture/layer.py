@@ -39,7 +39,8 @@ class LayerCapture:
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
         averaged: whether somebody averages p.grad over ranks after a backward pass, so that it changes.
-        apart: whether p.grad never holds what the passes so far gave: each shows its own gradient only.
+        apart: whether the gradient is taken away after a pass that averages (FSDP, and lean layers).
+        continues: whether the last pass added to a gradient that was still there, where ``apart``.
         completed: called when a backward pass has given all gradients of the block, with these by parameter;
             None for nobody to call.
 
@@ -55,6 +56,7 @@ class LayerCapture:
         self.counted = False
         self.averaged = False
         self.apart = is_sharded(weight)
+        self.continues = False
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.window = Window(layer, self.params)
         self._sub_batch = sub_batch
@@ -106,7 +108,7 @@ class LayerCapture:
         self._outer = -1
         self._arrived = {}
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         """Forget the gradients of the passes so far, not their statistics."""
         window = Window(self.layer, self.params)
         window.statistics, window.samples = self.window.statistics, self.window.samples
@@ -225,7 +227,13 @@ class LayerCapture:
     def _open_window(self) -> None:
         """Start afresh unless this pass adds to a gradient that the window already describes."""
         gradient = self.weight.grad
-        if self.apart or (self.averaged and gradient is not None and self._version is not None):
+        if self.apart:
+            live = next((whole for whole, own in self._stand_ins.items() if own is self.weight), self.weight)
+            self.continues = live.grad is not None
+            if not self.continues:
+                self._restart()
+            return
+        if self.averaged and gradient is not None and self._version is not None:
             # Only a step, or zero_grad, begins anew.
             return
         if gradient is None:

@@ -119,6 +119,8 @@ class Membership(Solo, ABC):
                 "sub_batch() labels backward passes, and distributed={'pair': 'parity'} takes the pair from "
                 "the ranks; use one or the other"
             )
+        if self.options.mode == "lean":
+            raise ValueError("sub_batch() does not go together with mode='lean'; leave the pair to the ranks")
         if any(is_sharded(block.weight) for block in self._blocks):
             raise ValueError("sub_batch() does not go together with fully_shard; leave the pair to the ranks")
         self._labelled = True

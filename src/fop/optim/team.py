@@ -43,6 +43,7 @@ class Team(Membership):
         # Whether the running step is one of other ranks, for which this one has no batch.
         self.shadow = False
         # Of the running step.
+        self._kinds: dict[Tensor, Sending] = {}
         self._cumulative: list[Block] = []
         self._samples: dict[Tensor, Tensor] = {}
         self._max_norm: float | None = None
@@ -63,8 +64,6 @@ class Team(Membership):
             self._send(block, pieces)
         else:
             self._mail.hold(block, pieces)
-        if block.capture.apart:
-            block.capture.restart()
 
     def _send(self, block: Block, pieces: list[Tensor]) -> None:
         if block.lean and not self._forgets:
@@ -91,7 +90,7 @@ class Team(Membership):
 
     def _added(self, block: Block, before: list[Tensor], now: list[Tensor]) -> list[Tensor]:
         """Return the contribution of two backward passes."""
-        if not self._adds_up(block):
+        if not self._adds_up(block) or (block.capture.apart and block.capture.continues):
             return now
         sums = [old + new for old, new in zip(before, now, strict=True)]
         if self._sending(block) is Sending.DIFFERENCE and not block.capture.apart:
@@ -126,6 +125,7 @@ class Team(Membership):
             self._mail.swap_sides(sides)
         if any(group["loss_reduction"] == "sum" for group in groups.values()):
             self._count_samples()
+        self._kinds = {block.weight: self._sending(block) for block in self._blocks}
         self._cumulative = [block for block in self._blocks if not self._adds_up(block)]
         self._labelled = False
 
@@ -248,7 +248,7 @@ class Team(Membership):
         sums = self._mail.gradients(block)
         if block in self._cumulative:
             sums = sums[-1:]
-        pair = pair_of(block, self._sending(block), sums, gathered, self._mail.ranks.size)
+        pair = pair_of(block, self._kinds[block.weight], sums, gathered, self._mail.ranks.size)
         samples = self._samples.get(block.weight, 1)
         direction = block.direction(pair, group, samples)
         length = block.squared_length(direction, pair.average, groups, samples)
