@@ -33,14 +33,21 @@ def open_channels(group: dist.ProcessGroup, sent: dict[str, float]) -> tuple[Cha
     everyone = Channel(_like(group, ranks), sent)
     if everyone.size % 2:
         return everyone, None
-    # Every rank makes its own side's group only.
-    return everyone, Channel(_like(group, ranks[side_of(everyone.rank) :: 2]), sent)
+    sides = [ranks[0::2], ranks[1::2]]
+    own = side_of(everyone.rank)
+    if len(ranks) == dist.get_world_size():
+        # All ranks of the world are here, and take part in making both.
+        return everyone, Channel([_like(group, side) for side in sides][own], sent)
+    return everyone, Channel(_like(group, sides[own]), sent)
 
 
 def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
     """Return a new process group of these ranks with the backend and the timeout of another."""
+    # Ranks outside of ``group`` know nothing of this. Only then: the names that torch gives such groups differ
+    # where some ranks are in more groups than others.
+    apart = dist.get_world_size(group) < dist.get_world_size()
     made: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=True
+        ranks, timeout=_timeout(group), backend=dist.get_backend(group), use_local_synchronization=apart
     )
     return made
 

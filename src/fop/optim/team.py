@@ -212,11 +212,12 @@ class Team(Membership):
         for block, code in zip(due, map(int, codes.tolist()), strict=True):
             if code % 4 == 1:
                 schedule_refresh([block], groups)
-            if not mail.owns(block):
-                block.elsewhere = code >= 4
-                block.state["refreshed_at"] = groups[block.weight]["step"]
             elif code % 4 == 2:
                 refused.append(block)
+            if not mail.owns(block):
+                block.elsewhere = code >= 4
+                if code % 4 == 1:
+                    block.state["refreshed_at"] = groups[block.weight]["step"]
         return refused, came + rescues
 
     def moves(self, blocks: Sequence[Block], groups: Groups) -> list[Move]:
