@@ -29,7 +29,7 @@ def run_ranks(
     timeout: float = 30.0,
     expected: tuple[int, ...] | None = None,
 ) -> list[Any]:
-    """Call ``function(rank, *arguments)`` in ``ranks`` new processes joined by gloo; return what each returned.
+    """Call ``function(rank, *arguments)`` in ``ranks`` new processes joined by gloo; return what each gave.
 
     Args:
         function: of a module, so that the processes can import it.

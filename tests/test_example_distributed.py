@@ -14,16 +14,26 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fop import FOP
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "digits_distributed.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-SECONDS = 60.0
+# Limit for one run; alone on two cores it takes about 8 s.
+SECONDS = 120.0
 EPOCHS = 5
+
+pytestmark = [
+    pytest.mark.timeout(3 * SECONDS),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 class Run:
@@ -115,10 +125,15 @@ def newest(folder: Path) -> int:
 def weights(folder: Path, epoch: int) -> Tensor:
     """Return all weights of a checkpoint, (parameters,); those the script starts with for epoch 0."""
     torch.manual_seed(0)
-    model: nn.Module = runpy.run_path(str(SCRIPT))["cnn"]()
+    model: nn.Module = script("cnn")()
     if epoch:
         dcp.load({"model": model.state_dict()}, checkpoint_id=folder / f"epoch-{epoch}", no_dist=True)
     return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def script(name: str) -> Any:
+    """Return a function of the script."""
+    return runpy.run_path(str(SCRIPT))[name]
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +198,17 @@ def test_killed_while_saving(trained: Path, tmp_path: Path) -> None:
     for epoch in (4, EPOCHS):
         error = weights(folder, epoch) - weights(trained, epoch)
         assert error.norm() < 0.15 * (unbroken - start).norm()
+
+
+def test_publishes_only_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = script("cnn")()
+    optimizer = FOP(model)
+    (tmp_path / "latest").write_text("epoch-1")
+
+    def ends_in_the_middle(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dcp, "save", ends_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        script("save")(tmp_path, 2, model, optimizer, LambdaLR(optimizer, lambda _: 1.0))
+    assert newest(tmp_path) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +44,8 @@ class Pending:
         """
         if self._work is None:
             return
-        try:
+        with self._channel.explained(self._what):
             self._work.wait()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self._channel.rank} of {self._channel.size}: the exchange of {self._what} with the "
-                "other ranks failed; one of them has ended, or did not reach its step within the process "
-                "group's timeout. Look at its own output, then start all ranks again from the last checkpoint"
-            ) from error
         self._work = None
 
 
@@ -124,22 +119,29 @@ class Channel:
     def gather_objects(self, value: Any, what: str) -> list[Any]:
         """Return the picklable ``value`` of every rank; waits for all of them."""
         values: list[Any] = [None] * self.size
-        try:
+        with self.explained(what):
             dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.size}: {what} could not be compared with the other ranks; one of "
-                "them has ended or hangs. Look at its own output"
-            ) from error
         return values
 
-    def _started(self, start: Any, what: str) -> Pending:
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Say in plain words what it means if an exchange of ``what`` fails.
+
+        Raises:
+            RuntimeError: another rank has died, or did not come in time.
+        """
         try:
-            return Pending(start(), what, self)
+            yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} of {self.size}: the exchange of {what} could not start: {error}"
+                f"rank {self.rank} of {self.size}: the exchange of {what} with the other ranks failed; one "
+                "of them has ended, or did not reach its step within the process group's timeout. Look at "
+                "its own output, then start all ranks again from the last checkpoint"
             ) from error
+
+    def _started(self, start: Callable[[], Any], what: str) -> Pending:
+        with self.explained(what):
+            return Pending(start(), what, self)
 
     def _count(self, what: str, tensor: Tensor, times: int) -> None:
         self._add(what, times * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)

@@ -43,7 +43,7 @@ def open_channels(group: dist.ProcessGroup, sent: dict[str, float]) -> tuple[Cha
 
 def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
     """Return a new process group of these ranks with the backend and the timeout of another."""
-    # Ranks outside of ``group`` know nothing of this. Only then: the names that torch gives such groups differ
+    # Ranks outside of ``group`` know nothing of this. Only then: torch gives such groups names that differ
     # where some ranks are in more groups than others.
     apart = dist.get_world_size(group) < dist.get_world_size()
     made: dist.ProcessGroup = dist.new_group(
