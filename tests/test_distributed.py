@@ -14,8 +14,18 @@ from ranks import run_ranks
 # 24 trainings in each process.
 pytestmark = pytest.mark.timeout(240)
 
-LABELLED = [name for name in CASES if name.startswith("labels")]
-ODD = ["ddp", "lean", "plain", "fsdp", "kfac", "sum", "accumulated", "accumulated-fsdp", "synced-lean", *LABELLED]
+ODD = [
+    "ddp",
+    "lean",
+    "plain",
+    "fsdp",
+    "kfac",
+    "sum",
+    "accumulated",
+    "accumulated-fsdp",
+    "synced-lean",
+    "labels",
+]
 WANTED = {2: list(CASES), 3: ODD, 4: ["ddp", "lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"]}
 EACH = [(ranks, name) for ranks, names in WANTED.items() for name in names]
 

@@ -86,7 +86,12 @@ def poisoned(rank: int, wrap: str, mode: str) -> tuple[Any, Any, list[str], Any]
         optimizer.step()
     after = {name: full(p) for name, p in model.named_parameters()}
     step(wrapped, optimizer, rank, 4)
-    return before, after, sorted({str(w.message) for w in caught}), {n: full(p) for n, p in model.named_parameters()}
+    return (
+        before,
+        after,
+        sorted({str(w.message) for w in caught}),
+        {n: full(p) for n, p in model.named_parameters()},
+    )
 
 
 def full(param: Tensor) -> Tensor:
