@@ -10,6 +10,7 @@ scikit-learn.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 from pathlib import Path
@@ -31,7 +32,7 @@ from fop import FOP
 
 
 def main() -> None:
-    """Train from the newest checkpoint on, or from the start."""
+    """Read the command line, and train."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5, help="of the whole run, however often resumed")
     parser.add_argument("--batch-size", type=int, default=96, help="samples per step, of all ranks together")
@@ -40,24 +41,33 @@ def main() -> None:
     args = parser.parse_args()
 
     device = join_ranks()
+    if args.batch_size < 1 or args.batch_size % dist.get_world_size():
+        parser.error(f"--batch-size {args.batch_size} is no multiple of the {dist.get_world_size()} ranks")
+    train(device, args.epochs, args.batch_size, args.lr, args.checkpoint)
+    # With gloo a process can hang at its end if DistributedDataParallel outlives the process group. `train`
+    # has let go of it, but get_state_dict has left it in reference cycles.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train(device: torch.device, epochs: int, batch_size: int, lr: float, folder: Path) -> None:
+    """Train from the newest checkpoint on, or from the start, and save after every epoch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if args.batch_size < ranks or args.batch_size % ranks:
-        parser.error(f"--batch-size {args.batch_size} must be a multiple of the {ranks} ranks")
     train_set, test_set = digits()
     # Deals samples out one by one: the ranks' batches together are the same for every number of ranks.
     sampler: DistributedSampler[Any] = DistributedSampler(train_set, ranks, rank, seed=0, drop_last=True)
-    batches = DataLoader(train_set, args.batch_size // ranks, sampler=sampler, drop_last=True)
+    batches = DataLoader(train_set, batch_size // ranks, sampler=sampler, drop_last=True)
 
     torch.manual_seed(0)
     model = DistributedDataParallel(cnn().to(device))
     # From the module, not its parameters: a checkpoint is loaded before the first forward pass.
-    optimizer = FOP(model, lr=args.lr)
-    scheduler = LambdaLR(optimizer, lambda epoch: 0.5 + 0.5 * math.cos(math.pi * epoch / args.epochs))
-    done = load(args.checkpoint, model, optimizer, scheduler)
+    optimizer = FOP(model, lr=lr)
+    scheduler = LambdaLR(optimizer, lambda epoch: 0.5 + 0.5 * math.cos(math.pi * epoch / epochs))
+    done = load(folder, model, optimizer, scheduler)
     if rank == 0:
-        print(f"ranks: {ranks}, epochs done: {done} of {args.epochs}", flush=True)
+        print(f"ranks: {ranks}, epochs done: {done} of {epochs}", flush=True)
 
-    for epoch in range(done + 1, args.epochs + 1):
+    for epoch in range(done + 1, epochs + 1):
         sampler.set_epoch(epoch)
         model.train()
         for images, labels in batches:
@@ -65,10 +75,9 @@ def main() -> None:
             cross_entropy(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
         scheduler.step()
-        save(args.checkpoint, epoch, model, optimizer, scheduler)
+        save(folder, epoch, model, optimizer, scheduler)
         if rank == 0:
             print(f"epoch {epoch}: test accuracy {accuracy(model.module, test_set, device):.1%}", flush=True)
-    dist.destroy_process_group()
 
 
 def join_ranks() -> torch.device:

@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from fop import FOP, KFAC
 from fop_bench.architectures import Architecture, architecture_of
 from fop_bench.cost_model import INTERVAL, Method, Traffic, factor_bytes, plan_for, traffic
-from fop_bench.loopback import loopback_bytes, why_uncounted
+from fop_bench.loopback import loopback_bytes, noting_reduces, why_uncounted
 from fop_bench.ranks import run_ranks
 from fop_bench.scale_trace import ProfiledStep, profiled_step
 from fop_bench.workloads import (
@@ -69,6 +69,8 @@ class Samples:
         curvature_bytes: the same of a curvature step.
         plain_window: bytes through the loopback interface during PLAIN_STEPS plain steps, in every round.
         curvature_window: the same during a curvature step.
+        plain_excess: bytes that gloo's reduce sent in these beyond those that were counted, in every round.
+        curvature_excess: the same of a curvature step.
         factor_bytes: of factors and inverses on this rank.
         profiled: a curvature step under the profiler.
     """
@@ -79,6 +81,8 @@ class Samples:
     curvature_bytes: dict[str, float] = field(default_factory=dict)
     plain_window: list[int] = field(default_factory=list)
     curvature_window: list[int] = field(default_factory=list)
+    plain_excess: list[float] = field(default_factory=list)
+    curvature_excess: list[float] = field(default_factory=list)
     factor_bytes: int = 0
     profiled: ProfiledStep | None = None
 
@@ -89,7 +93,7 @@ class Carried:
 
     Attributes:
         ratio: the smallest of all rounds: what other programs send can only add to it.
-        expected: what it should be, since gloo's reduce sends more than it must.
+        expected: what it should be, since gloo's reduce sends more than it must; see `gloo_reduce_bytes`.
     """
 
     ratio: float
@@ -209,24 +213,33 @@ def _take_turn(trainer: Trainer, samples: Samples) -> None:
     """
     expect_curvature(trainer.optimizer, due=False)
     trainer.step()
-    sent = _take_steps(trainer, PLAIN_STEPS, samples.plain_seconds, samples.plain_window)
+    sent = _take_steps(
+        trainer, PLAIN_STEPS, samples.plain_seconds, samples.plain_window, samples.plain_excess
+    )
     samples.plain_bytes.update({what: count / PLAIN_STEPS for what, count in sent.items()})
     if request_curvature(trainer.optimizer):
         expect_curvature(trainer.optimizer, due=True)
-        sent = _take_steps(trainer, 1, samples.curvature_seconds, samples.curvature_window)
+        sent = _take_steps(
+            trainer, 1, samples.curvature_seconds, samples.curvature_window, samples.curvature_excess
+        )
         samples.curvature_bytes.update(sent)
 
 
-def _take_steps(trainer: Trainer, steps: int, seconds: list[float], window: list[int]) -> dict[str, float]:
+def _take_steps(
+    trainer: Trainer, steps: int, seconds: list[float], window: list[int], excess: list[float]
+) -> dict[str, float]:
     """Take steps, note their times and the bytes of the interface, and return the bytes that were counted."""
     before, at_start = _sent(trainer.optimizer), _loopback_bytes()
-    for _ in range(steps):
-        start = time.perf_counter()
-        trainer.step()
-        seconds.append(time.perf_counter() - start)
+    noted: list[float] = []
+    with noting_reduces(noted):
+        for _ in range(steps):
+            start = time.perf_counter()
+            trainer.step()
+            seconds.append(time.perf_counter() - start)
     at_end, after = _loopback_bytes(), _sent(trainer.optimizer)
     if at_start is not None and at_end is not None:
         window.append(at_end - at_start)
+        excess.append(sum(noted))
     counts = {what: count - before.get(what, 0.0) for what, count in after.items()}
     return {what: count for what, count in counts.items() if count}
 
@@ -290,7 +303,7 @@ def _evaluate(
         amortised_bytes=counted.amortised(),
         predicted_bytes=predicted.amortised(),
         ratio_to_ddp=counted.amortised() / baseline if baseline else None,
-        transport=_transport(counted, contender.method, samples),
+        transport=_transport(counted, samples),
         factor_bytes=[each.factor_bytes for each in samples],
         predicted_factor_bytes=factor_bytes(architecture.layers, plan) if has_curvature else [0] * ranks,
         inversion_seconds=[each.inversion_seconds for each in profiled] or None,
@@ -303,32 +316,22 @@ def _mean(of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {what: sum(each.get(what, 0.0) for each in of_ranks) / len(of_ranks) for what in whats}
 
 
-def _transport(counted: Traffic, method: Method, samples: list[Samples]) -> Transport:
+def _transport(counted: Traffic, samples: list[Samples]) -> Transport:
     ranks = len(samples)
     if ranks == 1:
         return Transport(None, None, "one rank sends nothing")
     if (why := why_uncounted()) is not None:
         return Transport(None, None, why)
 
-    def carried(window: list[int], steps: int, sent: Mapping[str, float]) -> Carried:
-        total = counted.wrapper + sum(sent.values())
-        return Carried(min(window) / (ranks * steps * total), 1 + _extra_of_gloo(sent, method, ranks) / total)
+    def carried(window: list[int], excess: float, sent: Mapping[str, float], steps: int) -> Carried:
+        total = ranks * steps * (counted.wrapper + sum(sent.values()))
+        return Carried(min(window) / total, 1 + excess / total)
 
-    # All ranks read the same counter.
-    plain = carried(samples[0].plain_window, PLAIN_STEPS, counted.plain)
-    if not samples[0].curvature_window:
+    # All ranks read the same counter, and all rounds send the same.
+    first = samples[0]
+    excess = sum(each.plain_excess[0] for each in samples)
+    plain = carried(first.plain_window, excess, counted.plain, PLAIN_STEPS)
+    if not first.curvature_window:
         return Transport(plain, None, "no curvature steps")
-    return Transport(plain, carried(samples[0].curvature_window, 1, counted.curvature), None)
-
-
-def _extra_of_gloo(sent: Mapping[str, float], method: Method, ranks: int) -> float:
-    """Give the bytes of a rank that gloo sends beyond what was counted.
-
-    Its reduce scatters the sums over the W ranks, as the first half of an all-reduce, and then gathers them
-    on one: (1 + 1/W) times the bytes of a pipeline of ranks, which are counted.
-    """
-    factors, gradients = sent.get("curvature factors", 0.0), sent.get("gradients", 0.0)
-    if method == "lean" and ranks % 2 == 0:
-        # Reduced among half of the ranks; a part of n/W is not reduced, but given to the other side.
-        return factors / ranks + gradients * (ranks - 2) / (ranks - 1) * 2 / ranks
-    return (factors + gradients) / ranks
+    excess = sum(each.curvature_excess[0] for each in samples)
+    return Transport(plain, carried(first.curvature_window, excess, counted.curvature, 1), None)

@@ -116,9 +116,9 @@ def _transport(measurements: Sequence[Measurement]) -> Sheet:
     first = measurements[0].transport
     return Sheet(
         "Bytes through the loopback interface, over those above",
-        "Counted by Linux for all ranks together, the smallest of all rounds. Expected: gloo's reduce sends "
-        "(1 + 1/W) times what a pipeline of W ranks would, which is what the optimizer counts. The rest is "
-        "headers of TCP, and what other programs sent."
+        "Counted by Linux for all ranks together, the smallest of all rounds. Expected: with what gloo's "
+        "reduce sends beyond the n(W-1)/W of a pipeline, which is what the optimizer counts: 1 + 1/W times "
+        "as much, and above 2W MiB up to W/(W-1) + 1/W (gloo/reduce.cc). The rest: part segments, headers."
         + (f" Not measured: {first.missing}." if first.plain is None else ""),
         ["ranks", "optimizer", "plain", "expected", "curvature", "expected"],
         [

@@ -26,7 +26,6 @@ from fop_bench.scale_trace import Overlap, overlap
 
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
 SIDES = [785, 512, 513, 512, 513, 10]
-ROOT = Path(__file__).parents[2]
 
 
 def invoke(*arguments: str) -> Result:
@@ -170,7 +169,6 @@ def test_traces_show_the_curvature_step(folder: Path, results: dict[tuple[int, s
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert {"backward", "fop::inversion", "gloo:reduce"} <= set(names)
     measured = results[2, "kfac"]["samples"][0]["profiled"]["overlap"]
-    # One bucket of factors for each owner, both filled in the backward pass.
     assert measured["reduces"] == measured["started_inside"] == 2
     assert 0 < measured["seconds_inside"] <= measured["seconds"]
 
@@ -269,7 +267,8 @@ def test_predictions_are_written(tmp_path: Path) -> None:
 
 
 def test_the_documented_tables_are_those_of_the_command() -> None:
-    assert predicted_markdown(predictions()) in (ROOT / "docs" / "scaling.md").read_text()
+    documented = Path(__file__).parents[2] / "docs" / "scaling.md"
+    assert predicted_markdown(predictions()) in documented.read_text()
 
 
 # --- the cost model against hand formulas ------------------------------------------------------------------
@@ -394,7 +393,7 @@ def test_sizes_of_modules() -> None:
     assert resnet.elements == 11_173_962
     assert resnet.other_elements == 2 * channels
     assert resnet.buffer_bytes == 2 * 4 * channels + 8 * 20
-    vit = architecture_of(ViT(dim=24, depth=1), "vit")
-    assert vit.elements == sum(param.numel() for param in ViT(dim=24, depth=1).parameters())
-    grouped = architecture_of(torch.nn.Conv2d(4, 6, (2, 3), groups=2), "conv").layers[0]
+    vit = ViT(dim=24, depth=1)
+    assert architecture_of(vit, "vit").elements == sum(param.numel() for param in vit.parameters())
+    (grouped,) = architecture_of(torch.nn.Conv2d(4, 6, (2, 3), groups=2), "conv").layers
     assert (grouped.groups, grouped.out_dim, grouped.in_dim) == (2, 3, 13)

@@ -40,6 +40,7 @@ class LayerCapture:
         counted: whether the number of samples is wanted in every step.
         averaged: whether somebody averages p.grad over ranks after a backward pass, so that it changes.
         apart: whether the gradient is taken away after a pass that averages (FSDP, and lean layers).
+        anew: whether the last pass began with a gradient that it knew nothing of: None, zeroed, or changed.
         continues: whether the last pass added to a gradient that was still there, where ``apart``.
         completed: called when a backward pass has given all gradients of the block, with these by parameter;
             None for nobody to call.
@@ -57,6 +58,7 @@ class LayerCapture:
         self.averaged = False
         self.apart = is_sharded(weight)
         self.continues = False
+        self.anew = True
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.window = Window(layer, self.params)
         self._sub_batch = sub_batch
@@ -107,6 +109,11 @@ class LayerCapture:
         self._version = None
         self._outer = -1
         self._arrived = {}
+
+    def averaging_ended(self) -> None:
+        """Take p.grad as it is now for what the backward passes gave."""
+        if (gradient := self.weight.grad) is not None and self._version is not None:
+            self._version = _state(gradient)
 
     def _restart(self) -> None:
         """Forget the gradients of the passes so far, not their statistics."""
@@ -230,12 +237,11 @@ class LayerCapture:
         if self.apart:
             live = next((whole for whole, own in self._stand_ins.items() if own is self.weight), self.weight)
             self.continues = live.grad is not None
+            self.anew = gradient is None and not self.continues
             if not self.continues:
                 self._restart()
             return
-        if self.averaged and gradient is not None and self._version is not None:
-            # Only a step, or zero_grad, begins anew.
-            return
+        self.anew = gradient is None or _state(gradient) != self._version
         if gradient is None:
             self.clear()
         elif _state(gradient) != self._version:

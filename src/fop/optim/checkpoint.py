@@ -157,7 +157,8 @@ def make_block_state(
         for key in (name, f"{name}_inv"):
             dtype = _dtype(key, weight, weight)
             block.state[key] = torch.zeros(shape, dtype=dtype, device=local(weight).device)
-    block.state |= {"refreshed_at": NEVER, "refresh_at": 0}
+    complete = torch.ones((), dtype=torch.bool, device=local(weight).device)
+    block.state |= {"refreshed_at": NEVER, "refresh_at": 0, "complete": complete}
     if owned and groups[weight]["inverse_delay"] and "G" in block.layer.factor_shapes:
         block.state |= NOTHING_UNDER_WAY
     enter_block(block, state)

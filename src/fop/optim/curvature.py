@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fop.algebra import Inversion, Rung, damped_diagonal, damped_inverses, damping_split
+from fop.capture import local
 from fop.optim.block import NEVER, Block
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
@@ -39,6 +40,8 @@ def schedule_refresh(blocks: Iterable[Block], groups: Mapping[Tensor, Mapping[st
                 # What p.grad held before says nothing about the paths into it.
                 complete = torch.where(clean, complete, state.get("complete", torch.ones_like(complete)))
             state["complete"] = complete
+        # Always there, so that torch.distributed.checkpoint knows where to load it to.
+        state.setdefault("complete", torch.ones((), dtype=torch.bool, device=local(block.weight).device))
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
 
 

@@ -55,8 +55,10 @@ class Engine(Optimizer):
         return {param: group for group in self.param_groups for param in group["params"]}
 
     def _adopt(self, root: nn.Module) -> None:
-        self._crew.see(root)
-        self._tracker.adopt(root, self._groups(), self.state)
+        groups = self._groups()
+        if any(param in groups for param in root.parameters()):
+            self._crew.see(root)
+        self._tracker.adopt(root, groups, self.state)
 
     def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._adopt(root)

@@ -59,13 +59,22 @@ class _Both:
 class _JoinHookOf(InertCopy[Any]):
     """In the place of ``ddp.join_hook``."""
 
-    def __init__(self, optimizer: Any, original: Callable[..., Any]) -> None:
+    def __init__(self, optimizer: Any, ddp: Any) -> None:
         super().__init__(optimizer)
-        self._original = original
+        self._ddp = weakref.ref(ddp)
 
     def __call__(self, **options: Any) -> Any:
-        first, optimizer = self._original(**options), self.target()
+        first, optimizer = _own_join_hook(self._ddp())(**options), self.target()
         return first if optimizer is None else _Both(first, optimizer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        # The copy of the model is in the memo before its parts are.
+        return _own_join_hook(memo[id(self._ddp())])
+
+
+def _own_join_hook(ddp: Any) -> Callable[..., Any]:
+    hook: Callable[..., Any] = type(ddp).join_hook.__get__(ddp)
+    return hook
 
 
 def join_along(ddp: Any, optimizer: Any) -> None:
@@ -80,7 +89,7 @@ def join_along(ddp: Any, optimizer: Any) -> None:
             "optimizer's exchanges; use `with Join([ddp_model, optimizer]):` (torch.distributed.algorithms), "
             "or make the optimizer from the wrapped model, FOP(ddp_model, ...)"
         )
-    ddp.join_hook = _JoinHookOf(optimizer, type(ddp).join_hook.__get__(ddp))
+    ddp.join_hook = _JoinHookOf(optimizer, ddp)
 
 
 def is_enabled(joinable: Any) -> bool:

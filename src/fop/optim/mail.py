@@ -79,6 +79,11 @@ class Mail:
             self._rounds.append(Round(self.here, blocks, sending, self._factor_dtype))
         self._rounds[-1].put(block, pieces)
 
+    def sent_before(self) -> bool:
+        """Tell whether anything was sent, or kept, before the running backward pass."""
+        task = torch._C._current_graph_task_id()
+        return any(each.task != task for each in self._rounds)
+
     # In a step
 
     @property
@@ -123,7 +128,8 @@ class Mail:
             mine = [block for block in alike if self.owns(block)]
             theirs = [block for block in alike if owners[block.weight] == other]
             given = [_total(self._gradients.pop(block.weight)) for block in theirs]
-            sizes = [torch.Size(block.layer.matrix_shape).numel() for block in mine]
+            # With each gradient goes the number of ranks that have one.
+            sizes = [torch.Size(block.layer.matrix_shape).numel() + 1 for block in mine]
             nothing = torch.empty(0, dtype=dtype, device=alike[0].weight.device)
             taken = ranks.swap(other, torch.cat([nothing, *given]), sum(sizes), "gradients")
             for block, part in zip(mine, taken.split(sizes), strict=True):

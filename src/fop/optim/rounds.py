@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,12 +116,12 @@ class Round:
             side = self._routes.side
             assert side is not None
             group_rank = representative(to, side_of(ranks.rank)) // 2
-            parcels.append(Parcel(("gradient", weight), size, group_rank, dtype, "gradients", side))
+            parcels.append(Parcel(("gradient", weight), size + 1, group_rank, dtype, "gradients", side))
         elif sending is not Sending.NOTHING:
             size = {
                 Sending.DIFFERENCE: size + SKETCH + 1,
-                Sending.GRADIENT: size,
-                Sending.BOTH: 2 * size + 1,
+                Sending.GRADIENT: size + 1,
+                Sending.BOTH: 2 * size + 2,
             }[sending]
             parcels.append(Parcel(("gradient", weight), size, to, dtype, "gradients", ranks))
         return parcels
@@ -200,10 +200,14 @@ def contribution(
     """
     if sending is Sending.NOTHING:
         return []
+    one = matrix.new_ones(1)
     if sending in (Sending.GRADIENT, Sending.SIDE):
-        return [matrix]
+        return [matrix, one]
     if parity:
-        difference, has_pair = matrix * difference_weight(rank, ranks), matrix.new_ones(1)
+        clean = block.capture.window.clean
+        difference = matrix * difference_weight(rank, ranks)
+        # What p.grad held before the first pass has no known halves.
+        has_pair = one if clean is None else clean.to(matrix.dtype).reshape(1)
     else:
         known = block.capture.window.difference_now(
             matrix, block.state.get("complete"), options["loss_reduction"]
@@ -212,13 +216,20 @@ def contribution(
         if known is not None:
             difference, has_pair = known[0] / ranks, known[1].to(matrix.dtype).reshape(1)
     if sending is Sending.BOTH:
-        return [matrix / ranks, difference, has_pair]
+        return [matrix / ranks, difference, has_pair, one]
     return [difference, sketch(matrix) / ranks, has_pair]
+
+
+class Received(NamedTuple):
+    """What an owner has from all ranks: the pair, and a 0-dim bool, whether any rank used the layer."""
+
+    pair: GradPair
+    used: Tensor
 
 
 def pair_of(
     block: Block, sending: Sending, sums: Sequence[Tensor], gathered: Tensor | None, ranks: int
-) -> GradPair:
+) -> Received:
     """Return the gradient pair of a block, from what all ranks have sent to its owner.
 
     Args:
@@ -229,28 +240,48 @@ def pair_of(
         ranks: their number.
     """
     shape = block.layer.matrix_shape
-    if sending is Sending.NOTHING:
-        return GradPair(block.gradient() if gathered is None else gathered, None, None, TORN)
-    if sending is Sending.SIDE:
-        first, second = (each.view(shape) for each in sums)
-        known = torch.ones((), dtype=torch.bool, device=first.device)
-        return GradPair((first + second) / ranks, (first - second) * (2 / ranks), known, TORN)
-    total = torch.stack(list(sums)).sum(0)
-    if sending is Sending.GRADIENT:
-        return GradPair(total.view(shape) / ranks, None, None, TORN)
     size = torch.Size(shape).numel()
-    trusted = total[-1] > ranks * len(sums) - 0.5
-    if sending is Sending.BOTH:
-        difference = torch.where(trusted, total[size:-1].view(shape), 0)
-        return GradPair(total[:size].view(shape), difference, trusted, TORN)
-    average = block.gradient() if gathered is None else gathered
+    if sending in (Sending.NOTHING, Sending.DIFFERENCE):
+        average = block.gradient() if gathered is None else gathered
+        used = torch.ones((), dtype=torch.bool, device=average.device)
+        if sending is Sending.NOTHING or not sums:
+            return Received(GradPair(average, None, None, TORN), used)
+        return Received(_difference(block, average, torch.stack(list(sums)), ranks), used)
+    total = torch.stack(list(sums)).sum(0)
+    used = total[-1] > 0.5
+    if sending is Sending.SIDE:
+        first, second = (each[:size].view(shape) for each in sums)
+        return Received(GradPair((first + second) / ranks, (first - second) * (2 / ranks), used, TORN), used)
+    if sending is Sending.GRADIENT:
+        return Received(GradPair(total[:size].view(shape) / ranks, None, None, TORN), used)
+    trusted = total[-2] > ranks * len(sums) - 0.5
+    difference = torch.where(trusted, total[size:-2].view(shape), 0)
+    return Received(GradPair(total[:size].view(shape), difference, trusted, TORN), used)
+
+
+def _difference(block: Block, average: Tensor, rounds: Tensor, ranks: int) -> GradPair:
+    """Return the pair from Ga and, for each round, the sums of Gd, of sketches and of flags."""
+    shape = block.layer.matrix_shape
+    size = torch.Size(shape).numel()
+    flags = rounds[:, -1]
+    # Rounds that no rank used the layer in say nothing of it.
+    said = flags > 0.5
+    trusted = said.any() & (said <= (flags > ranks - 0.5)).all()
+    marks = rounds[:, size : size + SKETCH]
+    if block.capture.apart:
+        # p.grad of a shard is the sum of what its passes gave.
+        was = marks.sum(0)
+    else:
+        # The last pass has seen all that p.grad holds.
+        was = marks[0]
+        for mark, here in zip(marks[1:], said[1:], strict=True):
+            was = torch.where(here, mark, was)
     assert block.weight.grad is not None
     tolerance = _SAME if torch.finfo(block.weight.grad.dtype).bits > 16 else _SAME_HALF
-    # A shard's p.grad is the sum of what its passes gave; otherwise the last pass has seen all that it holds.
-    marks = total if block.capture.apart else sums[-1]
-    scale, same = scale_between(marks[size : size + SKETCH], sketch(average), tolerance)
+    scale, same = scale_between(was, sketch(average), tolerance)
     trusted = trusted & same
-    return GradPair(average, torch.where(trusted, total[:size].view(shape) * scale, 0), trusted, TORN)
+    difference = torch.where(trusted, rounds[:, :size].sum(0).view(shape) * scale, 0)
+    return GradPair(average, difference, trusted, TORN)
 
 
 def factors_from(

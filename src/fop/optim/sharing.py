@@ -18,7 +18,7 @@ class Packet(NamedTuple):
     """What the owner of a layer tells the others.
 
     Attributes:
-        scalars: (7,), see `Scalars`.
+        scalars: (8,), see `Scalars`.
         update: gradient matrix.
     """
 
@@ -37,6 +37,7 @@ class Scalars(NamedTuple):
         eta: η.
         rho: ρ.
         trusted: 1 where the step had a gradient pair.
+        used: 1 where any rank used the layer.
     """
 
     length: Tensor
@@ -46,6 +47,7 @@ class Scalars(NamedTuple):
     eta: Tensor
     rho: Tensor
     trusted: Tensor
+    used: Tensor
 
 
 class Shared(NamedTuple):

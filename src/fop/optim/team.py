@@ -19,7 +19,7 @@ from fop.optim.joining import Stepping, is_enabled, share_gradients
 from fop.optim.membership import Membership
 from fop.optim.rounds import TORN, Routes, Sending, contribution, factors_from, pair_of
 from fop.optim.settling import interval_of, open_channels, settle
-from fop.optim.sharing import Packet, gather_gradients, share_updates
+from fop.optim.sharing import Packet, Scalars, gather_gradients, share_updates
 from fop.optim.solo import Groups
 from fop.optim.update import Move, clip_moves
 from fop.optim.wrapping import average
@@ -39,7 +39,10 @@ class Team(Membership):
 
     def __init__(self, options: Distribution, optimizer: Stepping) -> None:
         super().__init__(options, optimizer)
-        self._forgets = False
+        # Whether the end of the running backward pass is waited for.
+        self._ends = False
+        # Whether a backward pass has sent anything for the running step.
+        self._had_pass = False
         # Whether the running step is one of other ranks, for which this one has no batch.
         self.shadow = False
         # Of the running step.
@@ -57,19 +60,19 @@ class Team(Membership):
             # The last pass shows them whole; where nobody averages, the step does.
             return
         block.capture.averaged = True
+        if block.capture.anew and not block.lean and self._mail.sent_before():
+            # Whoever zeroed the gradients wants nothing of the passes so far.
+            self._mail.abandon()
+        if not self._ends:
+            self._ends = True
+            _after_backward(weakref.WeakMethod(self._backward_ended))
         pieces = self._contribution(block, gradients)
-        if (before := self._mail.held(block)) is not None:
+        if (before := self._mail.held(block)) is not None and (block.capture.apart or not block.capture.anew):
             pieces = self._added(block, before, pieces)
         if self._settled and synchronises:
-            self._send(block, pieces)
+            self._mail.send(block, pieces, *self._outgoing())
         else:
             self._mail.hold(block, pieces)
-
-    def _send(self, block: Block, pieces: list[Tensor]) -> None:
-        if block.lean and not self._forgets:
-            self._forgets = True
-            _after_backward(weakref.WeakMethod(self._forget_gradients))
-        self._mail.send(block, pieces, *self._outgoing())
 
     def _outgoing(self) -> tuple[list[Block], dict[Tensor, Sending]]:
         """Return the blocks that send something, those that are ready first first, and what each sends."""
@@ -98,11 +101,12 @@ class Team(Membership):
             sums[1] = now[1]
         return sums if len(sums) < 3 else [*sums[:2], torch.minimum(before[2], now[2])]
 
-    def _forget_gradients(self) -> None:
-        # Each is one rank's alone: nobody must clip or log by it.
-        self._forgets = False
+    def _backward_ended(self) -> None:
+        self._ends = False
         for block in self._blocks:
-            if block.lean:
+            block.capture.averaging_ended()
+            if block.lean and self.wrapping.synchronises(block.weight):
+                # Each is one rank's alone: nobody must clip or log by it.
                 for param in block.params:
                     param.grad = None
 
@@ -113,6 +117,7 @@ class Team(Membership):
         if not self._settled:
             self._settle(groups, describe())
         averaged = self.wrapping.ddp is not None or any(map(is_sharded, groups))
+        self._had_pass = not self._mail.empty or self.shadow
         self._send_rest(averaged)
         # All that follows comes after the last parcel, on every rank.
         if is_enabled(self._optimizer()) or is_enabled(self.wrapping.ddp):
@@ -123,7 +128,7 @@ class Team(Membership):
         sides = [block for block in self._blocks if block.lean and self._sending(block) is Sending.SIDE]
         if sides := [block for block in sides if block.weight.requires_grad]:
             self._mail.swap_sides(sides)
-        if any(group["loss_reduction"] == "sum" for group in groups.values()):
+        if self._blocks and any(group["loss_reduction"] == "sum" for group in groups.values()):
             self._count_samples()
         self._kinds = {block.weight: self._sending(block) for block in self._blocks}
         self._cumulative = [block for block in self._blocks if not self._adds_up(block)]
@@ -181,13 +186,16 @@ class Team(Membership):
 
     def takes_part(self, block: Block) -> bool:
         """Tell whether a block has a gradient on any rank."""
-        return block.weight.requires_grad if block.lean else super().takes_part(block)
+        if block.lean:
+            return block.weight.requires_grad and self._had_pass
+        return super().takes_part(block)
 
     def refresh(
         self, blocks: Sequence[Block], groups: Groups, loss_scale: Tensor | None
     ) -> tuple[list[Block], Rescues]:
         """Refresh the curvature of owned blocks from the statistics of all ranks, and tell the others."""
-        due = [block for block in blocks if block.capture.due]
+        # A frozen layer may have an old gradient, but has gathered nothing.
+        due = [block for block in blocks if block.capture.due and block.weight.requires_grad]
         came = self._inverter.take([block for block in blocks if self._mail.owns(block)], groups)
         if not due:
             return [], came
@@ -236,7 +244,7 @@ class Team(Membership):
             if self._paired(block):
                 block.pairs.count(scalars.trusted > 0.5, TORN, torn=TORN)
             block.last = Direction(scalars.alignment, *scalars[2:6])
-        moves = [Move(parts, scalars.length) for scalars, parts in shared]
+        moves = [Move(parts, scalars.length, scalars.used > 0.5) for scalars, parts in shared]
         if self._max_norm is not None:
             moving = {param for block in blocks for param in block.params}
             rest = [p.grad for p in groups if p.grad is not None and p not in moving]
@@ -249,13 +257,22 @@ class Team(Membership):
         sums = self._mail.gradients(block)
         if block in self._cumulative:
             sums = sums[-1:]
-        pair = pair_of(block, self._kinds[block.weight], sums, gathered, self._mail.ranks.size)
+        pair, used = pair_of(block, self._kinds[block.weight], sums, gathered, self._mail.ranks.size)
         samples = self._samples.get(block.weight, 1)
         direction = block.direction(pair, group, samples)
         length = block.squared_length(direction, pair.average, groups, samples)
         trusted = torch.zeros_like(length) if pair.trusted is None else pair.trusted.to(length.dtype)
         norm = inner(pair.average, pair.average)
-        scalars = (length, norm, direction.alignment, direction.beta, direction.eta, direction.rho, trusted)
+        scalars = Scalars(
+            length,
+            norm,
+            direction.alignment,
+            direction.beta,
+            direction.eta,
+            direction.rho,
+            trusted,
+            used.to(norm),
+        )
         return Packet(torch.stack(scalars), direction.update)
 
     def agree(self, refused: Tensor) -> Tensor:

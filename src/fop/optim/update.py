@@ -18,10 +18,12 @@ class Move(NamedTuple):
     Attributes:
         parts: its parameters (this rank's part of them), and the update of each in the same shape.
         length: 0-dim, lr²·⟨update, gradient⟩ over the whole block; not finite if update or gradient is not.
+        used: 0-dim bool, false for a layer that no rank has used, which stays as it is; None for true.
     """
 
     parts: list[tuple[Tensor, Tensor]]
     length: Tensor
+    used: Tensor | None = None
 
 
 def apply_moves(
@@ -49,9 +51,10 @@ def apply_moves(
     if kl_clip is not None:
         # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
         scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
-    for index, (parts, _) in enumerate(moves):
+    for index, (parts, _, used) in enumerate(moves):
+        moving = finite[index] if used is None else finite[index] & used.to(home)
         for param, part in parts:
-            fine = finite[index].to(part.device)
+            fine = moving.to(part.device)
             # Not a product: 0 times NaN is NaN.
             update = torch.where(fine, part * scale.to(part.device, part.dtype), 0)
             move(param, update, fine, groups[param], states[param])
@@ -77,8 +80,8 @@ def clip_moves(
     for gradient in rest:
         gradient.mul_(coefficient.to(gradient))
     return [
-        Move([(p, part * coefficient.to(part)) for p, part in parts], length * coefficient**2)
-        for parts, length in moves
+        Move([(p, part * coefficient.to(part)) for p, part in parts], length * coefficient**2, used)
+        for parts, length, used in moves
     ]
 
 

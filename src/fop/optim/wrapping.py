@@ -44,6 +44,8 @@ class Wrapping:
         self._on_ddp = weakref.WeakMethod(on_ddp)
         self._ddp: Callable[[], Any] = lambda: None
         self._sharded: Callable[[], Any] = lambda: None
+        # Whether the last forward pass was one that is averaged; None where no hook of ours saw it.
+        self._averages_pass: bool | None = None
         self._handles: list[RemovableHandle] = []
         self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         weakref.finalize(self, remove_all, self._handles)
@@ -57,9 +59,12 @@ class Wrapping:
         if root not in self._watched:
             self._watched.add(root)
             self._handles.append(root.register_forward_pre_hook(_Running(self)))
-        sharded = next((m for m in root.modules() if hasattr(m, "_get_fsdp_state")), None)
-        if sharded is not None:
-            self._sharded = weakref.ref(sharded)
+        for module in root.modules():
+            # The outermost may have left all parameters to its children.
+            state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+            if state is not None and state._fsdp_param_group is not None:
+                self._sharded = weakref.ref(module)
+                break
 
     def note(self, ddp: nn.Module) -> None:
         """Take this DistributedDataParallel for the one that averages the gradients."""
@@ -80,12 +85,22 @@ class Wrapping:
     def synchronises(self, param: Tensor) -> bool:
         """Tell whether it is in the running backward pass, and not only accumulated (``no_sync``)."""
         if not is_sharded(param):
-            # What the last forward pass said; `require_backward_grad_sync` is for the next one.
-            return self.ddp is not None and bool(self.ddp.require_forward_param_sync)
+            ddp = self.ddp
+            if ddp is None:
+                return False
+            # As of the forward pass: the attribute is for the next one, or for an evaluation in between.
+            return (
+                bool(ddp.require_backward_grad_sync) if self._averages_pass is None else self._averages_pass
+            )
         sharded = self._sharded()
-        state = None if sharded is None else sharded._get_fsdp_state()
-        group = None if state is None else state._fsdp_param_group
+        group = None if sharded is None else sharded._get_fsdp_state()._fsdp_param_group
         return group is None or bool(group.reduce_grads)
+
+    def running(self, ddp: Any) -> None:
+        """Be told that the model runs inside this DistributedDataParallel."""
+        self.note(ddp)
+        if torch.is_grad_enabled():
+            self._averages_pass = bool(ddp.require_backward_grad_sync)
 
 
 class _Running(InertCopy[Wrapping]):
@@ -96,7 +111,7 @@ class _Running(InertCopy[Wrapping]):
         # Private, as TorchDynamo asks for it.
         running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         if running is not None and running.module is module:
-            wrapping.note(running)
+            wrapping.running(running)
 
 
 def average(params: list[Tensor], reduce: Callable[[Tensor], None], ranks: int) -> None:
@@ -133,14 +148,26 @@ def check_group(group: dist.ProcessGroup | None, ddp: Any) -> None:
         )
 
 
+# Which gradients the communication hook of a DistributedDataParallel leaves out, in a list of one.
+_asked_by_hooks: weakref.WeakKeyDictionary[nn.Module, list[Callable[[Tensor], bool]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def average_lean(ddp: Any, is_lean: Callable[[Tensor], bool]) -> None:
     """Let DistributedDataParallel leave out the gradients that go to owners.
 
     Raises:
         ValueError: it has another communication hook.
     """
+    if (asked := _asked_by_hooks.get(ddp)) is not None:
+        # A hook cannot be taken away: that of an optimizer before this one serves it, too.
+        asked[:] = [is_lean]
+        return
+    asked = [is_lean]
     try:
-        ddp.register_comm_hook(None, _lean_hook(is_lean, ddp.process_group))
+        ddp.register_comm_hook(None, _lean_hook(lambda param: asked[0](param), ddp.process_group))
+        _asked_by_hooks[ddp] = asked
     except RuntimeError as error:
         raise ValueError(
             "distributed: mode='lean' needs a communication hook of its own, and this "
