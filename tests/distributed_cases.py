@@ -35,6 +35,24 @@ def images(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return batch(n, seed, (2, 5, 6))
 
 
+class Tied(nn.Module):
+    """An embedding that shares its weight with the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.hidden = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.head = nn.Linear(7, 3)
+        self.out.weight = self.embed.weight
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.out(torch.tanh(self.hidden(self.embed(ids))))).mean(1))
+        return out
+
+
 @dataclass(frozen=True)
 class Case:
     """One training.
@@ -89,6 +107,8 @@ CASES = {
     "synced": Case(passes=3, synced=True),
     "synced-lean": Case(passes=3, synced=True, distributed=LEAN),
     "labels": Case(labels=True),
+    "tied": Case(model=Tied),
+    "tied-lean": Case(model=Tied, distributed=LEAN),
     "later": Case(options={"inverse_delay": 1}),
 }
 

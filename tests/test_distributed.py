@@ -70,7 +70,7 @@ def test_without_the_pair_the_steps_would_be_others() -> None:
 
 
 def test_lean_sends_no_more_than_plain_data_parallel() -> None:
-    """2 n (W-1)/W bytes for n bytes of gradient, as DistributedDataParallel's all-reduce, without the factors."""
+    """2 n (W-1)/W bytes for n bytes of gradient, as an all-reduce, without the factors."""
     for ranks in (2, 4):
         sent = together(ranks)[0]["groups-lean" if ranks == 4 else "sum-lean"][1]
         # Every step but the first, whose gradients DistributedDataParallel averaged.

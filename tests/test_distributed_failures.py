@@ -212,6 +212,11 @@ def test_requests_that_cannot_be_met() -> None:
         ({"modes": "lean"}, ValueError, "unknown option 'modes'; the options are mode, pair, group"),
         ({"factor_dtype": torch.int8}, ValueError, "factor_dtype=torch.int8 must be torch.bfloat16"),
         ({"ranks_per_node": 0}, ValueError, "ranks_per_node=0 must be a whole number, 1 or more"),
+        (
+            {"group": [0, 1]},
+            TypeError,
+            "must be a process group, as torch.distributed.new_group(ranks) returns",
+        ),
         (True, TypeError, "distributed=True must be a dict of options"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What travels between ranks: packed symmetric matrices, and sketches that tell a scaling from other changes."""
+"""What travels between ranks: packed matrices, and sketches that tell a scaling from other changes."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     factored = info == 0
     # A zero on the diagonal of an unfinished L would raise for the whole batch.
     L = torch.where(factored[:, None, None], L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
-    # Symmetric, and this way round its rows are rows in memory: torch.distributed.checkpoint keeps no strides, and
-    # another layout would round otherwise after a resume.
+    # Symmetric, and this way round its rows are rows in memory: torch.distributed.checkpoint keeps no
+    # strides, and another layout would round otherwise after a resume.
     inverse = torch.cholesky_inverse(L).mT
     # An infinite entry of M factors without complaint.
     finite = torch.isfinite(damped) & torch.isfinite(inverse)

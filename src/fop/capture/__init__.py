@@ -6,7 +6,7 @@ from fop.capture.finder import FirstForwardHook, Seen
 from fop.capture.hooks import AttentionUse, ForwardUse, parameter_of
 from fop.capture.layer import LayerCapture, SubBatch
 from fop.capture.lifetime import InertCopy, remove_all
-from fop.capture.sharded import is_sharded, local
+from fop.capture.sharded import is_sharded, local, stands_for
 
 __all__ = [
     "AttentionUse",
@@ -21,5 +21,6 @@ __all__ = [
     "local",
     "parameter_of",
     "remove_all",
+    "stands_for",
     "trace_anew",
 ]

@@ -15,7 +15,7 @@ from fop.capture.attention import ProjectionMode, rows_of
 from fop.capture.batch import Attention, Batch, ModelWatch
 from fop.capture.compiled import key_of, tap
 from fop.capture.lifetime import InertCopy, in_place
-from fop.capture.sharded import is_sharded
+from fop.capture.sharded import is_sharded, stands_for
 from fop.layers import Layer, PackedLayer
 
 if TYPE_CHECKING:
@@ -162,8 +162,7 @@ class UseHook(ABC):
 
     def uses(self, weight: Tensor, module: nn.Module) -> bool:
         """Whether the module has the weight under its name, or what FSDP put there while it runs."""
-        current = parameter_of(module, self._weight)
-        return current is weight or (current is not None and is_sharded(weight) and not is_sharded(current))
+        return stands_for(parameter_of(module, self._weight), weight)
 
     def follow_shards(self, capture: LayerCapture, module: nn.Module) -> None:
         """Let the capture watch the whole tensors that FSDP puts in the place of its shards."""

@@ -38,7 +38,7 @@ class LayerCapture:
         paired: whether the gradient pair is wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
-        averaged: whether somebody averages p.grad over ranks after a backward pass, so that it changes.
+        averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
         apart: whether the gradient is taken away after a pass that averages (FSDP, and lean layers).
         anew: whether the last pass began with a gradient that it knew nothing of: None, zeroed, or changed.
         continues: whether the last pass added to a gradient that was still there, where ``apart``.
@@ -109,6 +109,7 @@ class LayerCapture:
         self._version = None
         self._outer = -1
         self._arrived = {}
+        self.averaged = False
 
     def averaging_ended(self) -> None:
         """Take p.grad as it is now for what the backward passes gave."""
@@ -237,8 +238,11 @@ class LayerCapture:
         if self.apart:
             live = next((whole for whole, own in self._stand_ins.items() if own is self.weight), self.weight)
             self.continues = live.grad is not None
-            self.anew = gradient is None and not self.continues
-            if not self.continues:
+            # A shard's gradient is there after a pass that was averaged, unless somebody has zeroed it.
+            self.anew = self.averaged and gradient is None and is_sharded(self.weight)
+            if self.anew:
+                self.clear()
+            elif not self.continues:
                 self._restart()
             return
         self.anew = gradient is None or _state(gradient) != self._version

@@ -14,3 +14,8 @@ def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, sharing its memory; a plain tensor as it is."""
     mine: Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return mine
+
+
+def stands_for(current: Tensor | None, param: Tensor) -> bool:
+    """Tell whether ``current`` is a parameter, or what FSDP has put in its place while the module runs."""
+    return current is param or (current is not None and is_sharded(param) and not is_sharded(current))

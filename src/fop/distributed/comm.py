@@ -135,8 +135,9 @@ class Channel:
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} of {self.size}: the exchange of {what} with the other ranks failed; one "
-                "of them has ended, or did not reach its step within the process group's timeout. Look at "
-                "its own output, then start all ranks again from the last checkpoint"
+                "of them has ended, did not reach its step within the process group's timeout, or has alone "
+                "loaded a state or changed the model. Look at its own output, then start all ranks again "
+                "from the last checkpoint"
             ) from error
 
     def _started(self, start: Callable[[], Any], what: str) -> Pending:

@@ -66,6 +66,11 @@ class Layer(ABC):
         }
 
     @property
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what ``factor_sums`` gives: those of the factors, unless ``swapped``."""
+        return self.factor_shapes
+
+    @property
     def diagonal_A(  # noqa: N802 - as in the equations
         self,
     ) -> bool:

@@ -69,6 +69,12 @@ def checked_distribution(given: DistributedLike) -> Distribution | None:
             "distributed: this rank is not in the process group given as 'group'; make the optimizer on the "
             "ranks of the group only, or give a group with all ranks that train the model"
         )
+    group = options.get("group")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"distributed: group={group!r} must be a process group, as torch.distributed.new_group(ranks) "
+            "returns"
+        )
     return Distribution(**options)
 
 

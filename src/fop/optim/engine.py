@@ -100,6 +100,8 @@ class Engine(Optimizer):
         groups, blocks = self._groups(), self._tracker.blocks.values()
         loss_scale = unscale(self, groups)
         crew = self._crew
+        # Parameters may have been replaced since the last step.
+        crew.watch(blocks, groups)
         crew.begin(groups, self._describe)
         if (max_norm := self.defaults["max_grad_norm"]) is not None:
             crew.clip(self._parameters(), max_norm)

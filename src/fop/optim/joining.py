@@ -83,7 +83,8 @@ def join_along(ddp: Any, optimizer: Any) -> None:
     Raises:
         RuntimeError: it is too late for that.
     """
-    if is_enabled(ddp) and not is_enabled(optimizer):
+    # torch leaves a model enabled that was in a `Join` once: then it has a hook of ours already.
+    if is_enabled(ddp) and not is_enabled(optimizer) and "join_hook" not in vars(ddp):
         raise RuntimeError(
             "the optimizer met this DistributedDataParallel inside of its join(), which knows nothing of the "
             "optimizer's exchanges; use `with Join([ddp_model, optimizer]):` (torch.distributed.algorithms), "

@@ -28,6 +28,8 @@ class Mail:
         self._rounds: list[Round] = []
         # What waits for a round: before the ranks have compared notes, and in accumulating passes of FSDP.
         self._held: dict[Tensor, list[Tensor]] = {}
+        # The first round that counts, where not all do.
+        self._first: dict[Tensor, int] = {}
         # Of the running step, on owners: one tensor for each round.
         self._factors: dict[Tensor, list[Tensor]] = {}
         self._gradients: dict[Tensor, list[Tensor]] = {}
@@ -58,6 +60,12 @@ class Mail:
         """Return what is kept for a block, and keep it no longer."""
         return self._held.pop(block.weight, None)
 
+    def discard(self, block: Block) -> None:
+        """Let what was sent of a block before the running backward pass count for nothing."""
+        self._held.pop(block.weight, None)
+        running = self._rounds and self._rounds[-1].task == torch._C._current_graph_task_id()
+        self._first[block.weight] = len(self._rounds) - 1 if running else len(self._rounds)
+
     def send(
         self,
         block: Block,
@@ -79,12 +87,12 @@ class Mail:
             self._rounds.append(Round(self.here, blocks, sending, self._factor_dtype))
         self._rounds[-1].put(block, pieces)
 
-    def sent_before(self) -> bool:
-        """Tell whether anything was sent, or kept, before the running backward pass."""
-        task = torch._C._current_graph_task_id()
-        return any(each.task != task for each in self._rounds)
-
     # In a step
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there were since the last step."""
+        return len(self._rounds)
 
     @property
     def empty(self) -> bool:
@@ -100,19 +108,22 @@ class Mail:
         """Send what is left, and wait for the sums."""
         self.flush()
         self._factors, self._gradients, self._counts = {}, {}, {}
-        for each in self._rounds:
+        for index, each in enumerate(self._rounds):
             for (what, weight), tensor in each.collect().items():
                 sums = self._factors if what == "factors" else self._gradients
-                sums.setdefault(weight, []).append(tensor)
+                if index >= self._first.get(weight, 0):
+                    sums.setdefault(weight, []).append(tensor)
             for weight, counts in each.counts.items():
-                self._counts[weight] = self._counts.get(weight, torch.zeros_like(counts)) + counts
-        self._rounds, self._held = [], {}
+                if index >= self._first.get(weight, 0):
+                    self._counts[weight] = self._counts.get(weight, torch.zeros_like(counts)) + counts
+        self._rounds, self._held, self._first = [], {}, {}
 
     def abandon(self) -> None:
         """Forget what was sent: all ranks skip the step."""
         if self._rounds:
             self.collect()
-        self._held, self._factors, self._gradients, self._counts = {}, {}, {}, {}
+        self._held, self._first = {}, {}
+        self._factors, self._gradients, self._counts = {}, {}, {}
 
     def swap_sides(self, blocks: Sequence[Block]) -> None:
         """Give the sums of this rank's side to the owner beside it, and take those of the other side.

@@ -80,7 +80,7 @@ class Membership(Solo, ABC):
     def watch(self, blocks: Iterable[Block], groups: Groups) -> None:
         """Be told by the captures of these blocks when gradients are complete."""
         blocks = list(blocks)
-        if [block.weight for block in blocks] != [block.weight for block in self._blocks]:
+        if [id(block.weight) for block in blocks] != [id(block.weight) for block in self._blocks]:
             self._settled = False
         self._blocks, self._groups = blocks, groups
         for block in blocks:
@@ -109,8 +109,9 @@ class Membership(Solo, ABC):
         if self.parity:
             # No half of this rank's own batch is wanted.
             block.capture.paired = False
-        block.lean = self._settled and self.options.mode == "lean" and block.ready
-        block.capture.apart = block.lean or is_sharded(block.weight)
+        sharded = is_sharded(block.weight)
+        block.lean = self._settled and self.options.mode == "lean" and block.ready and not sharded
+        block.capture.apart = block.lean or sharded
 
     def label(self) -> None:
         """Take the pair of the coming step from passes that the user labels."""

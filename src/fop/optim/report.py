@@ -126,11 +126,11 @@ class Refusals:
                     f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
                     "refused; these weights are as before",
                     RuntimeWarning,
-                    stacklevel=_outside(),
+                    stacklevel=outside(),
                 )
 
 
-def _outside() -> int:
+def outside() -> int:
     """Return the ``stacklevel`` of the first caller outside this library and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fop", "torch"):
@@ -147,7 +147,7 @@ def warn_of_curvature(
         warnings.warn(
             f"statistics of {names} are not finite in this step and were not used",
             RuntimeWarning,
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
     for block, rung in rescues:
         if (block.name, rung) not in warned:
@@ -156,7 +156,7 @@ def warn_of_curvature(
                 f"the inversion of a curvature factor of {block.name} {_RESCUES[rung]}; reported once, "
                 "counted in diagnostics(). More damping avoids it.",
                 RuntimeWarning,
-                stacklevel=_outside(),
+                stacklevel=outside(),
             )
 
 

@@ -159,7 +159,7 @@ class Round:
 
 def _travelling(layer: Layer) -> list[tuple[int, ...]]:
     """Return the shapes in which a layer's factors travel."""
-    shapes = list(layer.factor_shapes.values())
+    shapes = list(layer.sum_shapes.values())
     # A single one is a diagonal in the shape of the gradient.
     return shapes if len(shapes) == 1 else [packed_shape(shape) for shape in shapes]
 
@@ -228,7 +228,13 @@ class Received(NamedTuple):
 
 
 def pair_of(
-    block: Block, sending: Sending, sums: Sequence[Tensor], gathered: Tensor | None, ranks: int
+    block: Block,
+    sending: Sending,
+    sums: Sequence[Tensor],
+    gathered: Tensor | None,
+    *,
+    ranks: int,
+    cumulative: bool,
 ) -> Received:
     """Return the gradient pair of a block, from what all ranks have sent to its owner.
 
@@ -238,6 +244,7 @@ def pair_of(
         sums: their sums, one for each round; for `Sending.SIDE` those of even and of odd ranks.
         gathered: the gradient matrix, if p.grad is a shard of it.
         ranks: their number.
+        cumulative: whether the last round in which the layer was used has Gd of all before it, too.
     """
     shape = block.layer.matrix_shape
     size = torch.Size(shape).numel()
@@ -246,7 +253,7 @@ def pair_of(
         used = torch.ones((), dtype=torch.bool, device=average.device)
         if sending is Sending.NOTHING or not sums:
             return Received(GradPair(average, None, None, TORN), used)
-        return Received(_difference(block, average, torch.stack(list(sums)), ranks), used)
+        return Received(_difference(block, average, torch.stack(list(sums)), ranks, cumulative), used)
     total = torch.stack(list(sums)).sum(0)
     used = total[-1] > 0.5
     if sending is Sending.SIDE:
@@ -254,12 +261,14 @@ def pair_of(
         return Received(GradPair((first + second) / ranks, (first - second) * (2 / ranks), used, TORN), used)
     if sending is Sending.GRADIENT:
         return Received(GradPair(total[:size].view(shape) / ranks, None, None, TORN), used)
-    trusted = total[-2] > ranks * len(sums) - 0.5
+    every = torch.stack(list(sums))
+    # In a round that the layer was used in, all ranks must have a pair.
+    trusted = ((every[:, -1] > 0.5) <= (every[:, -2] > ranks - 0.5)).all() & used
     difference = torch.where(trusted, total[size:-2].view(shape), 0)
     return Received(GradPair(total[:size].view(shape), difference, trusted, TORN), used)
 
 
-def _difference(block: Block, average: Tensor, rounds: Tensor, ranks: int) -> GradPair:
+def _difference(block: Block, average: Tensor, rounds: Tensor, ranks: int, cumulative: bool) -> GradPair:
     """Return the pair from Ga and, for each round, the sums of Gd, of sketches and of flags."""
     shape = block.layer.matrix_shape
     size = torch.Size(shape).numel()
@@ -267,20 +276,17 @@ def _difference(block: Block, average: Tensor, rounds: Tensor, ranks: int) -> Gr
     # Rounds that no rank used the layer in say nothing of it.
     said = flags > 0.5
     trusted = said.any() & (said <= (flags > ranks - 0.5)).all()
-    marks = rounds[:, size : size + SKETCH]
-    if block.capture.apart:
-        # p.grad of a shard is the sum of what its passes gave.
-        was = marks.sum(0)
-    else:
-        # The last pass has seen all that p.grad holds.
-        was = marks[0]
-        for mark, here in zip(marks[1:], said[1:], strict=True):
-            was = torch.where(here, mark, was)
+    last = rounds[0]
+    for each, here in zip(rounds[1:], said[1:], strict=True):
+        last = torch.where(here, each, last)
+    total = rounds.sum(0)
+    # A shard's p.grad is the sum of what its passes gave; otherwise the last pass has seen all that it holds.
+    was = (total if block.capture.apart else last)[size : size + SKETCH]
     assert block.weight.grad is not None
     tolerance = _SAME if torch.finfo(block.weight.grad.dtype).bits > 16 else _SAME_HALF
     scale, same = scale_between(was, sketch(average), tolerance)
     trusted = trusted & same
-    difference = torch.where(trusted, rounds[:, :size].sum(0).view(shape) * scale, 0)
+    difference = torch.where(trusted, (last if cumulative else total)[:size].view(shape) * scale, 0)
     return GradPair(average, difference, trusted, TORN)
 
 
@@ -320,7 +326,7 @@ def factors_from(
         if len(parts) == 1:
             statistics.terms[swapped] = FactorSums(parts[0] * share, None, N, N, squared=True)
             continue
-        A, G = layer.factor_shapes.values()
+        A, G = layer.sum_shapes.values()
         a, g = unpack_symmetric(parts[0], A[-1]), unpack_symmetric(parts[1], G[-1]) * share
         counted = torch.tensor(rows, dtype=a.dtype, device=a.device)
         statistics.terms[swapped] = FactorSums(a, g, N, counted)

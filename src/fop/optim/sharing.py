@@ -74,8 +74,19 @@ def share_updates(
         owners: owner of every block by weight.
         packets: those of the blocks that this rank owns.
     """
-    if any(is_sharded(block.weight) for block in blocks):
-        return _share_shards(channel, blocks, owners, packets)
+    sharded = [block for block in blocks if is_sharded(block.weight)]
+    shared = _share_whole(channel, [b for b in blocks if b not in sharded], owners, packets)
+    if sharded:
+        shared |= _share_shards(channel, sharded, owners, packets)
+    return [shared[block.weight] for block in blocks]
+
+
+def _share_whole(
+    channel: Channel,
+    blocks: Sequence[Block],
+    owners: Mapping[Tensor, int],
+    packets: Mapping[Tensor, Packet],
+) -> dict[Tensor, Shared]:
     alike: dict[tuple[int, torch.dtype], list[Block]] = {}
     for block in blocks:
         alike.setdefault((owners[block.weight], wire_dtype(block)), []).append(block)
@@ -96,7 +107,7 @@ def share_updates(
         for block, scalars, update in zip(members, pieces[::2], pieces[1::2], strict=True):
             parts = block.parts(update.view(block.layer.matrix_shape))
             shared[block.weight] = Shared(Scalars(*scalars.unbind()), parts)
-    return [shared[block.weight] for block in blocks]
+    return shared
 
 
 def _share_shards(
@@ -104,7 +115,7 @@ def _share_shards(
     blocks: Sequence[Block],
     owners: Mapping[Tensor, int],
     packets: Mapping[Tensor, Packet],
-) -> list[Shared]:
+) -> dict[Tensor, Shared]:
     of = _by_owner(channel, blocks, owners)
     dtype, device = _widest(blocks), local(blocks[0].weight).device
     scalars = [
@@ -130,7 +141,7 @@ def _share_shards(
                 parts.append((param, rest[:size].view(local(param).shape)))
                 rest = rest[size:]
             shared[block.weight] = Shared(Scalars(*own.unbind()), parts)
-    return [shared[block.weight] for block in blocks]
+    return shared
 
 
 def gather_gradients(

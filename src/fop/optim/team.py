@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -17,6 +18,7 @@ from fop.optim.curvature import Rescues, schedule_refresh
 from fop.optim.distribution import Distribution
 from fop.optim.joining import Stepping, is_enabled, share_gradients
 from fop.optim.membership import Membership
+from fop.optim.report import outside
 from fop.optim.rounds import TORN, Routes, Sending, contribution, factors_from, pair_of
 from fop.optim.settling import interval_of, open_channels, settle
 from fop.optim.sharing import Packet, Scalars, gather_gradients, share_updates
@@ -43,6 +45,7 @@ class Team(Membership):
         self._ends = False
         # Whether a backward pass has sent anything for the running step.
         self._had_pass = False
+        self._warned = False
         # Whether the running step is one of other ranks, for which this one has no batch.
         self.shadow = False
         # Of the running step.
@@ -59,15 +62,15 @@ class Team(Membership):
         if not synchronises and not is_sharded(block.weight):
             # The last pass shows them whole; where nobody averages, the step does.
             return
-        block.capture.averaged = True
-        if block.capture.anew and not block.lean and self._mail.sent_before():
-            # Whoever zeroed the gradients wants nothing of the passes so far.
-            self._mail.abandon()
+        block.capture.averaged = synchronises
+        if block.capture.anew and not block.lean:
+            # Whoever zeroed its gradient wants nothing of the passes so far.
+            self._mail.discard(block)
         if not self._ends:
             self._ends = True
             _after_backward(weakref.WeakMethod(self._backward_ended))
         pieces = self._contribution(block, gradients)
-        if (before := self._mail.held(block)) is not None and (block.capture.apart or not block.capture.anew):
+        if (before := self._mail.held(block)) is not None:
             pieces = self._added(block, before, pieces)
         if self._settled and synchronises:
             self._mail.send(block, pieces, *self._outgoing())
@@ -116,14 +119,14 @@ class Team(Membership):
         """Compare notes if need be, and get what other ranks have sent to this one as an owner."""
         if not self._settled:
             self._settle(groups, describe())
-        averaged = self.wrapping.ddp is not None or any(map(is_sharded, groups))
         self._had_pass = not self._mail.empty or self.shadow
-        self._send_rest(averaged)
+        self._warn_of_several_passes()
+        self._send_rest()
         # All that follows comes after the last parcel, on every rank.
         if is_enabled(self._optimizer()) or is_enabled(self.wrapping.ddp):
             share_gradients(self._mail.ranks, list(groups), not self.shadow)
-        if not averaged:
-            self._average([param for param in groups if param.requires_grad])
+        if alone := [p for p in groups if p.requires_grad and not self.wrapping.averages(p)]:
+            self._average(alone)
         self._mail.collect()
         sides = [block for block in self._blocks if block.lean and self._sending(block) is Sending.SIDE]
         if sides := [block for block in sides if block.weight.requires_grad]:
@@ -134,16 +137,27 @@ class Team(Membership):
         self._cumulative = [block for block in self._blocks if not self._adds_up(block)]
         self._labelled = False
 
-    def _send_rest(self, averaged: bool) -> None:
+    def _warn_of_several_passes(self) -> None:
+        if self._mail.rounds > 1 and not self._warned and any(block.lean for block in self._blocks):
+            self._warned = True
+            warnings.warn(
+                "several averaged backward passes were added up for one step; with mode='lean' only "
+                "optimizer.zero_grad() discards a pass, model.zero_grad() does not. Reported once",
+                UserWarning,
+                stacklevel=outside(),
+            )
+
+    def _send_rest(self) -> None:
         """Send what no backward pass has sent: all of it in the first step, and where nobody averages."""
-        if self._mail.empty:
-            outgoing = self._outgoing()
-            for block in outgoing[0]:
+        blocks, sending = self._outgoing()
+        alone = [block for block in blocks if not self.wrapping.averages(block.weight)]
+        if self._mail.empty or alone:
+            for block in blocks:
                 pieces = self._mail.held(block)
-                if not averaged and block.weight.grad is not None:
+                if block in alone and block.weight.grad is not None:
                     gradients = {param: param.grad for param in block.params if param.grad is not None}
                     pieces = self._contribution(block, gradients)
-                self._mail.send(block, pieces or [], *outgoing)
+                self._mail.send(block, pieces or [], blocks, sending)
         self._mail.flush()
 
     def _settle(self, groups: Groups, description: Description) -> None:
@@ -231,9 +245,8 @@ class Team(Membership):
     def moves(self, blocks: Sequence[Block], groups: Groups) -> list[Move]:
         """Compute the updates of owned blocks, and share those of all."""
         ranks, owners = self._mail.ranks, self._mail.here.owners
-        gathered: dict[Tensor, Tensor] = {}
-        if any(is_sharded(block.weight) for block in blocks):
-            gathered = gather_gradients(ranks, blocks, owners)
+        sharded = [block for block in blocks if is_sharded(block.weight)]
+        gathered = gather_gradients(ranks, sharded, owners) if sharded else {}
         packets: dict[Tensor, Packet] = {
             block.weight: self._packet(block, gathered.get(block.weight), groups)
             for block in blocks
@@ -254,10 +267,14 @@ class Team(Membership):
 
     def _packet(self, block: Block, gathered: Tensor | None, groups: Groups) -> Packet:
         group = groups[block.weight]
-        sums = self._mail.gradients(block)
-        if block in self._cumulative:
-            sums = sums[-1:]
-        pair, used = pair_of(block, self._kinds[block.weight], sums, gathered, self._mail.ranks.size)
+        pair, used = pair_of(
+            block,
+            self._kinds[block.weight],
+            self._mail.gradients(block),
+            gathered,
+            ranks=self._mail.ranks.size,
+            cumulative=block in self._cumulative,
+        )
         samples = self._samples.get(block.weight, 1)
         direction = block.direction(pair, group, samples)
         length = block.squared_length(direction, pair.average, groups, samples)

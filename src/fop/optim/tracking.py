@@ -16,6 +16,7 @@ from fop.capture import (
     ModelWatch,
     Seen,
     SubBatch,
+    stands_for,
     trace_anew,
 )
 from fop.optim.block import Block
@@ -214,7 +215,10 @@ class Tracker:
     def _as_found(self, param: Tensor) -> bool:
         """Tell whether all modules that had a parameter have it still."""
         owners = ((ref(), key) for ref, key in self._owners[param])
-        return all(module is not None and module._parameters.get(key) is param for module, key in owners)
+        # FSDP leaves a model unsharded that was evaluated last.
+        return all(
+            module is not None and stands_for(module._parameters.get(key), param) for module, key in owners
+        )
 
     def _current(self, param: Tensor) -> list[Tensor]:
         """Return what the parameter's modules have now under its names, each tensor once."""
