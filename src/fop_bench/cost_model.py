@@ -19,7 +19,7 @@ Method = Literal["sgd", "kfac", "compatible", "lean", "fsdp"]
 
 INTERVAL = 100  # the default of `curvature_interval`
 BYTES = 4  # of an element: gradients, updates and factors travel and stay in float32
-SCALARS = 7  # numbers that go with the update of a layer
+SCALARS = 8  # numbers that go with the update of a layer
 FSDP_GATHERED = 2  # bytes of a weight that FSDP gathers, in bfloat16
 GPUS_PER_NODE = 8
 
@@ -137,10 +137,12 @@ def _wrapper(architecture: Architecture, method: Method) -> float:
 
 def _lean_gradients(update: int, count: int, ranks: int) -> float:
     if ranks % 2:
-        # The rank's gradient, its part of Gd, and whether it has a pair.
-        return (2 * update + BYTES * count) * (ranks - 1) / ranks
+        # The rank's gradient, its part of Gd, whether it has a pair, and that it uses the layer.
+        return (2 * update + 2 * BYTES * count) * (ranks - 1) / ranks
     # Added up among the W/2 ranks of a side; then one of two owners side by side gives its sum to the other.
-    return update * (1 - 2 / ranks) + update / ranks
+    # With each gradient goes the number of ranks that use the layer.
+    counted = update + BYTES * count
+    return counted * (1 - 2 / ranks) + counted / ranks
 
 
 def _travelling_elements(layer: LayerSize) -> int:
