@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,21 +70,20 @@ class Mail:
         self,
         block: Block,
         pieces: Sequence[Tensor],
-        blocks: Sequence[Block],
-        sending: Mapping[Tensor, Sending],
+        outgoing: Callable[[], tuple[Sequence[Block], Mapping[Tensor, Sending]]],
     ) -> None:
         """Send a block's statistics and contribution in the round of the running backward pass.
 
         Args:
             block: the block.
             pieces: what `contribution` gave.
-            blocks: all trained blocks, those that are ready first first.
-            sending: what of the gradient of each is sent.
+            outgoing: returns, for a new round, all trained blocks, those that are ready first first, and what
+                of the gradient of each is sent.
         """
         if not self._rounds or self._rounds[-1].task != torch._C._current_graph_task_id():
             if self._rounds:
                 self._rounds[-1].flush()
-            self._rounds.append(Round(self.here, blocks, sending, self._factor_dtype))
+            self._rounds.append(Round(self.here, *outgoing(), self._factor_dtype))
         self._rounds[-1].put(block, pieces)
 
     # In a step

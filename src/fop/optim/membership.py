@@ -36,6 +36,7 @@ class Membership(Solo, ABC):
         self._optimizer = weakref.ref(optimizer)
         self._mail = Mail(options.factor_dtype)
         self._blocks: list[Block] = []
+        self._block_of: dict[Tensor, Block] = {}
         self._groups: Groups = {}
         # Whether the ranks have compared notes; without that nothing can be sent.
         self._settled = False
@@ -83,6 +84,7 @@ class Membership(Solo, ABC):
         if [id(block.weight) for block in blocks] != [id(block.weight) for block in self._blocks]:
             self._settled = False
         self._blocks, self._groups = blocks, groups
+        self._block_of = {param: block for block in blocks for param in block.params}
         for block in blocks:
             block.capture.completed = Completed(self, block)
             self.schedule(block)
@@ -147,7 +149,8 @@ class Membership(Solo, ABC):
 
     def is_lean(self, param: Tensor) -> bool:
         """Tell whether a parameter's gradient goes to its owner, so that nobody else need have it."""
-        return any(block.lean and any(param is own for own in block.params) for block in self._blocks)
+        block = self._block_of.get(param)
+        return block is not None and block.lean
 
     def allow_scaler(self) -> None:
         """Raise RuntimeError where ranks would not find the same overflow."""

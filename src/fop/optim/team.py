@@ -73,7 +73,7 @@ class Team(Membership):
         if (before := self._mail.held(block)) is not None:
             pieces = self._added(block, before, pieces)
         if self._settled and synchronises:
-            self._mail.send(block, pieces, *self._outgoing())
+            self._mail.send(block, pieces, self._outgoing)
         else:
             self._mail.hold(block, pieces)
 
@@ -117,6 +117,8 @@ class Team(Membership):
 
     def begin(self, groups: Groups, describe: Callable[[], Description]) -> None:
         """Compare notes if need be, and get what other ranks have sent to this one as an owner."""
+        # A backward pass that raised an error has no end.
+        self._ends = False
         if not self._settled:
             self._settle(groups, describe())
         self._had_pass = not self._mail.empty or self.shadow
@@ -149,7 +151,7 @@ class Team(Membership):
 
     def _send_rest(self) -> None:
         """Send what no backward pass has sent: all of it in the first step, and where nobody averages."""
-        blocks, sending = self._outgoing()
+        blocks, _ = self._outgoing()
         alone = [block for block in blocks if not self.wrapping.averages(block.weight)]
         if self._mail.empty or alone:
             for block in blocks:
@@ -157,7 +159,7 @@ class Team(Membership):
                 if block in alone and block.weight.grad is not None:
                     gradients = {param: param.grad for param in block.params if param.grad is not None}
                     pieces = self._contribution(block, gradients)
-                self._mail.send(block, pieces or [], blocks, sending)
+                self._mail.send(block, pieces or [], self._outgoing)
         self._mail.flush()
 
     def _settle(self, groups: Groups, description: Description) -> None:
@@ -304,7 +306,7 @@ class Team(Membership):
     def abandon(self) -> None:
         """Forget what was sent for a step that no rank will take."""
         self._mail.abandon()
-        self._labelled = False
+        self._labelled = self._ends = False
 
 
 def _after_backward(call: weakref.WeakMethod[Callable[[], None]]) -> None:
