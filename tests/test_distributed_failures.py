@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed_cases import OPTIONS
 from fop import FOP, KFAC
+from fop.optim.agreement import check_devices
 from models import batch, loss_of, mlp, weights
 from ranks import alone, run_ranks
 
@@ -230,6 +231,14 @@ def test_options_are_checked(given: Any, error: type[Exception], text: str) -> N
 def test_inverse_delay_is_checked(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"inverse_delay=.* must be"):
         FOP(mlp().parameters(), inverse_delay=value)
+
+
+def test_parameters_of_a_rank_are_on_one_device() -> None:
+    here, there = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))
+    check_devices([here, here], {})
+    with pytest.raises(ValueError, match="head is on meta and stem on cpu: between ranks") as error:
+        check_devices([here, there], {here: "stem", there: "head"})
+    assert "give distributed=False" in message(error)
 
 
 def test_one_rank_is_one_process() -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fop.algebra import Rung
 from fop.capture import local
-from fop.optim.agreement import Description, describe_rank
+from fop.optim.agreement import Description, check_devices, describe_rank
 from fop.optim.block import Block
 from fop.optim.checkpoint import enter_block, follow_moves, make_block_state, note_places
 from fop.optim.crew import crew_for
@@ -160,6 +160,7 @@ class Engine(Optimizer):
         self._relink()
 
     def _describe(self) -> Description:
+        check_devices(self._parameters(), self._tracker.names)
         return describe_rank(self.param_groups, self._tracker, self._distribution)
 
     @torch.no_grad()

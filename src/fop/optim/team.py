@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fop.algebra import Direction, inner
 from fop.capture import is_sharded, local
-from fop.optim.agreement import Description, check_devices
+from fop.optim.agreement import Description
 from fop.optim.block import Block
 from fop.optim.curvature import Rescues, schedule_refresh
 from fop.optim.distribution import Distribution
@@ -163,7 +163,6 @@ class Team(Membership):
         self._mail.flush()
 
     def _settle(self, groups: Groups, description: Description) -> None:
-        check_devices(groups, {})
         routes = self._mail.routes
         ranks, side = (routes.ranks, routes.side) if routes else open_channels(self.group, self.sent)
         self.plan, lacking = settle(self._blocks, description, self.options, ranks, interval_of(groups))
