@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,6 +272,24 @@ def gone(rank: int) -> None:
     with pytest.raises(RuntimeError, match="the process group is gone"):
         step(model, optimizer, rank)
     os._exit(3)
+
+
+def late_group(rank: int, folder: str) -> dict[str, Tensor]:
+    """The optimizer is made first; only then do the ranks meet."""
+    dist.destroy_process_group()
+    model = mlp()
+    optimizer = FOP(model, **OPTIONS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/late", rank=rank, world_size=2)
+    wrapped = DistributedDataParallel(model)
+    for number in range(3):
+        step(wrapped, optimizer, rank, number)
+    return weights(model)
+
+
+def test_a_process_group_that_comes_after_the_optimizer(tmp_path: Path) -> None:
+    first, second = run_ranks(late_group, 2, str(tmp_path))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 # --- ranks of their own ------------------------------------------------------------------------------

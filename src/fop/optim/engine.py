@@ -66,12 +66,15 @@ class Engine(Optimizer):
         # Not only in the step: torch.compile would leave the model in the pieces that the hook made of it.
         self._listen()
 
-    def _listen(self) -> None:
+    def _form_crew(self) -> None:
+        """Work with the other ranks from now on, if a process group has come after the optimizer."""
         if type(self._crew) is Solo:
-            # The process group may have come after the optimizer.
             self._crew = crew_for(self._distribution, self)
             for root in self._tracker.roots():
                 self._crew.see(root)
+
+    def _listen(self) -> None:
+        self._form_crew()
         self._tracker.listen(list(self._parameters()), self._seen)
         self._crew.watch(self._tracker.blocks.values(), self._groups())
 
@@ -99,6 +102,7 @@ class Engine(Optimizer):
             group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
         groups, blocks = self._groups(), self._tracker.blocks.values()
         loss_scale = unscale(self, groups)
+        self._form_crew()
         crew = self._crew
         # Parameters may have been replaced since the last step.
         crew.watch(blocks, groups)
