@@ -50,7 +50,7 @@ class _Both:
         self._first.main_hook()
         optimizer = self._optimizer()
         if optimizer is not None and not is_enabled(optimizer):
-            Shadow(optimizer).main_hook()
+            optimizer.shadow_step()
 
     def post_hook(self, is_last_joiner: bool) -> None:
         self._first.post_hook(is_last_joiner)

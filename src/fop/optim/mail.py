@@ -93,11 +93,6 @@ class Mail:
         """How many rounds there were since the last step."""
         return len(self._rounds)
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was sent since the last step."""
-        return not self._rounds
-
     def flush(self) -> None:
         """Send what is left."""
         for each in self._rounds:

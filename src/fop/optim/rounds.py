@@ -96,7 +96,6 @@ class Round:
     ) -> None:
         self.task = torch._C._current_graph_task_id()
         self._routes = routes
-        self._blocks = blocks
         self._sending = sending
         self.counts: dict[Tensor, Tensor] = {}
         parcels = [parcel for block in blocks for parcel in self._parcels(block, factor_dtype)]
@@ -254,16 +253,16 @@ def pair_of(
         if sending is Sending.NOTHING or not sums:
             return Received(GradPair(average, None, None, TORN), used)
         return Received(_difference(block, average, torch.stack(list(sums)), ranks, cumulative), used)
-    total = torch.stack(list(sums)).sum(0)
+    rounds = torch.stack(list(sums))
+    total = rounds.sum(0)
     used = total[-1] > 0.5
     if sending is Sending.SIDE:
         first, second = (each[:size].view(shape) for each in sums)
         return Received(GradPair((first + second) / ranks, (first - second) * (2 / ranks), used, TORN), used)
     if sending is Sending.GRADIENT:
         return Received(GradPair(total[:size].view(shape) / ranks, None, None, TORN), used)
-    every = torch.stack(list(sums))
     # In a round that the layer was used in, all ranks must have a pair.
-    trusted = ((every[:, -1] > 0.5) <= (every[:, -2] > ranks - 0.5)).all() & used
+    trusted = ((rounds[:, -1] > 0.5) <= (rounds[:, -2] > ranks - 0.5)).all() & used
     difference = torch.where(trusted, total[size:-2].view(shape), 0)
     return Received(GradPair(total[:size].view(shape), difference, trusted, TORN), used)
 
@@ -302,7 +301,7 @@ def factors_from(
 
     Args:
         block: the block.
-        summed: the sums of all ranks, as `Round.put_statistics` sent them.
+        summed: the sums of all ranks, as `Round.put` sent them.
         counts: for every term N, then the number of rows of every group.
         options: the parameter group of the weight.
         loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.

@@ -158,10 +158,7 @@ def gather_gradients(
     ]
     mine = of[channel.rank]
     shapes = [param.shape for block in mine for param in _stepping(block)]
-    sizes = [
-        sum(_rows(shape, rank, channel.size) * (shape.numel() // shape[0]) for shape in shapes)
-        for rank in range(channel.size)
-    ]
+    sizes = [sum(_shard_size(shape, rank, channel.size) for shape in shapes) for rank in range(channel.size)]
     taken = channel.exchange(out, sizes, "gradient shards")
     matrices: dict[Tensor, Tensor] = {}
     places = [0] * channel.size
@@ -170,7 +167,7 @@ def gather_gradients(
         for param in _stepping(block):
             pieces = []
             for rank, flat in enumerate(taken):
-                size = _rows(param.shape, rank, channel.size) * (param.numel() // param.shape[0])
+                size = _shard_size(param.shape, rank, channel.size)
                 pieces.append(flat[places[rank] : places[rank] + size])
                 places[rank] += size
             whole.append(torch.cat(pieces).view(param.shape).to(wire_dtype(block)))
@@ -196,10 +193,11 @@ def _local_size(block: Block) -> int:
     return sum(local(param).numel() for param in _stepping(block))
 
 
-def _rows(shape: torch.Size, rank: int, ranks: int) -> int:
-    """Return how many rows of a parameter ``rank`` holds: chunks as of `torch.chunk`."""
+def _shard_size(shape: torch.Size, rank: int, ranks: int) -> int:
+    """Return how many elements of a parameter ``rank`` holds: chunks of rows as of `torch.chunk`."""
     chunk = -(-shape[0] // ranks)
-    return max(0, min(chunk, shape[0] - rank * chunk))
+    rows = max(0, min(chunk, shape[0] - rank * chunk))
+    return rows * (shape.numel() // shape[0])
 
 
 def _shard(whole: Tensor, rank: int, ranks: int) -> Tensor:

@@ -121,7 +121,7 @@ class Team(Membership):
         self._ends = False
         if not self._settled:
             self._settle(groups, describe())
-        self._had_pass = not self._mail.empty or self.shadow
+        self._had_pass = self._mail.rounds > 0 or self.shadow
         self._warn_of_several_passes()
         self._send_rest()
         # All that follows comes after the last parcel, on every rank.
@@ -130,12 +130,11 @@ class Team(Membership):
         if alone := [p for p in groups if p.requires_grad and not self.wrapping.averages(p)]:
             self._average(alone)
         self._mail.collect()
-        sides = [block for block in self._blocks if block.lean and self._sending(block) is Sending.SIDE]
-        if sides := [block for block in sides if block.weight.requires_grad]:
+        blocks, self._kinds = self._outgoing()
+        if sides := [block for block in blocks if self._kinds[block.weight] is Sending.SIDE]:
             self._mail.swap_sides(sides)
         if self._blocks and any(group["loss_reduction"] == "sum" for group in groups.values()):
             self._count_samples()
-        self._kinds = {block.weight: self._sending(block) for block in self._blocks}
         self._cumulative = [block for block in self._blocks if not self._adds_up(block)]
         self._labelled = False
 
@@ -153,7 +152,7 @@ class Team(Membership):
         """Send what no backward pass has sent: all of it in the first step, and where nobody averages."""
         blocks, _ = self._outgoing()
         alone = [block for block in blocks if not self.wrapping.averages(block.weight)]
-        if self._mail.empty or alone:
+        if alone or not self._mail.rounds:
             for block in blocks:
                 pieces = self._mail.held(block)
                 if block in alone and block.weight.grad is not None:
@@ -270,7 +269,8 @@ class Team(Membership):
         group = groups[block.weight]
         pair, used = pair_of(
             block,
-            self._kinds[block.weight],
+            # A frozen layer that still has a gradient has sent nothing of it.
+            self._kinds.get(block.weight, Sending.NOTHING),
             self._mail.gradients(block),
             gathered,
             ranks=self._mail.ranks.size,
