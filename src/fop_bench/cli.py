@@ -8,15 +8,6 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fop_bench.cost_model import H100
 from fop_bench.defaults import STUDIES, TASKS, measure
@@ -26,6 +17,7 @@ from fop_bench.environment import environment
 from fop_bench.overhead import Measurement, measure_overhead, workloads
 from fop_bench.plot import plot_demo
 from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json
+from fop_bench.run_cli import run
 from fop_bench.scale import PLAIN_STEPS, measure_scale
 from fop_bench.scale import Measurement as Measured
 from fop_bench.scale_report import (
@@ -37,36 +29,18 @@ from fop_bench.scale_report import (
     predicted_sheets,
     predictions,
 )
+from fop_bench.terminal import console_here, device_option, progress_bars
 from fop_bench.workloads import MODELS, Workload
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
 
-def _device(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.device:
-    name = value or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} cannot be measured; use cpu or cuda")
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # timing events are recorded on the current device
-    return device
-
-
-device_option = click.option(
-    "--device",
-    callback=_device,
-    metavar="DEVICE",
-    help="cpu or cuda[:N]; default: a GPU if there is one.",
-)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """Measure FOP against SGD, AdamW and K-FAC."""
+
+
+main.add_command(run)
 
 
 @main.command()
@@ -83,12 +57,12 @@ def demo(out: Path, device: torch.device, quick: bool) -> None:
 
     Takes about two minutes on two CPU cores. Writes demo.json, demo.png and README.md into --out.
     """
-    console = _console()
+    console = console_here()
     plan = QUICK if quick else FULL
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
     torch.set_num_threads(1)
     where = environment(device)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("", total=plan.total_runs())
         entries = run_demo(plan, device, lambda text: progress.update(task, description=text, advance=1))
     protocol = {
@@ -123,13 +97,13 @@ def overhead(
     model: str, batches: tuple[int, ...], bf16: bool | None, device: torch.device, rounds: int, out: Path
 ) -> None:
     """Measure time and peak memory per step, the optimizers taking turns."""
-    console = _console()
+    console = console_here()
     models = list(MODELS) if model == "all" else [model]
     precisions = [False, True] if bf16 is None else [bf16]
     todo = workloads(models, batches, precisions)
     where = environment(device)
     measurements: list[Measurement] = []
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("", total=len(todo) * rounds)
         for workload in todo:
             precision = "bf16" if workload.bf16 else "float32"
@@ -167,7 +141,7 @@ def defaults(
     if not chosen:
         raise click.BadParameter(f"{tasks!r} matches none of: {', '.join(TASKS)}", param_hint="--tasks")
     out.mkdir(parents=True, exist_ok=True)
-    with _progress(_console()) as progress:
+    with progress_bars(console_here()) as progress:
         bar = progress.add_task(study)
         left = measure(
             study,
@@ -223,7 +197,7 @@ def scale(
     if predict:
         _predict_scale(counts or GPUS, out)
         return
-    console = _console()
+    console = console_here()
     workload = Workload(model, batch, bf16=False)
     modes = ["compatible", "lean"] if mode == "both" else [mode]
     where = environment(torch.device("cpu")) | {"threads": 1}
@@ -237,7 +211,7 @@ def scale(
         "transport": "gloo over the loopback interface",
     }
     measurements: list[Measured] = []
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("", total=len(counts or MEASURED))
         for count in counts or MEASURED:
             progress.update(task, description=f"{model} · batch {batch} · {count} rank{'s' * (count > 1)}")
@@ -262,25 +236,8 @@ def _predict_scale(counts: tuple[int, ...], out: Path) -> None:
     results = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
     write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": results})
     (out / "prediction.md").write_text(predicted_markdown(predicted), encoding="utf-8")
-    console = _console()
+    console = console_here()
     for sheet in predicted_sheets(predicted):
         console.print(sheet.table())
     console.print(assumptions(), soft_wrap=True)
     console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)
-
-
-def _console() -> Console:
-    console = Console()
-    # A table that is written to a file or a pipe is not squeezed into 80 columns.
-    return console if console.is_terminal else Console(width=130)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

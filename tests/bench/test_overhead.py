@@ -11,7 +11,7 @@ from fop_bench import overhead
 from fop_bench.cli import main
 from fop_bench.memory import PeakMemory
 from fop_bench.models import ViT, digits_cnn, mlp, resnet18
-from fop_bench.optimizers import CONTENDERS, Contender
+from fop_bench.optimizers import CONTENDERS, DefaultContender
 from fop_bench.workloads import MODELS, NEVER, Workload, expect_curvature, prepare
 
 MLP_BYTES = 4 * sum(p.numel() for p in mlp().parameters())
@@ -101,10 +101,14 @@ def test_plain_and_curvature_steps_are_booked_apart_and_amortised(monkeypatch):
 
     for name in CONTENDERS:
         monkeypatch.setitem(
-            CONTENDERS, name, Contender(name, lambda model, lr: FakeSGD(model.parameters(), lr=lr), (0.1,))
+            CONTENDERS,
+            name,
+            DefaultContender(name, lambda model, lr: FakeSGD(model.parameters(), lr=lr), (0.1,)),
         )
     monkeypatch.setitem(
-        CONTENDERS, "fop", Contender("FOP", lambda model, lr: FakeFOP(model, lr, clock, 2.0, 10.0), (0.1,))
+        CONTENDERS,
+        "fop",
+        DefaultContender("FOP", lambda model, lr: FakeFOP(model, lr, clock, 2.0, 10.0), (0.1,)),
     )
     none = dict.fromkeys(CONTENDERS, PeakMemory(None, None, "not measured"))
     monkeypatch.setattr(overhead, "peak_memory", lambda workload, device: none)

@@ -32,7 +32,7 @@ def run(seed=0, learning_rate=0.1, **changes):
 
 
 def without_seconds(curve):
-    return [replace(epoch, seconds=0.0) for epoch in curve]
+    return [replace(epoch, seconds=0.0, processor_seconds=0.0) for epoch in curve]
 
 
 def test_same_seed_same_run_and_another_seed_another_run():

@@ -1,0 +1,38 @@
+"""Changed equations, for the studies that ask what the paper's formula leaves open.
+
+The only file here that reaches behind the public names of `fop`: an equation is no option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fop.algebra import KroneckerBlock
+
+
+def _damped_product(block: KroneckerBlock, V: Tensor) -> Tensor:
+    """Give F̂·V of a block that holds F̂⁻¹ as factors; those that are diagonals are (groups, side)."""
+
+    def undone(factor: Tensor) -> Tensor:
+        inverse: Tensor = torch.linalg.inv(torch.diag_embed(factor) if factor.dim() == 2 else factor)
+        return inverse
+
+    return undone(block.G_inv) @ V @ undone(block.A_inv)
+
+
+@contextmanager
+def _damped_projection() -> Iterator[None]:
+    with patch.object(KroneckerBlock, "fisher", _damped_product):
+        yield
+
+
+# By name: what a run is made in.
+FORMULAS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "paper": nullcontext,
+    "damped projection": _damped_projection,
+}

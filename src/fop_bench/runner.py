@@ -1,0 +1,292 @@
+"""Makes the runs of a study, in any number of sittings, one JSON line a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fop
+from fop_bench.environment import git_state
+from fop_bench.execution import Description, execute
+from fop_bench.recipes import recipe
+from fop_bench.recipes.recipe import Contender, Recipe, Study
+from fop_bench.run_records import read_runs
+
+TUNING_SEED = 0
+# glibc gives the pages of large tensors back to the kernel and asks for new ones, which takes half of the time of
+# a step at batch 10,000 on a CPU.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
+
+Record = dict[str, Any]
+# Told how many runs are done, how many are planned, and what starts next.
+OnRun = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which runs of a recipe's study to make; an empty choice means all."""
+
+    recipe: str
+    study: str
+    tasks: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+
+    def checked(self) -> Selection:
+        """Return it with names in full; raises ValueError for what the recipe does not have."""
+        plan = recipe(self.recipe)
+        if self.study not in plan.studies:
+            raise ValueError(
+                f"unknown study {self.study!r} of {self.recipe}; known are {', '.join(plan.studies)}"
+            )
+        study = plan.studies[self.study]
+        return Selection(
+            self.recipe,
+            self.study,
+            _known("task", self.tasks, plan.tasks),
+            _known("optimizer", self.contenders, study.contenders),
+            _known("batch size", self.batch_sizes, study.epochs),
+        )
+
+
+def _known(what: str, chosen: Sequence[Any], known: Mapping[Any, Any]) -> tuple[Any, ...]:
+    for each in chosen:
+        if each not in known:
+            raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, known))}")
+    return tuple(each for each in known if not chosen or each in chosen)
+
+
+def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
+    """Give the runs that can be made now, and the number of all that are not done, later ones included."""
+    plan = recipe(chosen.recipe)
+    study = plan.studies[chosen.study]
+    by_key = {_key(record): record for record in done}
+    ready: list[Description] = []
+    later = 0
+    for batch_size in chosen.batch_sizes:
+        for task in chosen.tasks:
+            groups = [
+                list(_runs(plan, study, chosen, task, batch_size, name, by_key)) for name in chosen.contenders
+            ]
+            # Contenders take turns, so that a slow hour slows all of them.
+            turns = [run for turn in _by_turns(groups) for run in turn]
+            ready += [run for run in turns if run is not None and _key(asdict(run)) not in by_key]
+            later += sum(run is None for run in turns)
+    return ready, len(ready) + later
+
+
+def _by_turns(groups: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
+    for turn in range(max(map(len, groups), default=0)):
+        yield [group[turn] for group in groups if turn < len(group)]
+
+
+def _runs(
+    plan: Recipe,
+    study: Study,
+    chosen: Selection,
+    task: str,
+    batch_size: int,
+    name: str,
+    done: Mapping[str, Record],
+) -> Iterator[Description | None]:
+    """Give all runs of a contender at one batch size; None for one whose options are not known yet."""
+
+    def describe(phase: str, options: Mapping[str, Any], seed: int) -> Description:
+        epochs = study.epochs[batch_size]
+        return Description(plan.name, task, chosen.study, phase, name, options, batch_size, epochs, seed)
+
+    contender: Contender = study.contenders[name]
+    combinations = list(contender.combinations())
+    if not study.tuned:
+        for seed in study.seeds:
+            yield from (describe("final", options, seed) for options in combinations)
+        return
+    tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
+    yield from tuning
+    records = [done[key] for run in tuning if (key := _key(asdict(run))) in done]
+    for seed in study.seeds:
+        yield describe("final", best_options(records), seed) if len(records) == len(tuning) else None
+
+
+def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
+    """Choose by the mean held-out accuracy over the epochs, which rewards speed and the end result alike.
+
+    A diverged run loses against every other; if all diverged, the first options are taken.
+    """
+    alive = [run for run in tuning if not run["diverged"]]
+    if not alive:
+        return dict(tuning[0]["options"])
+    best = max(alive, key=lambda run: statistics.fmean(epoch["accuracy"] for epoch in run["curve"]))
+    return dict(best["options"])
+
+
+def make(
+    chosen: Selection,
+    *,
+    data: str | None,
+    device: torch.device,
+    out: Path,
+    jobs: int,
+    minutes: float,
+    on_run: OnRun = lambda done, planned, title: None,
+) -> int:
+    """Make the runs that ``out``/STUDY.jsonl does not hold yet; return how many are left.
+
+    After ``minutes`` every run stops where it is; calling again goes on from there. Killed at any moment,
+    it loses no finished run, and half a minute of an unfinished one.
+
+    Raises:
+        ValueError: unknown names; runs of another commit in ``out``; a broken line in it.
+        BlockingIOError: another process is writing there.
+    """
+    chosen = chosen.checked()
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{chosen.study}.jsonl"
+    with _exclusively(path):
+        done = read_runs(path) if path.stat().st_size else []
+        _check_commit(path, done)
+        done = [record for record in done if _chosen(record, chosen)]
+        command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+        arguments = (data, str(device), out / "unfinished", deadline, command)
+        with _workers(jobs) as submit:
+            running: dict[Future[Record | None], Description] = {}
+            while True:
+                ready, left = planned(chosen, done)
+                under_way = {_key(asdict(run)) for run in running.values()}
+                todo = [run for run in ready if _key(asdict(run)) not in under_way]
+                while todo and len(running) < jobs and time.monotonic() < deadline:
+                    next_one = todo.pop(0)
+                    on_run(len(done), len(done) + left, next_one.title)
+                    running[submit(_work, next_one, *arguments)] = next_one
+                if not running:
+                    return left
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    if (record := future.result()) is not None:
+                        _append(path, record)
+                        _saved(out / "unfinished", run).unlink(missing_ok=True)
+                        done.append(record)
+                        on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
+
+
+def _chosen(record: Record, chosen: Selection) -> bool:
+    return (
+        record["task"] in chosen.tasks
+        and record["contender"] in chosen.contenders
+        and record["batch_size"] in chosen.batch_sizes
+    )
+
+
+def _work(
+    run: Description, data: str | None, device: str, folder: Path, deadline: float, command: str
+) -> Record | None:
+    torch.set_num_threads(1)
+    # Convolutions without a fixed order of sums would make a run that goes on differ from one that did not
+    # stop.
+    torch.backends.cudnn.benchmark = False
+    return execute(run, data, torch.device(device), _saved(folder, run), deadline, command)
+
+
+def _saved(folder: Path, run: Description) -> Path:
+    return folder / f"{hashlib.sha256(_key(asdict(run)).encode()).hexdigest()[:16]}.pt"
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    names = ("recipe", "task", "study", "phase", "contender", "options", "batch_size", "epochs", "seed")
+    return json.dumps([record[name] for name in names], sort_keys=True)
+
+
+def _append(path: Path, record: Record) -> None:
+    """Add one line, and do not return before it is on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _exclusively(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the same file, and put what a killed one left of a line aside."""
+    import fcntl  # noqa: PLC0415 - where it is missing, the other commands still work
+
+    with path.open("ab") as file:
+        try:
+            # Ends with the process, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"another fop-bench is writing {path}; wait for it, or give another --out"
+            ) from error
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            aside = path.with_suffix(".cut-off")
+            with aside.open("ab") as kept:
+                kept.write(content[whole:] + b"\n")
+            file.truncate(whole)
+        yield
+
+
+def _check_commit(path: Path, done: Sequence[Record]) -> None:
+    here = git_state(Path(fop.__file__))
+    there = [record["environment"]["git"] for record in done]
+    others = [state for state in there if state != here]
+    if others:
+        raise ValueError(
+            f"{path} holds {len(others)} runs of {_commit(others[0])}, and this is {_commit(here)}: one "
+            "table must not mix them; give another --out, or check that commit out to go on"
+        )
+
+
+def _commit(state: Mapping[str, Any] | None) -> str:
+    if state is None:
+        return "an installed package"
+    return f"commit {state['commit'][:10]}" + (" with uncommitted changes" if state["dirty"] else "")
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[..., Future[Record | None]]]:
+    """Give a `submit`: to processes of their own, or, for one job, to this one."""
+    if jobs == 1:
+        yield _at_once
+        return
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)  # read by the C library when a worker starts
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
+        yield pool.submit
+
+
+def _at_once(function: Callable[..., Record | None], *arguments: Any) -> Future[Record | None]:
+    future: Future[Record | None] = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def _end_with_parent() -> None:
+    """Make this worker end when the process that started it is killed, which tells its workers nothing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
