@@ -5,6 +5,7 @@ Shapes: N batch, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +33,17 @@ class Normaliser:
 
     Args:
         pixels: the training images, whose mean and standard deviation count.
+        total: sums over the processes that share the images.
     """
 
-    def __init__(self, pixels: Tensor) -> None:
+    def __init__(self, pixels: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
         sums, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
         for part in pixels.split(4096):
             values = part.reshape(-1, 3).double().cpu()
             sums += values.sum(0)
             squares += (values * values).sum(0)
-        count = pixels.numel() / 3
+        ones = torch.full((3,), pixels.numel() / 3, dtype=torch.float64)
+        sums, squares, count = total(torch.stack([sums, squares, ones]))
         mean = sums / count
         std = (squares / count - mean * mean).clamp(min=1e-12).sqrt()
         self.mean = mean.float().to(pixels.device)
@@ -49,7 +52,8 @@ class Normaliser:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch."""
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
+        inputs: Tensor = (pixels.float() - mean) / std
+        return inputs.permute(0, 3, 1, 2)
 
 
 def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor:

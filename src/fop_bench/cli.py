@@ -17,7 +17,7 @@ from fop_bench.environment import environment
 from fop_bench.overhead import Measurement, measure_overhead, workloads
 from fop_bench.plot import plot_demo
 from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json
-from fop_bench.run_cli import run
+from fop_bench.run_cli import report, run
 from fop_bench.scale import PLAIN_STEPS, measure_scale
 from fop_bench.scale import Measurement as Measured
 from fop_bench.scale_report import (
@@ -29,6 +29,7 @@ from fop_bench.scale_report import (
     predicted_sheets,
     predictions,
 )
+from fop_bench.surface_cli import surface
 from fop_bench.terminal import console_here, device_option, progress_bars
 from fop_bench.workloads import MODELS, Workload
 
@@ -41,6 +42,8 @@ def main() -> None:
 
 
 main.add_command(run)
+main.add_command(report)
+main.add_command(surface)
 
 
 @main.command()

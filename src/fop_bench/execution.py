@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fop import FOP
 from fop_bench.augmentation import Normaliser, augment, cut_out
@@ -23,9 +23,12 @@ from fop_bench.optimizers import BUILDERS
 from fop_bench.recipes import recipe
 from fop_bench.recipes.recipe import Contender, Parts, Recipe
 from fop_bench.training import Training, messages, share_right
+from fop_bench.world import World
 
 # A killed run loses no more than this.
 SECONDS_BETWEEN_SAVES = 30.0
+# Larger sets of images stay in the machine's memory, and batches are brought to the GPU.
+RESIDENT_BYTES = 8e9
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,15 @@ class Description:
 
 
 @cache
-def parts_of(recipe_name: str, task: str, data: str | None) -> Parts:
-    """Load a task's images, once a process."""
-    parts: Parts = recipe(recipe_name).tasks[task].load(data)
-    return parts
+def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
+    """Load a rank's share of a task's images, once a process."""
+    return recipe(recipe_name).tasks[task].load(data, rank, ranks)
 
 
 def execute(
     description: Description,
     data: str | None,
-    device: torch.device,
+    world: World,
     saved: Path,
     deadline: float,
     command: str,
@@ -86,7 +88,7 @@ def execute(
     Args:
         description: which run.
         data: folder or hub name; None for the recipe's own.
-        device: where.
+        world: this process, or all that train together: they share the images and every batch.
         saved: file for the state in between; deleted with the record in hand.
         deadline: by `time.monotonic`, the same clock in all processes of a machine.
         command: what repeats it.
@@ -94,36 +96,37 @@ def execute(
     plan = recipe(description.recipe)
     study = plan.studies[description.study]
     contender = study.contenders[description.contender]
-    parts = parts_of(description.recipe, description.task, data)
-    train = parts.training(final=description.final).to(device)
-    judged = (parts.test if description.final else parts.held_out).to(device)
+    parts = parts_of(description.recipe, description.task, data, world.rank, world.size)
+    train, judged = parts.training(final=description.final), parts.judging(final=description.final)
+    if world.size > 1:
+        saved = saved.with_suffix(f".{world.rank}-of-{world.size}.pt")
     with warnings.catch_warnings(record=True) as caught, FORMULAS[contender.formula]():
         warnings.simplefilter("always")
-        run = _Run(plan, contender, description, train, judged, device)
-        if saved.exists():
-            run.load(saved)
+        run = _Run(plan, contender, description, train, judged, world)
+        run.resume(saved)
         last = time.monotonic()
 
         def stop() -> bool:
             nonlocal last
             now = time.monotonic()
-            if now >= deadline:
-                return True
-            if now - last >= SECONDS_BETWEEN_SAVES:
+            over, due = world.agree((now >= deadline, now - last >= SECONDS_BETWEEN_SAVES))
+            if due and not over:
                 run.save(saved)
                 last = now
-            return False
+            return over
 
         if not run.training.run(stop):
             run.save(saved)
             return None
+    counts = world.total(torch.tensor([len(train), len(judged)])).tolist()
     return {
         **run.record(),
-        "train_samples": len(train),
-        "evaluated_samples": len(judged),
+        "train_samples": counts[0],
+        "evaluated_samples": counts[1],
+        "ranks": world.size,
         "warnings": messages(caught),
-        "data": data or _origin(plan, description.task),
-        "environment": {**_where(device), "date": _today(), "command": command},
+        "data": data or plan.tasks[description.task].origin,
+        "environment": {**_where(world.device), "date": _today(), "command": command},
     }
 
 
@@ -136,11 +139,6 @@ def _today() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _origin(plan: Recipe, task: str) -> str:
-    source = getattr(plan.tasks[task], "source", None)
-    return "scikit-learn" if source is None else str(source.hub)
-
-
 class _Run:
     """A training of a recipe, with what its record needs."""
 
@@ -151,47 +149,53 @@ class _Run:
         description: Description,
         train: Images,
         judged: Images,
-        device: torch.device,
+        world: World,
     ) -> None:
-        self.plan, self.contender, self.description = plan, contender, description
+        self.plan, self.contender, self.description, self.world = plan, contender, description, world
+        device = world.device
+        if max(train.pixels.numel(), judged.pixels.numel()) <= RESIDENT_BYTES:
+            train, judged = train.to(device), judged.to(device)
         torch.manual_seed(description.seed)
-        self.draw = torch.Generator(device).manual_seed(description.seed)
-        model: nn.Module = plan.model(len(train.classes)).to(device)
+        self.draw = torch.Generator(device).manual_seed(description.seed * world.size + world.rank)
+        model = plan.model(len(train.classes)).to(device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        model = world.wrap(model)
         options = {**contender.options(description.batch_size), **description.options}
         self.optimizer = BUILDERS[contender.optimizer][1](model, **options)
         self.options = options
         self.layers: dict[str, Any] | None = None
-        batch_size = min(description.batch_size, len(train))
-        steps = len(train) // batch_size * description.epochs
-        normalise = Normaliser(train.pixels)
-        ranks = _halves(contender.halves, train.labels)
+        normalise = Normaliser(train.pixels, world.total)
+        order = _halves(contender.halves, train.labels.to(device))
         bf16 = plan.bf16 and device.type == "cuda"
 
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            if ranks is not None:
-                numbers = numbers[ranks[numbers].argsort(stable=True)]
-            pixels = augment(train.pixels[numbers], plan.augmentation, self.draw)
-            return cut_out(normalise(pixels), plan.augmentation.cutout, self.draw), train.labels[numbers]
+            if order is not None:
+                numbers = numbers[order[numbers].argsort(stable=True)]
+            pixels, labels = _taken(train, numbers, device)
+            inputs = normalise(augment(pixels, plan.augmentation, self.draw))
+            return cut_out(inputs, plan.augmentation.cutout, self.draw), labels
+
+        def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+            pixels, labels = _taken(judged, numbers, device)
+            return normalise(pixels), labels
 
         def evaluate() -> float:
             self._note_layers()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return share_right(
-                    model, len(judged), lambda of: (normalise(judged.pixels[of]), judged.labels[of])
-                )
+                return share_right(model, len(judged), judged_batch, world.total)
 
         self.training = Training(
             model,
             self.optimizer,
-            plan.schedule(self.optimizer, steps),
+            plan.schedule,
             batch,
             evaluate,
-            samples=len(train),
-            batch_size=batch_size,
+            samples=world.least(len(train)),
+            batch_size=_share_of(description, len(train), world),
             epochs=description.epochs,
             seed=description.seed,
             bf16=bf16,
+            mean=lambda loss: world.total(loss).item() / world.size,
         )
 
     def _note_layers(self) -> None:
@@ -237,17 +241,50 @@ class _Run:
         torch.save(state, unfinished)
         unfinished.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Go on from a state; raises ValueError for a file that is none."""
+    def resume(self, path: Path) -> None:
+        """Go on from the state in a file, if there is one; raises ValueError for a file that is none."""
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True) if path.exists() else None
         except Exception as error:
             raise ValueError(
                 f"{path} is not a saved run ({error}); delete it to start that run again"
             ) from error
+        step = None
+        if state is not None:
+            progress = state["training"]["progress"]
+            step = (progress["epoch"], progress["step"])
+        # Killed between their saves, ranks would go on from different steps; then all start again.
+        ready = step == self.world.agree(step) and step is not None
+        everywhere = self.world.total(torch.tensor(int(ready))) == self.world.size
+        if state is None or not everywhere:
+            return
         self.training.load_state_dict(state["training"])
         self.draw.set_state(state["draw"])
         self.layers = state["layers"]
+
+
+def _taken(images: Images, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give pixels and labels on a device, from where the images are."""
+    numbers = numbers.to(images.labels.device)
+    return images.pixels[numbers].to(device), images.labels[numbers].to(device)
+
+
+def _share_of(description: Description, images: int, world: World) -> int:
+    """Give this rank's part of the batch; raises ValueError if the batch cannot be had."""
+    batch_size, everything = description.batch_size, int(world.total(torch.tensor(images)))
+    if batch_size % world.size:
+        raise ValueError(
+            f"batch size {batch_size} is not divisible by the {world.size} ranks; start another number"
+        )
+    if not description.final:
+        # Without what is held out, the full batch is smaller.
+        return min(batch_size // world.size, world.least(images))
+    if batch_size > everything:
+        raise ValueError(
+            f"batch size {batch_size} is larger than the {everything} training images of "
+            f"{description.task}; choose smaller ones with --batch, or give all images with --data"
+        )
+    return min(batch_size // world.size, world.least(images))
 
 
 def _halves(kind: str, labels: Tensor) -> Tensor | None:

@@ -119,15 +119,15 @@ def mlp(sizes: Sequence[int] = (784, 512, 512, 10)) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def digits_cnn(classes: int = 10) -> nn.Sequential:
-    """Build the small CNN with BatchNorm for 8×8 digits (N, 1, 8, 8).
+def digits_cnn(classes: int = 10, channels: int = 1) -> nn.Sequential:
+    """Build the small CNN with BatchNorm for 8×8 digits (N, channels, 8, 8).
 
     BatchNorm's running averages move three times as fast as by default: at full batch an epoch is one step,
     and averages that lag ten steps behind would hide from the evaluation how far the weights have come.
     """
     norm = partial(nn.BatchNorm2d, momentum=0.3)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(channels, 16, 3, padding=1),
         norm(16),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1),

@@ -1,16 +1,20 @@
-"""The command `fop-bench run`."""
+"""The commands `fop-bench run` and `fop-bench report`."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import click
 import torch
 
+from fop_bench.paper_report import paper_page
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import Selection, make
+from fop_bench.study_report import write_report
 from fop_bench.terminal import console_here, device_option, progress_bars
+from fop_bench.world import under_torchrun, world_on
 
 
 @click.command()
@@ -55,14 +59,17 @@ def run(
     new seeds. Goes on where it stopped or was killed.
     """
     folder = out or Path("fop-runs") / recipe
-    jobs = jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    jobs = jobs or (1 if device.type == "cuda" or under_torchrun() else os.cpu_count() or 1)
+    if jobs > 1 and under_torchrun():
+        raise click.BadParameter("ranks that torchrun started make one run at a time", param_hint="--jobs")
     try:
-        with progress_bars(console_here()) as progress:
+        with world_on(device) as world, progress_bars(console_here()) as progress:
+            progress.disable = world.rank > 0
             bar = progress.add_task(recipe, total=None)
             left = make(
                 Selection(recipe, study, tasks, optimizers, batches),
                 data=data,
-                device=device,
+                world=world,
                 out=folder,
                 jobs=jobs,
                 minutes=minutes,
@@ -73,7 +80,33 @@ def run(
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     end = "complete" if left == 0 else f"{left} runs left; the same command goes on"
-    click.echo(f"{folder / study}.jsonl: {end}")
+    if world.rank == 0:
+        click.echo(f"{folder / study}.jsonl: {end}. Tables and plots: fop-bench report {folder}")
 
 
 run.help = f"{run.help}\n\nRECIPE is one of: {', '.join(RECIPES)}."
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--commit", help="Only the runs of this commit, where a folder holds several.")
+@click.option(
+    "--paper",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the paper's tables to this Markdown file, what these folders hold beside them.",
+)
+def report(folders: tuple[Path, ...], commit: str | None, paper: Path | None) -> None:
+    """Make README.md and its plots in every one of FOLDERS, from the JSON lines in there alone."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            written = [write_report(folder, commit) for folder in folders]
+            if paper is not None:
+                paper.write_text(paper_page(folders, commit), encoding="utf-8")
+                written.append(paper)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+    for notice in dict.fromkeys(str(each.message) for each in caught):
+        click.echo(f"Note: {notice}", err=True)
+    for path in written:
+        click.echo(f"Wrote {path}")

@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from fop_bench.execution import Description, execute
 from fop_bench.recipes import recipe
 from fop_bench.recipes.recipe import Contender, Recipe, Study
 from fop_bench.run_records import read_runs
+from fop_bench.world import World
 
 TUNING_SEED = 0
-# glibc gives the pages of large tensors back to the kernel and asks for new ones, which takes half of the time of
-# a step at batch 10,000 on a CPU.
+# glibc gives the pages of large tensors back to the kernel and asks for new ones, which takes up to half of
+# the time of a large step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 Record = dict[str, Any]
@@ -140,7 +142,7 @@ def make(
     chosen: Selection,
     *,
     data: str | None,
-    device: torch.device,
+    world: World,
     out: Path,
     jobs: int,
     minutes: float,
@@ -159,31 +161,47 @@ def make(
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{chosen.study}.jsonl"
-    with _exclusively(path):
-        done = read_runs(path) if path.stat().st_size else []
+    with _exclusively(path) if world.rank == 0 else nullcontext():
+        # Only the rank that keeps the file knows what is in it; the others follow.
+        done = world.agree(_done(path) if world.rank == 0 else [])
         _check_commit(path, done)
         done = [record for record in done if _chosen(record, chosen)]
         command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-        arguments = (data, str(device), out / "unfinished", deadline, command)
-        with _workers(jobs) as submit:
+        arguments = (data, str(world.device), out / "unfinished", deadline, command)
+        failure: Exception | None = None
+        with _workers(jobs, world) as submit:
             running: dict[Future[Record | None], Description] = {}
             while True:
                 ready, left = planned(chosen, done)
                 under_way = {_key(asdict(run)) for run in running.values()}
                 todo = [run for run in ready if _key(asdict(run)) not in under_way]
-                while todo and len(running) < jobs and time.monotonic() < deadline:
+                while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
+                    if failure is not None:
+                        break
                     next_one = todo.pop(0)
                     on_run(len(done), len(done) + left, next_one.title)
                     running[submit(_work, next_one, *arguments)] = next_one
                 if not running:
+                    if failure is not None:
+                        raise failure
                     return left
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
-                    if (record := future.result()) is not None:
-                        _append(path, record)
-                        _saved(out / "unfinished", run).unlink(missing_ok=True)
+                    try:
+                        record = world.agree(future.result())
+                    except Exception as error:  # raised once the other runs are in the file
+                        failure = failure or error
+                        continue
+                    if record is not None:
+                        if world.rank == 0:
+                            _append(path, record)
+                            _forget(out / "unfinished", run)
                         done.append(record)
                         on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
+
+
+def _done(path: Path) -> list[Record]:
+    return read_runs(path) if path.stat().st_size else []
 
 
 def _chosen(record: Record, chosen: Selection) -> bool:
@@ -195,17 +213,29 @@ def _chosen(record: Record, chosen: Selection) -> bool:
 
 
 def _work(
-    run: Description, data: str | None, device: str, folder: Path, deadline: float, command: str
+    run: Description,
+    data: str | None,
+    device: str,
+    folder: Path,
+    deadline: float,
+    command: str,
+    world: World | None = None,
 ) -> Record | None:
     torch.set_num_threads(1)
     # Convolutions without a fixed order of sums would make a run that goes on differ from one that did not
     # stop.
     torch.backends.cudnn.benchmark = False
-    return execute(run, data, torch.device(device), _saved(folder, run), deadline, command)
+    world = world or World(torch.device(device))
+    return execute(run, data, world, _saved(folder, run), deadline, command)
 
 
 def _saved(folder: Path, run: Description) -> Path:
     return folder / f"{hashlib.sha256(_key(asdict(run)).encode()).hexdigest()[:16]}.pt"
+
+
+def _forget(folder: Path, run: Description) -> None:
+    for saved in folder.glob(f"{_saved(folder, run).stem}.*"):
+        saved.unlink()
 
 
 def _key(record: Mapping[str, Any]) -> str:
@@ -262,10 +292,10 @@ def _commit(state: Mapping[str, Any] | None) -> str:
 
 
 @contextmanager
-def _workers(jobs: int) -> Iterator[Callable[..., Future[Record | None]]]:
+def _workers(jobs: int, world: World) -> Iterator[Callable[..., Future[Record | None]]]:
     """Give a `submit`: to processes of their own, or, for one job, to this one."""
     if jobs == 1:
-        yield _at_once
+        yield partial(_at_once, world)
         return
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)  # read by the C library when a worker starts
@@ -274,9 +304,14 @@ def _workers(jobs: int) -> Iterator[Callable[..., Future[Record | None]]]:
         yield pool.submit
 
 
-def _at_once(function: Callable[..., Record | None], *arguments: Any) -> Future[Record | None]:
+def _at_once(world: World, function: Callable[..., Record | None], *arguments: Any) -> Future[Record | None]:
     future: Future[Record | None] = Future()
-    future.set_result(function(*arguments))
+    try:
+        future.set_result(function(*arguments, world))
+    except Exception as error:  # raised by `result`, as a worker's would be
+        if world.size > 1:
+            raise  # the other ranks wait for this one, until torchrun ends them
+        future.set_exception(error)
     return future
 
 

@@ -80,7 +80,7 @@ class Progress:
         epoch: number of finished epochs.
         step: number of steps taken in the current one.
         order: the current epoch's sample numbers; None before its first step.
-        loss: 0-dim sum of the current epoch's losses.
+        loss: 0-dim sum of the current epoch's losses; None before its first step.
         seconds: training time.
         processor_seconds: processor time.
         curve: the finished epochs.
@@ -90,7 +90,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     order: Tensor | None = None
-    loss: Tensor | float = 0.0
+    loss: Tensor | None = None
     seconds: float = 0.0
     processor_seconds: float = 0.0
     curve: list[Epoch] = field(default_factory=list)
@@ -105,13 +105,15 @@ class Training:
     Args:
         model: on the device already.
         optimizer: of the model.
-        scheduler: stepped after every step, or, if it waits for a plateau, with the mean loss after an epoch.
+        schedule: gives the scheduler, from the optimizer and the number of all steps; it is stepped after
+            every step, or, if it waits for a plateau, with the mean loss after an epoch.
         batch: gives the inputs and targets of sample numbers.
         evaluate: gives the accuracy of the model.
         samples: number of training samples.
         batch_size: samples of a step.
         epochs: number of passes.
         seed: of the order of samples.
+        mean: gives the mean of a loss over all processes that train together.
         bf16: whether the forward pass runs under bf16 autocast.
         on_epoch: called after every epoch.
 
@@ -123,7 +125,7 @@ class Training:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        scheduler: LRScheduler,
+        schedule: Callable[[Optimizer, int], LRScheduler],
         batch: Batch,
         evaluate: Callable[[], float],
         *,
@@ -132,18 +134,20 @@ class Training:
         epochs: int,
         seed: int,
         bf16: bool = False,
+        mean: Callable[[Tensor], float] = float,
         on_epoch: Callable[[], None] = lambda: None,
     ) -> None:
         if not 1 <= batch_size <= samples:
             raise ValueError(
                 f"batch_size is {batch_size}; it must be from 1 to the {samples} training samples"
             )
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.model, self.optimizer = model, optimizer
         self.batch, self.evaluate, self.on_epoch = batch, evaluate, on_epoch
         self.samples, self.batch_size, self.epochs = samples, batch_size, epochs
-        self.bf16 = bf16
+        self.bf16, self.mean = bf16, mean
         self.device = next(model.parameters()).device
         self.shuffle = torch.Generator().manual_seed(seed)
+        self.scheduler = schedule(optimizer, self.steps * epochs)
         self.progress = Progress()
 
     @property
@@ -167,7 +171,7 @@ class Training:
     def _epoch(self, stop: Callable[[], bool]) -> bool:
         """Take the steps that are left of this epoch; False if told to stop in between."""
         now = self.progress
-        if now.order is None:
+        if now.order is None or now.loss is None:
             order = torch.randperm(self.samples, generator=self.shuffle)[: self.steps * self.batch_size]
             now.order, now.loss = order.to(self.device), torch.zeros((), device=self.device)
         self.model.train()
@@ -194,8 +198,9 @@ class Training:
 
     def _close_epoch(self) -> None:
         now = self.progress
-        loss = float(now.loss) / self.steps
-        now.epoch, now.step, now.order, now.loss = now.epoch + 1, 0, None, 0.0
+        assert now.loss is not None
+        loss = self.mean(now.loss) / self.steps
+        now.epoch, now.step, now.order, now.loss = now.epoch + 1, 0, None, None
         self.on_epoch()
         if not math.isfinite(loss):
             now.diverged = True
@@ -244,7 +249,6 @@ def train(
     """Train a fresh model without a stop and report the accuracy on `held_out` after every epoch."""
     torch.manual_seed(seed)
     model = build_model().to(train_set.inputs.device)
-    steps = max(1, len(train_set) // max(1, batch_size) * epochs)
     # Warnings belong to the record of the run that caused them, not between the progress bars.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -252,7 +256,7 @@ def train(
         training = Training(
             model,
             optimizer,
-            LambdaLR(optimizer, lambda step: schedule(step / steps)),
+            lambda optimizer, steps: LambdaLR(optimizer, lambda step: schedule(step / steps)),
             lambda numbers: (train_set.inputs[numbers], train_set.targets[numbers]),
             lambda: accuracy(model, held_out),
             samples=len(train_set),
@@ -278,15 +282,21 @@ def accuracy(model: nn.Module, samples: Samples) -> float:
 
 
 @torch.no_grad()
-def share_right(model: nn.Module, count: int, batch: Batch) -> float:
-    """Give the share of ``count`` samples that a model gets right in evaluation mode."""
+def share_right(
+    model: nn.Module, count: int, batch: Batch, total: Callable[[Tensor], Tensor] = lambda counts: counts
+) -> float:
+    """Give the share of ``count`` samples that a model gets right in evaluation mode.
+
+    ``total`` sums the numbers of right samples and of all samples over the processes that share the work.
+    """
     model.eval()
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
     for numbers in torch.arange(count, device=device).split(EVALUATED_AT_ONCE):
         inputs, targets = batch(numbers)
         right += (model(inputs).argmax(dim=1) == targets).sum()
-    return right.item() / count
+    right_of, all_of = total(torch.stack([right, torch.tensor(count, device=device)])).tolist()
+    return float(right_of / all_of)
 
 
 def _now(device: torch.device) -> float:

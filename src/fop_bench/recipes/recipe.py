@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,25 @@ class Parts:
     test: Images
     joined: bool = False
 
+    def judging(self, *, final: bool) -> Images:
+        """Give the images that a run is judged by."""
+        return self.test if final else self.held_out
+
     def training(self, *, final: bool) -> Images:
         """Give the images to train on."""
         if not (final and self.joined):
             return self.train
         pixels = torch.cat([self.train.pixels, self.held_out.pixels])
         return Images(pixels, torch.cat([self.train.labels, self.held_out.labels]), self.train.classes)
+
+
+class Task(Protocol):
+    """A data set; ``origin`` says where it comes from."""
+
+    @property
+    def origin(self) -> str: ...
+
+    def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts: ...
 
 
 @dataclass(frozen=True)
@@ -61,14 +74,27 @@ class ImageTask:
     held_out: float | Choice = 0.1
     test: Choice | None = None
 
-    def load(self, data: str | None) -> Parts:
-        """Load the images from a folder, another name on the hub, or (None) the source itself."""
-        test = load(self.source, data, test=True, choose=self.test)
-        train = load(self.source, data, choose=self.train)
+    @property
+    def origin(self) -> str:
+        """The data set's name on the hub."""
+        return self.source.hub
+
+    def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
+        """Load a rank's share of the images from a folder, a name on the hub, or (None) the source itself."""
+
+        def mine(choose: Choice | None) -> Choice:
+            return lambda labels: (_all(labels) if choose is None else choose(labels))[rank::ranks]
+
+        test = load(self.source, data, test=True, choose=mine(self.test))
+        train = load(self.source, data, choose=mine(self.train))
         if callable(self.held_out):
-            return Parts(train, load(self.source, data, choose=self.held_out), test)
+            return Parts(train, load(self.source, data, choose=mine(self.held_out)), test)
         held = _held_out(train.labels, self.held_out)
         return Parts(train[~held], train[held], test, joined=True)
+
+
+def _all(labels: Tensor) -> Tensor:
+    return torch.arange(len(labels))
 
 
 def _held_out(labels: Tensor, share: float) -> Tensor:
@@ -149,7 +175,7 @@ class Recipe:
 
     name: str
     title: str
-    tasks: Mapping[str, Any]
+    tasks: Mapping[str, Task]
     model: Callable[[int], nn.Module]
     studies: Mapping[str, Study]
     targets: Mapping[str, float]

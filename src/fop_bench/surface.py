@@ -1,0 +1,399 @@
+"""The loss around a point of a training, and the steps from there: the picture of the paper's Figure 1.
+
+At one point, with one batch and one curvature, K-FAC steps on the gradient of each half and on their mean,
+and FOP on the pair, which it gets in two ways (`single_step`). Parameters on the AdamW path stay: what is
+seen is what the correction changes.
+
+Shapes: N batch, P all parameters in one row (float64), M points along each side of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
+
+from fop import FOP, KFAC
+from fop_bench.augmentation import Normaliser, augment, cut_out
+from fop_bench.environment import environment
+from fop_bench.images import Images
+from fop_bench.recipes import recipe
+from fop_bench.recipes.recipe import Recipe
+from fop_bench.training import Training, messages
+
+# In the order of the legend: what each step was made from.
+STEPS = {
+    "first": "K-FAC on the gradient of the first half, g1",
+    "second": "K-FAC on the gradient of the second half, g2",
+    "average": "K-FAC on the whole batch, (g1 + g2)/2",
+    "fop": "FOP on the pair g1, g2",
+    "fop_rows": "FOP as in training, halves by layer rows",
+}
+PARTS = ("whole", "first", "second")
+# A backward pass: inside what, over which samples, and by what its mean loss is multiplied.
+Pass = tuple[AbstractContextManager[None], slice, float]
+MARGIN = 0.35  # of the side that holds all steps, free on each side of it
+
+# What makes a step nothing but lr·update: no memory of earlier ones, no clip, no new curvature, no AdamW.
+BARE: dict[str, Any] = {
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "kl_clip": None,
+    "max_grad_norm": None,
+    "adamw_lr": 0.0,
+    "curvature_interval": 10**9,
+    "inverse_delay": 0,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which point, which batch and which steps.
+
+    Attributes:
+        recipe: name.
+        task: name within the recipe.
+        data: folder or hub name; None for the recipe's own.
+        batch_size: N of the training and of the one batch of the picture; even.
+        epochs: of training with FOP before the steps, at a constant learning rate.
+        lr: learning rate of the training and of the steps.
+        damping: λ of both.
+        seed: of weights, order and augmentation, and of the choice of the batch.
+        points: M.
+    """
+
+    recipe: str
+    task: str
+    data: str | None
+    batch_size: int
+    epochs: int
+    lr: float
+    damping: float
+    seed: int
+    points: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in training, the state dict of the FOP that trains it, and that FOP's options."""
+
+    model: nn.Module
+    state: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+class FixedBatch:
+    """Inputs (N, ...) and class numbers (N,), N even, and the losses of a model on them.
+
+    BatchNorm takes its statistics from the whole batch, so that surface and steps belong to one function of
+    the weights, and dropout is off.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
+        self.halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, len(labels)))
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Give the loss of every sample, (N,); the model's mode and running averages change."""
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+        return cross_entropy(model(self.inputs), self.labels, reduction="none")
+
+    @torch.no_grad()
+    def parts(self, model: nn.Module) -> list[float | None]:
+        """Give the mean losses of `PARTS`, None for one that is not finite; the model changes likewise."""
+        each = self.losses(model).double()
+        means = [each.mean().item(), *(each[half].mean().item() for half in self.halves)]
+        return [float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means]
+
+
+class Plane:
+    """The plane of the picture, spanned by filter-normalised directions (Li et al. 2018).
+
+    u is the direction of the step of the whole batch, v of the difference of the halves' steps, both
+    filter-normalised. After that, v loses its component along u, ⟨u, v⟩/⟨u, u⟩·u in the plain inner product
+    over all parameters, and gets the length of u. So 1 along u is the norm of every filter; along v it is
+    that as a root mean square over the filters.
+
+    Args:
+        weights: parameters at the origin.
+        along_u: (P,).
+        along_v: (P,).
+
+    Attributes:
+        u: (P,).
+        v: (P,), orthogonal to u and as long.
+        cosine: of the angle between the two before they were made orthogonal.
+
+    Raises:
+        ValueError: the directions span no plane.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], along_u: Tensor, along_v: Tensor) -> None:
+        self.u, v = filter_normalised(along_u, weights), filter_normalised(along_v, weights)
+        self.cosine = cosine_similarity(self.u, v, dim=0).item()
+        v = v - (self.u @ v) / (self.u @ self.u) * self.u
+        if not v.norm() > 1e-6 * self.u.norm() > 0:
+            raise ValueError(
+                "the steps of the two halves and of the batch span no plane; "
+                "take another --batch or --seed, or a --lr at which the training does not break down"
+            )
+        self.v = v * (self.u.norm() / v.norm())
+
+    def place(self, step: Tensor) -> tuple[float, float, float]:
+        """Give the least-squares coordinates (x, y) of a step (P,), and how much of its norm they hold."""
+        square = self.u @ self.u  # the axes are orthogonal and of one length
+        x, y = self.u @ step / square, self.v @ step / square
+        share = (x * x + y * y).sqrt() * square.sqrt() / step.norm().clamp(min=1e-300)
+        return x.item(), y.item(), share.item()
+
+    def at(self, x: float, y: float) -> Tensor:
+        """Give the vector (P,) of coordinates."""
+        vector: Tensor = x * self.u + y * self.v
+        return vector
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Give tensors of any shapes as one row (P,) of float64."""
+    return torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+
+
+def filter_normalised(direction: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Scale every filter of a direction (P,) to the norm of the same filter of the weights (Li et al. 2018).
+
+    A filter is an entry along dimension 0 of a weight; a bias counts as one. A direction of 0 stays 0.
+    """
+    scaled = []
+    for part, weight in zip(direction.split([w.numel() for w in weights]), weights, strict=True):
+        filters = len(weight) if weight.dim() > 1 else 1
+        rows, wanted = part.view(filters, -1), weight.detach().reshape(filters, -1).double()
+        norms = rows.norm(dim=1, keepdim=True)
+        scale = torch.where(norms > 0, wanted.norm(dim=1, keepdim=True) / norms, 0.0)
+        scaled.append((rows * scale).reshape(-1))
+    return torch.cat(scaled)
+
+
+def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float], list[float]]:
+    """Give x and y, M each, of a square window with a margin around all places."""
+    middles = [(min(values) + max(values)) / 2 for values in zip(*places, strict=True)]
+    reach = max(max(values) - min(values) for values in zip(*places, strict=True)) * (0.5 + MARGIN)
+    x, y = (torch.linspace(m - reach, m + reach, points, dtype=torch.float64).tolist() for m in middles)
+    return x, y
+
+
+def surface(
+    asked: Question,
+    device: torch.device,
+    *,
+    on_epoch: Callable[[], None] = lambda: None,
+    on_row: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Train to the point, take the steps and measure the loss on the plane; give all that the plot needs.
+
+    Args:
+        asked: what.
+        device: where.
+        on_epoch: called after every epoch of the training.
+        on_row: called after every one of the M rows of the grid.
+
+    Raises:
+        ValueError: an unknown recipe or task, a batch that cannot be had, a training that diverged.
+        FileNotFoundError: the data set is not there.
+    """
+    plan = recipe(asked.recipe)
+    if asked.task not in plan.tasks:
+        raise ValueError(f"unknown data set {asked.task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
+    train = plan.tasks[asked.task].load(asked.data).training(final=True)
+    if asked.batch_size % 2 or not 2 <= asked.batch_size <= len(train):
+        raise ValueError(
+            f"batch size {asked.batch_size} must be even, so that its halves are alike, and from 2 to the "
+            f"{len(train)} training images of {asked.task}"
+        )
+    normalise = Normaliser(train.pixels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        point, losses = _trained(plan, asked, train, normalise, device, on_epoch)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
+        chosen = train[order[: asked.batch_size]].to(device)
+        picture = picture_of(point, FixedBatch(normalise(chosen.pixels), chosen.labels), asked.points, on_row)
+    return {
+        **asdict(asked),
+        "title": plan.title,
+        "train_samples": len(train),
+        "training": {"options": dict(point.options), "schedule": "constant", "train_loss": losses},
+        **picture,
+        "warnings": messages(caught),
+        "environment": environment(device),
+    }
+
+
+def _trained(
+    plan: Recipe,
+    asked: Question,
+    train: Images,
+    normalise: Normaliser,
+    device: torch.device,
+    on_epoch: Callable[[], None],
+) -> tuple[Point, list[float]]:
+    """Train the recipe's network with the recipe's options of FOP; give the mean loss of every epoch too."""
+    torch.manual_seed(asked.seed)
+    draw = torch.Generator(device).manual_seed(asked.seed)
+    model = plan.model(len(train.classes)).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+    options = {**_fop_options(plan, asked.batch_size), "lr": asked.lr, "damping": asked.damping}
+    optimizer = FOP(model, **options)
+
+    def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        images = train[numbers.cpu()].to(device)
+        inputs = normalise(augment(images.pixels, plan.augmentation, draw))
+        return cut_out(inputs, plan.augmentation.cutout, draw), images.labels
+
+    training = Training(
+        model,
+        optimizer,
+        # A schedule that ended at the point would make its steps 0.
+        lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0),
+        batch,
+        lambda: math.nan,  # nobody asks for the accuracy
+        samples=len(train),
+        batch_size=asked.batch_size,
+        epochs=asked.epochs,
+        seed=asked.seed,
+        bf16=plan.bf16 and device.type == "cuda",
+        on_epoch=on_epoch,
+    )
+    training.run()
+    now = training.progress
+    if now.diverged:
+        raise ValueError(f"diverged in epoch {now.epoch}; give a smaller --lr, or a larger --damping")
+    return Point(model, optimizer.state_dict(), options), [epoch.train_loss for epoch in now.curve]
+
+
+def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
+    """Give the fixed options of the recipe's first contender that is FOP as in the paper."""
+    for study in plan.studies.values():
+        for contender in study.contenders.values():
+            if contender.optimizer == "fop" and contender.formula == "paper":
+                return dict(contender.options(batch_size))
+    return {}
+
+
+def picture_of(
+    point: Point, batch: FixedBatch, points: int, on_row: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays as it is.
+
+    Raises:
+        ValueError: the steps span no plane, as when both halves hold the same samples.
+    """
+    weights = list(point.model.parameters())
+    taken = {name: single_step(point, batch, name) for name in STEPS}
+    steps = {name: step for name, (step, _) in taken.items()}
+    plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
+    places = {name: plane.place(step) for name, step in steps.items()}
+    x, y = grid([(0.0, 0.0), *(place[:2] for place in places.values())], points)
+    model = deepcopy(point.model)
+
+    def losses(vector: Tensor) -> list[float | None]:
+        _move(model, flat(weights) + vector)
+        return batch.parts(model)
+
+    def named(vector: Tensor) -> dict[str, float | None]:
+        return dict(zip(PARTS, losses(vector), strict=True))
+
+    rows = []
+    for along_v in y:
+        rows.append([losses(plane.at(along_u, along_v)) for along_u in x])
+        on_row()
+    moved = [bool(part.any()) for part in steps["average"].split([w.numel() for w in weights])]
+    names = [name for name, _ in point.model.named_parameters()]
+    return {
+        "step_options": {"lr": point.options["lr"], "damping": point.options["damping"], **BARE},
+        "parameters_shown": [name for name, shown in zip(names, moved, strict=True) if shown],
+        "parameters_kept": [name for name, shown in zip(names, moved, strict=True) if not shown],
+        "norm_of_axes": plane.u.norm().item(),
+        "cosine_before_orthogonalisation": plane.cosine,
+        "layers": {name: asdict(each) for name, each in taken["fop"][1].diagnostics().layers.items()},
+        "origin": named(torch.zeros_like(plane.u)),
+        "steps": {
+            name: {
+                "what": STEPS[name],
+                "x": places[name][0],
+                "y": places[name][1],
+                "norm": step.norm().item(),
+                "cosine_to_average": cosine_similarity(step, steps["average"], dim=0).item(),
+                "share_in_plane": places[name][2],
+                "losses_at_end": named(step),
+                "losses_in_plane": named(plane.at(*places[name][:2])),
+            }
+            for name, step in steps.items()
+        },
+        "x": x,
+        "y": y,
+        "losses": {part: [[cell[i] for cell in row] for row in rows] for i, part in enumerate(PARTS)},
+    }
+
+
+def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> tuple[Tensor, FOP]:
+    """Take one step on deep copies; give the change of the parameters (P,) and the optimizer that made it.
+
+    The pair of "fop" is the gradients of the two halves' losses, those of "first" and "second". The pair of
+    "fop_rows" is each layer's gradient summed over its rows of either half, as in a training that labels no
+    passes. They are the same unless BatchNorm ties the samples of a batch together.
+
+    Args:
+        point: where from.
+        batch: whose gradients.
+        name: key of `STEPS`.
+        changes: options of the optimizer in place of the point's.
+    """
+    model, kind = deepcopy(point.model), FOP if name in ("fop", "fop_rows") else KFAC
+    adaptive = () if kind is FOP else ("beta", "eta")
+    options = {key: value for key, value in point.options.items() if key not in adaptive}
+    optimizer = kind(model, **{**options, **BARE, **changes})
+    optimizer.load_state_dict(_with_curvature(optimizer.state_dict(), point.state))
+    first, second = batch.halves
+    whole: Pass = (nullcontext(), slice(None), 1.0)
+    passes: dict[str, list[Pass]] = {
+        "first": [(nullcontext(), first, 1.0)],
+        "second": [(nullcontext(), second, 1.0)],
+        "fop": [(optimizer.sub_batch(0), first, 0.5), (optimizer.sub_batch(1), second, 0.5)],
+    }
+    optimizer.zero_grad()
+    for label, part, weight in passes.get(name, [whole]):
+        with label:
+            (weight * batch.losses(model)[part].mean()).backward()
+    optimizer.step()
+    return flat(list(model.parameters())) - flat(list(point.model.parameters())), optimizer
+
+
+def _with_curvature(fresh: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the trained state under a fresh optimizer's options, without new curvature in the next step."""
+    pairs = zip(fresh["param_groups"], trained["param_groups"], strict=True)
+    groups = [{**new, "step": old["step"]} for new, old in pairs]
+    later = groups[0]["step"] + BARE["curvature_interval"]
+    state = {
+        key: {**entries, "refresh_at": later} if "refresh_at" in entries else entries
+        for key, entries in trained["state"].items()
+    }
+    return {"state": state, "param_groups": groups}
+
+
+@torch.no_grad()
+def _move(model: nn.Module, to: Tensor) -> None:
+    parameters = list(model.parameters())
+    for parameter, part in zip(parameters, to.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(part.view(parameter.shape))

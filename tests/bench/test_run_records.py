@@ -1,0 +1,85 @@
+"""Reading lines of `fop-bench run`, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from fop_bench.run_records import of_one_commit, read_runs
+from fop_bench.study_report import write_report
+from study_records import ONE, OTHER, line, write
+
+
+def test_a_cut_off_last_line_is_left_out_and_named(tmp_path: Path) -> None:
+    whole = [line("fop", [0.5], seed=seed) for seed in (1, 2)]
+    # Cut inside a character of two bytes.
+    cut = (
+        json.dumps({"label": "é"}, ensure_ascii=False).encode().partition("é".encode())[0] + "é".encode()[:1]
+    )
+    path = write(tmp_path / "comparison.jsonl", whole)
+    path.write_bytes(path.read_bytes() + cut)
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"comparison\.jsonl, line 3, the last one, is not JSON"):
+        assert read_runs(tmp_path) == whole
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("broken", ['{"recipe": ', '{"recipe": NaN}', '["recipe"]'])
+def test_a_broken_line_elsewhere_is_an_error(tmp_path: Path, broken: str) -> None:
+    path = write(tmp_path / "a.jsonl", [line("fop", [0.5])], broken + "\n")
+    write_end = path.read_text() + json.dumps(line("fop", [0.5], seed=2)) + "\n"
+    path.write_text(write_end)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is .*delete that line"):
+        read_runs(tmp_path)
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    run = line("fop", [0.5])
+    del run["seed"], run["halves"]
+    with pytest.raises(ValueError, match="line 1 has no seed, halves"):
+        read_runs(write(tmp_path / "a.jsonl", [run]))
+    run = line("fop", [0.5], layers={"names": [], "epochs": [], "beta": [], "eta": []})
+    del run["environment"]["git"], run["curve"][0]["accuracy"]
+    with pytest.raises(ValueError, match=r"no environment\.git, curve\.accuracy, layers\.rho"):
+        read_runs(write(tmp_path / "a.jsonl", [run]))
+    with pytest.raises(ValueError, match="an empty curve"):
+        read_runs(write(tmp_path / "a.jsonl", [line("fop", [])]))
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    for act in (read_runs, write_report):
+        with pytest.raises(ValueError, match=rf"no runs in {tmp_path}; make some with fop-bench run"):
+            act(tmp_path)
+
+
+def test_commits_are_not_mixed(tmp_path: Path) -> None:
+    old = [line("fop", [0.5, 0.6], seed=seed) for seed in (1, 2)]
+    new = [line("fop", [0.5, 0.6], git={"commit": OTHER, "dirty": True})]
+    alone = [line("fop", [0.5], study="elsewhere", git=None)]
+    runs = old + new + alone
+    with pytest.raises(
+        ValueError, match=rf"small, task images, study comparison .*{ONE} \(2 runs\), {OTHER} \(1 run\)"
+    ):
+        of_one_commit(runs)
+    assert of_one_commit(runs, ONE[:7]) == old + alone
+    assert of_one_commit(runs, OTHER) == new + alone
+    for commit, problem in (("3" * 7, "not known"), (ONE[:6], "too short"), ("none", "choose one")):
+        with pytest.raises(ValueError, match=problem):
+            of_one_commit(runs, commit)
+    write(tmp_path / "comparison.jsonl", runs)
+    text = write_report(tmp_path, OTHER[:10]).read_text()
+    assert "**2 runs of other commits than 2222222222 are left out.**" in text
+    assert f"`{OTHER}` **with uncommitted changes**" in text
+    assert "in no checkout" in text
+
+
+def test_the_same_run_twice_is_an_error() -> None:
+    run = line("fop", [0.5])
+    with pytest.raises(
+        ValueError, match=r"1 run is there more than once.*contender fop.*seed 1, halves random"
+    ):
+        of_one_commit([run, copy.deepcopy(run)])
+    assert len(of_one_commit([run, {**run, "halves": "fixed"}, {**run, "seed": 2}])) == 3
