@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def git_state(source: Path) -> dict[str, Any] | None:
     if commit is None:
         return None
     return {"commit": commit, "dirty": bool(_git(source.parent, "status", "--porcelain"))}
+
+
+def commit_title(state: Mapping[str, Any] | None) -> str:
+    """Name what `git_state` gave in an error message."""
+    if state is None:
+        return "an installed package"
+    return f"commit {state['commit'][:10]}" + (" with uncommitted changes" if state["dirty"] else "")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

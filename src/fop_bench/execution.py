@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fop import FOP
 from fop_bench.augmentation import Normaliser, augment, cut_out
-from fop_bench.environment import environment
+from fop_bench.environment import commit_title, environment
 from fop_bench.formulas import FORMULAS
 from fop_bench.images import Images
 from fop_bench.optimizers import BUILDERS
@@ -65,7 +66,7 @@ class Description:
     @property
     def title(self) -> str:
         """What a progress bar shows."""
-        options = ", ".join(f"{key} {value:g}" for key, value in self.options.items())
+        options = ", ".join(f"{key} {_shown(value)}" for key, value in self.options.items())
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
 
@@ -82,6 +83,7 @@ def execute(
     saved: Path,
     deadline: float,
     command: str,
+    git: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Make a run, or go on with it, and return its record; None if the time was over before the end.
 
@@ -92,6 +94,7 @@ def execute(
         saved: file for the state in between; deleted with the record in hand.
         deadline: by `time.monotonic`, the same clock in all processes of a machine.
         command: what repeats it.
+        git: the commit that the command began with.
     """
     plan = recipe(description.recipe)
     study = plan.studies[description.study]
@@ -102,8 +105,9 @@ def execute(
         saved = saved.with_suffix(f".{world.rank}-of-{world.size}.pt")
     with warnings.catch_warnings(record=True) as caught, FORMULAS[contender.formula]():
         warnings.simplefilter("always")
-        run = _Run(plan, contender, description, train, judged, world)
-        run.resume(saved)
+        everything = int(world.total(torch.tensor(len(parts.training(final=True)))))
+        run = _Run(plan, contender, description, train, judged, everything, world)
+        earlier = run.resume(saved, git)
         last = time.monotonic()
 
         def stop() -> bool:
@@ -111,12 +115,14 @@ def execute(
             now = time.monotonic()
             over, due = world.agree((now >= deadline, now - last >= SECONDS_BETWEEN_SAVES))
             if due and not over:
-                run.save(saved)
+                run.training.stop_clock()
+                run.save(saved, git, earlier + messages(caught))
+                run.training.start_clock()
                 last = now
             return over
 
         if not run.training.run(stop):
-            run.save(saved)
+            run.save(saved, git, earlier + messages(caught))
             return None
     counts = world.total(torch.tensor([len(train), len(judged)])).tolist()
     return {
@@ -124,9 +130,9 @@ def execute(
         "train_samples": counts[0],
         "evaluated_samples": counts[1],
         "ranks": world.size,
-        "warnings": messages(caught),
+        "warnings": list(dict.fromkeys(earlier + messages(caught))),
         "data": data or plan.tasks[description.task].origin,
-        "environment": {**_where(world.device), "date": _today(), "command": command},
+        "environment": {**_where(world.device), "date": _today(), "command": command, "git": git},
     }
 
 
@@ -149,6 +155,7 @@ class _Run:
         description: Description,
         train: Images,
         judged: Images,
+        everything: int,
         world: World,
     ) -> None:
         self.plan, self.contender, self.description, self.world = plan, contender, description, world
@@ -191,7 +198,7 @@ class _Run:
             batch,
             evaluate,
             samples=world.least(len(train)),
-            batch_size=_share_of(description, len(train), world),
+            batch_size=_share_of(description, len(train), everything, world),
             epochs=description.epochs,
             seed=description.seed,
             bf16=bf16,
@@ -233,16 +240,26 @@ class _Run:
             "evaluated_on": "test" if self.description.final else "held-out",
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, git: Mapping[str, Any] | None, warned: list[str]) -> None:
         """Write the state such that a kill in between leaves the old one."""
-        state = {"training": self.training.state_dict(), "draw": self.draw.get_state(), "layers": self.layers}
+        state = {
+            "training": self.training.state_dict(),
+            "draw": self.draw.get_state(),
+            "layers": self.layers,
+            "git": git,
+            "warnings": warned,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         torch.save(state, unfinished)
         unfinished.replace(path)
 
-    def resume(self, path: Path) -> None:
-        """Go on from the state in a file, if there is one; raises ValueError for a file that is none."""
+    def resume(self, path: Path, git: Mapping[str, Any] | None) -> list[str]:
+        """Go on from the state in a file, if there is one, and return the warnings up to there.
+
+        Raises:
+            ValueError: the file is no state, or one of another commit.
+        """
         try:
             state = torch.load(path, weights_only=True) if path.exists() else None
         except Exception as error:
@@ -257,10 +274,17 @@ class _Run:
         ready = step == self.world.agree(step) and step is not None
         everywhere = self.world.total(torch.tensor(int(ready))) == self.world.size
         if state is None or not everywhere:
-            return
+            return []
+        if state["git"] != git:
+            raise ValueError(
+                f"{path} is half a run of {commit_title(state['git'])}, and this is {commit_title(git)}; "
+                "check that commit out to go on, or delete the file to start that run again"
+            )
         self.training.load_state_dict(state["training"])
         self.draw.set_state(state["draw"])
         self.layers = state["layers"]
+        warned: list[str] = state["warnings"]
+        return warned
 
 
 def _taken(images: Images, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -269,21 +293,26 @@ def _taken(images: Images, numbers: Tensor, device: torch.device) -> tuple[Tenso
     return images.pixels[numbers].to(device), images.labels[numbers].to(device)
 
 
-def _share_of(description: Description, images: int, world: World) -> int:
-    """Give this rank's part of the batch; raises ValueError if the batch cannot be had."""
-    batch_size, everything = description.batch_size, int(world.total(torch.tensor(images)))
-    if batch_size % world.size:
-        raise ValueError(
-            f"batch size {batch_size} is not divisible by the {world.size} ranks; start another number"
-        )
-    if not description.final:
-        # Without what is held out, the full batch is smaller.
-        return min(batch_size // world.size, world.least(images))
+def _share_of(description: Description, images: int, everything: int, world: World) -> int:
+    """Give this rank's part of the batch; raises ValueError if the batch cannot be had.
+
+    Args:
+        description: the run.
+        images: number of this rank's training images.
+        everything: number of all training images of a final run, so that tuning is not made in vain.
+        world: who shares the batch.
+    """
+    batch_size = description.batch_size
     if batch_size > everything:
         raise ValueError(
             f"batch size {batch_size} is larger than the {everything} training images of "
             f"{description.task}; choose smaller ones with --batch, or give all images with --data"
         )
+    if batch_size % world.size:
+        raise ValueError(
+            f"batch size {batch_size} is not divisible by the {world.size} ranks; start another number"
+        )
+    # In tuning, without what is held out, the full batch is smaller.
     return min(batch_size // world.size, world.least(images))
 
 
@@ -298,4 +327,8 @@ def _halves(kind: str, labels: Tensor) -> Tensor | None:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,8 +15,9 @@ import datasets
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from datasets.exceptions import DatasetsError
+from httpx import HTTPError
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 # Names that a folder's parts go by.
@@ -84,16 +85,24 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
         rows, image, label = _folder(Path(data), test), "image", "label"
     else:
         rows, image, label = _hub(source, data or source.hub, test), source.image, source.label
-    kind = rows.features[label]
+    if not {image, label} <= rows.features.keys():
+        raise ValueError(
+            f"{data or source.hub} has no columns {image!r} and {label!r}, but {', '.join(rows.features)}; "
+            "give a data set that has them, or a folder"
+        )
+    classes = tuple(rows.features[label].names)
     labels = torch.tensor(rows.with_format(None)[label][:], dtype=torch.int64)
     if choose is not None:
+        for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist(), strict=True):
+            if not count:
+                raise ValueError(f"class {name!r} has no images, and this recipe needs some of every class")
         chosen = choose(labels)
         rows, labels = rows.select(chosen.tolist()), labels[chosen]
     rows = rows.cast_column(image, Image(decode=False)) if rows.features[image].decode else rows
     pixels = torch.empty(len(rows), source.size, source.size, 3, dtype=torch.uint8)
     for index, row in enumerate(rows.select_columns([image])):
         pixels[index] = torch.from_numpy(_decoded(row[image], source.size))
-    return Images(pixels, labels, tuple(kind.names))
+    return Images(pixels, labels, classes)
 
 
 def _folder(folder: Path, test: bool) -> Dataset:
@@ -129,7 +138,7 @@ def _hub(source: Source, name: str, test: bool) -> Dataset:
         return datasets.load_dataset(name, split=source.test if test else "train")
     # Whatever stands between us and the hub, the remedy is the same; the library raises its own, urllib's
     # and httpx's errors.
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
         raise FileNotFoundError(
             f"cannot load {name!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}). "
             "Give --data FOLDER with the images as train/<class>/* and test/<class>/*, or download "
@@ -146,7 +155,7 @@ def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.ui
     try:
         with Pillow.open(source) as opened:
             rgb = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (Pillow.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{image['path'] or 'an image of the data set'} cannot be decoded ({_first_line(error)}); "
             "download it again or remove it"
@@ -192,7 +201,7 @@ def long_tail(imbalance: float, largest: int, *, seed: int = 0) -> Choice:
         classes = int(labels.max()) + 1
         kept = []
         for label in range(classes):
-            count = int(largest * imbalance ** (-label / (classes - 1)))
+            count = int(largest * imbalance ** (-label / max(1, classes - 1)))
             of_class = (labels == label).nonzero().squeeze(1)
             if len(of_class) < count:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import click
@@ -77,6 +78,10 @@ def run(
                     bar, completed=done, total=planned, description=title
                 ),
             )
+    except BrokenProcessPool as error:
+        raise click.ClickException(
+            "a worker was killed, perhaps for want of memory; no finished run is lost: go on by fewer --jobs"
+        ) from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     end = "complete" if left == 0 else f"{left} runs left; the same command goes on"

@@ -26,22 +26,23 @@ NO_COMMIT = "none"
 SHORTEST_PREFIX = 7
 
 
-def read_runs(path: Path) -> list[Run]:
+def read_runs(path: Path, *, whole: bool = False) -> list[Run]:
     """Read the runs of a folder's JSON lines, or of one file; a last line that was cut off is left out.
 
-    That is a warning: the run that was writing it was killed, and the line is no run.
+    That is a warning: the run that was writing it was killed, and the line is no run. With ``whole`` it is an
+    error, as for any other line.
 
     Raises:
         ValueError: no runs, a broken line that is not the last, a line without the keys that a report needs.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-    runs = [run for file in files for run in _read_file(file)]
+    runs = [run for file in files for run in _read_file(file, whole)]
     if not runs:
         raise ValueError(f"no runs in {path}; make some with fop-bench run")
     return runs
 
 
-def _read_file(path: Path) -> Iterator[Run]:
+def _read_file(path: Path, whole: bool) -> Iterator[Run]:
     # Bytes: a line that was cut off may end inside a character.
     lines = [
         (number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()
@@ -51,7 +52,7 @@ def _read_file(path: Path) -> Iterator[Run]:
         try:
             run = json.loads(line, parse_constant=_refuse)
         except ValueError as error:
-            if number == lines[-1][0]:
+            if number == lines[-1][0] and not whole:
                 warnings.warn(
                     f"{where}, the last one, is not JSON: its run was killed; left out", stacklevel=3
                 )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import fop
-from fop_bench.environment import git_state
+from fop_bench.environment import commit_title, git_state
 from fop_bench.execution import Description, execute
 from fop_bench.recipes import recipe
 from fop_bench.recipes.recipe import Contender, Recipe, Study
@@ -164,10 +164,11 @@ def make(
     with _exclusively(path) if world.rank == 0 else nullcontext():
         # Only the rank that keeps the file knows what is in it; the others follow.
         done = world.agree(_done(path) if world.rank == 0 else [])
-        _check_commit(path, done)
+        git = world.agree(git_state(Path(fop.__file__)))
+        _check_origin(path, done, git, data, chosen)
         done = [record for record in done if _chosen(record, chosen)]
         command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-        arguments = (data, str(world.device), out / "unfinished", deadline, command)
+        arguments = (data, str(world.device), out / "unfinished", deadline, command, git)
         failure: Exception | None = None
         with _workers(jobs, world) as submit:
             running: dict[Future[Record | None], Description] = {}
@@ -201,7 +202,8 @@ def make(
 
 
 def _done(path: Path) -> list[Record]:
-    return read_runs(path) if path.stat().st_size else []
+    # What a kill cut off is aside already.
+    return read_runs(path, whole=True) if path.stat().st_size else []
 
 
 def _chosen(record: Record, chosen: Selection) -> bool:
@@ -219,6 +221,7 @@ def _work(
     folder: Path,
     deadline: float,
     command: str,
+    git: Mapping[str, Any] | None,
     world: World | None = None,
 ) -> Record | None:
     torch.set_num_threads(1)
@@ -226,7 +229,7 @@ def _work(
     # stop.
     torch.backends.cudnn.benchmark = False
     world = world or World(torch.device(device))
-    return execute(run, data, world, _saved(folder, run), deadline, command)
+    return execute(run, data, world, _saved(folder, run), deadline, command, git)
 
 
 def _saved(folder: Path, run: Description) -> Path:
@@ -274,21 +277,23 @@ def _exclusively(path: Path) -> Iterator[None]:
         yield
 
 
-def _check_commit(path: Path, done: Sequence[Record]) -> None:
-    here = git_state(Path(fop.__file__))
-    there = [record["environment"]["git"] for record in done]
-    others = [state for state in there if state != here]
+def _check_origin(
+    path: Path, done: Sequence[Record], here: Mapping[str, Any] | None, data: str | None, chosen: Selection
+) -> None:
+    """Refuse to put runs of another commit, or of other data, beside those that are there."""
+    others = [record["environment"]["git"] for record in done if record["environment"]["git"] != here]
     if others:
         raise ValueError(
-            f"{path} holds {len(others)} runs of {_commit(others[0])}, and this is {_commit(here)}: one "
-            "table must not mix them; give another --out, or check that commit out to go on"
+            f"{path} holds {len(others)} runs of {commit_title(others[0])}, and this is "
+            f"{commit_title(here)}: one table must not mix them; give another --out, or check that commit out to go on"
         )
-
-
-def _commit(state: Mapping[str, Any] | None) -> str:
-    if state is None:
-        return "an installed package"
-    return f"commit {state['commit'][:10]}" + (" with uncommitted changes" if state["dirty"] else "")
+    for record in done:
+        origin = data or recipe(chosen.recipe).tasks[record["task"]].origin
+        if record["task"] in chosen.tasks and record["data"] != origin:
+            raise ValueError(
+                f"{path} holds runs on {record['data']}, and this is {origin}: one table must not mix them; "
+                "give another --out, or the same --data"
+            )
 
 
 @contextmanager

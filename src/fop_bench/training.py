@@ -149,6 +149,7 @@ class Training:
         self.shuffle = torch.Generator().manual_seed(seed)
         self.scheduler = schedule(optimizer, self.steps * epochs)
         self.progress = Progress()
+        self._since: tuple[float, float] | None = None
 
     @property
     def steps(self) -> int:
@@ -163,10 +164,29 @@ class Training:
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train until the end, or until ``stop``, asked before every step, says so; tell which."""
         while not self.finished:
-            if not self._epoch(stop):
-                return False
+            try:
+                if not self._epoch(stop):
+                    return False
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # missing in its stubs
+                # How an optimizer that takes roots of matrices says that they are not finite any more.
+                warnings.warn(f"a step failed: {error}", stacklevel=2)
+                self.progress.diverged = True
+                return True
             self._close_epoch()
         return True
+
+    def stop_clock(self) -> None:
+        """Stop the clock; the time since it was started belongs to the progress now."""
+        now = self.progress
+        if self._since is not None:
+            started, processor_started = self._since
+            now.seconds += _now(self.device) - started
+            now.processor_seconds += time.process_time() - processor_started
+        self._since = None
+
+    def start_clock(self) -> None:
+        """Count the time from here on as training."""
+        self._since = _now(self.device), time.process_time()
 
     def _epoch(self, stop: Callable[[], bool]) -> bool:
         """Take the steps that are left of this epoch; False if told to stop in between."""
@@ -175,14 +195,13 @@ class Training:
             order = torch.randperm(self.samples, generator=self.shuffle)[: self.steps * self.batch_size]
             now.order, now.loss = order.to(self.device), torch.zeros((), device=self.device)
         self.model.train()
-        started, processor_started = _now(self.device), time.process_time()
+        self.start_clock()
         stopped = False
         while now.step < self.steps and not (stopped := stop()):
             numbers = now.order[now.step * self.batch_size : (now.step + 1) * self.batch_size]
             now.loss = now.loss + self._step(numbers)  # read once an epoch: no sync in between
             now.step += 1
-        now.seconds += _now(self.device) - started
-        now.processor_seconds += time.process_time() - processor_started
+        self.stop_clock()
         return not stopped
 
     def _step(self, numbers: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Contender:
         options: those that are fixed, given the batch size.
         label: how a table names it; the optimizer's label by default.
         halves: what decides in which half of its batch a sample is: chance ("random"), the sample, which is
-            always in the same one ("fixed"), or its class ("classes").
+            in the same one every time, as far as batches allow ("fixed"), or its class ("classes").
         formula: "paper", or a key of `FORMULAS` for a changed equation.
     """
 
