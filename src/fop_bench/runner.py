@@ -285,7 +285,8 @@ def _check_origin(
     if others:
         raise ValueError(
             f"{path} holds {len(others)} runs of {commit_title(others[0])}, and this is "
-            f"{commit_title(here)}: one table must not mix them; give another --out, or check that commit out to go on"
+            f"{commit_title(here)}: one table must not mix them; give another --out, or check that "
+            "commit out to go on"
         )
     for record in done:
         origin = data or recipe(chosen.recipe).tasks[record["task"]].origin
