@@ -159,13 +159,15 @@ def make(
     """
     chosen = chosen.checked()
     deadline = time.monotonic() + 60 * minutes
+    if data is not None and Path(data).is_dir():
+        data = str(Path(data).resolve())  # one folder has one name
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{chosen.study}.jsonl"
     with _exclusively(path) if world.rank == 0 else nullcontext():
         # Only the rank that keeps the file knows what is in it; the others follow.
         done = world.agree(_done(path) if world.rank == 0 else [])
         git = world.agree(git_state(Path(fop.__file__)))
-        _check_origin(path, done, git, data, chosen)
+        _check_origin(path, done, chosen, here=git, data=data, ranks=world.size)
         done = [record for record in done if _chosen(record, chosen)]
         command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
         arguments = (data, str(world.device), out / "unfinished", deadline, command, git)
@@ -278,9 +280,15 @@ def _exclusively(path: Path) -> Iterator[None]:
 
 
 def _check_origin(
-    path: Path, done: Sequence[Record], here: Mapping[str, Any] | None, data: str | None, chosen: Selection
+    path: Path,
+    done: Sequence[Record],
+    chosen: Selection,
+    *,
+    here: Mapping[str, Any] | None,
+    data: str | None,
+    ranks: int,
 ) -> None:
-    """Refuse to put runs of another commit, or of other data, beside those that are there."""
+    """Refuse to put runs of another commit, recipe or number of ranks, or on other data, beside others."""
     others = [record["environment"]["git"] for record in done if record["environment"]["git"] != here]
     if others:
         raise ValueError(
@@ -289,11 +297,21 @@ def _check_origin(
             "commit out to go on"
         )
     for record in done:
+        if record["recipe"] != chosen.recipe:
+            raise ValueError(
+                f"{path} holds runs of {record['recipe']}; give another --out for {chosen.recipe}"
+            )
+        if record["task"] not in chosen.tasks:
+            continue
         origin = data or recipe(chosen.recipe).tasks[record["task"]].origin
-        if record["task"] in chosen.tasks and record["data"] != origin:
+        if record["data"] != origin:
             raise ValueError(
                 f"{path} holds runs on {record['data']}, and this is {origin}: one table must not mix them; "
                 "give another --out, or the same --data"
+            )
+        if record["ranks"] != ranks:
+            raise ValueError(
+                f"{path} holds runs on {record['ranks']} ranks, and this is on {ranks}; give another --out"
             )
 
 

@@ -1,0 +1,241 @@
+"""A study whose runs take milliseconds, for the tests of `fop-bench run`.
+
+Run as a program, this file is `fop-bench run` with that recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fop_bench import environment as environment_module
+from fop_bench import execution, runner
+from fop_bench.augmentation import Augmentation
+from fop_bench.execution import Description, execute
+from fop_bench.images import Images
+from fop_bench.recipes import RECIPES
+from fop_bench.recipes.recipe import Contender, Parts, Recipe, Study, by_plateau
+from fop_bench.run_cli import run as command
+from fop_bench.run_records import ENVIRONMENT_KEYS, KEYS
+from fop_bench.runner import Record, Selection, make
+from fop_bench.world import World
+
+WORLD = World(torch.device("cpu"))
+COMMIT = {"commit": "0123456789abcdef", "dirty": False}
+TRAIN, HELD_OUT, TEST = 24, 9, 12
+STEPS = TRAIN // 8
+
+# --- A recipe that takes milliseconds
+
+
+class RandomImages:
+    """Three classes of 8×8 pixels that differ in their mean."""
+
+    origin = "random numbers"
+
+    def __init__(self, joined: bool = False) -> None:
+        self.joined = joined
+
+    def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
+        draw = torch.Generator().manual_seed(7)
+
+        def images(count: int) -> Images:
+            labels = torch.arange(count) % 3
+            pixels = torch.randint(0, 150, (count, 8, 8, 3), generator=draw) + 40 * labels.view(-1, 1, 1, 1)
+            drawn = Images(pixels.to(torch.uint8), labels, ("a", "b", "c"))
+            return drawn[torch.arange(count)[rank::ranks]]
+
+        return Parts(images(TRAIN), images(HELD_OUT), images(TEST), self.joined)
+
+
+class Clock(nn.Module):
+    """Does nothing but to take a second of a time of its own, or so many real ones."""
+
+    now = 0.0
+    really = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            Clock.now += 1.0
+            time.sleep(Clock.really)
+        return x
+
+
+def network(classes: int) -> nn.Module:
+    """Build a network with all that a state must hold: averages, dropout, weights of two and four sides."""
+    return nn.Sequential(
+        Clock(),
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(64, 6),
+        nn.ReLU(),
+        nn.Linear(6, classes),
+    )
+
+
+RATES = {"lr": (0.01, 0.1, 0.3)}
+FREQUENT = {"curvature_interval": 2}
+CONTENDERS = {
+    "sgd": Contender("sgd", RATES),
+    "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01)}),
+    "kfac": Contender("kfac", RATES, lambda batch_size: FREQUENT),
+    "fop": Contender("fop", RATES, lambda batch_size: FREQUENT),
+    "muon": Contender("muon", RATES),
+    "soap": Contender("soap", {"lr": (0.001, 0.003, 0.01)}),
+    "lamb": Contender("lamb", {"lr": (0.001, 0.003, 0.01)}),
+    "shampoo": Contender("shampoo", {"lr": (0.001, 0.003, 0.01)}),
+    "fop-fixed": Contender("fop", RATES, lambda batch_size: FREQUENT, "FOP, fixed", halves="fixed"),
+    "fop-classes": Contender("fop", RATES, lambda batch_size: FREQUENT, "FOP, classes", halves="classes"),
+    "fop-damped": Contender("fop", RATES, lambda batch_size: FREQUENT, "F̂", formula="damped projection"),
+}
+TWO = {name: CONTENDERS[name] for name in ("sgd", "fop")}
+
+TINY = Recipe(
+    name="tiny",
+    title="Random images",
+    tasks={"random": RandomImages(), "joined": RandomImages(joined=True)},
+    model=network,
+    studies={
+        "comparison": Study(TWO, {8: 2, 12: 2}, seeds=(1, 2)),
+        "all": Study(CONTENDERS, {8: 3}, seeds=(1, 2)),
+        "map": Study({"sgd": CONTENDERS["sgd"]}, {8: 1}, seeds=(5, 6), tuned=False),
+        "large": Study({"sgd": Contender("sgd", {"lr": (0.1,)})}, {TRAIN + HELD_OUT: 2}, seeds=(1,)),
+    },
+    targets={"accuracy": 0.5},
+    augmentation=Augmentation(flip=True, shift=1, cutout=2),
+)
+PLATEAU = replace(TINY, name="tiny-plateau", schedule=by_plateau)
+
+
+@pytest.fixture(autouse=True)
+def tiny_recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the recipe known, and tell every record the same commit, whatever is edited meanwhile.
+
+    For every test of a module that imports it.
+    """
+    for each in (TINY, PLATEAU):
+        monkeypatch.setitem(RECIPES, each.name, each)
+    monkeypatch.setattr(runner, "git_state", lambda source: COMMIT)
+    monkeypatch.setattr(environment_module, "git_state", lambda source: COMMIT)
+    monkeypatch.setattr(Clock, "now", 0.0)
+    caches = execution.parts_of, execution._where
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def go(
+    out: Path,
+    study: str = "comparison",
+    *,
+    data: str | None = None,
+    minutes: float = 60.0,
+    jobs: int = 1,
+    **chosen: Any,
+) -> int:
+    """Make the runs of a study of one task."""
+    on_run = chosen.pop("on_run", lambda done, planned, title: None)
+    selection = Selection("tiny", study, **{"tasks": ("random",), **chosen})
+    return make(selection, data=data, world=WORLD, out=out, jobs=jobs, minutes=minutes, on_run=on_run)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def lines(path: Path) -> list[Record]:
+    """Read a file of whole lines by hand."""
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    names = ("task", "phase", "contender", "options", "batch_size", "seed")
+    return json.dumps([record[name] for name in names])
+
+
+def result(record: Record) -> Any:
+    """Give all of a record that does not tell the time."""
+    curve = [{**epoch, "seconds": 0, "processor_seconds": 0} for epoch in record["curve"]]
+    environment = {**record["environment"], "date": "", "command": ""}
+    return {**record, "curve": curve, "environment": environment}
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, curves: Callable[[Description], list[float] | None]) -> None:
+    """Put records with given accuracies in place of runs; None for a diverged one."""
+
+    def execute(description: Description, data: str | None, *others: Any) -> Record:
+        accuracies = curves(description)
+        curve = [
+            {"epoch": at, "seconds": 1.0, "processor_seconds": 1.0, "train_loss": 1.0, "accuracy": accuracy}
+            for at, accuracy in enumerate(accuracies or [], start=1)
+        ]
+        rest = {key: None for key in KEYS if key not in asdict(description)}
+        environment = {**dict.fromkeys(ENVIRONMENT_KEYS), "git": COMMIT}
+        ends = {"diverged": accuracies is None, "curve": curve, "environment": environment}
+        ends["data"] = data or RandomImages.origin
+        ends["ranks"] = 1
+        return {**rest, **asdict(description), **ends}
+
+    monkeypatch.setattr(runner, "execute", execute)
+
+
+def accuracies(description: Description) -> list[float]:
+    """Give a curve that differs from run to run; by its mean another rate is the best than by its end."""
+    draw = torch.Generator().manual_seed(sum(identity(asdict(description)).encode()))
+    return torch.rand(4, generator=draw).tolist()
+
+
+def final_of(name: str, recipe: str = "tiny", **changes: Any) -> Description:
+    options = next(CONTENDERS[name].combinations()) if name in CONTENDERS else {}
+    described = Description(recipe, "random", "all", "final", name, options, 8, 3, seed=4)
+    return replace(described, **changes)
+
+
+def finished(described: Description, saved: Path, deadline: float = math.inf) -> Record:
+    record = execute(described, None, WORLD, saved, deadline, "")
+    assert record is not None
+    json.dumps(record, allow_nan=False)
+    return record
+
+
+@contextmanager
+def seconds_as_steps() -> Iterator[None]:
+    """Let the time of runner and runs be the number of training steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (runner, execution):
+            patched.setattr(module, "time", SimpleNamespace(monotonic=lambda: Clock.now))
+        yield
+
+
+def program() -> None:
+    """Be `fop-bench run` with the recipe of these tests, slow steps, and a save before each of them."""
+    RECIPES["tiny"] = TINY
+    runner.git_state = environment_module.git_state = lambda source: COMMIT
+    execution.SECONDS_BETWEEN_SAVES = 0.0
+    Clock.really = 0.03
+    torch.set_num_threads(1)
+
+
+# Workers import the program under the second name.
+if __name__ in ("__main__", "__mp_main__"):
+    program()
+if __name__ == "__main__":
+    command()
