@@ -152,6 +152,10 @@ class Training:
         self._since: tuple[float, float] | None = None
 
     @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def steps(self) -> int:
         """Number of steps of an epoch."""
         return self.samples // self.batch_size
@@ -238,6 +242,7 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "shuffle": self.shuffle.get_state(),
             "random": torch.get_rng_state(),
+            "random_on_device": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
             "progress": {**vars(now), "curve": [asdict(epoch) for epoch in now.curve]},
         }
 
@@ -248,6 +253,8 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         self.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["random"])
+        if self._on_gpu:
+            torch.cuda.set_rng_state(state["random_on_device"], self.device)
         progress = state["progress"]
         self.progress = Progress(**{**progress, "curve": [Epoch(**epoch) for epoch in progress["curve"]]})
 
