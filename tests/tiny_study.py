@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+import fop
 from fop_bench import environment as environment_module
 from fop_bench import execution, runner
 from fop_bench.augmentation import Augmentation
@@ -188,7 +189,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, curves: Callable[[Description], list[
             for at, accuracy in enumerate(accuracies or [], start=1)
         ]
         rest = {key: None for key in KEYS if key not in asdict(description)}
-        environment = {**dict.fromkeys(ENVIRONMENT_KEYS), "git": COMMIT}
+        environment = {**dict.fromkeys(ENVIRONMENT_KEYS), "git": COMMIT, "fop": fop.__version__}
         ends = {"diverged": accuracies is None, "curve": curve, "environment": environment}
         ends["data"] = data or RandomImages.origin
         ends["ranks"] = 1

@@ -27,8 +27,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": this_command(),
     }
+
+
+def this_command() -> str:
+    """Give the command that this process was started with, as one would type it elsewhere."""
+    program, *arguments = sys.orig_argv
+    if arguments and Path(arguments[0]).name == "fop-bench":
+        return shlex.join(["fop-bench", *arguments[1:]])
+    return shlex.join([Path(program).name, *arguments])
 
 
 def device_name(device: torch.device) -> str:

@@ -56,6 +56,7 @@ class Source:
         image: column of the images; "image" in a folder.
         label: column of the classes; "label" in a folder.
         test: the hub's name of the part to test on.
+        classes: number of classes, so that other data do not pass for these; None for any.
         size: side of the square that images are brought to: shorter side scaled, centre cut out. Images of
             this size are left alone.
     """
@@ -65,6 +66,7 @@ class Source:
     label: str = "label"
     test: str = "test"
     size: int = 32
+    classes: int | None = None
 
 
 def load(source: Source, data: str | None, *, test: bool = False, choose: Choice | None = None) -> Images:
@@ -83,6 +85,11 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
     """
     if data is not None and Path(data).is_dir():
         rows, image, label = _folder(Path(data), test), "image", "label"
+    elif data is not None and data.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no folder {data}; give one with train/<class>/* and test/<class>/*, or a name on the "
+            "Hugging Face hub, owner/name"
+        )
     else:
         rows, image, label = _hub(source, data or source.hub, test), source.image, source.label
     if not {image, label} <= rows.features.keys():
@@ -91,12 +98,22 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
             "give a data set that has them, or a folder"
         )
     classes = tuple(rows.features[label].names)
+    if source.classes not in (None, len(classes)):
+        raise ValueError(
+            f"{data or source.hub} has {len(classes)} classes, and this data set {source.classes}; choose "
+            "the one that it is by --task, or give another --data"
+        )
     labels = torch.tensor(rows.with_format(None)[label][:], dtype=torch.int64)
     if choose is not None:
         for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist(), strict=True):
             if not count:
                 raise ValueError(f"class {name!r} has no images, and this recipe needs some of every class")
-        chosen = choose(labels)
+        try:
+            chosen = choose(labels)
+        except ValueError as error:
+            raise ValueError(
+                f"{'test' if test else 'training'} part of {data or source.hub}: {error}"
+            ) from error
         rows, labels = rows.select(chosen.tolist()), labels[chosen]
     rows = rows.cast_column(image, Image(decode=False)) if rows.features[image].decode else rows
     pixels = torch.empty(len(rows), source.size, source.size, 3, dtype=torch.uint8)
@@ -141,8 +158,8 @@ def _hub(source: Source, name: str, test: bool) -> Dataset:
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
         raise FileNotFoundError(
             f"cannot load {name!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}). "
-            "Give --data FOLDER with the images as train/<class>/* and test/<class>/*, or download "
-            f"them where there is a network: `hf download --repo-type dataset {name}`"
+            "Is there a network? Give --data FOLDER with the images as train/<class>/* and test/<class>/*, "
+            f"or download them where there is a network: `hf download --repo-type dataset {name}`"
         ) from error
 
 

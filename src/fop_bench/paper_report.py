@@ -130,7 +130,8 @@ def _about(recipe: str, table: PaperTable, groups: Sequence[Group]) -> str:
         return f"None of it is measured yet; to run it: `fop-bench run {recipe}`."
     runs = [run for group in groups for run in group.runs]
     devices = sorted({str(run["environment"]["device"]) for run in runs})
-    lines = [f"Ours: `fop-bench run {recipe}` on {', '.join(devices)}"]
+    data = sorted({str(run["data"]) for run in runs})
+    lines = [f"Ours: `fop-bench run {recipe}` on {', '.join(devices)}; data: {', '.join(data)}"]
     if table.target is not None:
         epochs = {group.batch_size: group.runs[0]["epochs"] for group in groups}
         trained = ", ".join(f"{number} at batch {size}" for size, number in sorted(epochs.items()))

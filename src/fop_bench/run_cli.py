@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,8 @@ from fop_bench.world import under_torchrun, world_on
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--study", default="comparison", help="Which of the recipe's studies.")
 @click.option(
-    "--data", help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub."
+    "--data",
+    help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub; not for digits.",
 )
 @click.option("--task", "tasks", multiple=True, help="Only this data set of the recipe; may be repeated.")
 @click.option("--batch", "batches", type=int, multiple=True, help="Only this batch size; may be repeated.")
@@ -64,6 +66,7 @@ def run(
     if jobs > 1 and under_torchrun():
         raise click.BadParameter("ranks that torchrun started make one run at a time", param_hint="--jobs")
     try:
+        Selection(recipe, study, tasks, optimizers, batches).checked()
         with world_on(device) as world, progress_bars(console_here()) as progress:
             progress.disable = world.rank > 0
             bar = progress.add_task(recipe, total=None)
@@ -78,22 +81,34 @@ def run(
                     bar, completed=done, total=planned, description=title
                 ),
             )
+    except KeyboardInterrupt as error:
+        raise click.ClickException(
+            f"stopped; every finished run is in {folder / study}.jsonl, and the same command goes on"
+        ) from error
     except BrokenProcessPool as error:
         raise click.ClickException(
             "a worker was killed, perhaps for want of memory; no finished run is lost: go on by fewer --jobs"
         ) from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    end = "complete" if left == 0 else f"{left} runs left; the same command goes on"
+    end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
     if world.rank == 0:
         click.echo(f"{folder / study}.jsonl: {end}. Tables and plots: fop-bench report {folder}")
 
 
-run.help = f"{run.help}\n\nRECIPE is one of: {', '.join(RECIPES)}."
+run.help = "\n\n".join(
+    [
+        inspect.cleandoc(run.help or ""),
+        "Recipes and their studies:",
+        "\b\n" + "\n".join(f"{name}: {', '.join(each.studies)}" for name, each in RECIPES.items()),
+    ]
+)
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument(
+    "folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
 @click.option("--commit", help="Only the runs of this commit, where a folder holds several.")
 @click.option(
     "--paper",
@@ -107,6 +122,7 @@ def report(folders: tuple[Path, ...], commit: str | None, paper: Path | None) ->
         try:
             written = [write_report(folder, commit) for folder in folders]
             if paper is not None:
+                paper.parent.mkdir(parents=True, exist_ok=True)
                 paper.write_text(paper_page(folders, commit), encoding="utf-8")
                 written.append(paper)
         except (ValueError, OSError) as error:

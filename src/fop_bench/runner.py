@@ -6,9 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shlex
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 
 import fop
-from fop_bench.environment import commit_title, git_state
+from fop_bench.environment import commit_title, git_state, this_command
 from fop_bench.execution import Description, execute
 from fop_bench.recipes import recipe
 from fop_bench.recipes.recipe import Contender, Recipe, Study
@@ -169,8 +167,7 @@ def make(
         git = world.agree(git_state(Path(fop.__file__)))
         _check_origin(path, done, chosen, here=git, data=data, ranks=world.size)
         done = [record for record in done if _chosen(record, chosen)]
-        command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-        arguments = (data, str(world.device), out / "unfinished", deadline, command, git)
+        arguments = (data, str(world.device), out / "unfinished", deadline, this_command(), git)
         failure: Exception | None = None
         with _workers(jobs, world) as submit:
             running: dict[Future[Record | None], Description] = {}
@@ -289,6 +286,13 @@ def _check_origin(
     ranks: int,
 ) -> None:
     """Refuse to put runs of another commit, recipe or number of ranks, or on other data, beside others."""
+    for record in done:
+        # What is installed as a package has no commit, but a version.
+        if record["environment"]["fop"] != fop.__version__:
+            raise ValueError(
+                f"{path} holds runs of fop {record['environment']['fop']}, and this is {fop.__version__}; "
+                "give another --out"
+            )
     others = [record["environment"]["git"] for record in done if record["environment"]["git"] != here]
     if others:
         raise ValueError(

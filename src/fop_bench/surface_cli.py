@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ def _even(context: click.Context, parameter: click.Parameter, value: int) -> int
     "--batch",
     type=click.IntRange(min=2),
     callback=_even,
-    default=2000,
+    default=1000,
     help="Samples of a training step, and of the batch of the picture; even.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=3, help="Training with FOP before the steps.")
@@ -105,4 +106,4 @@ def surface(
     click.echo(f"Wrote surface.json and surface.png to {out}")
 
 
-surface.help = f"{surface.help}\n\nRECIPE is one of: {', '.join(RECIPES)}."
+surface.help = f"{inspect.cleandoc(surface.help or '')}\n\nRECIPE is one of: {', '.join(RECIPES)}."

@@ -41,6 +41,8 @@ def test_environment_says_where_and_how(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "fop_bench", "demo", "--out", "a folder"])
     where = environment(torch.device("cpu"))
     assert where["command"] == "python -m fop_bench demo --out 'a folder'"
+    monkeypatch.setattr(sys, "orig_argv", ["python3.11", "/opt/venv/bin/fop-bench", "run", "digits"])
+    assert environment(torch.device("cpu"))["command"] == "fop-bench run digits", "as one types it"
     assert where["torch"] == torch.__version__
     assert where["threads"] == torch.get_num_threads()
     assert where["device"]

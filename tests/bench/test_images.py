@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def test_a_corrupt_image_of_the_hub_is_an_error(folder: Path, monkeypatch: pytes
     ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.parametrize("data", [None, "no/such/folder"])
+@pytest.mark.parametrize("data", [None, "no/such"])
 def test_a_hub_that_cannot_be_reached_says_how_to_get_the_data(
     monkeypatch: pytest.MonkeyPatch, error: Exception, data: str | None
 ) -> None:
@@ -319,3 +320,19 @@ def test_a_hub_data_set_without_the_column_names_those_it_has(
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: as_on_the_hub(folder, "train", "image"))
     with pytest.raises(ValueError, match=r"someone/else.*img.*image, label"):
         load(SOURCE, "someone/else")
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub() -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere; give one with train/<class>"):
+        load(SOURCE, "nowhere")
+
+
+def test_another_data_set_does_not_pass_for_this_one(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 3 classes, and this data set 100; choose .* --task"):
+        load(replace(SOURCE, classes=100), str(folder))
+    assert len(load(replace(SOURCE, classes=3), str(folder)).classes) == 3
+
+
+def test_too_few_images_name_the_part_and_the_folder(folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"test part of {folder}: class 0 has .* images; 50 are needed"):
+        load(SOURCE, str(folder), test=True, choose=per_class(50))

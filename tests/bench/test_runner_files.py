@@ -254,7 +254,7 @@ def test_the_command_says_what_is_left_and_goes_on(tmp_path: Path) -> None:
     assert len(lines(path)) == 1
     told = invoke(tmp_path, *asked)
     assert told.exit_code == 0
-    assert f"{path}: complete" in told.output
+    assert f"{path}: all that was asked for is there" in told.output
     assert len(lines(path)) == 5
 
 

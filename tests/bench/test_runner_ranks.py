@@ -166,7 +166,7 @@ def test_two_ranks_make_every_run_and_one_of_them_writes_it(folder: Path) -> Non
     assert sorted(path.name for path in (folder / "whole").iterdir()) == ["comparison.jsonl", "unfinished"]
     assert not list((folder / "whole" / "unfinished").iterdir())
     printed = (folder / "printed").read_text()
-    assert printed.count(f"{folder}/whole/comparison.jsonl: complete") == 1, printed
+    assert printed.count(f"{folder}/whole/comparison.jsonl: all that was asked for is there") == 1, printed
 
 
 def test_minutes_end_all_ranks_at_one_step_and_the_next_sitting_goes_on(folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_minutes_end_all_ranks_at_one_step_and_the_next_sitting_goes_on(folder: 
     printed = (folder / "printed").read_text()
     path = folder / "slices" / "comparison.jsonl"
     assert printed.count(f"{path}: {RUNS - 2} runs left; the same command goes on") == 1, printed
-    assert printed.count(f"{path}: complete") == 1, printed
+    assert printed.count(f"{path}: all that was asked for is there") == 1, printed
 
 
 def by_hand(ranks: int) -> tuple[list[float], list[float]]:

@@ -29,7 +29,7 @@ TRUST = {"lr": (0.03, 0.1), "damping": (1e-4, 1e-3), "weight_decay": (5e-4, 5e-3
 RECIPE = Recipe(
     name="cifar10-resnet18",
     title="ResNet-18 on CIFAR-10 (the paper's Table 1)",
-    tasks={"cifar10": ImageTask(Source("uoft-cs/cifar10", image="img"))},
+    tasks={"cifar10": ImageTask(Source("uoft-cs/cifar10", image="img", classes=10))},
     model=resnet18,
     studies={
         "comparison": Study(

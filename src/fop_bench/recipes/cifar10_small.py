@@ -94,7 +94,7 @@ RECIPE = Recipe(
     title="A narrow ResNet on 10,000 CIFAR-10 images",
     tasks={
         "cifar10": ImageTask(
-            Source("uoft-cs/cifar10", image="img"),
+            Source("uoft-cs/cifar10", image="img", classes=10),
             train=per_class(IMAGES // 10),
             held_out=per_class(200, skip=IMAGES // 10),
             test=per_class(500),

@@ -16,8 +16,8 @@ from fop_bench.images import Source, long_tail
 from fop_bench.models import ResNet
 from fop_bench.recipes.recipe import Contender, ImageTask, Recipe, Study
 
-CIFAR10 = Source("uoft-cs/cifar10", image="img")
-CIFAR100 = Source("uoft-cs/cifar100", image="img", label="fine_label")
+CIFAR10 = Source("uoft-cs/cifar10", image="img", classes=10)
+CIFAR100 = Source("uoft-cs/cifar100", image="img", label="fine_label", classes=100)
 
 
 def network(classes: int) -> nn.Module:

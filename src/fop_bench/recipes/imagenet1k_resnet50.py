@@ -28,7 +28,11 @@ TRUST = {"lr": (0.03, 0.1), "damping": (1e-4, 1e-3)}
 RECIPE = Recipe(
     name="imagenet1k-resnet50",
     title="ResNet-50 on ImageNet-1K (the paper's Table 3)",
-    tasks={"imagenet1k": ImageTask(Source("ILSVRC/imagenet-1k", test="validation", size=224), held_out=0.02)},
+    tasks={
+        "imagenet1k": ImageTask(
+            Source("ILSVRC/imagenet-1k", test="validation", size=224, classes=1000), held_out=0.02
+        )
+    },
     model=resnet50,
     studies={
         "comparison": Study(
