@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -141,3 +143,60 @@ def test_the_committed_runs_are_complete_and_of_one_commit() -> None:
     comparison = [run for run in runs if run["study"] == "comparison" and run["phase"] == "final"]
     cells = {(run["contender"], run["batch_size"], run["seed"]) for run in comparison}
     assert len(cells) == len(comparison) == 4 * 4 * 3
+
+
+def ends(study: str) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Mean final training loss and accuracy of a study's final runs, in float64, by contender and place."""
+    groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for line in (RECORD / f"{study}.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        if run["phase"] == "final":
+            place = (run["options"]["lr"], run["options"]["damping"]) if "map" in study else ()
+            last = run["curve"][-1]
+            key = (run["contender"], run["batch_size"], *place)
+            groups.setdefault(key, []).append((last["train_loss"], last["accuracy"]))
+    return {
+        key: (fmean(loss for loss, _ in each), fmean(accuracy for _, accuracy in each))
+        for key, each in groups.items()
+    }
+
+
+def test_the_boundary_is_where_the_documents_say() -> None:
+    with_clip, unstable = [], []
+    for study in ("map", "map-full-batch"):
+        of = ends(study)
+        for name, *place in of:
+            if name == "fop":
+                with_clip.append(of[("fop", *place)][0] / of[("kfac", *place)][0])
+            if name == "fop-noclip" and study == "map-full-batch" and place[1] >= 0.3:
+                unstable.append(of[("fop-noclip", *place)][0] / of[("kfac-noclip", *place)][0])
+                for each in ("fop", "kfac"):
+                    assert of[(each, *place)][1] > of[(f"{each}-noclip", *place)][1] + 0.1
+    assert len(with_clip) == 40
+    assert min(with_clip) > 1
+    assert max(with_clip) < 1.04
+    assert len(unstable) == 10
+    assert min(unstable) >= 0.885
+    assert max(unstable) < 0.985
+
+
+def test_what_the_documents_say_of_the_comparison_and_its_variants() -> None:
+    comparison = ends("comparison")
+    losses = {name: comparison[name, 10000][0] for name in ("sgd", "adamw", "kfac", "fop")}
+    accuracies = {name: comparison[name, 10000][1] for name in losses}
+    assert max(losses["kfac"], losses["fop"]) < 0.75 * min(losses["sgd"], losses["adamw"])
+    gap = fmean([accuracies["kfac"], accuracies["fop"]]) - fmean([accuracies["sgd"], accuracies["adamw"]])
+    assert round(100 * gap) == 5
+    assert max(("sgd", "adamw", "kfac", "fop"), key=lambda name: comparison[name, 500][1]) == "sgd"
+    assert comparison["fop", 5000][1] > comparison["kfac", 5000][1]
+    assert comparison["fop", 10000][1] < comparison["kfac", 10000][1]
+    ablation = ends("ablation")
+    for batch in (2000, 10000):
+        assert ablation["beta-only", batch][1] > ablation["fop", batch][1]
+        for name in ("mixing-0.1", "mixing-0.01"):
+            assert abs(ablation[name, batch][1] - ablation["kfac", batch][1]) < 0.006
+        assert abs(ablation["halves-fixed", batch][1] - ablation["fop", batch][1]) < 0.007
+    assert ablation["halves-classes", 10000][1] < ablation["fop", 10000][1] - 0.01
+    formula = ends("formula")
+    assert abs(formula["damped", 2000][1] - formula["fop", 2000][1]) < 0.001
+    assert formula["fresher", 2000][0] < formula["fop", 2000][0]
