@@ -190,6 +190,16 @@ def test_what_the_documents_say_of_the_comparison_and_its_variants() -> None:
     assert max(("sgd", "adamw", "kfac", "fop"), key=lambda name: comparison[name, 500][1]) == "sgd"
     assert comparison["fop", 5000][1] > comparison["kfac", 5000][1]
     assert comparison["fop", 10000][1] < comparison["kfac", 10000][1]
+    library = ends("library")
+    for name in ("soap", "muon"):
+        loss, accuracy = library[name, 10000]
+        assert max(losses["kfac"], losses["fop"]) < loss < min(losses["sgd"], losses["adamw"])
+        assert (
+            max(accuracies["sgd"], accuracies["adamw"])
+            < accuracy
+            < min(accuracies["kfac"], accuracies["fop"])
+        )
+    assert library["lamb", 10000][1] < min(accuracies.values())
     ablation = ends("ablation")
     for batch in (2000, 10000):
         assert ablation["beta-only", batch][1] > ablation["fop", batch][1]
