@@ -57,7 +57,12 @@ class RandomImages:
             drawn = Images(pixels.to(torch.uint8), labels, ("a", "b", "c"))
             return drawn[torch.arange(count)[rank::ranks]]
 
-        return Parts(images(TRAIN), images(HELD_OUT), images(TEST), self.joined)
+        train, held_out, test = images(TRAIN), images(HELD_OUT), images(TEST)
+        if not self.joined:
+            return Parts(train, held_out, test)
+        pixels = torch.cat([train.pixels, held_out.pixels])
+        everything = Images(pixels, torch.cat([train.labels, held_out.labels]), train.classes)
+        return Parts(train, held_out, test, everything)
 
 
 class Clock(nn.Module):

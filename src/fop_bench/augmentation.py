@@ -94,3 +94,10 @@ def cut_out(inputs: Tensor, side: int, draw: torch.Generator) -> Tensor:
         inside.append((place >= 0) & (place < side))
     hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     return inputs.masked_fill(hole, 0.0)
+
+
+def training_inputs(
+    pixels: Tensor, what: Augmentation, normalise: Normaliser, draw: torch.Generator
+) -> Tensor:
+    """Give the inputs (N, 3, H, W) of a training step from pixels (N, H, W, 3): augmented and normalised."""
+    return cut_out(normalise(augment(pixels, what, draw)), what.cutout, draw)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fop import FOP
-from fop_bench.augmentation import Normaliser, augment, cut_out
+from fop_bench.augmentation import Normaliser, training_inputs
 from fop_bench.environment import commit_title, environment
 from fop_bench.formulas import FORMULAS
 from fop_bench.images import Images
@@ -179,8 +179,7 @@ class _Run:
             if order is not None:
                 numbers = numbers[order[numbers].argsort(stable=True)]
             pixels, labels = _taken(train, numbers, device)
-            inputs = normalise(augment(pixels, plan.augmentation, self.draw))
-            return cut_out(inputs, plan.augmentation.cutout, self.draw), labels
+            return training_inputs(pixels, plan.augmentation, normalise, self.draw), labels
 
         def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
             pixels, labels = _taken(judged, numbers, device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention, unfold
 
-from fop_bench.models import TransformerBlock
+from fop_bench.models import TransformerBlock, shortcut
 
 
 class Bottleneck(nn.Module):
@@ -28,11 +28,7 @@ class Bottleneck(nn.Module):
         self.norm3 = nn.BatchNorm2d(outputs)
         # The block starts as its shortcut, which eases the first epochs at large batches (Goyal et al. 2017).
         nn.init.zeros_(self.norm3.weight)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.shortcut = shortcut(inputs, outputs, stride)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, 4·width, H/stride, W/stride)."""

@@ -6,7 +6,7 @@ Shapes: N images, H and W pixels, C classes.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ class Images:
         """Copy pixels and labels to a device."""
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
-    def __getitem__(self, numbers: Tensor) -> Images:
-        """Give the images of these numbers."""
+    def __getitem__(self, numbers: Tensor | slice) -> Images:
+        """Give the images of these numbers; those of a slice share its memory."""
         return Images(self.pixels[numbers], self.labels[numbers], self.classes)
 
 
@@ -187,13 +187,18 @@ def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.ui
     return np.array(rgb)
 
 
+def by_class(labels: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Give every class that there is with the numbers of its images, in their order."""
+    for label in labels.unique().tolist():
+        yield label, (labels == label).nonzero().squeeze(1)
+
+
 def per_class(count: int, *, skip: int = 0) -> Choice:
     """Keep ``count`` images of every class, after the first ``skip``, in the order of the data set."""
 
     def choose(labels: Tensor) -> Tensor:
         kept = []
-        for label in labels.unique().tolist():
-            of_class = (labels == label).nonzero().squeeze(1)
+        for label, of_class in by_class(labels):
             if len(of_class) < skip + count:
                 raise ValueError(
                     f"class {label} has {len(of_class)} images; {skip + count} are needed by this recipe"

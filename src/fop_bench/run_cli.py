@@ -15,17 +15,14 @@ from fop_bench.paper_report import paper_page
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import Selection, make
 from fop_bench.study_report import write_report
-from fop_bench.terminal import console_here, device_option, progress_bars
+from fop_bench.terminal import console_here, data_option, device_option, progress_bars
 from fop_bench.world import under_torchrun, world_on
 
 
 @click.command()
 @click.argument("recipe", metavar="RECIPE")
 @click.option("--study", default="comparison", help="Which of the recipe's studies.")
-@click.option(
-    "--data",
-    help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub; not for digits.",
-)
+@data_option
 @click.option("--task", "tasks", multiple=True, help="Only this data set of the recipe; may be repeated.")
 @click.option("--batch", "batches", type=int, multiple=True, help="Only this batch size; may be repeated.")
 @click.option("--optimizer", "optimizers", multiple=True, help="Only this one; may be repeated.")
@@ -66,12 +63,12 @@ def run(
     if jobs > 1 and under_torchrun():
         raise click.BadParameter("ranks that torchrun started make one run at a time", param_hint="--jobs")
     try:
-        Selection(recipe, study, tasks, optimizers, batches).checked()
+        chosen = Selection(recipe, study, tasks, optimizers, batches).checked()
         with world_on(device) as world, progress_bars(console_here()) as progress:
             progress.disable = world.rank > 0
             bar = progress.add_task(recipe, total=None)
             left = make(
-                Selection(recipe, study, tasks, optimizers, batches),
+                chosen,
                 data=data,
                 world=world,
                 out=folder,

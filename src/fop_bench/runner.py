@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -175,9 +175,9 @@ def make(
                 ready, left = planned(chosen, done)
                 under_way = {_key(asdict(run)) for run in running.values()}
                 todo = [run for run in ready if _key(asdict(run)) not in under_way]
+                if failure is not None:
+                    todo = []
                 while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
-                    if failure is not None:
-                        break
                     next_one = todo.pop(0)
                     on_run(len(done), len(done) + left, next_one.title)
                     running[submit(_work, next_one, *arguments)] = next_one
@@ -241,8 +241,7 @@ def _forget(folder: Path, run: Description) -> None:
 
 
 def _key(record: Mapping[str, Any]) -> str:
-    names = ("recipe", "task", "study", "phase", "contender", "options", "batch_size", "epochs", "seed")
-    return json.dumps([record[name] for name in names], sort_keys=True)
+    return json.dumps([record[field.name] for field in fields(Description)], sort_keys=True)
 
 
 def _append(path: Path, record: Record) -> None:

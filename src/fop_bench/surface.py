@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from fop import FOP, KFAC
-from fop_bench.augmentation import Normaliser, augment, cut_out
+from fop_bench.augmentation import Normaliser, training_inputs
 from fop_bench.environment import environment
 from fop_bench.images import Images
 from fop_bench.recipes import recipe
@@ -258,8 +258,7 @@ def _trained(
 
     def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
         images = train[numbers.cpu()].to(device)
-        inputs = normalise(augment(images.pixels, plan.augmentation, draw))
-        return cut_out(inputs, plan.augmentation.cutout, draw), images.labels
+        return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
 
     training = Training(
         model,

@@ -13,7 +13,7 @@ from fop_bench.report import write_json
 from fop_bench.surface import STEPS, Question
 from fop_bench.surface import surface as measure_surface
 from fop_bench.surface_plot import plot_surface
-from fop_bench.terminal import console_here, device_option, progress_bars
+from fop_bench.terminal import console_here, data_option, device_option, progress_bars
 
 
 def _even(context: click.Context, parameter: click.Parameter, value: int) -> int:
@@ -24,9 +24,7 @@ def _even(context: click.Context, parameter: click.Parameter, value: int) -> int
 
 @click.command()
 @click.argument("recipe", metavar="RECIPE")
-@click.option(
-    "--data", help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub."
-)
+@data_option
 @click.option("--task", help="Data set of the recipe.  [default: its first]")
 @click.option(
     "--batch",

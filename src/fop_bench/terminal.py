@@ -37,6 +37,12 @@ device_option = click.option(
 )
 
 
+data_option = click.option(
+    "--data",
+    help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub; not for digits.",
+)
+
+
 def console_here() -> Console:
     """Give the console, wide enough for tables where it is no terminal."""
     console = Console()

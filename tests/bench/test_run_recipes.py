@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from fop import FOP
 from fop_bench import study_report
 from fop_bench.cli import main
+from fop_bench.images import Source
 from fop_bench.optimizers import BUILDERS
 from fop_bench.paper import PAPER_TABLES
 from fop_bench.paper_report import paper_page
 from fop_bench.recipes import RECIPES, recipe
 from fop_bench.recipes.cifar10_small import RECIPE as SMALL
 from fop_bench.recipes.digits import DigitsTask
+from fop_bench.recipes.recipe import ImageTask
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "records" / "cifar10-small"
@@ -112,6 +115,36 @@ def test_digits_come_without_data() -> None:
     shares = [DigitsTask().load(None, rank, 2) for rank in range(2)]
     assert sum(len(share.train) for share in shares) == 1024
     assert shares[0].train.pixels.max() == 240
+
+
+def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(tmp_path: Path) -> None:
+    counts = {"ant": 10, "bee": 20, "cow": 1}
+    for part in ("train", "test"):
+        for name, count in counts.items():
+            (tmp_path / part / name).mkdir(parents=True)
+            for at in range(count):
+                image = Image.new("RGB", (32, 32), (len(name), at, counts[name]))
+                image.save(tmp_path / part / name / f"{at:02}.png")
+    parts = ImageTask(Source("owner/name"), held_out=0.1).load(str(tmp_path))
+    seen = {
+        key: [
+            (int(label), int(pixel))
+            for label, pixel in zip(each.labels, each.pixels[:, 0, 0, 1], strict=True)
+        ]
+        for key, each in (
+            ("train", parts.training(final=False)),
+            ("held out", parts.judging(final=False)),
+            ("final", parts.training(final=True)),
+        )
+    }
+    # The last tenth of every class, and nothing of a class that has one image.
+    assert seen["held out"] == [(0, 9), (1, 18), (1, 19)]
+    assert seen["train"] == [(0, n) for n in range(9)] + [(1, n) for n in range(18)] + [(2, 0)]
+    assert seen["final"] == seen["train"] + seen["held out"]
+    assert parts.train.pixels.data_ptr() == parts.training(final=True).pixels.data_ptr()
+    assert len(parts.judging(final=True)) == 31
+    shares = [ImageTask(Source("owner/name")).load(str(tmp_path), rank, 2) for rank in range(2)]
+    assert sum(len(share.training(final=True)) for share in shares) == 31
 
 
 # --- What is shown is what was measured ---------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 from fop_bench.augmentation import Augmentation
 from fop_bench.images import Source
 from fop_bench.models import resnet18
-from fop_bench.recipes.recipe import Contender, ImageTask, Recipe, Study, by_plateau
+from fop_bench.recipes.recipe import Contender, ImageTask, Recipe, Study, by_plateau, curvature_interval
 
 IMAGES = 50_000
 EPOCHS = dict.fromkeys((2048, 4096, 8192, 16384, 32768, IMAGES), 100)
@@ -21,7 +21,7 @@ EPOCHS = dict.fromkeys((2048, 4096, 8192, 16384, 32768, IMAGES), 100)
 
 def second_order(batch_size: int) -> Mapping[str, Any]:
     """Fixed options of K-FAC and FOP: an interval that shrinks as the batch grows, down to 5 steps."""
-    return {"momentum": 0.9, "kl_clip": 1e-2, "curvature_interval": max(5, 100 * 2048 // batch_size)}
+    return {"momentum": 0.9, "kl_clip": 1e-2, "curvature_interval": curvature_interval(batch_size, 2048)}
 
 
 TRUST = {"lr": (0.03, 0.1), "damping": (1e-4, 1e-3), "weight_decay": (5e-4, 5e-3)}

@@ -12,14 +12,14 @@ from typing import Any
 from fop_bench.augmentation import Augmentation
 from fop_bench.imagenet_models import t2t_vit
 from fop_bench.images import Source
-from fop_bench.recipes.recipe import Contender, ImageTask, Recipe, Study
+from fop_bench.recipes.recipe import Contender, ImageTask, Recipe, Study, curvature_interval
 
 EPOCHS = dict.fromkeys((512, 1024, 2048, 4096), 100)
 
 
 def second_order(batch_size: int) -> Mapping[str, Any]:
     """Fixed options of K-FAC and FOP: an interval that shrinks as the batch grows."""
-    return {"momentum": 0.9, "weight_decay": 5e-3, "curvature_interval": max(5, 100 * 512 // batch_size)}
+    return {"momentum": 0.9, "weight_decay": 5e-3, "curvature_interval": curvature_interval(batch_size, 512)}
 
 
 TRUST = {"lr": (0.03, 0.1), "damping": (1e-4, 1e-3)}

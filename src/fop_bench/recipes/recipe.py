@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fop_bench.augmentation import Augmentation
-from fop_bench.images import Choice, Images, Source, load
+from fop_bench.images import Choice, Images, Source, by_class, load
 from fop_bench.optimizers import BUILDERS
 from fop_bench.training import cosine
 
@@ -29,13 +29,13 @@ class Parts:
         train: what tuning runs train on.
         held_out: training images that tuning runs are judged by.
         test: what final runs are judged by.
-        joined: whether final runs train on the held-out images too.
+        everything: what final runs train on, where that is the held-out images too; None for ``train``.
     """
 
     train: Images
     held_out: Images
     test: Images
-    joined: bool = False
+    everything: Images | None = None
 
     def judging(self, *, final: bool) -> Images:
         """Give the images that a run is judged by."""
@@ -43,10 +43,7 @@ class Parts:
 
     def training(self, *, final: bool) -> Images:
         """Give the images to train on."""
-        if not (final and self.joined):
-            return self.train
-        pixels = torch.cat([self.train.pixels, self.held_out.pixels])
-        return Images(pixels, torch.cat([self.train.labels, self.held_out.labels]), self.train.classes)
+        return self.everything if final and self.everything is not None else self.train
 
 
 class Task(Protocol):
@@ -86,11 +83,20 @@ class ImageTask:
             return lambda labels: (_all(labels) if choose is None else choose(labels))[rank::ranks]
 
         test = load(self.source, data, test=True, choose=mine(self.test))
-        train = load(self.source, data, choose=mine(self.train))
         if callable(self.held_out):
+            train = load(self.source, data, choose=mine(self.train))
             return Parts(train, load(self.source, data, choose=mine(self.held_out)), test)
-        held = _held_out(train.labels, self.held_out)
-        return Parts(train[~held], train[held], test, joined=True)
+        share = self.held_out
+
+        def held_out_last(labels: Tensor) -> Tensor:
+            chosen = mine(self.train)(labels)
+            held = _held_out(labels[chosen], share)
+            return torch.cat([chosen[~held], chosen[held]])
+
+        # In this order both parts are views, and ImageNet's 193 GB are held once.
+        everything = load(self.source, data, choose=held_out_last)
+        count = len(everything) - int(_held_out(everything.labels, share).sum())
+        return Parts(everything[:count], everything[count:], test, everything)
 
 
 def _all(labels: Tensor) -> Tensor:
@@ -100,8 +106,7 @@ def _all(labels: Tensor) -> Tensor:
 def _held_out(labels: Tensor, share: float) -> Tensor:
     """Mark the last images of every class, one at least where there are two."""
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        of_class = (labels == label).nonzero().squeeze(1)
+    for _, of_class in by_class(labels):
         count = min(len(of_class) - 1, max(1, round(share * len(of_class))))
         held[of_class[len(of_class) - count :]] = True
     return held
@@ -192,3 +197,8 @@ def by_cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
 def by_plateau(optimizer: Optimizer, steps: int) -> LRScheduler:
     """Halve the learning rate when the epoch's training loss has not fallen for five epochs."""
     return ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+
+
+def curvature_interval(batch_size: int, smallest: int) -> int:
+    """Give the steps between new curvatures: 100 at the smallest batch, fewer at larger ones, 5 at least."""
+    return max(5, 100 * smallest // batch_size)
