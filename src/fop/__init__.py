@@ -1,6 +1,6 @@
 """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026) and K-FAC for PyTorch, in one line."""
 
-from fop.optim import FOP, KFAC
+from fop.optimizer import FOP, KFAC
 
 __all__ = ["FOP", "KFAC", "__version__"]
 

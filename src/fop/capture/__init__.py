@@ -4,19 +4,25 @@ from fop.capture.batch import ModelWatch
 from fop.capture.compiled import trace_anew
 from fop.capture.finder import FirstForwardHook, Seen
 from fop.capture.hooks import AttentionUse, ForwardUse, parameter_of
-from fop.capture.layer import LayerCapture, SubBatch
-from fop.capture.lifetime import InertCopy, remove_all
+from fop.capture.lifetime import InertCopy, in_place, remove_all
+from fop.capture.recorder import Recorder, SubBatchLabel, Use
 from fop.capture.sharded import is_sharded, local, stands_for
+from fop.capture.statistics import gather_statistics
+from fop.capture.sub_batches import SubBatches
 
 __all__ = [
     "AttentionUse",
     "FirstForwardHook",
     "ForwardUse",
     "InertCopy",
-    "LayerCapture",
     "ModelWatch",
+    "Recorder",
     "Seen",
-    "SubBatch",
+    "SubBatchLabel",
+    "SubBatches",
+    "Use",
+    "gather_statistics",
+    "in_place",
     "is_sharded",
     "local",
     "parameter_of",

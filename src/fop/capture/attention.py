@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fop.torch_internals import view_base
+
 # What a projection saw: the weight it was given, its input, its output.
 Seen = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -63,7 +65,7 @@ def rows_of(weight: Tensor, used: Tensor) -> slice | None:
     """Return which rows of ``weight`` the tensor ``used`` is, None if it is another tensor."""
     if used is weight:
         return slice(0, weight.shape[0])
-    if used._base is not weight or used.dim() != 2 or used.shape[1] != weight.shape[1]:
+    if view_base(used) is not weight or used.dim() != 2 or used.shape[1] != weight.shape[1]:
         return None
     first = (used.storage_offset() - weight.storage_offset()) // weight.stride(0)
     return slice(first, first + used.shape[0])

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fop.capture.lifetime import InertCopy, in_place, remove_all
 from fop.layers import EmbeddingLayer, Layer
+from fop.torch_internals import current_backward_pass
 
 # In place of the size of a batch where it is not known, or where another dimension may be meant.
 UNKNOWN, AMBIGUOUS = -1, -2
@@ -100,7 +101,7 @@ class Batch:
         return Layout(dim, shape[dim])
 
     def _positions(self, ids: Tensor) -> bool:
-        """Tell whether token numbers are a row for all samples, and not for each."""
+        """Return whether token numbers are a row for all samples, and not for each."""
         if self.size is None or self.size < 0 or (ids.dim() > 1 and ids.shape[0] == self.size):
             return False
         if ids.dim() > 1 and ids.shape[0] == 1:
@@ -214,7 +215,7 @@ class ModelWatch:
         if not self._running and torch.compiler.is_compiling():
             return
         batch = self.batch()
-        if not self._running and torch._C._current_graph_task_id() == -1:
+        if not self._running and current_backward_pass() == -1:
             if part in self._called:
                 # The next round; the last one may have been an evaluation, which nobody asked about.
                 batch = self._local.last = Batch(None)
@@ -248,7 +249,7 @@ class ModelWatch:
         last: Batch | None = getattr(self._local, "last", None)
         # A part of the model that runs in the backward pass is being recomputed (reentrant checkpointing);
         # elsewhere somebody calls the parts one by one, until the backward pass asks for what was seen.
-        if last is None or (last.asked and torch._C._current_graph_task_id() == -1):
+        if last is None or (last.asked and current_backward_pass() == -1):
             last = self._local.last = Batch(None)
         return last
 

@@ -1,33 +1,30 @@
 """Who owns which layer, and what travels between the ranks that train one model."""
 
-from fop.distributed.comm import Channel, Outbox, Parcel, Pending, share
-from fop.distributed.packing import (
-    SKETCH,
-    pack_symmetric,
-    packed_shape,
-    scale_between,
-    sketch,
-    unpack_symmetric,
-)
+from fop.curvature.cost import LayerSize
+from fop.distributed.agreement import Description, describe
+from fop.distributed.assignment import Plan, make_plan
+from fop.distributed.buckets import BucketedReduce, Channel, Entry
+from fop.distributed.distributor import Distributor, make_distributor
+from fop.distributed.join import JoinableOptimizer
 from fop.distributed.parity import difference_weight, representative, side_of
-from fop.distributed.plan import LayerSize, Plan, make_plan
+from fop.distributed.sketch import SKETCH, scale_between, sketch
 
 __all__ = [
     "SKETCH",
+    "BucketedReduce",
     "Channel",
+    "Description",
+    "Distributor",
+    "Entry",
+    "JoinableOptimizer",
     "LayerSize",
-    "Outbox",
-    "Parcel",
-    "Pending",
     "Plan",
+    "describe",
     "difference_weight",
+    "make_distributor",
     "make_plan",
-    "pack_symmetric",
-    "packed_shape",
     "representative",
     "scale_between",
-    "share",
     "side_of",
     "sketch",
-    "unpack_symmetric",
 ]

@@ -26,12 +26,14 @@ class LayerOptions:
         max_factor_dim: factors with a larger side are kept as their diagonal.
         weight_sharing: K-FAC-expand or K-FAC-reduce (Eschenhagen et al. 2023), for several rows a sample.
         batch_dim: dimension of the layer's input that counts samples; None to find out.
+        curvature: which approximation in `fop.curvature`; None for what is usual for the kind of layer.
     """
 
     path: Literal["fop", "adamw"] | None = None
     max_factor_dim: int = 8192
     weight_sharing: Literal["expand", "reduce"] = "expand"
     batch_dim: int | None = None
+    curvature: str | None = None
 
 
 class Layer(ABC):
@@ -50,6 +52,8 @@ class Layer(ABC):
     swapped = False
     # Whether the weight is stored as (in, out).
     transposed = False
+    # Whether statistics of a large batch may take every k-th sample, see `fop.capture.statistics`.
+    subsampled = False
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -57,16 +61,19 @@ class Layer(ABC):
         return self.groups, self.out_dim, self.in_dim + self.bias
 
     @property
-    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the factors that exist: (groups, d, d), or (groups, d) where the diagonal is kept."""
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of A and G, (groups, d, d), or (groups, d) where the diagonal is kept.
+
+        One shape, that of the gradient, for a layer whose statistics are the gradients of single samples.
+        """
         groups, out, columns = self.matrix_shape
-        return {
-            "A": (groups, columns) if self.diagonal_A else (groups, columns, columns),
-            "G": (groups, out) if self.diagonal_G else (groups, out, out),
-        }
+        return (
+            (groups, columns) if self.diagonal_A else (groups, columns, columns),
+            (groups, out) if self.diagonal_G else (groups, out, out),
+        )
 
     @property
-    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+    def sum_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of what ``factor_sums`` gives: those of the factors, unless ``swapped``."""
         return self.factor_shapes
 
@@ -157,9 +164,7 @@ class RowLayer(Layer):
     def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
         """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
         dtype = statistics_dtype(b)
-        shapes = self.factor_shapes
-        a = torch.zeros(shapes["A"], dtype=dtype, device=x.device)
-        g = torch.zeros(shapes["G"], dtype=dtype, device=x.device)
+        a, g = (torch.zeros(shape, dtype=dtype, device=x.device) for shape in self.factor_shapes)
         rows = 0
         for x_part, b_part in self.chunks(x, b):
             # Not yet in the statistics' dtype: the rows of large inputs are views.

@@ -11,19 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fop.layers.base import CHUNK_ELEMENTS, LayerOptions, RowLayer
-from fop.layers.statistics import FactorSums
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-# A convolution has a row for every output position, at very large batch far more than its factors have
-# entries. Statistics then take every k-th sample, with k as large as leaves this many samples and rows.
-MIN_SAMPLES = 2048
-MIN_ROWS_PER_DIM = 8
-
 
 class ConvLayer(RowLayer):
     """Rows of A are unfolded patches in the order of ``weight.flatten(1)``, rows of G output positions."""
+
+    subsampled = True
 
     def __init__(
         self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
@@ -65,19 +61,6 @@ class ConvLayer(RowLayer):
 
     def _bias_gradient(self, b: Tensor) -> Tensor | None:
         return b.transpose(0, 1).flatten(1).sum(1) if self.bias else None
-
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        batch, positions = x.shape[0], b[0, 0].numel()
-        needed = -(-MIN_ROWS_PER_DIM * max(self.in_dim, self.out_dim) // max(1, positions))
-        step = max(1, batch // max(MIN_SAMPLES, needed))
-        sums = super().factor_sums(x[::step], b[::step])
-        if step > 1 and sums.g is not None:
-            # As if all samples had been summed: b is 1/batch of a sample's own gradient.
-            share = batch / sums.samples
-            sums = FactorSums(
-                sums.a * share, sums.g * share, batch, batch * int(sums.rows) // max(1, sums.samples)
-            )
-        return sums
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         per_sample = self.groups * self.in_dim * b[0, 0].numel()

@@ -39,9 +39,9 @@ class EmbeddingLayer(Layer):
         return super().diagonal_A if self.tied else True
 
     @property
-    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+    def sum_shapes(self) -> tuple[tuple[int, ...], ...]:
         sides = (self.features,) * (1 if self.features > self.options.max_factor_dim else 2)
-        return {"A": (1, self.tokens), "G": (1, *sides)}
+        return (1, self.tokens), (1, *sides)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim()

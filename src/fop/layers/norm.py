@@ -39,8 +39,8 @@ class NormLayer(Layer):
         return 1, self.out_dim, self.in_dim
 
     @property
-    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"A": self.matrix_shape}
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.matrix_shape,)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - len(self.shape) if self.trailing else 1

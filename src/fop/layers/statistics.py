@@ -97,8 +97,8 @@ class Statistics:
             else:
                 self.terms[key] = sums
 
-    def factors(self, reduction: Reduction, loss_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return A and G of the block.
+    def factors(self, reduction: Reduction, loss_scale: Tensor | None) -> tuple[Tensor, ...]:
+        """Return A and G of the weight, or A alone where the statistics are gradients of single samples.
 
         Args:
             reduction: how the loss joins the samples.
@@ -112,9 +112,10 @@ class Statistics:
                 # One after the other: the square of a large scale leaves float32's range.
                 A, G = (A * inverse * inverse, None) if G is None else (A, G * inverse * inverse)
             pairs.append((G, A) if transposed and G is not None else (A, G))
-        if len(pairs) == 1:
-            return pairs[0]
-        return _joined([(A, G) for A, G in pairs if G is not None])
+        if len(pairs) > 1:
+            return _joined([(A, G) for A, G in pairs if G is not None])
+        A, G = pairs[0]
+        return (A,) if G is None else (A, G)
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,80 @@
+"""AdamW for the parameters that take no FOP step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fop.capture import local
+from fop.step_size import adamw_rate
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    group: Mapping[str, Any],
+    states: Mapping[Tensor, dict[str, Any]],
+    agree: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Step parameters of one device and dtype by torch's AdamW; return whether the step was refused.
+
+    A gradient that is not finite refuses the step of all of them; ``agree`` makes that of what other ranks
+    found in their parts of the gradients, too.
+    """
+    device = params[0].device
+    make_adamw_state(params, states)
+    weights = [local(param) for param in params]
+    gradients = [
+        _laid_out_as(weight, local(param.grad))
+        for param, weight in zip(params, weights, strict=True)
+        if param.grad is not None
+    ]
+    # A shard may be empty: a parameter with fewer rows than there are ranks.
+    found = [gradient.abs().amax() for gradient in gradients if gradient.numel()]
+    refused = ~torch.isfinite(torch.stack(found)).all() if found else torch.zeros((), dtype=torch.bool)
+    refused = agree(refused.to(device))
+    # The fused kernel reads found_inf on the device and then leaves everything as it is; where torch has no
+    # such kernel, and for slices of larger tensors, which it would walk through as if they were dense, the
+    # flag must be read here.
+    averages, squares = ([local(states[param][key]) for param in params] for key in ("exp_avg", "exp_avg_sq"))
+    dense = all(m.stride() == weight.stride() for m, weight in zip(averages, weights, strict=True))
+    fused = dense and device.type in ("cpu", "cuda")
+    if not fused and bool(refused):
+        return refused
+    adamw(
+        weights,
+        gradients,
+        averages,
+        squares,
+        [],
+        [states[param]["step"] for param in params],
+        fused=fused,
+        found_inf=refused.float() if fused else None,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=adamw_rate(group),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+    return refused
+
+
+def make_adamw_state(params: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Make AdamW's state of the parameters that have none."""
+    for param in params:
+        if "exp_avg" not in states[param]:
+            states[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                states[param][key] = torch.zeros_like(param)
+
+
+def _laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
+    # The fused kernel takes parameter and gradient for two runs of memory in the same order.
+    if gradient.stride() == param.stride():
+        return gradient
+    return torch.empty_like(param).copy_(gradient)

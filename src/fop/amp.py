@@ -1,0 +1,80 @@
+"""What `torch.amp.GradScaler` did to the gradients before a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fop.torch_internals import scale_of
+
+# How many callers of a step are looked through for the scaler; wrappers and step hooks lie between.
+_CALLERS = 16
+
+
+# torch's protocol: in `GradScaler.step` an optimizer with ``_step_supports_amp_scaling`` has the attributes
+# ``found_inf``, and ``grad_scale`` unless the user has called ``scaler.unscale_``.
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Return whether a scaler found infinite gradients, so that the step must change nothing.
+
+    Waits for the device, only under a scaler: as torch does for every optimizer outside the protocol.
+    """
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def unscale(optimizer: Optimizer, params: Iterable[Tensor]) -> Tensor | None:
+    """Unscale p.grad in place if the scaler left that to the optimizer.
+
+    Returns:
+        0-dim, what the loss was multiplied with in the backward pass; None for 1.
+    """
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        gradients = [param.grad for param in params if param.grad is not None]
+        _multiply(gradients, scale.double().reciprocal().float())
+    elif getattr(optimizer, "found_inf", None) is not None:
+        # Clipping may have come on top, so the gradients no longer tell the scale.
+        scale = _scale_of_caller()
+    return scale
+
+
+def refuse_sparse(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError for a sparse gradient."""
+    for name, param in params:
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ValueError(
+                f"{name} has a sparse gradient, which is not supported; "
+                "make its module with sparse=False or give it to torch.optim.SparseAdam"
+            )
+
+
+def _multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    alike: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        alike.setdefault(gradient.device, []).append(gradient)
+    for device, group in alike.items():
+        torch._foreach_mul_(group, factor.to(device))
+
+
+def called_by_scaler() -> bool:
+    """Return whether the function that calls this one was called by a `GradScaler`."""
+    return isinstance(sys._getframe(2).f_locals.get("self"), torch.amp.GradScaler)
+
+
+def _scale_of_caller() -> Tensor | None:
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_CALLERS):
+        if frame is None:
+            break
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scale_of(scaler)
+        frame = frame.f_back
+    return None

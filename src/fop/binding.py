@@ -1,0 +1,425 @@
+"""Which modules a weight belongs to, kept true while models are changed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fop.capture import (
+    AttentionUse,
+    FirstForwardHook,
+    ForwardUse,
+    ModelWatch,
+    Recorder,
+    Seen,
+    SubBatchLabel,
+    local,
+    stands_for,
+    trace_anew,
+)
+from fop.correction import SubBatchGradients
+from fop.curvature import make_curvature, next_refresh
+from fop.discovery import FoundLayer, Owner, find_layers
+from fop.layer_options import LayerChoices
+from fop.step_size import Update
+from fop.torch_internals import unwrapped
+
+Groups: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
+State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Binding:
+    """A weight that takes the FOP step, with its bias and the modules that use them.
+
+    Args:
+        found: the weight's layer.
+        recorder: what records its passes.
+        state: the optimizer's state of the weight. Beside the curvature's tensors it holds ``refreshed_at``,
+            ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see).
+
+    Attributes:
+        curvature: the weight's curvature.
+        corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
+        lean: between ranks, whether the gradient goes to the owner and p.grad is None.
+        by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
+        last: the last update's scalars, for the diagnostics.
+    """
+
+    def __init__(self, found: FoundLayer, recorder: Recorder, state: dict[str, Any]) -> None:
+        self.name = found.name
+        self.kind = type(found.uses[0].module).__name__
+        self.modules = tuple(use.name for use in found.uses)
+        self.layer = found.layer
+        self.weight = found.weight
+        self.bias = found.bias
+        self.params: list[Tensor] = recorder.params
+        self.recorder = recorder
+        self.curvature = make_curvature(found.layer, [use.layer for use in found.uses], state)
+        self.corrected = True
+        self.lean = False
+        self.by_adamw = False
+        self.last: Update | None = None
+        self._seen = False
+        # Steps without sub-batch gradients; those that were not believed are counted on the device.
+        self._without = 0
+        self._distrusted: Tensor | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state of the weight."""
+        return self.curvature.state
+
+    def schedule(self, group: Mapping[str, Any]) -> None:
+        """Tell the recorder what the coming backward pass must give."""
+        recorder, curvature = self.recorder, self.curvature
+        recorder.paired = self.corrected = group["beta"] != 0.0 and group["sub_batches"] > 1
+        # A state that was saved by one of several ranks lacks the curvature that others owned.
+        recorder.due = self.state.get("refresh_at", 0) <= group["step"] or not curvature.ready
+        recorder.counted = group["loss_reduction"] == "sum"
+
+    def schedule_refresh(self, group: Mapping[str, Any]) -> None:
+        """Note that the curvature was refreshed, when the next time is, and how far p.grad was seen."""
+        seen, state = self.recorder.sub_batches, self.state
+        if (complete := seen.complete) is not None:
+            if seen.clean is not None:
+                # What p.grad held before says nothing about the paths into it.
+                complete = torch.where(seen.clean, complete, state.get("complete", torch.ones_like(complete)))
+            state["complete"] = complete
+        # Always there, so that torch.distributed.checkpoint knows where to load it to.
+        state.setdefault("complete", torch.ones((), dtype=torch.bool, device=local(self.weight).device))
+        state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
+
+    def newly_unseen(self) -> bool:
+        """Return whether the weight has a gradient that, unlike the last, its modules know nothing of."""
+        recorder = self.recorder
+        seen = self.weight.grad is None or not recorder.wants or recorder.samples > 0
+        was_seen, self._seen = self._seen, seen
+        return was_seen and not seen
+
+    def gradient(self) -> Tensor:
+        """Return p.grad of weight and bias as gradient matrix."""
+        assert self.weight.grad is not None
+        return self.layer.to_matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
+
+    def gradients(self, group: Mapping[str, Any]) -> SubBatchGradients:
+        """Return the sub-batch gradients that this process has recorded, Ga as p.grad is now."""
+        average, sub_batches = self.gradient(), self.recorder.sub_batches
+        if not self.recorder.paired:
+            return SubBatchGradients(average, reason=sub_batches.reason)
+        gradients = sub_batches.gradients(average, self.state.get("complete"), group["loss_reduction"])
+        if self.bias is not None and self.bias.grad is None:
+            for difference in gradients.contrasts:
+                self.layer.bias_part(difference).zero_()
+        return gradients
+
+    def parts(self, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return (parameter, its part of a gradient matrix) for the parameters that take part in a step."""
+        weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
+        if bias_part is None or self.bias is None or not self.steps_bias:
+            return [(self.weight, weight_part)]
+        return [(self.weight, weight_part), (self.bias, bias_part)]
+
+    @property
+    def steps_bias(self) -> bool:
+        """Whether the bias takes part in a step: whether it has a gradient."""
+        if self.bias is None:
+            return False
+        return self.bias.requires_grad if self.lean else self.bias.grad is not None
+
+    def squared_length(
+        self, matrix: Tensor, alignment: Tensor, average: Tensor, groups: Groups, samples: int | Tensor
+    ) -> Tensor:
+        """Return lr²·⟨update, gradient⟩, this weight's term of the KL clip.
+
+        Args:
+            matrix: the update.
+            alignment: ⟨update, gradient⟩.
+            average: Ga, of a loss that is a sum if that is what it is.
+            groups: parameter group of every parameter.
+            samples: what makes Ga the gradient of a mean.
+        """
+        rate = float(groups[self.weight]["lr"])
+        if self.bias is None or groups[self.bias]["lr"] == rate:
+            return alignment * rate**2
+        terms = [
+            groups[param]["lr"] ** 2 * (part * gradient).sum()
+            for (param, part), (_, gradient) in zip(self.parts(matrix), self.parts(average), strict=True)
+        ]
+        total = torch.stack(terms).sum()
+        return total / samples if groups[self.weight]["loss_reduction"] == "sum" else total
+
+    def note(self, update: Update) -> None:
+        """Keep for the diagnostics how a step went: the scalars, not the update."""
+        reason = update.reason if self.corrected else ""
+        self.last = update._replace(matrix=update.length, reason=reason)
+        if not self.corrected:
+            return
+        if update.trusted is None:
+            self._without += 1
+        else:
+            self._distrusted = (~update.trusted).long() + (0 if self._distrusted is None else self._distrusted)
+
+    def kfac_steps(self) -> tuple[int, str | None]:
+        """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
+        count = self._without + (0 if self._distrusted is None else int(self._distrusted))
+        if count == 0 or self.last is None or not self.last.reason:
+            return count, None
+        trusted = self.last.trusted
+        return count, self.last.reason if trusted is None or not bool(trusted) else None
+
+
+class Bindings:
+    """The modules behind an optimizer's parameters.
+
+    Args:
+        choices: what the user says of single layers.
+        sub_batches: number of sub-batches K.
+
+    Attributes:
+        by_weight: what takes the FOP step.
+        names: qualified names of parameters, as far as known.
+        reasons: why a parameter takes AdamW, for those that do.
+        label: what the user says of running backward passes.
+    """
+
+    def __init__(self, choices: LayerChoices, sub_batches: int) -> None:
+        self.choices = choices
+        self.by_weight: dict[Tensor, Binding] = {}
+        self.names: dict[Tensor, str] = {}
+        self.reasons: dict[Tensor, str] = {}
+        self.label = SubBatchLabel()
+        self._sub_batches = sub_batches
+        self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
+        self._roots: list[weakref.ref[nn.Module]] = []
+        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
+        self._finder: FirstForwardHook | None = None
+
+    def __iter__(self) -> Iterator[Binding]:
+        return iter(self.by_weight.values())
+
+    def covered(self) -> set[Tensor]:
+        """Return the parameters that belong to a binding."""
+        return {param for binding in self for param in binding.params}
+
+    def roots(self) -> Iterator[nn.Module]:
+        """Yield the models known and still alive."""
+        return (root for ref in self._roots if (root := ref()) is not None)
+
+    def adopt(self, root: nn.Module, groups: Groups, state: State) -> None:
+        """Find the layers of these parameters below ``root`` and start to record them.
+
+        Raises:
+            ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
+        """
+        # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
+        root = unwrapped(root)
+        found = find_layers(root, groups.keys(), self.choices)
+        if not found.owners:
+            return
+        if all(known is not root for known in self.roots()):
+            self._roots.append(weakref.ref(root))
+        names = found.names
+        taken = {name for param, name in self.names.items() if param not in names}
+        if taken & set(names.values()):
+            # Two roots, or submodules called one by one, number their parts alike.
+            found.prefix(f"{type(root).__name__}#{len(self._roots)}")
+            names = found.names
+        for param, owners in found.owners.items():
+            self.names.setdefault(param, names[param])
+            self._remember(param, owners)
+        for layer in found.layers:
+            self._add(layer, root, found.reasons, state)
+            if (binding := self.by_weight.get(layer.weight)) is not None:
+                binding.schedule(groups[layer.weight])
+        for param, reason in found.reasons.items():
+            self.reasons[param] = reason
+            # A weight that a later root shares: no single recorder sees its whole gradient.
+            self._drop(param)
+
+    def _remember(self, param: Tensor, owners: list[Owner]) -> None:
+        self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
+
+    def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
+        binding = self.by_weight.get(found.weight)
+        modules = {use.module for use in found.uses}
+        if binding is None:
+            recorder = Recorder(found.layer, found.weight, found.bias, self.label, self._sub_batches)
+            # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
+            # knows that it must be made.
+            binding = Binding(found, recorder, state.get(found.weight, {}))
+            self.by_weight[found.weight] = binding
+            for param in binding.params:
+                self.reasons.pop(param, None)
+        elif binding.layer.matrix_shape != found.layer.matrix_shape or binding.bias is not found.bias:
+            known = set(binding.recorder.modules) >= modules
+            if found.bias is not None and binding.bias is None and known:
+                reasons[found.bias] = "added after the weight of its layer"
+            elif not known:
+                reasons[found.weight] = f"shared by {', '.join(dict.fromkeys([*binding.modules, found.name]))}"
+            return
+        known_modules = set(binding.recorder.modules)
+        if root not in self._watches:
+            self._watches[root] = ModelWatch(root)
+        watch = self._watches[root]
+        # A part that was called by itself before its model: the model knows more.
+        binding.recorder.belongs_to(watch)
+        for use in found.uses:
+            if use.module not in known_modules:
+                kind = AttentionUse if isinstance(use.module, nn.MultiheadAttention) else ForwardUse
+                names = use.slot.weight, use.slot.bias
+                binding.recorder.attach(kind(binding.recorder, use.layer, use.module, names, watch))
+
+    def _drop(self, param: Tensor) -> None:
+        binding = self.by_weight.pop(param, None)
+        if binding is not None:
+            binding.recorder.detach()
+
+    def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
+        watch = self._watches.get(unwrapped(root))
+        if watch is not None:
+            watch.enter(args, kwargs)
+
+    def give_up(self, params: list[Tensor]) -> None:
+        """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
+        if self._finder is None or not self._finder.used:
+            return
+        covered = self.covered()
+        for param in params:
+            if param not in covered:
+                self.reasons.setdefault(param, "belongs to no module that was called")
+
+    def listen(self, params: Iterable[Tensor], seen: Seen) -> None:
+        """Watch forward passes for as long as a parameter's owner is not known.
+
+        Args:
+            params: all parameters.
+            seen: bound method, called with each model that is run and its arguments; held by weak reference.
+        """
+        known = self.reasons.keys() | self.covered()
+        unknown = any([param not in known for param in params])
+        if unknown and self._finder is None:
+            self._finder = FirstForwardHook(seen)
+            weakref.finalize(self, self._finder.remove)
+        elif not unknown:
+            self.choices.warn_of_unmatched()
+            if self._finder is not None:
+                self._finder.remove()
+                self._finder = None
+
+    def follow(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
+        """Look for parameters and hooks that were replaced since the last step, and catch up.
+
+        Returns:
+            New parameters by the old ones that they replace.
+
+        Raises:
+            ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
+        """
+        for root in self.roots():
+            if (watch := self._watches.get(root)) is not None:
+                watch.repair(root)
+        changed = [param for param in self._owners if not self._as_found(param)]
+        broken = [weight for weight, binding in self.by_weight.items() if self._lost(binding)]
+        if not (changed or broken):
+            return {}
+        replaced = self._replaced(changed, groups)
+        for old, new in replaced.items():
+            state[new] = state.pop(old, {})
+            if old in self.names:
+                self.names[new] = self.names[old]
+        for param in changed:
+            self._owners.pop(param, None)
+        for param in replaced:
+            self.names.pop(param, None)
+            self.reasons.pop(param, None)
+        for weight in {*broken, *replaced}:
+            self._drop(weight)
+        trace_anew()
+        renamed = {replaced.get(param, param): group for param, group in groups.items()}
+        for root in list(self.roots()):
+            self.adopt(root, renamed, state)
+        for param in changed:
+            if param in groups and param not in replaced and param not in self._owners:
+                self.reasons[param] = "belongs to no module any more"
+                self._drop(param)
+        return replaced
+
+    def _lost(self, binding: Binding) -> bool:
+        """Return whether the modules of a weight must be looked for again."""
+        if not binding.recorder.intact:
+            return True
+        if not binding.newly_unseen():
+            return False
+        # Another module may have the weight now, and the old one be kept by somebody.
+        modules = (module for root in self.roots() for module in root.modules())
+        have = {m for m in modules if any(p is binding.weight for p in m._parameters.values())}
+        return not have <= {ref() for ref, _ in self._owners.get(binding.weight, ())}
+
+    def _as_found(self, param: Tensor) -> bool:
+        """Return whether all modules that had a parameter have it still."""
+        for ref, key in self._owners[param]:
+            module = ref()
+            current = None if module is None else module._parameters.get(key)
+            # FSDP leaves a model unsharded that was evaluated last.
+            if current is not param and not stands_for(current, param):
+                return False
+        return True
+
+    def _current(self, param: Tensor) -> list[Tensor]:
+        """Return what the parameter's modules have now under its names, each tensor once."""
+        alive = ((module, key) for ref, key in self._owners[param] if (module := ref()) is not None)
+        found = {id(now): now for module, key in alive if (now := module._parameters.get(key)) is not None}
+        return list(found.values())
+
+    def _replaced(self, changed: list[Tensor], groups: Groups) -> dict[Tensor, Tensor]:
+        replaced: dict[Tensor, Tensor] = {}
+        for old in changed:
+            current = self._current(old)
+            if not current or any(new is old or new in groups for new in current):
+                continue
+            if any(param is old for root in self.roots() for param in root.parameters()):
+                continue
+            name = self.names.get(old, "a parameter")
+            if len(current) > 1:
+                raise ValueError(
+                    f"{name} was shared by several modules, and they have different parameters now; share it "
+                    "again, or make the optimizer after changing the model"
+                )
+            if current[0].shape != old.shape:
+                raise ValueError(
+                    f"{name} {tuple(old.shape)} was replaced by one of shape {tuple(current[0].shape)}; make "
+                    "the optimizer after changing the model"
+                )
+            replaced[old] = current[0]
+        return replaced
+
+
+# Every optimizer in use: two on one parameter would take each other's gradients.
+optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def refuse_driven(optimizer: Optimizer, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> None:
+    """Raise ValueError for a parameter that another optimizer drives."""
+    if not _driven(optimizer, params):
+        return
+    # An optimizer that nobody can reach any more may still wait for the collector.
+    gc.collect()
+    for param in _driven(optimizer, params):
+        label = f"{names.get(param, 'a parameter')} {tuple(param.shape)}"
+        raise ValueError(
+            f"{label} is already driven by another live FOP or KFAC; delete that optimizer and what holds it "
+            "(del optimizer, scheduler, trainer), or give each its own parameters"
+        )
+
+
+def _driven(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    groups = [group for other in optimizers if other is not optimizer for group in other.param_groups]
+    others = {param for group in groups for param in group["params"]}
+    return [param for param in params if param in others]

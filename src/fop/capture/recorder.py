@@ -1,0 +1,422 @@
+"""What forward and backward passes give of one weight: input and output gradient, then p.grad."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fop.capture.batch import Batch, Layout, ModelWatch
+from fop.capture.lifetime import remove_all
+from fop.capture.sharded import is_sharded
+from fop.capture.statistics import gather_statistics
+from fop.capture.sub_batches import SubBatches, add_all
+from fop.layers import Layer, Statistics
+from fop.torch_internals import (
+    current_backward_pass,
+    graph_is_retained,
+    is_vmapped,
+    view_base,
+)
+
+
+@dataclass
+class SubBatchLabel:
+    """Which sub-batch the user says that backward passes make up; shared by all recorders."""
+
+    index: int | None = None
+
+
+@dataclass
+class PassRecord:
+    """What one backward pass gave, which may use the weight several times.
+
+    Attributes:
+        samples: N of the pass.
+        sums: Σ b āᵀ over the samples of each of the first K - 1 sub-batches; None if there are none.
+        whole: Σ b āᵀ over all samples, only in passes with statistics.
+        statistics: of the curvature, None if none are due.
+        problem: why the pass cannot be split into sub-batches, None if it can.
+        precise: whether b has more than half precision.
+    """
+
+    samples: int
+    sums: list[Tensor] | None = None
+    whole: Tensor | None = None
+    statistics: Statistics | None = None
+    problem: str | None = None
+    precise: bool = True
+
+    def add_use(self, other: PassRecord) -> None:
+        """Add another use of the weight in the same backward pass."""
+        if other.samples != self.samples:
+            self.problem = f"its uses have batches of {self.samples} and {other.samples}"
+        self.problem = self.problem or other.problem
+        self.samples = max(self.samples, other.samples)
+        self.precise &= other.precise
+        self.sums = add_all(self.sums, other.sums)
+        if other.whole is not None:
+            self.whole = other.whole if self.whole is None else self.whole + other.whole
+        if self.statistics is None:
+            self.statistics = other.statistics
+        elif other.statistics is not None:
+            self.statistics.add_use(other.statistics)
+
+
+class Recorder:
+    """Records one weight between two optimizer steps.
+
+    Args:
+        layer: layout of the gradient matrix.
+        weight: the weight.
+        bias: the bias, if it belongs to the weight's layer.
+        label: what the user says of running backward passes.
+        count: number of sub-batches K.
+
+    Attributes:
+        paired: whether sub-batch gradients are wanted (FOP) or only statistics (K-FAC).
+        due: whether statistics are wanted of the coming backward pass.
+        counted: whether the number of samples is wanted in every step.
+        sub_batches: what is known of the gradients of the sub-batches.
+        statistics: of the curvature, None if none were due.
+        samples: N of all passes together.
+        averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
+        taken: whether the gradient is taken away after a pass that averages (FSDP, and mode "lean").
+        restarted: whether the last pass found a gradient that it knew nothing of: None, zeroed, or changed.
+        accumulates: whether the last pass added to a gradient that was still there, where ``taken``.
+        completed: called when a backward pass has given all gradients of the layer, with these by parameter;
+            None for nobody to call.
+
+    The hooks know the recorder by weak reference only: dropping the optimizer drops the recorder.
+    """
+
+    def __init__(
+        self, layer: Layer, weight: Tensor, bias: Tensor | None, label: SubBatchLabel, count: int
+    ) -> None:
+        self.layer = layer
+        self.weight = weight
+        self.params = [weight] if bias is None else [weight, bias]
+        self.paired = True
+        self.due = True
+        self.counted = False
+        self.averaged = False
+        self.taken = self._sharded = is_sharded(weight)
+        self.accumulates = False
+        self.restarted = True
+        self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
+        self._label = label
+        self._count = count
+        self._passes: dict[int, PassRecord] = {}
+        self._uses: list[Use] = []
+        self._handles: list[RemovableHandle] = []
+        self._watched: set[Tensor] = set()
+        # Unsharded tensors that FSDP puts in the place of parameters while a module runs.
+        self._stand_ins: dict[Tensor, Tensor] = {}
+        weakref.finalize(self, remove_all, self._handles)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was recorded: the gradients were zeroed, or a step has used it."""
+        self.sub_batches = SubBatches(self.layer, self.params, self._count)
+        self.statistics: Statistics | None = None
+        self.samples = 0
+        self.averaged = False
+        self._passes.clear()
+        # Which tensor p.grad was, and its version, when it was last recorded; None before.
+        self._version: tuple[int, int] | None = None
+        # Backward pass around the last one, whether that had parts before, and its N.
+        self._outer, self._continued, self._last_samples = -1, False, 0
+        self._arrived: dict[Tensor, Tensor] = {}
+
+    # The modules
+
+    def attach(self, use: Use) -> None:
+        """Record one more module that uses the weight."""
+        self._uses.append(use)
+        self._handles += use.register()
+        # A compiled forward pass cannot do it.
+        self.watch_gradients()
+
+    def belongs_to(self, watch: ModelWatch) -> None:
+        """Take what is known of the batch from this model."""
+        for use in self._uses:
+            use.watch = watch
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that use the weight."""
+        return [module for use in self._uses if (module := use.module()) is not None]
+
+    @property
+    def intact(self) -> bool:
+        """Whether every module is alive, still uses the weight, and still has the hooks."""
+        return all([use.intact(self.weight) for use in self._uses])
+
+    def detach(self) -> None:
+        """Record no longer."""
+        remove_all(self._handles)
+        self._handles.clear()
+
+    def watch_gradients(self) -> None:
+        """Be told when the gradients of the parameters are complete."""
+        whole = self._stand_ins if self._sharded else self.params
+        for param in whole:
+            # A frozen parameter takes no hook; it may be thawed later.
+            if param.requires_grad and param not in self._watched:
+                self._handles.append(param.register_post_accumulate_grad_hook(_GradientHook(self)))
+                self._watched.add(param)
+
+    def stand_in(self, unsharded: Mapping[Tensor, Tensor]) -> None:
+        """Watch these tensors in place of parameters, of which this rank has a shard only."""
+        self._stand_ins |= unsharded
+
+    # The passes
+
+    @property
+    def wants(self) -> bool:
+        """Whether anything is wanted of the coming backward pass."""
+        return self.paired or self.due or self.counted
+
+    def observe(self, layer: Layer, x: Tensor, output: Tensor, batch: Batch) -> None:
+        """Arrange that the gradient of ``output`` meets ``x`` in the backward pass.
+
+        Not only if anything is wanted of it: that may change until then, and checkpointing expects the same
+        tensors to be kept when it repeats a forward pass.
+        """
+        if not (torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad):
+            return
+        self.watch_gradients()
+        # An in-place operation on a view (3-d inputs of Linear, unbatched convolutions) would cut the view,
+        # and a hook on it, out of the graph.
+        base = view_base(output)
+        source = base if base is not None and base.numel() == output.numel() else output
+        node, index, hook = source.grad_fn, source.output_nr, _OutputHook(self, layer, x, batch, output.shape)
+        assert node is not None
+        # On the node and not on the tensor: after hooks of the user's that change the gradient.
+        node.register_prehook(lambda gradients: hook(gradients[index]))
+
+    @torch.no_grad()
+    def record(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch, outer: int = -1) -> None:
+        """Record one use of the weight in a running backward pass.
+
+        Args:
+            layer: how this use sees the weight.
+            x: its input, None if it was changed since the forward pass.
+            b: gradient of its output.
+            batch: what is known of the batch.
+            outer: the backward pass that repeated the forward pass (reentrant checkpointing), -1 if none.
+        """
+        if x is None:
+            layout = Layout(0, 0, problem="its input was changed in place")
+        elif x.is_nested or x.layout is not torch.strided:
+            x, layout = None, Layout(0, 0, problem="its input is sparse or nested")
+        else:
+            layout = batch.layout(layer, x)
+        task = current_backward_pass()
+        if task not in self._passes:
+            # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
+            self._passes.clear()
+            self._begin_pass()
+            # Every repeated part runs a backward pass of its own; together they are one.
+            self._continued = outer != -1 and outer == self._outer
+            self._outer = outer
+            if not self._continued:
+                samples = layout.samples if layout.problem is None else 0
+                self.sub_batches.begin(samples, self._label.index)
+        with torch.autocast(b.device.type, enabled=False):
+            record = self._record_of(layer, x, b, layout)
+        if task in self._passes:
+            self._passes[task].add_use(record)
+        else:
+            self._passes[task] = record
+
+    def _record_of(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> PassRecord:
+        record = PassRecord(
+            layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16
+        )
+        if x is None or not x.numel() or not b.numel():
+            record.problem = record.problem or "its batch is empty"
+            return record
+        x, b = layout.batched(x), layout.batched(b)
+        ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
+        if ends and ends[0] == 0:
+            why = f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
+            record.problem = record.problem or why
+        if self.paired and self.sub_batches.split and record.problem is None:
+            record.sums = [
+                layer.gradient(x[start:end], b[start:end])
+                for start, end in zip([0, *ends], ends, strict=False)
+            ]
+        if self.due:
+            record.statistics = gather_statistics(layer, x, b, layout.samples)
+            if record.sums:
+                record.whole = layer.gradient(x[ends[-1] :], b[ends[-1] :])
+                for part in reversed(record.sums):
+                    record.whole = part + record.whole
+        return record
+
+    @torch.no_grad()
+    def accumulated(self, param: Tensor) -> None:
+        """Take over the finished backward pass: it is in p.grad now."""
+        if (gradient := param.grad) is None:
+            return
+        param = self._stand_ins.get(param, param)
+        sub_batches = self.sub_batches
+        if param is self.weight:
+            record = self._passes.pop(current_backward_pass(), None)
+            if record is None:
+                sub_batches.drop("its gradient came by a path that no hook saw")
+            else:
+                self._add(record)
+                if not (self.averaged and self._version is not None):
+                    sub_batches.compare(gradient)
+            self._version = id(gradient), gradient._version
+        if self.paired or self.due:
+            sub_batches.remember(param, gradient)
+        if self.completed is not None:
+            self._arrived[param] = gradient
+            if all(each in self._arrived or not each.requires_grad for each in self.params):
+                arrived, self._arrived = self._arrived, {}
+                self.completed(arrived)
+
+    def _add(self, record: PassRecord) -> None:
+        sub_batches, statistics = self.sub_batches, record.statistics
+        if self.statistics is None:
+            self.statistics = statistics
+        elif statistics is not None and self._continued:
+            self.statistics.add_use(statistics)
+        elif statistics is not None:
+            self.statistics.add_batch(statistics)
+        sub_batches.precise &= record.precise
+        if sub_batches.split:
+            why = record.problem
+            if self._continued and record.samples != self._last_samples:
+                why = f"its uses have batches of {self._last_samples} and {record.samples}"
+            sub_batches.add_split(record.sums, record.whole, record.samples, why)
+        self._last_samples = record.samples
+        if not self._continued:
+            self.samples += record.samples
+            sub_batches.count_pass(record.samples)
+
+    def averaging_ended(self) -> None:
+        """Take p.grad as it is now for what the backward passes gave."""
+        if (gradient := self.weight.grad) is not None and self._version is not None:
+            self._version = id(gradient), gradient._version
+
+    def _begin_pass(self) -> None:
+        """Start afresh unless this pass adds to a gradient that is recorded already."""
+        gradient = self.weight.grad
+        if self.taken:
+            whole = next((w for w, own in self._stand_ins.items() if own is self.weight), self.weight)
+            self.accumulates = whole.grad is not None
+            # A shard's gradient is there after a pass that was averaged, unless somebody has zeroed it.
+            self.restarted = self.averaged and gradient is None and self._sharded
+            if self.restarted:
+                self.clear()
+            elif not self.accumulates:
+                # The gradients of the passes so far are gone, their statistics are not.
+                self._last_samples = 0
+                self.sub_batches = SubBatches(self.layer, self.params, self._count)
+            return
+        known = gradient is not None and (id(gradient), gradient._version) == self._version
+        self.restarted = not known
+        if known:
+            return
+        self.clear()
+        if gradient is not None:
+            # Zeros are as good as None; anything else is a gradient whose sub-batches nobody knows.
+            self.sub_batches.clean = gradient.count_nonzero() == 0
+
+
+class Use:
+    """One module that uses a weight; `fop.capture.hooks` has the kinds.
+
+    Args:
+        recorder: recorder of the weight.
+        layer: how this module sees the weight.
+        module: the module.
+        names: the module's names for weight and bias, dotted where a submodule owns them; None for no bias.
+        watch: hooks on the model that the module belongs to.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        layer: Layer,
+        module: nn.Module,
+        names: tuple[str, str | None],
+        watch: ModelWatch,
+    ) -> None:
+        self.recorder = weakref.ref(recorder)
+        self.layer = layer
+        self.module = weakref.ref(module)
+        self.names = names
+        self.watch = watch
+        self.handles: list[RemovableHandle] = []
+
+    def register(self) -> list[RemovableHandle]:
+        """Put the hooks on the module."""
+        raise NotImplementedError
+
+    def intact(self, weight: Tensor) -> bool:
+        """Return whether the module is alive, still has the weight under its name, and has the hooks."""
+        raise NotImplementedError
+
+
+class _Keep(torch.autograd.Function):
+    """Holds a tensor where checkpointing and offloading find it, and where changes in place are noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise NotImplementedError("nothing is computed from it")
+
+
+class _OutputHook:
+    """Hook on an output's node: holds the input until the gradient of the output comes, as autograd does."""
+
+    def __init__(
+        self, recorder: Recorder, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size
+    ) -> None:
+        self._recorder = weakref.ref(recorder)
+        self._layer = layer
+        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call]
+        self._shape = shape
+        self._batch = batch
+        self._outer = current_backward_pass()
+
+    def __call__(self, b: Tensor | None) -> None:
+        recorder, kept = self._recorder(), self._kept
+        if not graph_is_retained():
+            self._kept = None
+        if recorder is None or not recorder.wants or b is None or is_vmapped(b):
+            return
+        x: Tensor | None = None
+        if kept is not None:
+            try:
+                x = kept.saved_tensors[0]
+            except RuntimeError as error:
+                # Legal where autograd kept a copy of its own, as under autocast.
+                if "modified by an inplace operation" not in str(error):
+                    raise
+        recorder.record(self._layer, x, b.reshape(self._shape), self._batch, self._outer)
+
+
+class _GradientHook:
+    """Hook on a parameter: its gradient of this backward pass is complete."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = weakref.ref(recorder)
+
+    def __call__(self, param: Tensor) -> None:
+        if (recorder := self._recorder()) is not None:
+            recorder.accumulated(param)

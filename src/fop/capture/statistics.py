@@ -1,0 +1,41 @@
+"""What one use of a weight adds to the curvature statistics: which rows, and whose output gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fop.layers import FactorSums, Layer, Statistics
+
+# A convolution has a row for every output position, at very large batch far more than its factors have
+# entries. Statistics then take every k-th sample, with k as large as leaves this many samples and rows.
+MIN_SAMPLES = 2048
+MIN_ROWS_PER_DIM = 8
+
+
+def gather_statistics(layer: Layer, x: Tensor, b: Tensor, samples: int) -> Statistics:
+    """Return the statistics of one use of a weight.
+
+    Args:
+        layer: how this use sees the weight.
+        x: its input, with the samples along dim 0.
+        b: gradient of its output, likewise: that of the loss, or of a loss with other labels.
+        samples: N of the batch; dim 0 may have several entries a sample.
+    """
+    step = _stride(layer, x, b)
+    sums = layer.factor_sums(x[::step], b[::step])
+    if step > 1 and sums.g is not None:
+        # As if all samples had been summed: b is 1/batch of a sample's own gradient.
+        batch = x.shape[0]
+        share = batch / sums.samples
+        rows = batch * int(sums.rows) // max(1, sums.samples)
+        sums = FactorSums(sums.a * share, sums.g * share, batch, rows)
+    sums.samples = samples
+    return Statistics({layer.swapped: sums})
+
+
+def _stride(layer: Layer, x: Tensor, b: Tensor) -> int:
+    if not layer.subsampled:
+        return 1
+    positions = b[0, 0].numel()
+    needed = -(-MIN_ROWS_PER_DIM * max(layer.in_dim, layer.out_dim) // max(1, positions))
+    return max(1, x.shape[0] // max(MIN_SAMPLES, needed))

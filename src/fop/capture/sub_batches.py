@@ -1,0 +1,261 @@
+"""The gradients of the K sub-batches of one weight, from the backward passes between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fop.correction import SubBatchGradients, contrasts
+from fop.layers import Layer, Reduction
+
+# A gradient that was scaled as a whole reproduces its scaled norms to rounding; clipping single elements or
+# adding noise moves them far more. Lenient enough for a float16 round trip.
+_SAME_DIRECTION = 1e-3
+# How far p.grad may be from what the hooks saw before it counts as having other parts; in half precision
+# autograd and the hooks round differently.
+_SAME_SUM, _SAME_SUM_HALF = 1e-2, 5e-2
+
+_CHANGED = (
+    "p.grad is not what the layer's own backward pass gave (changed since, not finite, not zeroed before, "
+    "or other paths in the loss)"
+)
+
+
+class SubBatches:
+    """What is known of the sub-batches since the weight's gradient was last None or zero.
+
+    Every backward pass is split in K, by sample. Where a pass cannot be split in the ratio of those before it,
+    these become one sub-batch, and the sub-batches take turns from then on. Passes that the user has labelled
+    are sub-batches as they are.
+
+    Args:
+        layer: layout of the gradient matrix.
+        params: weight, and bias if it belongs to the weight's layer.
+        count: K.
+
+    Attributes:
+        clean: 0-dim bool, false if p.grad held something unknown before the first pass; None if it was None.
+        complete: 0-dim bool, whether p.grad is all that the hooks saw; None where that was not looked at.
+        split: whether the running backward pass is to be split.
+        precise: whether all output gradients had more than half precision.
+    """
+
+    def __init__(self, layer: Layer, params: Sequence[Tensor], count: int) -> None:
+        self.clean: Tensor | None = None
+        self.complete: Tensor | None = None
+        self.split = True
+        self.precise = True
+        self._layer = layer
+        self._params = params
+        self._count = count
+        self._reason: str | None = None
+        self._dropped = False
+        self._labelled = False
+        # Split passes: the sums of the first K - 1 sub-batches, that of all, and N of the first pass.
+        self._sums: list[Tensor] | None = None
+        self._whole: Tensor | None = None
+        self._ratio_of = 0
+        # Whole passes: the sub-batch of the last one, passes and samples of each sub-batch, and the gradient
+        # of each of the first K - 1, less p.grad if the last pass was of it.
+        self._label = 0
+        self._passes = [0] * count
+        self._samples = [0] * count
+        self._earlier: list[dict[Tensor, Tensor]] = [{} for _ in range(count - 1)]
+        self._norms: dict[Tensor, Tensor] = {}
+
+    @property
+    def reason(self) -> str:
+        """Why the sub-batch gradients are not known."""
+        if self._reason is None and not any(self._passes):
+            return "p.grad was not made by a backward pass through the layer"
+        return self._reason or "its backward passes were all of one sub-batch"
+
+    @property
+    def known(self) -> bool:
+        """Whether the gradients of all sub-batches are known."""
+        return not self._dropped and (all(self._passes) or self._sums is not None)
+
+    def bounds(self, samples: int) -> list[int]:
+        """Return where the first K - 1 sub-batches of N samples end."""
+        return [samples * (k + 1) // self._count for k in range(self._count - 1)]
+
+    def begin(self, samples: int, label: int | None) -> None:
+        """Begin a backward pass: decide which sub-batch it belongs to; p.grad is still without it.
+
+        Args:
+            samples: N of the pass.
+            label: the sub-batch that the user says, None for no word.
+        """
+        if not any(self._passes):
+            self._labelled, self.split, self._label = label is not None, label is None, label or 0
+        elif self._labelled != (label is not None):
+            self.drop("some of its backward passes were outside sub_batch()")
+        elif label is not None:
+            self._turn_to(label)
+        elif not self.split:
+            self._turn_to((self._label + 1) % self._count)
+        elif not self._splits_like_first(samples):
+            self.split, self._sums = False, None
+            self._turn_to(1)
+
+    def _splits_like_first(self, samples: int) -> bool:
+        # One formula gives the gradients from the sums only if all passes were split in the same ratio.
+        if self._sums is None:
+            return False
+        first = self._ratio_of
+        pairs = zip(self.bounds(samples), self.bounds(first), strict=True)
+        return all(now * first == then * samples > 0 for now, then in pairs)
+
+    def _turn_to(self, label: int) -> None:
+        """Go over to a sub-batch: from here on p.grad grows by its gradients."""
+        if label != self._label and not self._dropped:
+            for param in self._params:
+                if param.grad is None:
+                    continue
+                dtype = torch.promote_types(param.grad.dtype, torch.float32)
+                # The last sub-batch is what the others leave of p.grad.
+                for k, sign in ((self._label, 1), (label, -1)):
+                    if k < len(self._earlier):
+                        zeros = torch.zeros_like(param.grad, dtype=dtype)
+                        self._earlier[k].setdefault(param, zeros).add_(param.grad, alpha=sign)
+        self._label = label
+
+    def add_split(self, sums: list[Tensor] | None, whole: Tensor | None, samples: int, why: str | None) -> None:
+        """Add a finished backward pass that was to be split.
+
+        Args:
+            sums: gradient matrices of its first K - 1 sub-batches; None without any.
+            whole: that of all samples, in passes with statistics.
+            samples: N.
+            why: why it could not be split, None if it could.
+        """
+        if self._dropped:
+            return
+        if why is not None:
+            # Whole passes may still make up sub-batches.
+            self._sums, self._reason = None, why
+            return
+        self._ratio_of = self._ratio_of or samples
+        self._sums = add_all(self._sums, sums)
+        if whole is not None:
+            self._whole = whole if self._whole is None else self._whole + whole
+
+    def count_pass(self, samples: int) -> None:
+        """Count a backward pass of the running sub-batch."""
+        self._passes[self._label] += 1
+        self._samples[self._label] += samples
+
+    def drop(self, why: str) -> None:
+        """Take the K-FAC step: the gradients of the sub-batches are not known."""
+        self._dropped, self._reason, self._sums = True, why, None
+        self._earlier = [{} for _ in self._earlier]
+
+    def compare(self, gradient: Tensor) -> None:
+        """Tell from a pass with statistics whether ``gradient``, the weight's, is all that the hooks saw.
+
+        It is not where the loss has other paths to the weight: a penalty, a second use as a function.
+        """
+        if self._whole is None or self._sums is None:
+            return
+        whole, *sums = (self._layer.weight_part(matrix) for matrix in (self._whole, *self._sums))
+        tolerance = _SAME_SUM if self.precise else _SAME_SUM_HALF
+        last = whole
+        for part in sums:
+            last = last - part
+        squares = [part.square().sum() for part in (*sums, last)]
+        matrix = self._layer.weight_matrix(gradient.to(whole.dtype))
+        difference = (whole - matrix).square().sum()
+        self.complete = difference <= tolerance**2 * torch.stack(squares).sum()
+
+    def remember(self, param: Tensor, gradient: Tensor) -> None:
+        """Remember the gradient of ``param``, weight or bias, as autograd left it."""
+        self._norms[param] = self._measure(param, gradient)
+
+    def gradients(
+        self, average: Tensor, complete: Tensor | None, reduction: Reduction, *, changed: bool = True
+    ) -> SubBatchGradients:
+        """Return Ga and the differences of the sub-batches; without these where they are not known.
+
+        Args:
+            average: Ga, the gradient matrix of p.grad as it is now.
+            complete: what `compare` told at the last statistics, None before the first.
+            reduction: how the loss joins samples; decides what passes of different N weigh.
+            changed: whether p.grad may have changed since the backward pass.
+
+        If p.grad was scaled as a whole since the backward pass (unscaling, norm clipping), the sub-batch
+        gradients follow; after any other change the differences are 0, which makes the step K-FAC's.
+        """
+        known = [param for param in self._params if param.grad is not None and param in self._norms]
+        if not self.known or (changed and not known):
+            return SubBatchGradients(average, reason=self.reason)
+        if changed:
+            scale, trusted = self._scale_since(known)
+        else:
+            scale = torch.ones((), dtype=average.dtype, device=average.device)
+            trusted = scale > 0
+        scale = scale.to(average.dtype)
+        vetoes = [self.clean]
+        if self._sums is not None:
+            ends = [0, *self.bounds(self._ratio_of)]
+            shares = [(end - start) / self._ratio_of for start, end in zip(ends, ends[1:], strict=False)]
+            sums = [part.to(average.dtype) * scale for part in self._sums]
+            vetoes.append(complete)
+        else:
+            counts = self._passes if reduction == "mean" else self._samples
+            shares = [count / sum(counts) for count in counts[:-1]]
+            sums = [self._earlier_matrix(k) * scale for k in range(self._count - 1)]
+            if self._label < len(sums):
+                sums[self._label] = sums[self._label] + average
+        for veto in vetoes:
+            if veto is not None:
+                trusted = trusted & veto
+        differences = contrasts(sums, [*shares, 1 - sum(shares)], average)
+        differences = tuple(torch.where(trusted, each, 0.0) for each in differences)
+        return SubBatchGradients(average, differences, trusted, _CHANGED)
+
+    def _earlier_matrix(self, k: int) -> Tensor:
+        weight, *bias = self._params
+        return self._layer.to_matrix(
+            self._earlier[k][weight], self._earlier[k].get(bias[0]) if bias else None
+        )
+
+    def _scale_since(self, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        was = torch.stack([self._norms[param] for param in known])
+        now = torch.stack([self._measure(param, param.grad) for param in known if param.grad is not None])
+        # One scale for weight and bias, from the Euclidean norm of both.
+        lengths = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
+        scale = torch.nan_to_num(lengths[1] / lengths[0], nan=0.0, posinf=0.0)
+        # Each number is compared on the scale of what it can differ by.
+        two, one = now[:, :1], now[:, 1:2]
+        same = (now - scale * was).abs() <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=1)
+        return scale, same.all()
+
+    def _measure(self, param: Tensor, gradient: Tensor) -> Tensor:
+        """Return four numbers of a gradient that together tell a scaling from any other change.
+
+        The 2-norm, the 1-norm (clipped elements), the sum (added ones), and the component along the first
+        sub-batch (signs and order), which for a bias in split passes is left out.
+        """
+        flat = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        two = torch.linalg.vector_norm(flat)
+        component = torch.zeros_like(two)
+        first: Tensor | None = None
+        if self._sums is not None:
+            if param is self._params[0]:
+                first, vector = self._layer.weight_part(self._sums[0]), self._layer.weight_matrix(flat)
+        elif self._earlier and param in self._earlier[0]:
+            first, vector = self._earlier[0][param], flat
+        if first is not None:
+            first = first.reshape(-1).to(vector.dtype)
+            length = torch.linalg.vector_norm(first).clamp(min=torch.finfo(vector.dtype).tiny)
+            component = (vector.reshape(-1) @ first) / length
+        return torch.stack([two, torch.linalg.vector_norm(flat, 1), flat.sum(), component])
+
+
+def add_all(left: list[Tensor] | None, right: list[Tensor] | None) -> list[Tensor] | None:
+    """Return the element-wise sums of two lists, either of which may be None."""
+    if left is None or right is None:
+        return right if left is None else left
+    return [a + b for a, b in zip(left, right, strict=True)]

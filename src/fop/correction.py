@@ -1,0 +1,182 @@
+"""The direction of a step: equations 3-6, 13 and 16 of Lu & Armour (AAAI 2026), for K sub-batches.
+
+A gradient is a matrix of shape (groups, out, in), any layout that its curvature understands; every scalar is a
+0-dim tensor over the whole weight and stays on the device. Two sub-batches are the paper's case.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Metric(Protocol):
+    """All that the correction asks of a curvature."""
+
+    def fisher(self, V: Tensor) -> Tensor:
+        """Return F·V, undamped."""
+
+    def solve(self, V: Tensor) -> Tensor:
+        """Return F̂⁻¹·V, damped."""
+
+
+class SubBatchGradients(NamedTuple):
+    """The gradients of K sub-batches as their mean and their differences, as gradient matrices.
+
+    Attributes:
+        average: Ga, the gradient of the whole batch.
+        contrasts: K - 1 differences, see `contrasts`; Gd = g1 - g2 for K = 2. Empty where they are not known.
+        trusted: 0-dim bool, whether the contrasts may be believed; they are 0 where not. None without any.
+        reason: why there are none, or why they are not believed.
+    """
+
+    average: Tensor
+    contrasts: tuple[Tensor, ...] = ()
+    trusted: Tensor | None = None
+    reason: str = ""
+
+
+class Direction(NamedTuple):
+    """A natural-gradient direction, and the scalars that decide how far it is followed.
+
+    Attributes:
+        update: F̂⁻¹·Gc, same shape as the gradient.
+        alignment: ⟨update, Ga⟩.
+        squared_norm: ⟨Gc, F̂⁻¹·Gc⟩.
+        beta: mixing coefficient β (16); with K > 2 the root of the sum of their squares.
+        rho: ρ ∈ [0, 1], how much of the step lies where the sub-batches disagree; D²/(E·B) for K = 2.
+    """
+
+    update: Tensor
+    alignment: Tensor
+    squared_norm: Tensor
+    beta: Tensor
+    rho: Tensor
+
+
+@functools.cache
+def helmert(count: int) -> list[list[float]]:
+    """Return K - 1 orthogonal rows of K weights, each of sum 0 and norm √2; [[1, -1]] for K = 2."""
+    rows = []
+    for j in range(1, count):
+        scale = (2 / (j * (j + 1))) ** 0.5
+        rows.append([scale] * j + [-j * scale] + [0.0] * (count - j - 1))
+    return rows
+
+
+def contrasts(sums: Sequence[Tensor], shares: Sequence[float], average: Tensor) -> tuple[Tensor, ...]:
+    """Return the differences of K sub-batch gradients, Gd = g1 - g2 for K = 2 (3).
+
+    Args:
+        sums: what the first K - 1 sub-batches gave of ``average``; the last gave the rest.
+        shares: the share of the batch in each of the K sub-batches; they add up to 1.
+        average: Ga.
+    """
+    last = shares[-1]
+    result = []
+    for row in helmert(len(shares)):
+        rest = row[-1] / last
+        weights = [h / share - rest for h, share in zip(row, shares, strict=True)][:-1]
+        total = sums[0] * weights[0]
+        for part, weight in zip(sums[1:], weights[1:], strict=True):
+            total = torch.add(total, part, alpha=weight)
+        result.append(torch.add(total, average, alpha=rest))
+    return tuple(result)
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """Return ⟨X, Y⟩, the sum of element-wise products, as a 0-dim tensor."""
+    return torch.dot(X.reshape(-1), Y.reshape(-1))
+
+
+def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor:
+    """Return the quotient, and ``otherwise`` where the denominator is 0."""
+    return torch.where(denominator == 0, torch.full_like(denominator, otherwise), numerator / denominator)
+
+
+def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Tensor) -> Tensor:
+    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where Gd is a multiple of Ga.
+
+    Args:
+        average: Ga.
+        difference: Gd, same shape.
+        fisher_average: F·Ga, same shape.
+
+    The ε of (4) is a guard against 0/0 only: with a fixed ε, scaling the loss would change the step.
+    Where one gradient is a multiple of the other, up to rounding, Gd - s·Ga is rounding too: a direction that
+    means nothing, and that F̂⁻¹ would amplify.
+    """
+    s = ratio(inner(difference, fisher_average), inner(average, fisher_average), otherwise=0.0)
+    aa, dd = inner(average, average), inner(difference, difference)
+    t = ratio(inner(difference, average), aa, otherwise=0.0)
+    residual = torch.add(difference, t * average, alpha=-1)
+    rounding = (64 * torch.finfo(s.dtype).eps) ** 2 * (1 + t * t) * (dd + aa)
+    # A NaN must pass through: the optimizer finds a bad gradient by it.
+    return torch.where(inner(residual, residual) <= rounding, 0.0, difference - s * average)
+
+
+def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return β* = E⁻¹·D (16), for K = 2 D/E; 0 for a contrast that adds no direction.
+
+    Args:
+        D: ⟨Ga, F̂⁻¹·G⊥_j⟩ of every contrast (13).
+        E: ⟨G⊥_i, F̂⁻¹·G⊥_j⟩ of every pair (13).
+    """
+    count = len(D)
+    # Elimination without pivots: E is positive semi-definite. No library call, which would wait for a GPU.
+    rows, right = [list(row) for row in E], list(D)
+    for k in range(count):
+        for i in range(k + 1, count):
+            factor = ratio(rows[i][k], rows[k][k], otherwise=0.0)
+            right[i] = right[i] - factor * right[k]
+            rows[i] = [a - factor * b for a, b in zip(rows[i], rows[k], strict=True)]
+            # What is left of a contrast in the span of those before it is rounding.
+            rounding = 64 * torch.finfo(factor.dtype).eps * E[i][i]
+            rows[i][i] = torch.where(rows[i][i] <= rounding, 0.0, rows[i][i])
+    beta: list[Tensor] = [torch.zeros_like(d) for d in D]
+    for k in reversed(range(count)):
+        for j in range(k + 1, count):
+            right[k] = right[k] - rows[k][j] * beta[j]
+        beta[k] = ratio(right[k], rows[k][k], otherwise=0.0)
+    return beta
+
+
+def combine(metric: Metric, gradients: SubBatchGradients, *, beta: float | None = None) -> Direction:
+    """Return F̂⁻¹·Gc for Gc = Ga + Σ β_j·G⊥_j (6), with β of (16); K-FAC's F̂⁻¹·Ga without contrasts.
+
+    Args:
+        metric: F and F̂⁻¹ of the weight.
+        gradients: Ga and the contrasts, of any shape that ``metric`` takes.
+        beta: a fixed mixing coefficient, for K = 2; None for β*.
+
+    The direction does not depend on the order of the sub-batches: Σ β_j·G⊥_j is the projection of Ga, in the
+    metric of F̂⁻¹, on what the G⊥_j span.
+    """
+    average = gradients.average
+    natural = metric.solve(average)
+    B = inner(average, natural)
+    if not gradients.contrasts:
+        return Direction(natural, B, B, torch.zeros_like(B), torch.zeros_like(B))
+    fisher_average = metric.fisher(average)
+    perpendicular = [orthogonal_component(average, c, fisher_average) for c in gradients.contrasts]
+    del fisher_average
+    natural_perpendicular = [metric.solve(G) for G in perpendicular]
+    D = [inner(average, N) for N in natural_perpendicular]
+    E = [[inner(G, N) for N in natural_perpendicular] for G in perpendicular]
+    best = mixing_coefficients(D, E)
+    mixing = best if beta is None else [torch.full_like(B, beta)]
+    update, alignment, squared_norm, explained = natural, B, B, torch.zeros_like(B)
+    for j, coefficient in enumerate(mixing):
+        update = torch.addcmul(update, natural_perpendicular[j], coefficient)
+        alignment = alignment + coefficient * D[j]
+        squared_norm = squared_norm + 2 * coefficient * D[j]
+        explained = explained + best[j] * D[j]
+    for i, row in enumerate(E):
+        for j, entry in enumerate(row):
+            squared_norm = squared_norm + mixing[i] * mixing[j] * entry
+    overall = mixing[0] if len(mixing) == 1 else torch.linalg.vector_norm(torch.stack(mixing))
+    return Direction(update, alignment, squared_norm, overall, ratio(explained, B, otherwise=0.0))

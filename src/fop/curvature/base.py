@@ -1,0 +1,171 @@
+"""What every approximation of a weight's curvature must be able to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fop.curvature.cost import LayerSize
+from fop.curvature.inversion import Fallback, Inversion
+from fop.layers import Layer, Reduction, Statistics
+
+Shape: TypeAlias = tuple[int, ...]
+
+# In place of a step: there are tensors for the inverse, but it was never computed.
+NEVER = -1
+
+
+class Curvature(ABC):
+    """The curvature of one weight: averaged statistics, their damped inverse, products with both.
+
+    A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`.
+
+    Args:
+        layer: geometry of the gradient matrix.
+        views: how each use of the weight sees it, ``layer`` among them.
+        state: the optimizer's state of the weight, so that a checkpoint is complete.
+
+    Attributes:
+        averages: names of the averaged statistics in the state.
+        inverses: names of what `solve` uses.
+        by_inversion: whether the inverse comes from `matrices` and may be computed in the background.
+        ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
+        fallbacks: how often an inversion needed each fallback.
+    """
+
+    averages: ClassVar[tuple[str, ...]]
+    inverses: ClassVar[tuple[str, ...]]
+    by_inversion: ClassVar[bool] = True
+
+    def __init__(self, layer: Layer, views: Sequence[Layer], state: dict[str, Any]) -> None:
+        self.layer = layer
+        # A layer for each of the ways round in which modules use the weight, as in `Statistics.terms`.
+        self.terms = {view.swapped: view for view in sorted(views, key=lambda view: view.swapped)}
+        self.fallbacks: Counter[Fallback] = Counter()
+        shapes = self.entries(layer)
+        if any(name in state and tuple(state[name].shape) != shape for name, shape in shapes.items()):
+            # Loaded before the layer was known, from a run with other options or another bias: estimate again.
+            for name in (*shapes, "refresh_at", "refreshed_at", "complete"):
+                state.pop(name, None)
+        self.load(state)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Use another state."""
+        self.state = state
+        self.ready = self.held
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the averages are in this process."""
+        return self.averages[0] in self.state
+
+    @property
+    def held(self) -> bool:
+        """Whether the inverse is in this process."""
+        return self.inverses[0] in self.state and self.state.get("refreshed_at", 0) != NEVER
+
+    def drop(self) -> None:
+        """Forget the tensors; another rank owns the weight."""
+        for name in (*self.averages, *self.inverses):
+            self.state.pop(name, None)
+
+    @classmethod
+    def unsupported(cls, layer: Layer) -> str | None:
+        """Return why this approximation does not fit a layer, None if it does."""
+        return None
+
+    # Entries of the state
+
+    @classmethod
+    @abstractmethod
+    def entries(cls, layer: Layer) -> dict[str, Shape]:
+        """Return the names and shapes of the tensors in the state, averages and inverses."""
+
+    @classmethod
+    @abstractmethod
+    def plausible(cls, state: Mapping[str, Any], shape: torch.Size) -> dict[str, Shape] | None:
+        """Return what `entries` may be of a saved state whose layer is not known; None for another kind's.
+
+        Args:
+            state: the saved state of one parameter.
+            shape: the parameter's shape.
+        """
+
+    # Statistics to inverse
+
+    @abstractmethod
+    def estimate(
+        self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return the estimate of this step's statistics, one tensor for each of ``averages``.
+
+        Args:
+            statistics: sums over the samples of a step.
+            reduction: how the loss joins the samples.
+            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
+        """
+
+    def update(self, estimate: Sequence[Tensor], decay: float) -> None:
+        """Take an estimate into the averages; the first one is taken as it is."""
+        known = self.state.get("refreshed_at", 0) != NEVER
+        for name, new in zip(self.averages, estimate, strict=True):
+            old = self.state.get(name) if known else None
+            self.state[name] = new if old is None else torch.lerp(new, old, decay)
+
+    @abstractmethod
+    def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the matrices to invert and what damping adds to their diagonals; both empty for none.
+
+        `fop.curvature.refresh` inverts those of all weights together and hands the result to `store`.
+        """
+
+    @abstractmethod
+    def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
+        """Take the inverses of ``matrices``; return whether they can be used, else the old ones stay."""
+
+    # Products
+
+    @abstractmethod
+    def fisher(self, V: Tensor) -> Tensor:
+        """Return F·V, undamped, for a gradient matrix V."""
+
+    @abstractmethod
+    def solve(self, V: Tensor) -> Tensor:
+        """Return F̂⁻¹·V, damped, for a gradient matrix V."""
+
+    # Reports, costs, messages between ranks
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the shapes of the factors for `summary()`."""
+
+    @abstractmethod
+    def damping_shares(self, damping: float) -> list[float | None]:
+        """Return the share of the damping in the mean eigenvalues of A and G; None where there is none."""
+
+    @abstractmethod
+    def size(self, name: str) -> LayerSize:
+        """Return what keeping, sending and using it takes; ``name`` is the layer's."""
+
+    @abstractmethod
+    def message_shapes(self, layer: Layer) -> list[Shape]:
+        """Return the shapes in which the statistics of one of the ``terms`` travel."""
+
+    @abstractmethod
+    def pack(self, statistics: Statistics, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """Return statistics as they travel, and for every term N and the numbers of rows, 1-d float64."""
+
+    @abstractmethod
+    def unpack(self, message: Tensor, counts: Sequence[float], share: float) -> Statistics:
+        """Return the statistics of all ranks.
+
+        Args:
+            message: the sum of what the ranks have packed, 1-d.
+            counts: likewise.
+            share: what b bᵀ of one rank weighs in that of the averaged loss.
+        """

@@ -1,0 +1,107 @@
+"""Damped inverses that always come back: Cholesky, same-shape matrices as one batch, with fallbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+def mean_eigenvalue(M: Tensor) -> Tensor:
+    """Return tr M / dim M of each group, (groups,), of a factor or of its diagonal."""
+    return (M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1)).mean(-1)
+
+
+class Fallback(IntEnum):
+    """What an inversion needed beyond Cholesky in the matrix's own precision."""
+
+    NONE = 0
+    FLOAT64 = 1
+    DAMPING = 2
+    KEPT = 3
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The damped inverse of one factor, in its shape, or None where none was finite."""
+
+    inverse: Tensor | None
+    fallback: Fallback
+
+
+def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Inversion]:
+    """Return (M + shift·I)⁻¹ for every factor M by Cholesky, same-shape factors as one batch.
+
+    Args:
+        factors: symmetric positive semi-definite matrices, each (groups, d, d), or diagonals, each
+            (groups, d), in float32 or float64.
+        shifts: damping of each group of each factor, each (groups,).
+
+    Fallbacks, for the matrices that fail alone: float32 → float64 → more damping (times 10, at most
+    six times) → no inverse, and the caller keeps the last good one. Transfers one flag per matrix to the
+    host, once, so it belongs in steps with a curvature update only.
+    """
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for index, factor in enumerate(factors):
+        alike.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append(index)
+
+    inverses: dict[int, Tensor] = {}
+    flags: dict[int, Tensor] = {}
+    for indices in alike.values():
+        batch = torch.cat([factors[i] for i in indices])
+        inverse, fine = _inverse(batch, torch.cat([shifts[i] for i in indices]))
+        sizes = [factors[i].shape[0] for i in indices]
+        for i, part, ok in zip(indices, inverse.split(sizes), fine.split(sizes), strict=True):
+            # A view would keep the whole batch alive for as long as any one layer's inverse.
+            inverses[i] = part.clone() if len(indices) > 1 else part
+            flags[i] = ok.all().to(factors[0].device)
+    succeeded = torch.stack([flags[i] for i in range(len(factors))]).tolist() if factors else []
+    return [
+        Inversion(inverses[i], Fallback.NONE) if ok else _fall_back(factors[i], shifts[i])
+        for i, ok in enumerate(succeeded)
+    ]
+
+
+def _inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (M + shift·I)⁻¹ and whether it can be used; M (batch, d, d) or (batch, d), shift (batch,)."""
+    if M.dim() == 3:
+        return _cholesky_inverse(M, shift)
+    damped = M + shift[:, None]
+    inverse = damped.reciprocal()
+    return inverse, (torch.isfinite(inverse) & torch.isfinite(damped) & (damped > 0)).all(1)
+
+
+def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (M + shift·I)⁻¹ and whether it can be used, for M (batch, d, d), shift (batch,)."""
+    damped = M.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    L, info = torch.linalg.cholesky_ex(damped)
+    factored = info == 0
+    # A zero on the diagonal of an unfinished L would raise for the whole batch.
+    L = torch.where(factored[:, None, None], L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
+    # Symmetric, and this way round its rows are rows in memory: torch.distributed.checkpoint keeps no
+    # strides, and another layout would round otherwise after a resume.
+    inverse = torch.cholesky_inverse(L).mT
+    # An infinite entry of M factors without complaint.
+    finite = torch.isfinite(damped) & torch.isfinite(inverse)
+    return inverse, factored & finite.flatten(1).all(1)
+
+
+def _fall_back(M: Tensor, shift: Tensor) -> Inversion:
+    if not bool(torch.isfinite(M).all()):
+        return Inversion(None, Fallback.KEPT)
+    # Apple's GPUs have no float64; there the ladder goes straight to more damping.
+    exact = M if M.device.type == "mps" else M.double()
+    base = shift.to(exact.dtype)
+    # Damping of 0 cannot be multiplied into something useful: start where float32 stops resolving M.
+    floor = mean_eigenvalue(exact).clamp(min=0) * torch.finfo(torch.float32).eps
+    for attempt in range(7):
+        more = base if attempt == 0 else torch.maximum(base, floor) * 10.0**attempt
+        inverse, fine = _inverse(exact, more)
+        result = inverse.to(M.dtype)
+        if bool(fine.all()) and bool(torch.isfinite(result).all()):
+            return Inversion(result, Fallback.FLOAT64 if attempt == 0 else Fallback.DAMPING)
+    return Inversion(None, Fallback.KEPT)

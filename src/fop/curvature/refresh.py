@@ -1,0 +1,167 @@
+"""When curvature is refreshed, and the inversions: at once for all weights, or later in a background thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fop.curvature.base import NEVER, Curvature
+from fop.curvature.inversion import Fallback, Inversion, damped_inverses
+
+# Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
+GROWTH = 5
+
+# The state of a weight whose inverse may come later: none is under way.
+NOTHING_PENDING: dict[str, Any] = {"inverse_at": NEVER, "inverse_of": NEVER, "inverse_damping": 0.0}
+
+Fallbacks: TypeAlias = list[tuple[Curvature, Fallback]]
+
+
+class Estimate(NamedTuple):
+    """What a step's statistics say of one curvature; ``group`` is the parameter group of its weight."""
+
+    curvature: Curvature
+    tensors: tuple[Tensor, ...]
+    group: Mapping[str, Any]
+
+
+def next_refresh(step: int, interval: int) -> int:
+    """Return the step of the next curvature update after one in ``step``.
+
+    The distance grows with the number of steps taken, up to ``interval``: early on the weights move far
+    and an inverse is soon out of date.
+    """
+    return step + max(1, min(interval, step // GROWTH))
+
+
+class Refresher:
+    """Keeps inverses up to date, at once or some steps later from a thread of its own.
+
+    A weight whose inverse is pending has the step from which it counts (``inverse_at``), the step of its
+    factors and its damping in the state, so that a checkpoint can start the same inversion again.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._jobs: dict[Curvature, _Job] = {}
+
+    def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
+        """Take estimates into the averages and invert these.
+
+        Returns:
+            The curvatures whose estimates were not finite, which stay as they are, and the fallbacks.
+
+        Transfers to the host twice (are the estimates finite, did the inversions succeed), the second time
+        not for inverses that are to come later.
+        """
+        if not estimates:
+            return [], []
+        home = estimates[0].tensors[0].device
+        finite = torch.stack([_finite(each.tensors).to(home) for each in estimates]).tolist()
+        refused: list[Curvature] = []
+        fallbacks: Fallbacks = []
+        due: list[Estimate] = []
+        for each, fine in zip(estimates, finite, strict=True):
+            curvature, tensors, group = each
+            if not fine:
+                refused.append(curvature)
+                continue
+            fallbacks += self.finish([(curvature, None)])
+            curvature.update(tensors, group["stat_decay"])
+            later = group["inverse_delay"] and curvature.by_inversion
+            if later:
+                curvature.state |= NOTHING_PENDING
+            if later and curvature.held:
+                self._start(curvature, group["step"], group["inverse_delay"], group["damping"])
+            else:
+                due.append(each)
+        matrices: list[Tensor] = []
+        shifts: list[Tensor] = []
+        counts = []
+        for curvature, _, group in due:
+            of_this, added = curvature.matrices(group["damping"])
+            counts.append(len(of_this))
+            matrices += of_this
+            shifts += added
+        with torch.profiler.record_function("fop::inversion"):
+            inversions = iter(damped_inverses(matrices, shifts))
+        for (curvature, _, group), count in zip(due, counts, strict=True):
+            own = [next(inversions) for _ in range(count)]
+            fallbacks += _store(curvature, own, group["step"], group["damping"])
+        return refused, fallbacks
+
+    def finish(self, curvatures: Iterable[tuple[Curvature, int | None]]) -> Fallbacks:
+        """Let pending inverses count from now on: those due by the step that is given, or all (None)."""
+        fallbacks: Fallbacks = []
+        for curvature, step in curvatures:
+            state = curvature.state
+            at = state.get("inverse_at", NEVER)
+            if at == NEVER or (step is not None and at > step):
+                continue
+            if curvature not in self._jobs:
+                # The state was loaded in between.
+                self._submit(curvature, state["inverse_damping"])
+            inversions = self._jobs.pop(curvature)()
+            fallbacks += _store(curvature, inversions, state["inverse_of"], state["inverse_damping"])
+            state["inverse_at"] = NEVER
+        return fallbacks
+
+    def forget(self) -> None:
+        """Forget what is pending: another state was loaded."""
+        self._jobs.clear()
+
+    def _start(self, curvature: Curvature, step: int, delay: int, damping: float) -> None:
+        curvature.state |= {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
+        self._submit(curvature, damping)
+
+    def _submit(self, curvature: Curvature, damping: float) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "fop-inversion")
+        self._jobs[curvature] = _Job(self._pool, *curvature.matrices(damping))
+
+
+class _Job:
+    """An inversion in another thread, and on a GPU in another stream."""
+
+    def __init__(self, pool: ThreadPoolExecutor, matrices: list[Tensor], shifts: list[Tensor]) -> None:
+        self._ready = torch.cuda.current_stream().record_event() if matrices[0].is_cuda else None
+        self._done: torch.cuda.Event | None = None
+        self._future = pool.submit(self._run, matrices, shifts)
+
+    @torch.no_grad()
+    def _run(self, matrices: list[Tensor], shifts: list[Tensor]) -> list[Inversion]:
+        with torch.profiler.record_function("fop::inversion"):
+            if self._ready is None:
+                return damped_inverses(matrices, shifts)
+            stream = torch.cuda.Stream(matrices[0].device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._ready)
+                inversions = damped_inverses(matrices, shifts)
+                self._done = stream.record_event()
+            return inversions
+
+    def __call__(self) -> list[Inversion]:
+        inversions = self._future.result()
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+        return inversions
+
+
+def _finite(tensors: Sequence[Tensor]) -> Tensor:
+    finite = torch.isfinite(tensors[0]).all()
+    for tensor in tensors[1:]:
+        finite = finite & torch.isfinite(tensor).all()
+    return finite
+
+
+def _store(curvature: Curvature, inversions: Sequence[Inversion], step: int, damping: float) -> Fallbacks:
+    needed = [each.fallback for each in inversions if each.fallback is not Fallback.NONE]
+    curvature.fallbacks.update(needed)
+    if curvature.store(inversions, damping):
+        curvature.state["refreshed_at"] = step
+        curvature.ready = True
+    return [(curvature, fallback) for fallback in needed]

@@ -1,0 +1,140 @@
+"""Where gradients, statistics and updates of a step come from: this process alone, or several ranks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fop.binding import Binding, Bindings
+from fop.correction import SubBatchGradients
+from fop.distributed.agreement import Description
+from fop.distributed.assignment import Plan
+from fop.distributed.join import Stepping
+from fop.distributed.options import Distribution
+from fop.layers import Statistics
+from fop.step_size import Update
+
+Groups: TypeAlias = Mapping[Tensor, dict[str, Any]]
+# What a weight is about to do, and the part of it for each of its parameters.
+Shared: TypeAlias = tuple[Update, list[tuple[Tensor, Tensor]]]
+# A binding whose curvature is due, whether its statistics were taken in, whether they were refused.
+Outcome: TypeAlias = tuple[Binding, bool, bool]
+
+
+def several_ranks(options: Distribution | None) -> bool:
+    """Return whether there is a process group of several ranks that train one model."""
+    if options is None or not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(options.group) > 1
+
+
+def make_distributor(options: Distribution | None, optimizer: Stepping) -> Distributor:
+    """Return the distributor of this process, or that of several ranks.
+
+    Args:
+        options: how ranks work together; None if every rank trains a model of its own.
+        optimizer: whose steps these are; held weakly.
+    """
+    if options is None or not several_ranks(options):
+        return Distributor(options, optimizer)
+    # Not at the top: it builds on this module.
+    from fop.distributed.ranks import Ranks  # noqa: PLC0415
+
+    return Ranks(options, optimizer)
+
+
+class Distributor:
+    """This process alone: it owns every weight. `fop.distributed.ranks` has the same for several.
+
+    Args:
+        options: how ranks work together, should there be any; None for never.
+        optimizer: whose steps these are.
+
+    Attributes:
+        plan: which rank owns which weight; None on one process.
+        bytes_sent: bytes sent to other ranks, by category.
+    """
+
+    plan: Plan | None = None
+
+    def __init__(self, options: Distribution | None, optimizer: Stepping) -> None:
+        self._options = options
+        self._optimizer = weakref.ref(optimizer)
+        self.bytes_sent: dict[str, float] = {}
+        self._bindings: list[Binding] = []
+        self._groups: Groups = {}
+
+    def prepare(self, bindings: Bindings, groups: Groups) -> Distributor:
+        """Get ready for a backward pass; return what takes this one's place once there are several ranks."""
+        optimizer = self._optimizer()
+        if optimizer is not None and several_ranks(self._options):
+            # A process group has come after the optimizer.
+            ranks = make_distributor(self._options, optimizer)
+            for root in bindings.roots():
+                ranks.see(root)
+            return ranks.prepare(bindings, groups)
+        self._bindings, self._groups = list(bindings), groups
+        return self
+
+    @property
+    def group(self) -> Any:
+        """The process group of the ranks that train the model."""
+        return dist.group.WORLD
+
+    def see(self, root: nn.Module) -> None:
+        """Look at a model for what wraps it."""
+
+    def owns(self, binding: Binding) -> bool:
+        """Return whether this process keeps the weight's curvature."""
+        return True
+
+    def reduce(
+        self, max_grad_norm: float | None, describe: Callable[[], Description]
+    ) -> tuple[list[Binding], dict[Binding, Statistics | None]]:
+        """Begin a step: bring gradients and statistics together, and clip the gradients.
+
+        Args:
+            max_grad_norm: norm that all gradients together may have, None for any.
+            describe: returns what must be the same on all ranks.
+
+        Returns:
+            The bindings that take part in the step; and, of those whose curvature is due, the statistics,
+            None where this process has none.
+        """
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(list(self._groups), max_grad_norm)
+        active = [binding for binding in self._bindings if binding.weight.grad is not None]
+        return active, {b: b.recorder.statistics for b in active if b.recorder.due or b.recorder.statistics}
+
+    def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
+        """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
+        return binding.gradients(self._groups[binding.weight]), max(1, binding.recorder.samples)
+
+    def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
+        """Return what became of the statistics of bindings, as their owners say."""
+        return list(own)
+
+    def share(self, bindings: Sequence[Binding], own: Mapping[Binding, Update]) -> list[Shared]:
+        """Return the updates of all bindings, from those of the owned ones."""
+        return [(own[binding], binding.parts(own[binding].matrix)) for binding in bindings]
+
+    def any(self, found: Tensor) -> Tensor:
+        """Return whether any rank found something in its gradients; ``found``: whether this one did."""
+        return found
+
+    def discard(self, *, state_replaced: bool = False) -> None:
+        """Forget what was gathered for a step that will not be taken."""
+
+    def use_labels(self) -> None:
+        """Take the sub-batches of the coming step from passes that the user labels.
+
+        Raises:
+            ValueError: the ranks are each other's sub-batches.
+        """
+
+    def check_scaler(self) -> None:
+        """Raise RuntimeError where a `GradScaler` would not see the overflow of all ranks."""

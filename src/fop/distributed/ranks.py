@@ -1,0 +1,458 @@
+"""Several ranks that train one model: every weight has an owner, which alone keeps its curvature."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fop.binding import Binding, Bindings
+from fop.capture import is_sharded, local
+from fop.correction import SubBatchGradients, inner
+from fop.distributed.agreement import Description
+from fop.distributed.distributor import Distributor, Groups, Outcome, Shared
+from fop.distributed.handshake import interval_of, open_channels, plan_for, shake_hands
+from fop.distributed.join import Stepping, join_along, share_gradients
+from fop.distributed.messages import NOT_THE_MEAN, Reductions, Routes, Sending, contribution, received
+from fop.distributed.options import Distribution
+from fop.distributed.updates import Packet, Scalars, clip_shared, gather_gradients, share_updates
+from fop.distributed.wrappers import Wrappers, average, average_lean, check_group
+from fop.layers import Statistics
+from fop.report import outside
+from fop.step_size import Update
+from fop.torch_internals import after_backward, is_joining
+
+
+class Ranks(Distributor):
+    """This rank as one of several.
+
+    Args:
+        options: how they work together.
+        optimizer: whose steps these are; held weakly.
+
+    In a backward pass every weight sends its statistics, if they are due, and its part of the pair to its
+    owner as soon as it has them. In `step()` owners refresh the curvature, compute the updates of their
+    weights and share these; momentum and weight decay then follow on all ranks alike.
+
+    Attributes:
+        without_batch: whether the running step is one of other ranks, for which this one has no batch.
+    """
+
+    _options: Distribution
+
+    def __init__(self, options: Distribution, optimizer: Stepping) -> None:
+        super().__init__(options, optimizer)
+        self.without_batch = False
+        self._wrappers = Wrappers(self._meet)
+        self._reductions = Reductions(options.factor_dtype)
+        self._binding_of: dict[Tensor, Binding] = {}
+        # Whether the ranks have shaken hands; without that nothing can be sent.
+        self._settled = False
+        self._labelled = False
+        # Whether the end of the running backward pass is waited for.
+        self._awaits_end = False
+        # Whether a backward pass has sent anything for the running step.
+        self._had_pass = False
+        self._warned = False
+        # Of the running step.
+        self._sent: dict[Binding, Sending] = {}
+        self._cumulative: list[Binding] = []
+        self._samples: dict[Binding, Tensor] = {}
+        self._gathered: dict[Binding, Tensor] = {}
+        self._used: dict[Binding, Tensor] = {}
+        self._squares: dict[Binding, Tensor] = {}
+        self._max_norm: float | None = None
+
+    # Who takes part
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group of the ranks that train the model."""
+        ddp = self._wrappers.ddp
+        group = self._options.group or (dist.group.WORLD if ddp is None else ddp.process_group)
+        if group is None or not dist.is_initialized():
+            raise RuntimeError(
+                "the process group is gone, and the model is trained by several ranks; step before "
+                "torch.distributed.destroy_process_group(), or make a new optimizer"
+            )
+        return group
+
+    def see(self, root: nn.Module) -> None:
+        """Look at a model for what wraps it."""
+        self._wrappers.see(root)
+
+    def _meet(self, ddp: Any) -> None:
+        """Get to know the DistributedDataParallel around the model."""
+        check_group(self._options.group, ddp)
+        if (optimizer := self._optimizer()) is not None:
+            join_along(ddp, optimizer)
+        if self._options.mode == "lean":
+            ranks = weakref.ref(self)
+
+            def is_lean(param: Tensor) -> bool:
+                this = ranks()
+                binding = None if this is None else this._binding_of.get(param)
+                return binding is not None and binding.lean
+
+            average_lean(ddp, is_lean)
+
+    def owns(self, binding: Binding) -> bool:
+        """Return whether this rank keeps the weight's curvature."""
+        if self._settled:
+            return self._reductions.owns(binding)
+        # Without a word to the others: the plan is the same on all ranks.
+        plan = plan_for(
+            self._bindings, self._options, dist.get_world_size(self.group), interval_of(self._groups)
+        )
+        return plan.owners[self._bindings.index(binding)] == dist.get_rank(self.group)
+
+    # What a backward pass must give
+
+    def prepare(self, bindings: Bindings, groups: Groups) -> Distributor:
+        """Be told by the recorders of these bindings when gradients are complete."""
+        weights = [id(binding.weight) for binding in bindings]
+        if weights != [id(binding.weight) for binding in self._bindings]:
+            self._settled = False
+        self._bindings, self._groups = list(bindings), groups
+        self._binding_of = {param: binding for binding in bindings for param in binding.params}
+        lean = self._settled and self._options.mode == "lean"
+        for binding in bindings:
+            recorder = binding.recorder
+            recorder.completed = _Completed(self, binding)
+            if not self._settled:
+                # Which weights lack a curvature is known after the handshake.
+                recorder.due = True
+            if self._by_parity:
+                # Nothing of this rank's own batch is split.
+                recorder.paired = False
+            sharded = is_sharded(binding.weight)
+            binding.lean = lean and binding.curvature.ready and not sharded
+            recorder.taken = binding.lean or sharded
+        return self
+
+    @property
+    def _by_parity(self) -> bool:
+        """Whether a rank's side says which sub-batch its batch is (Algorithm 1)."""
+        even = dist.get_world_size(self.group) % 2 == 0
+        return not self._labelled and (self._options.pair or ("parity" if even else "halves")) == "parity"
+
+    def use_labels(self) -> None:
+        """Take the pair of the coming step from passes that the user labels."""
+        if self._options.pair == "parity":
+            raise ValueError(
+                "sub_batch() labels backward passes, and distributed={'pair': 'parity'} takes the pair from "
+                "the ranks; use one or the other"
+            )
+        if self._options.mode == "lean":
+            raise ValueError("sub_batch() does not go together with mode='lean'; leave the pair to the ranks")
+        if any(is_sharded(binding.weight) for binding in self._bindings):
+            raise ValueError("sub_batch() does not go together with fully_shard; leave the pair to the ranks")
+        self._labelled = True
+        for binding in self._bindings:
+            binding.recorder.paired = binding.corrected
+
+    def _sending(self, binding: Binding) -> Sending:
+        if not binding.lean:
+            return Sending.DIFFERENCE if binding.corrected else Sending.NOTHING
+        if not binding.corrected:
+            return Sending.GRADIENT
+        return Sending.SIDE if self._by_parity else Sending.BOTH
+
+    def _adds_up(self, binding: Binding) -> bool:
+        """Return whether the contributions of several passes are to be added; otherwise the last has it all.
+
+        By parity p.grad of earlier passes, a mean over all ranks, cancels from Gd.
+        """
+        return self._by_parity or binding.recorder.taken
+
+    def check_scaler(self) -> None:
+        """Raise RuntimeError where ranks would not find the same overflow."""
+        if self._options.mode == "lean":
+            raise RuntimeError(
+                "GradScaler looks for overflow in p.grad, and with distributed={'mode': 'lean'} "
+                "preconditioned layers have none; use bfloat16 without a scaler, or mode='compatible'"
+            )
+        if self._wrappers.ddp is None and not any(map(is_sharded, self._groups)):
+            raise RuntimeError(
+                "GradScaler looks for overflow before the optimizer averages gradients, so that ranks would "
+                "skip different steps; wrap the model in DistributedDataParallel, or use bfloat16"
+            )
+
+    # In a backward pass
+
+    def completed(self, binding: Binding, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Take the gradients of a binding, this rank's own, as a backward pass has just given them."""
+        recorder, reductions = binding.recorder, self._reductions
+        synchronises = self._wrappers.synchronises(binding.weight)
+        if not synchronises and not is_sharded(binding.weight):
+            # The last pass shows them whole; where nobody averages, the step does.
+            return
+        recorder.averaged = synchronises
+        if recorder.restarted and not binding.lean:
+            # Whoever zeroed its gradient wants nothing of the passes so far.
+            reductions.drop(binding)
+        if not self._awaits_end:
+            self._awaits_end = True
+            after_backward(_Ended(self))
+        pieces = self._contribution(binding, gradients)
+        if (before := reductions.held(binding)) is not None:
+            pieces = self._added(binding, before, pieces)
+        if self._settled and synchronises:
+            reductions.send(binding, pieces, self._outgoing)
+        else:
+            reductions.hold(binding, pieces)
+
+    def _outgoing(self) -> tuple[list[Binding], dict[Binding, Sending]]:
+        """Return the bindings that send something, those that are ready first first, and what each sends."""
+        bindings = [binding for binding in reversed(self._bindings) if binding.weight.requires_grad]
+        return bindings, {binding: self._sending(binding) for binding in bindings}
+
+    def _contribution(self, binding: Binding, gradients: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        bias = None if binding.bias is None else gradients.get(binding.bias)
+        return contribution(
+            binding,
+            binding.layer.to_matrix(gradients[binding.weight], bias),
+            self._sending(binding),
+            self._groups[binding.weight],
+            rank=dist.get_rank(self.group),
+            ranks=dist.get_world_size(self.group),
+            parity=self._by_parity,
+        )
+
+    def _added(self, binding: Binding, before: list[Tensor], now: list[Tensor]) -> list[Tensor]:
+        """Return the contribution of two backward passes."""
+        recorder = binding.recorder
+        if not self._adds_up(binding) or (recorder.taken and recorder.accumulates):
+            return now
+        sums = [old + new for old, new in zip(before, now, strict=True)]
+        if self._sending(binding) is Sending.DIFFERENCE and not recorder.taken:
+            # p.grad, and its sketch, hold all passes so far.
+            sums[1] = now[1]
+        return sums if len(sums) < 3 else [*sums[:2], torch.minimum(before[2], now[2])]
+
+    def backward_ended(self) -> None:
+        """Be told that the running backward pass is over."""
+        self._awaits_end = False
+        for binding in self._bindings:
+            binding.recorder.averaging_ended()
+            if binding.lean and self._wrappers.synchronises(binding.weight):
+                # Each is one rank's alone: nobody must clip or log by it.
+                for param in binding.params:
+                    param.grad = None
+
+    # In a step
+
+    def reduce(
+        self, max_grad_norm: float | None, describe: Callable[[], Description]
+    ) -> tuple[list[Binding], dict[Binding, Statistics | None]]:
+        """Shake hands if need be, average, and get what other ranks have sent to this one as an owner."""
+        reductions, groups = self._reductions, self._groups
+        # A backward pass that raised an error has no end.
+        self._awaits_end = False
+        if not self._settled:
+            self._shake_hands(describe())
+        self._had_pass = reductions.count > 0 or self.without_batch
+        self._warn_of_several_passes()
+        self._send_rest()
+        # All that follows comes after the last bucket, on every rank.
+        if is_joining(self._optimizer()) or is_joining(self._wrappers.ddp):
+            share_gradients(reductions.ranks, list(groups), not self.without_batch)
+        if not_averaged := [p for p in groups if p.requires_grad and not self._wrappers.averages(p)]:
+            self._average(not_averaged)
+        reductions.collect()
+        bindings, self._sent = self._outgoing()
+        if sides := [binding for binding in bindings if self._sent[binding] is Sending.SIDE]:
+            reductions.swap_sides(sides)
+        if self._bindings and any(group["loss_reduction"] == "sum" for group in groups.values()):
+            self._count_samples()
+        self._cumulative = [binding for binding in self._bindings if not self._adds_up(binding)]
+        self._labelled = False
+        if max_grad_norm is not None:
+            if any(binding.lean for binding in self._bindings):
+                # The norms of lean weights come with their updates.
+                self._max_norm = max_grad_norm
+            else:
+                nn.utils.clip_grad_norm_(list(groups), max_grad_norm)
+        active = [binding for binding in self._bindings if self._takes_part(binding)]
+        # A frozen weight may have an old gradient, but has recorded nothing.
+        due = [binding for binding in active if binding.recorder.due and binding.weight.requires_grad]
+        sharded = [binding for binding in active if is_sharded(binding.weight)]
+        self._gathered = gather_gradients(reductions, sharded) if sharded else {}
+        return active, reductions.statistics(due, groups) if due else {}
+
+    def _takes_part(self, binding: Binding) -> bool:
+        """Return whether a weight has a gradient on any rank."""
+        if binding.lean:
+            return binding.weight.requires_grad and self._had_pass
+        return binding.weight.grad is not None
+
+    def _shake_hands(self, description: Description) -> None:
+        routes = self._reductions.routes
+        ranks, side = (routes.ranks, routes.side) if routes else open_channels(self.group, self.bytes_sent)
+        self.plan, lacking = shake_hands(self._bindings, description, self._options, ranks, self._groups)
+        weights: list[Tensor] = [binding.weight for binding in self._bindings]
+        self._reductions.routes = Routes(ranks, side, dict(zip(weights, self.plan.owners, strict=True)))
+        for binding in self._bindings:
+            step = self._groups[binding.weight]["step"]
+            if binding not in lacking and binding.state.get("refresh_at", 0) > step:
+                # Recorded in case that its owner had no curvature.
+                binding.recorder.due, binding.recorder.statistics = False, None
+        self._settled = True
+
+    def _warn_of_several_passes(self) -> None:
+        several = self._reductions.count > 1
+        if several and not self._warned and any(binding.lean for binding in self._bindings):
+            self._warned = True
+            warnings.warn(
+                "several averaged backward passes were added up for one step; with mode='lean' only "
+                "optimizer.zero_grad() discards a pass, model.zero_grad() does not. Reported once",
+                UserWarning,
+                stacklevel=outside(),
+            )
+
+    def _send_rest(self) -> None:
+        """Send what no backward pass has sent: all of it in the first step, and where nobody averages."""
+        bindings, _ = self._outgoing()
+        not_averaged = [binding for binding in bindings if not self._wrappers.averages(binding.weight)]
+        if not_averaged or not self._reductions.count:
+            for binding in bindings:
+                pieces = self._reductions.held(binding)
+                if binding in not_averaged and binding.weight.grad is not None:
+                    gradients = {param: param.grad for param in binding.params if param.grad is not None}
+                    pieces = self._contribution(binding, gradients)
+                self._reductions.send(binding, pieces or [], self._outgoing)
+        self._reductions.flush()
+
+    def _average(self, params: list[Tensor]) -> None:
+        """Average gradients that neither DistributedDataParallel nor fully_shard has averaged."""
+        ranks = self._reductions.ranks
+        used = torch.tensor([float(param.grad is not None) for param in params]).to(params[0].device)
+        ranks.all_reduce(used, "control").wait()
+        wanted = [param for param, count in zip(params, used.tolist(), strict=True) if count]
+        average(wanted, lambda flat: ranks.all_reduce(flat, "gradients").wait(), ranks.size)
+
+    def _count_samples(self) -> None:
+        ranks = self._reductions.ranks
+        counts = torch.tensor([float(binding.recorder.samples) for binding in self._bindings])
+        counts = counts.to(local(self._bindings[0].weight).device)
+        ranks.all_reduce(counts, "control").wait()
+        means = (counts / ranks.size).clamp(min=1)
+        self._samples = dict(zip(self._bindings, means.unbind(), strict=True))
+
+    def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
+        """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
+        gradients, self._used[binding] = received(
+            binding,
+            # A frozen weight that still has a gradient has sent nothing of it.
+            self._sent.get(binding, Sending.NOTHING),
+            self._reductions.gradients(binding),
+            self._gathered.pop(binding, None),
+            ranks=self._reductions.ranks.size,
+            cumulative=binding in self._cumulative,
+        )
+        self._squares[binding] = inner(gradients.average, gradients.average)
+        return gradients, self._samples.get(binding, 1)
+
+    def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
+        """Return what became of the statistics of bindings, as their owners say."""
+        # 1 taken in, 2 refused; 4 more if there is a curvature.
+        said = [
+            1.0 * taken + 2.0 * refused + 4.0 * binding.curvature.ready if self.owns(binding) else 0.0
+            for binding, taken, refused in own
+        ]
+        codes = torch.tensor(said, dtype=torch.float32).to(local(own[0][0].weight).device)
+        self._reductions.ranks.all_reduce(codes, "control").wait()
+        outcomes = []
+        for (binding, *_), code in zip(own, map(int, codes.tolist()), strict=True):
+            taken, refused, ready = bool(code & 1), bool(code & 2), bool(code & 4)
+            if not self.owns(binding):
+                binding.curvature.ready = ready
+                if taken:
+                    binding.state["refreshed_at"] = self._groups[binding.weight]["step"]
+            outcomes.append((binding, taken, refused))
+        return outcomes
+
+    def share(self, bindings: Sequence[Binding], own: Mapping[Binding, Update]) -> list[Shared]:
+        """Give the updates of owned weights to all ranks, and take those of the others."""
+        packets: dict[Binding, Packet] = {}
+        for binding, update in own.items():
+            length, trusted = update.length, update.trusted
+            scalars = Scalars(
+                length,
+                self._squares.pop(binding),
+                update.beta,
+                update.eta,
+                update.rho,
+                torch.zeros_like(length) if trusted is None else trusted.to(length.dtype),
+                self._used.pop(binding).to(length.dtype),
+            )
+            packets[binding] = Packet(torch.stack(scalars), update.matrix)
+        shared = share_updates(self._reductions, bindings, packets)
+        if self._max_norm is not None:
+            moving = {param for binding in bindings for param in binding.params}
+            rest = [p.grad for p in self._groups if p.grad is not None and p not in moving]
+            shared = clip_shared(shared, rest, self._max_norm)
+            self._max_norm = None
+        return [
+            (
+                Update(
+                    scalars.length,
+                    scalars.length,
+                    scalars.beta,
+                    scalars.eta,
+                    scalars.rho,
+                    scalars.trusted > 0.5,
+                    NOT_THE_MEAN,
+                    scalars.used > 0.5,
+                ),
+                parts,
+            )
+            for scalars, parts in shared
+        ]
+
+    def any(self, found: Tensor) -> Tensor:
+        """Return whether any rank found something in its gradients."""
+        if not any(map(is_sharded, self._groups)):
+            # All ranks have the same gradients.
+            return found
+        total = found.float()
+        self._reductions.ranks.all_reduce(total, "control").wait()
+        return total > 0
+
+    def discard(self, *, state_replaced: bool = False) -> None:
+        """Forget what was sent for a step that no rank will take."""
+        if state_replaced:
+            self._settled = False
+            for binding in self._bindings:
+                binding.curvature.ready = binding.curvature.held
+            return
+        self._reductions.discard()
+        self._labelled = self._awaits_end = False
+
+
+class _Ended:
+    """Called when a backward pass is over."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = weakref.ref(ranks)
+
+    def __call__(self) -> None:
+        if (ranks := self._ranks()) is not None:
+            ranks.backward_ended()
+
+
+class _Completed:
+    """Called by a recorder; knows ranks and binding weakly, since both outlive no optimizer."""
+
+    def __init__(self, ranks: Ranks, binding: Binding) -> None:
+        self._ranks, self._binding = weakref.ref(ranks), weakref.ref(binding)
+
+    def __call__(self, gradients: dict[Tensor, Tensor]) -> None:
+        ranks, binding = self._ranks(), self._binding()
+        if ranks is not None and binding is not None:
+            ranks.completed(binding, gradients)

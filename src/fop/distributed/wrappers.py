@@ -1,0 +1,192 @@
+"""What averages the gradients of a model over the ranks, and what wraps the model for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fop.capture import InertCopy, is_sharded, remove_all
+from fop.torch_internals import fsdp_group, is_ddp, running_ddp, unwrapped, wrappers
+
+
+class Wrappers:
+    """DistributedDataParallel, `fully_shard`, or neither, as far as seen.
+
+    Args:
+        on_ddp: bound method, called with the DistributedDataParallel when that is first seen; held weakly.
+    """
+
+    def __init__(self, on_ddp: Callable[[Any], None]) -> None:
+        self._on_ddp = weakref.WeakMethod(on_ddp)
+        self._ddp: Callable[[], Any] = lambda: None
+        self._sharded: Callable[[], Any] = lambda: None
+        # Whether the last forward pass was one that is averaged; None where no hook of ours saw it.
+        self._averages_pass: bool | None = None
+        self._handles: list[RemovableHandle] = []
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        weakref.finalize(self, remove_all, self._handles)
+
+    def see(self, root: nn.Module) -> None:
+        """Look for wrappers around a model, now and when it runs (it may be wrapped later)."""
+        for module in wrappers(root):
+            if is_ddp(module):
+                self.note(module)
+        root = unwrapped(root)
+        if root not in self._watched:
+            self._watched.add(root)
+            self._handles.append(root.register_forward_pre_hook(_Running(self)))
+        for module in root.modules():
+            # The outermost may have left all parameters to its children.
+            if fsdp_group(module) is not None:
+                self._sharded = weakref.ref(module)
+                break
+
+    def note(self, ddp: nn.Module) -> None:
+        """Take this DistributedDataParallel for the one that averages the gradients."""
+        if self._ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
+            if (tell := self._on_ddp()) is not None:
+                tell(ddp)
+
+    @property
+    def ddp(self) -> Any:
+        """The DistributedDataParallel, None if none was seen."""
+        return self._ddp()
+
+    def averages(self, param: Tensor) -> bool:
+        """Return whether p.grad is averaged over the ranks in the backward pass."""
+        return self.ddp is not None or is_sharded(param)
+
+    def synchronises(self, param: Tensor) -> bool:
+        """Return whether it is in the running backward pass, and not only accumulated (``no_sync``)."""
+        if not is_sharded(param):
+            ddp = self.ddp
+            if ddp is None:
+                return False
+            # As of the forward pass: the attribute is for the next one, or for an evaluation in between.
+            return (
+                bool(ddp.require_backward_grad_sync) if self._averages_pass is None else self._averages_pass
+            )
+        sharded = self._sharded()
+        group = None if sharded is None else fsdp_group(sharded)
+        return group is None or bool(group.reduce_grads)
+
+    def running(self, ddp: Any) -> None:
+        """Be told that the model runs inside this DistributedDataParallel."""
+        self.note(ddp)
+        if torch.is_grad_enabled():
+            self._averages_pass = bool(ddp.require_backward_grad_sync)
+
+
+class _Running(InertCopy[Wrappers]):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        wrapping = self.target()
+        if wrapping is None or torch.compiler.is_compiling():
+            return
+        running = running_ddp()
+        if running is not None and running.module is module:
+            wrapping.running(running)
+
+
+def average(params: list[Tensor], reduce: Callable[[Tensor], None], ranks: int) -> None:
+    """Replace p.grad of ``params`` by its mean over the ranks, where nobody else has done so.
+
+    Args:
+        params: those with a gradient on any rank; where it is None here it counts as zeros.
+        reduce: sums a tensor over the ranks, in place.
+        ranks: number of ranks.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        alike.setdefault((param.device, param.dtype), []).append(param.grad)
+    for gradients in alike.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        reduce(flat)
+        flat /= ranks
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def check_group(group: dist.ProcessGroup | None, ddp: Any) -> None:
+    """Raise ValueError if DistributedDataParallel averages over other ranks than those of ``group``."""
+    if group is None:
+        return
+    ours, theirs = (sorted(dist.get_process_group_ranks(each)) for each in (group, ddp.process_group))
+    if ours != theirs:
+        raise ValueError(
+            f"distributed: 'group' has the ranks {ours}, and DistributedDataParallel averages over {theirs}; "
+            "give both the same process group"
+        )
+
+
+# Which gradients the communication hook of a DistributedDataParallel leaves out, in a list of one.
+_asked_by_hooks: weakref.WeakKeyDictionary[nn.Module, list[Callable[[Tensor], bool]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def average_lean(ddp: Any, is_lean: Callable[[Tensor], bool]) -> None:
+    """Let DistributedDataParallel leave out the gradients that go to owners.
+
+    Raises:
+        ValueError: it has another communication hook.
+    """
+    if (asked := _asked_by_hooks.get(ddp)) is not None:
+        # A hook cannot be taken away: that of an optimizer before this one serves it, too.
+        asked[:] = [is_lean]
+        return
+    asked = [is_lean]
+    try:
+        ddp.register_comm_hook(None, _lean_hook(lambda param: asked[0](param), ddp.process_group))
+        _asked_by_hooks[ddp] = asked
+    except RuntimeError as error:
+        raise ValueError(
+            "distributed: mode='lean' needs a communication hook of its own, and this "
+            "DistributedDataParallel has one already; make it without, or use mode='compatible'"
+        ) from error
+
+
+def _lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> Callable[[object, Any], Any]:
+    """Return a communication hook of DistributedDataParallel that leaves out the gradients sent to owners.
+
+    Args:
+        is_lean: whether a parameter's gradient is.
+        group: DistributedDataParallel's process group.
+    """
+    ranks = dist.get_world_size(group)
+
+    def hook(state: object, bucket: Any) -> Any:
+        buffer: Tensor = bucket.buffer()
+        gradients = bucket.gradients()
+        wanted = [g for g, p in zip(gradients, bucket.parameters(), strict=True) if not is_lean(p)]
+        if not wanted:
+            done: Any = torch.futures.Future()
+            done.set_result(buffer)
+            return done
+        flat = buffer if len(wanted) == len(gradients) else torch.cat([g.reshape(-1) for g in wanted])
+        flat.div_(ranks)
+        work = dist.all_reduce(flat, group=group, async_op=True)
+        assert work is not None
+
+        def put_back(future: Any) -> Tensor:
+            if flat is not buffer:
+                parts = flat.split([gradient.numel() for gradient in wanted])
+                for gradient, part in zip(wanted, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+            return buffer
+
+        return work.get_future().then(put_back)
+
+    # torch looks at the types themselves, not at their names.
+    bucket_type = dist.GradBucket  # type: ignore[attr-defined]
+    hook.__annotations__ = {"bucket": bucket_type, "return": torch.futures.Future[torch.Tensor]}
+    return hook

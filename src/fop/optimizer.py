@@ -1,0 +1,616 @@
+"""The optimizers. `FOP._step` is Algorithm 1 of Lu & Armour (AAAI 2026), from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fop.adamw import adamw_step, make_adamw_state
+from fop.amp import called_by_scaler, overflowed, unscale
+from fop.binding import Binding, Bindings, optimizers, refuse_driven
+from fop.capture import local, trace_anew
+from fop.correction import combine
+from fop.curvature import Estimate, Fallback, Refresher
+from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
+from fop.distributed.options import DistributedLike, checked_distribution, portable
+from fop.layer_options import LayerChoices, LayerOptionsLike
+from fop.layers import Statistics
+from fop.options import (
+    DEFAULTS,
+    ParamsLike,
+    Schedule,
+    check_parameters,
+    checked,
+    normalise,
+    normalise_group,
+    split_schedules,
+)
+from fop.report import Diagnostics, Refusals, Summary, diagnose, summarise, warn_of_curvature
+from fop.state import (
+    Places,
+    check_form,
+    check_state_dict,
+    enter_state,
+    follow_moves,
+    make_state,
+    note_places,
+    restore_precision,
+)
+from fop.step_size import Update, kl_scale, momentum_of, scale_update
+
+
+class FOP(JoinableOptimizer, Optimizer):
+    """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026, Algorithm 1).
+
+    Linear, convolution, embedding and attention weights take η0·η*·F̂⁻¹·(Ga + β*·G⊥) with Kronecker-factored
+    F; all other parameters take AdamW in the same step. Nothing in the training loop changes.
+
+    Args:
+        params: an `nn.Module`, parameters, named parameters, or parameter groups. From bare parameters the
+            owning modules are found at the first forward pass.
+        lr: learning rate η0 of the preconditioned update.
+        momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it.
+        nesterov: Nesterov momentum, as in `torch.optim.SGD`.
+        weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
+            use their own learning rate in place of lr.
+        damping: λ of the paper; γ = sqrt(damping) is split between A and G by π. May be a function of the
+            step.
+        stat_decay: weight of the old factors when new statistics come in, in [0, 1).
+        curvature_interval: steps between curvature updates; early in training they come more often. May be a
+            function of the step.
+        inverse_delay: steps after which new inverses are used; until then they are computed in another thread
+            (on a GPU, another stream), and steps do not wait. 0 computes them in the step.
+        sub_batches: K, in how many sub-batches every batch is split; 2 is the paper's method, 1 is K-FAC.
+        beta: "adaptive" for β* (16), or a fixed mixing coefficient for two sub-batches; 0.0 with ``eta=1.0`` is
+            K-FAC.
+        eta: "adaptive" for η* (17), or a fixed scale.
+        kl_clip: κ; the preconditioned updates are scaled by min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩))
+            (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip.
+        adamw_lr: learning rate of the AdamW path while ``lr`` has its first value; it follows every
+            schedule of ``lr`` in proportion.
+        betas: as `torch.optim.AdamW`, for the AdamW path.
+        eps: as `torch.optim.AdamW`, for the AdamW path.
+        maximize: go up instead of down.
+        loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" the gradients of
+            preconditioned layers are divided by N (AdamW does not mind the scale).
+        layer_options: choices for single layers, from a glob pattern on the module's name, or a module type,
+            to a dict with any of ``path`` ("fop" or "adamw"), ``max_factor_dim`` (factors with a larger side
+            are diagonal; 8192), ``weight_sharing`` ("expand" or "reduce"), ``batch_dim`` (0 or 1, where
+            samples are in the layer's input; found out if not given) and ``curvature`` (which approximation,
+            "kronecker" or "diagonal"). Later entries override earlier ones.
+        max_grad_norm: gradients of all parameters are scaled together to this norm at most, as by
+            `torch.nn.utils.clip_grad_norm_`; None for no clip.
+        distributed: how ranks of `torch.distributed` train one model together, a dict with any of ``mode``,
+            ``pair``, ``group``, ``factor_dtype`` and ``ranks_per_node`` (docs/distributed.md); False if every
+            rank trains a model of its own.
+
+    Raises:
+        ValueError: an option out of range; empty, duplicate, shared or sparse parameters; parameters that
+            another live FOP drives.
+        TypeError: an option of the wrong type; complex or integer parameters.
+    """
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then leaves unscaling, and skipping of bad steps, to `step`, and tells the loss scale. To
+        # others, such as Lightning, it would mean that gradients cannot be clipped.
+        return called_by_scaler()
+
+    def __init__(
+        self,
+        params: ParamsLike,
+        lr: float = DEFAULTS["lr"],
+        *,
+        momentum: float = DEFAULTS["momentum"],
+        nesterov: bool = DEFAULTS["nesterov"],
+        weight_decay: float = DEFAULTS["weight_decay"],
+        damping: float | Schedule = DEFAULTS["damping"],
+        stat_decay: float = DEFAULTS["stat_decay"],
+        curvature_interval: int | Schedule = DEFAULTS["curvature_interval"],
+        inverse_delay: int = DEFAULTS["inverse_delay"],
+        sub_batches: int = DEFAULTS["sub_batches"],
+        beta: float | Literal["adaptive"] = DEFAULTS["beta"],
+        eta: float | Literal["adaptive"] = DEFAULTS["eta"],
+        kl_clip: float | None = DEFAULTS["kl_clip"],
+        adamw_lr: float = DEFAULTS["adamw_lr"],
+        betas: tuple[float, float] = DEFAULTS["betas"],
+        eps: float = DEFAULTS["eps"],
+        maximize: bool = DEFAULTS["maximize"],
+        loss_reduction: Literal["mean", "sum"] = DEFAULTS["loss_reduction"],
+        max_grad_norm: float | None = DEFAULTS["max_grad_norm"],
+        layer_options: LayerOptionsLike | None = None,
+        distributed: DistributedLike = None,
+    ) -> None:
+        given = locals()
+        defaults, schedules = split_schedules({name: given[name] for name in DEFAULTS})
+        defaults = checked(defaults)
+        self._distribution = checked_distribution(distributed)
+        groups, root, names = normalise(params)
+        self._begin(layer_options, schedules, defaults["sub_batches"])
+        self._bindings.names.update(names)
+        super().__init__(groups, defaults)
+        trace_anew()
+        if root is not None:
+            assert isinstance(params, nn.Module)
+            self._adopt(params)
+        self._prepare()
+        optimizers.add(self)
+
+    def _begin(
+        self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule], sub_batches: int
+    ) -> None:
+        self._bindings = Bindings(LayerChoices(layer_options), sub_batches)
+        self._refresher = Refresher()
+        self._distributor: Distributor = make_distributor(self._distribution, self)
+        # By index of the group: functions do not belong into a state_dict.
+        self._schedules: list[dict[str, Schedule]] = []
+        self._default_schedules = schedules
+        self._places: Places = {}
+        self._kl_scale: Tensor | None = None
+        self._refusals = Refusals()
+        self._warned: set[tuple[str, Fallback]] = set()
+
+    # Parameters and modules
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        return {param: group for group in self.param_groups for param in group["params"]}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: as the constructor, for the group's parameters and options.
+            TypeError: likewise.
+        """
+        names = self._bindings.names
+        group, schedules = split_schedules(normalise_group(param_group, names))
+        options = {key: value for key, value in group.items() if key != "params"}
+        plain = checked({**self.defaults, **options})
+        group |= {key: value for key, value in plain.items() if key in options}
+        for name in ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches"):
+            if name in options and options[name] != self.defaults[name]:
+                raise ValueError(
+                    f"{name}={options[name]!r} in a parameter group: it is one for the whole step; give it "
+                    "to the constructor"
+                )
+        if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
+            raise ValueError(
+                "some parameter groups have named parameters; give names to all groups or to none"
+            )
+        params = group["params"]
+        check_parameters(params, names, set(self._parameters()))
+        refuse_driven(self, params, names)
+        group.setdefault("base_lr", group.get("lr", self.defaults["lr"]))
+        group.setdefault("last_lr", group.get("lr", self.defaults["lr"]))
+        group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
+        super().add_param_group(group)
+        own = {name: schedule for name, schedule in self._default_schedules.items() if name not in options}
+        self._schedules.append({**own, **schedules})
+        if self in optimizers:
+            trace_anew()
+            for root in list(self._bindings.roots()):
+                self._adopt(root)
+            self._prepare()
+
+    def _adopt(self, root: nn.Module) -> None:
+        groups = self._groups()
+        if any(param in groups for param in root.parameters()):
+            self._distributor.see(root)
+        self._bindings.adopt(root, groups, self.state)
+
+    def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._adopt(root)
+        self._bindings.enter(root, args, kwargs)
+        # Not only in the step: torch.compile would leave the model in the pieces that the hook made of it.
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Get ready for the coming forward pass."""
+        self._bindings.listen(self._parameters(), self._seen)
+        self._distributor = self._distributor.prepare(self._bindings, self._groups())
+
+    @contextlib.contextmanager
+    def sub_batch(self, index: int) -> Iterator[None]:
+        """Say that the backward passes inside make up one sub-batch.
+
+        Without it every backward pass is split, by sample.
+
+        Args:
+            index: 0 to K - 1; 0 or 1 unless the option ``sub_batches`` says otherwise. A step uses the
+                sub-batches if there were passes of each, and none outside.
+
+        Raises:
+            ValueError: another index, or ranks that are each other's sub-batches.
+            RuntimeError: inside another ``sub_batch``.
+        """
+        count = self.defaults["sub_batches"]
+        if type(index) is not int or not 0 <= index < count:
+            known = "0 and 1" if count == 2 else f"0 to {count - 1}"
+            raise ValueError(f"sub_batch({index!r}): the sub-batches are {known}")
+        label = self._bindings.label
+        if label.index is not None:
+            raise RuntimeError(f"sub_batch({index}) inside sub_batch({label.index}); end that one first")
+        self._distributor.use_labels()
+        label.index = index
+        try:
+            yield
+        finally:
+            label.index = None
+
+    # The step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the parameters from their gradients.
+
+        A layer (or, on the AdamW path, all parameters) whose gradient is not finite is left as it is, with
+        a warning that names it; on other devices than the CPU the warning comes with the next curvature
+        update or `diagnostics()`, so that no step waits for the device.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            ValueError: for sparse gradients, and for parameters replaced by others of another shape; nothing
+                has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for param in self._parameters():
+            if param.grad is not None and param.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"{self._bindings.names.get(param, 'a parameter')} has a sparse gradient, which is not "
+                    "supported; make its module with sparse=False or give it to torch.optim.SparseAdam"
+                )
+        if not self.state and self._asks_for_state():
+            self._make_state()
+            return loss
+        if hasattr(self, "found_inf"):
+            self._distributor.check_scaler()
+            if overflowed(self):
+                self._distributor.discard()
+                return loss
+        self._follow_model()
+        with contextlib.ExitStack() as stack:
+            for device_type in {param.device.type for param in self._parameters()}:
+                if torch.amp.is_autocast_available(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        """Take a step of Algorithm 1; on one process this rank owns every weight."""
+        for group, schedules in zip(self.param_groups, self._schedules, strict=True):
+            if schedules:
+                group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
+        groups = self._groups()
+        loss_scale = unscale(self, groups) if hasattr(self, "found_inf") else None
+        # Parameters may have been replaced since the last step.
+        distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
+
+        # Gradients, sub-batch gradients and statistics of all ranks meet at the owners of the weights.
+        active, statistics = distributor.reduce(self.defaults["max_grad_norm"], self._describe)
+        for binding in active:
+            enter_state(binding, self.state)
+
+        # Owners refresh the curvature.
+        refused = self._refresh_curvature(active, statistics, groups, loss_scale)
+
+        # Owners compute the updates of their weights, (3) to (18), and share them.
+        ready = [binding for binding in active if binding.curvature.ready]
+        if ready:
+            own = {binding: self._update(binding, groups) for binding in ready if distributor.owns(binding)}
+            shared = distributor.share(ready, own)
+
+            # All ranks move the weights alike.
+            updates = [update for update, _ in shared]
+            self._kl_scale, finite = kl_scale([update.length for update in updates], self.defaults["kl_clip"])
+            for index, (binding, (update, parts)) in enumerate(zip(ready, shared, strict=True)):
+                binding.note(update)
+                fine = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
+                for param, part in parts:
+                    self._move(param, part, fine, groups[param])
+            if not (finite.is_cpu and bool(finite.all())):
+                self._refusals.count(tuple(f"layer {binding.name!r}" for binding in ready), finite)
+
+        # AdamW moves everything else.
+        for binding in active:
+            binding.by_adamw = not (binding.curvature.ready or binding in refused)
+        self._step_adamw({p for binding in active if not binding.by_adamw for p in binding.params})
+
+        self._bindings.give_up([param for param in groups if param.grad is not None])
+        for group in self.param_groups:
+            group["step"] += 1
+            group["last_lr"] = group["lr"]
+        for binding in self._bindings:
+            binding.recorder.clear()
+            binding.schedule(groups[binding.weight])
+        self._prepare()
+        note_places(self.state, self._places)
+
+    def _refresh_curvature(
+        self,
+        active: list[Binding],
+        statistics: dict[Binding, Statistics | None],
+        groups: dict[Tensor, dict[str, Any]],
+        loss_scale: Tensor | None,
+    ) -> list[Binding]:
+        """Take statistics into the curvature; return the bindings whose statistics were not finite.
+
+        Args:
+            active: the bindings that take part in the step.
+            statistics: of the bindings whose curvature is due, on all ranks the same; None where this rank
+                does not own the weight, or there are none.
+            groups: parameter group of every parameter.
+            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
+        """
+        own = [binding for binding in active if self._distributor.owns(binding)]
+        fallbacks = self._refresher.finish([(b.curvature, groups[b.weight]["step"]) for b in own])
+        refused: list[Binding] = []
+        if statistics:
+            estimates = []
+            for binding, sums in statistics.items():
+                if sums is not None:
+                    group = groups[binding.weight]
+                    tensors = binding.curvature.estimate(sums, group["loss_reduction"], loss_scale)
+                    estimates.append(Estimate(binding.curvature, tensors, group))
+            bad, more = self._refresher.refresh(estimates)
+            fallbacks += more
+            taken = {each.curvature for each in estimates} - set(bad)
+            outcomes = self._distributor.outcomes(
+                [(binding, binding.curvature in taken, binding.curvature in bad) for binding in statistics]
+            )
+            for binding, was_taken, was_refused in outcomes:
+                if was_taken:
+                    binding.schedule_refresh(groups[binding.weight])
+                if was_refused:
+                    refused.append(binding)
+        if refused or fallbacks:
+            names = {binding.curvature: binding.name for binding in own}
+            warn_of_curvature(refused, [(names[c], fallback) for c, fallback in fallbacks], self._warned)
+        if statistics:
+            self._refusals.report()
+        return refused
+
+    def _update(self, binding: Binding, groups: dict[Tensor, dict[str, Any]]) -> Update:
+        """Return what a weight is about to do, from the gradients of all ranks."""
+        group = groups[binding.weight]
+        beta, eta = (None if group[name] == "adaptive" else float(group[name]) for name in ("beta", "eta"))
+        gradients, samples = self._distributor.gradients(binding)
+        average = gradients.average
+        if group["loss_reduction"] == "sum":
+            contrasts = tuple(contrast / samples for contrast in gradients.contrasts)
+            gradients = gradients._replace(average=average / samples, contrasts=contrasts)
+        direction = combine(binding.curvature, gradients, beta=beta)
+        matrix, alignment, eta_used = scale_update(direction, eta, bool(gradients.contrasts))
+        length = binding.squared_length(matrix, alignment, average, groups, samples)
+        mixing, trusted = direction.beta, gradients.trusted
+        if trusted is not None:
+            mixing = torch.where(trusted, mixing, 0)
+        return Update(matrix, length, mixing, eta_used, direction.rho, trusted, gradients.reason)
+
+    def _move(self, param: Tensor, part: Tensor, fine: Tensor, group: dict[str, Any]) -> None:
+        """Decay a weight (decoupled), then move it with `torch.optim.SGD`'s momentum, if ``fine``.
+
+        Args:
+            param: the parameter, changed in place.
+            part: its update before the KL clip, same shape.
+            fine: 0-dim bool; if false, parameter and momentum stay as they are.
+            group: its parameter group.
+        """
+        assert self._kl_scale is not None
+
+        def where_fine(yes: float, no: float) -> Tensor:
+            # torch.where of two numbers would round them to float32; new_tensor would wait for the device.
+            return torch.where(fine, update.new_full((), yes), update.new_full((), no))
+
+        fine = fine.to(part.device)
+        # Not a product: 0 times NaN is NaN.
+        update = torch.where(fine, part * self._kl_scale.to(part.device, part.dtype), 0)
+        if group["momentum"]:
+            state = self.state[param]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(param, dtype=update.dtype)
+            buffer = local(state["momentum_buffer"])
+            buffer.mul_(where_fine(momentum_of(group), 1.0)).add_(update)
+            update = torch.add(update, buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+        rate = where_fine(group["lr"], 0.0)
+        weight = local(param)
+        if group["weight_decay"]:
+            weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
+        weight.add_((update * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
+
+    def _step_adamw(self, done: set[Tensor]) -> None:
+        """Step every other parameter that has a gradient."""
+        for group in self.param_groups:
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None and param.numel() and param not in done:
+                    alike.setdefault((param.device, param.dtype), []).append(param)
+            for params in alike.values():
+                refused = adamw_step(params, group, self.state, self._distributor.any)
+                self._refusals.count((f"all {len(params)} AdamW parameters of a group",), ~refused[None])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients and forget what was recorded with them."""
+        super().zero_grad(set_to_none)
+        self._distributor.discard()
+        self._relink()
+        for binding in self._bindings:
+            binding.recorder.clear()
+
+    # Curvature and reports
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the coming step refreshes the curvature of any layer."""
+        due = [binding.recorder.due for binding in self._bindings]
+        return not due or any(due)
+
+    def request_curvature(self) -> None:
+        """Refresh every layer's curvature at the coming step, for instance after new weights were loaded."""
+        groups = self._groups()
+        for binding in self._bindings:
+            group = groups[binding.weight]
+            binding.state["refresh_at"] = group["step"]
+            binding.schedule(group)
+        self._prepare()
+
+    def summary(self) -> Summary:
+        """Return a printable table: parameter, path, why, factor shapes and memory."""
+        return summarise(self._groups(), self._bindings, self.state)
+
+    def diagnostics(self) -> Diagnostics:
+        """Return β, η, ρ, damping, age of the curvature and fallbacks of every layer as of the last step.
+
+        Nothing is transferred from the device before this is called.
+        """
+        self._refusals.report()
+        return diagnose(self._groups(), self._bindings, self._kl_scale)
+
+    @property
+    def plan(self) -> Plan | None:
+        """Which rank owns which layer, in the order of `diagnostics()`; None on one process, or not yet."""
+        return self._distributor.plan
+
+    @property
+    def bytes_sent(self) -> dict[str, float]:
+        """Bytes that this rank has sent to others for the optimizer, by category (docs/distributed.md)."""
+        return dict(self._distributor.bytes_sent)
+
+    def _describe(self) -> Description:
+        return describe(self.param_groups, self._bindings, self._distribution)
+
+    # State
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer over the same model; continuing equals never having stopped.
+
+        Raises:
+            ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
+        """
+        check_form(state_dict)
+        loaded: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            layers = {weight: binding.layer for weight, binding in self._bindings.by_weight.items()}
+            loaded.append(check_state_dict(saved, self.param_groups, layers))
+            return loaded[0]
+
+        # After the user's hooks, which may make another state of it.
+        with self.register_load_state_dict_pre_hook(check):
+            super().load_state_dict(state_dict)
+        restore_precision(loaded[0], self.param_groups, self.state)
+        self._places.clear()
+        self._refresher.forget()
+        self._distributor.discard(state_replaced=True)
+        self._relink()
+        for binding in self._bindings:
+            binding.recorder.clear()
+
+    def _follow_model(self) -> None:
+        """Catch up with parameters that were replaced or moved, and with a state that was."""
+        replaced = self._bindings.follow(self._groups(), self.state)
+        if replaced:
+            for group in self.param_groups:
+                group["params"] = [replaced.get(param, param) for param in group["params"]]
+            # Where the old ones were is where their state is.
+            self._places = {replaced.get(param, param): place for param, place in self._places.items()}
+        follow_moves(self.state, self._places)
+        self._relink()
+
+    def _relink(self) -> None:
+        """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
+        changed = False
+        for binding in self._bindings:
+            held = self.state.get(binding.weight)
+            if held is not binding.curvature.state and (held is not None or binding.curvature.state):
+                binding.curvature.load({} if held is None else held)
+                changed = True
+        if changed:
+            groups = self._groups()
+            for binding in self._bindings:
+                binding.schedule(groups[binding.weight])
+            self._prepare()
+
+    def _asks_for_state(self) -> bool:
+        """Return whether this step is to do nothing but make the state.
+
+        So does torch.distributed.checkpoint before it loads: it reads only into what is there.
+        """
+        if any(not group["lr"] == group["step"] == 0 for group in self.param_groups):
+            return False
+        if any(binding.recorder.samples for binding in self._bindings):
+            return False
+        gradients = [local(param.grad) for param in self._parameters() if param.grad is not None]
+        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+    def _make_state(self) -> None:
+        """Make the state that this process will hold, as before the first step.
+
+        For a parameter whose module is not known yet that is AdamW's.
+        """
+        groups = self._groups()
+        for binding in self._bindings:
+            make_state(binding, owned=self._distributor.owns(binding), groups=groups, state=self.state)
+        covered = self._bindings.covered()
+        rest = [param for param in groups if param not in covered and param.requires_grad]
+        make_adamw_state(rest, self.state)
+        self._relink()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {
+            "layer_options": self._bindings.choices.given,
+            "schedules": self._schedules,
+            "distribution": portable(self._distribution),
+        }
+        return {**super().__getstate__(), "_own": (own, self._default_schedules)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("_own", None)
+        # A copy or an unpickled optimizer has no modules yet: it finds them as from bare parameters.
+        if "_bindings" not in self.__dict__:
+            assert own is not None
+            self._distribution = own[0]["distribution"]
+            self._begin(own[0]["layer_options"], own[1], state["defaults"]["sub_batches"])
+            self._schedules = own[0]["schedules"]
+        super().__setstate__(state)
+        if self not in optimizers:
+            self._prepare()
+            optimizers.add(self)
+
+
+class KFAC(FOP):
+    """K-FAC: `FOP` with ``beta=0.0`` and ``eta=1.0``, so that no second gradient is computed.
+
+    Args:
+        params: as for `FOP`.
+        lr: as for `FOP`.
+        options: every keyword of `FOP` except ``beta``, ``eta`` and ``sub_batches``.
+
+    Raises:
+        TypeError: for an unknown keyword, ``beta`` or ``eta``.
+        ValueError: as `FOP`.
+    """
+
+    def __init__(self, params: ParamsLike, lr: float = DEFAULTS["lr"], **options: Any) -> None:
+        fixed = sorted({"beta", "eta"} & options.keys())
+        if fixed:
+            raise TypeError(f"KFAC has beta=0.0 and eta=1.0; got {', '.join(fixed)}. Use FOP to set them.")
+        super().__init__(params, lr, beta=0.0, eta=1.0, **options)

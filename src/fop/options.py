@@ -1,0 +1,228 @@
+"""Options and parameters: checked when given, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fop.torch_internals import unwrapped
+
+Schedule: TypeAlias = Callable[[int], float]
+ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+# Measured in records/defaults; docs/defaults.md defends each in a line.
+DEFAULTS: dict[str, Any] = {
+    "lr": 0.05,
+    "momentum": 0.5,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "damping": 1e-3,
+    "stat_decay": 0.9,
+    "curvature_interval": 100,
+    "inverse_delay": 0,
+    "sub_batches": 2,
+    "beta": "adaptive",
+    "eta": "adaptive",
+    "kl_clip": 1e-3,
+    "adamw_lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "maximize": False,
+    "loss_reduction": "mean",
+    "max_grad_norm": None,
+}
+
+# Options that may be functions of the step.
+SCHEDULED = ("damping", "curvature_interval")
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with plain numbers in place of NumPy's, which a checkpoint could not load safely.
+
+    Raises:
+        ValueError: an option outside its range.
+        TypeError: an option of the wrong type.
+    """
+    _check_options(options)
+    return {key: _plain(value) if key in DEFAULTS else value for key, value in options.items()}
+
+
+def split_schedules(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
+    """Return the options with functions of the step replaced by their value at step 0, and the functions."""
+    schedules = {name: options[name] for name in SCHEDULED if callable(options.get(name))}
+    return {**options, **{name: schedule(0) for name, schedule in schedules.items()}}, schedules
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
+
+
+def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
+    """Raise ValueError or TypeError for the first option outside its range; unknown keys are left alone."""
+    for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps"):
+        if name in options:
+            _check_number(name, options[name], low=0.0)
+    for name in ("momentum", "stat_decay"):
+        if name in options:
+            _check_number(name, options[name], low=0.0, below=1.0)
+    for name in ("nesterov", "maximize"):
+        if name in options and not isinstance(options[name], bool):
+            raise TypeError(f"{name}={options[name]!r} must be True or False")
+    for name in ("beta", "eta"):
+        if name in options and options[name] != "adaptive":
+            _check_number(name, options[name], low=0.0, instead="or 'adaptive'")
+    if options.get("loss_reduction", "mean") not in ("mean", "sum"):
+        raise ValueError(
+            f"loss_reduction={options['loss_reduction']!r} must be 'mean' or 'sum', as the loss joins samples"
+        )
+    if options.get("kl_clip") is not None:
+        _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
+    if options.get("max_grad_norm") is not None:
+        _check_number("max_grad_norm", options["max_grad_norm"], low=0.0, strict=True, instead="or None")
+    for name, least, unit in (
+        ("curvature_interval", 1, "steps"),
+        ("inverse_delay", 0, "steps"),
+        ("sub_batches", 1, "sub-batches"),
+    ):
+        if name in options:
+            count = options[name]
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+                raise TypeError(f"{name}={count!r} must be a whole number of {unit}, {least} or more")
+            if count < least:
+                raise ValueError(f"{name}={count} must be {least} or more {unit}")
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise TypeError(f"betas={betas!r} must be two numbers in [0, 1), as for torch.optim.AdamW")
+        for beta in betas:
+            _check_number("betas", beta, low=0.0, below=1.0)
+    if options.get("sub_batches", 2) > 2 and options.get("beta", "adaptive") not in ("adaptive", 0.0):
+        raise ValueError(
+            f"beta={options['beta']!r} fixes the mixing of two sub-batches, and sub_batches="
+            f"{options['sub_batches']}; use beta='adaptive', or sub_batches=2"
+        )
+    if options.get("nesterov") and options.get("momentum") == 0:
+        raise ValueError("nesterov=True needs momentum > 0; got momentum=0")
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    below: float = math.inf,
+    strict: bool = False,
+    instead: str = "",
+) -> None:
+    allowed = f"{'(' if strict else '['}{low:g}, {below:g})"
+    remedy = f"{name}={value!r} must be a number in {allowed} {instead}".rstrip()
+    if isinstance(value, Tensor):
+        raise TypeError(f"{remedy}; convert the tensor with float({name})")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(remedy)
+    # A NaN fails every comparison, so the test is for what is right.
+    if not ((low < value if strict else low <= value) and value < below):
+        raise ValueError(remedy)
+
+
+def normalise(params: ParamsLike) -> tuple[list[dict[str, Any]], nn.Module | None, dict[Tensor, str]]:
+    """Return parameter groups, the root module if one was given, and the names known so far.
+
+    Raises:
+        TypeError: if ``params`` is a tensor, or holds something other than tensors.
+        ValueError: if ``params`` is empty.
+    """
+    if isinstance(params, nn.Module):
+        params = unwrapped(params)
+        named = list(params.named_parameters())
+        if not named:
+            raise ValueError(f"the module {type(params).__name__} has no parameters to train")
+        return [{"params": [p for _, p in named]}], params, {p: name for name, p in named}
+    if isinstance(params, Tensor):
+        raise TypeError("params is a single tensor; give an iterable of parameters, [param], or the module")
+    entries = _ordered(params)
+    if not entries:
+        raise ValueError("params is empty; an iterator such as model.parameters() can be used only once")
+    groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
+    names: dict[Tensor, str] = {}
+    return [normalise_group(group, names) for group in groups], None, names
+
+
+def _ordered(params: Iterable[Any]) -> list[Any]:
+    if isinstance(params, Set):
+        raise TypeError("params is a set, whose order changes from run to run; give a list")
+    return list(params)
+
+
+def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
+    """Return one group with a list of plain parameters; names of named parameters go into ``names``.
+
+    As torch does since 2.6, names are kept in the group, too, as ``param_names``.
+
+    Raises:
+        TypeError: no dict with parameters.
+        ValueError: an iterator that has been used up, or names for some parameters only.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group must be a dict with the key 'params'; got {type(group).__name__}")
+    given = group["params"]
+    if isinstance(given, nn.Module):
+        names |= {param: name for name, param in given.named_parameters()}
+        given = list(given.parameters())
+    entries = [given] if isinstance(given, Tensor) else _ordered(given)
+    if not entries and not isinstance(given, Sequence):
+        raise ValueError("a parameter group is empty; an iterator of parameters can be used only once")
+    named = [isinstance(entry, tuple) for entry in entries]
+    if any(named) and not all(named):
+        raise ValueError(
+            "a parameter group has names for some of its parameters; give names to all or to none"
+        )
+    plain = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    for param in plain:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params must hold tensors; got {type(param).__name__}")
+    if not any(named):
+        return {**group, "params": plain}
+    names |= {param: name for name, param in entries}
+    return {**group, "params": plain, "param_names": [name for name, _ in entries]}
+
+
+def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:
+    """Raise for parameters that no step could update, and for those given twice.
+
+    Raises:
+        ValueError: duplicates, parameters of another group, non-leaf, sparse or uninitialised ones.
+        TypeError: complex or integer parameters.
+    """
+    for index, param in enumerate(params):
+        label = names.get(param, f"parameter {index}")
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{label} is uninitialised; run the lazy module once before making the optimizer"
+            )
+        label = f"{label} {tuple(param.shape)}"
+        if not param.is_floating_point():
+            raise TypeError(
+                f"{label} has dtype {param.dtype}; only real floating point can be "
+                "trained; leave it out (a buffer?), or train a complex one through torch.view_as_real"
+            )
+        if param.layout is not torch.strided:
+            raise ValueError(f"{label} has layout {param.layout}; only dense parameters are supported")
+        if not param.is_leaf:
+            raise ValueError(f"{label} is not a leaf tensor; give the parameter it was computed from")
+        if param in taken:
+            raise ValueError(f"{label} is in more than one parameter group; give each parameter once")
+    for param, count in Counter(params).items():
+        if count > 1:
+            label = f"{names.get(param, 'a parameter')} {tuple(param.shape)}"
+            raise ValueError(f"{label} is given {count} times; give each parameter once")

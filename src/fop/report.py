@@ -1,0 +1,246 @@
+"""What the optimizer tells about itself: `summary()` and `diagnostics()`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fop.binding import Binding, Bindings
+from fop.curvature import Fallback
+
+_FALLBACKS = {
+    Fallback.FLOAT64: "needed float64",
+    Fallback.DAMPING: "needed more damping",
+    Fallback.KEPT: "failed and the last good inverse was kept",
+}
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One parameter: path ("FOP", "K-FAC", "AdamW" or "unknown"), why, factor shapes, bytes of state."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    reason: str
+    factors: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All parameters, in the order of the groups; prints as a table."""
+
+    rows: list[SummaryRow]
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "path", "why", "factors", "state")
+        body = [
+            (r.name, "×".join(map(str, r.shape)) or "scalar", r.path, r.reason, r.factors, _size(r.bytes))
+            for r in self.rows
+        ]
+        paths = Counter(row.path for row in self.rows)
+        return "\n".join(
+            [
+                _table(head, body),
+                f"{len(self.rows)} parameters: {', '.join(f'{n} {path}' for path, n in paths.items())}; "
+                f"{_size(sum(r.bytes for r in self.rows))} of optimizer state",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class LayerDiagnostics:
+    """One layer in the last step that updated it.
+
+    Attributes:
+        beta: mixing coefficient β used; 0 for a K-FAC step, None before the first.
+        eta: step scale η used; 1 for a K-FAC step, None before the first.
+        rho: ρ ∈ [0, 1], None before the first step.
+        damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1]; None where another rank
+            owns the layer.
+        damping_G: the same for G + γ/π I; None for a diagonal curvature, which has no G.
+        steps_since_curvature: steps since the inverses were computed; None before the first time.
+        fallbacks: how often an inversion needed each fallback.
+        kfac_steps: number of steps so far that had no gradient pair and were K-FAC's.
+        why_kfac: why the last step was one of them, None if it was not.
+    """
+
+    beta: float | None
+    eta: float | None
+    rho: float | None
+    damping_A: float | None
+    damping_G: float | None
+    steps_since_curvature: int | None
+    fallbacks: dict[str, int]
+    kfac_steps: int
+    why_kfac: str | None
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Layers that have curvature by name, and the KL clip's factor in the last step (1 without a clip)."""
+
+    layers: dict[str, LayerDiagnostics] = field(default_factory=dict)
+    kl_scale: float = 1.0
+
+    def __str__(self) -> str:
+        head = ("layer", "beta", "eta", "rho", "damping A", "damping G", "age", "fallbacks", "no pair")
+        body = []
+        for name, d in self.layers.items():
+            numbers = (d.beta, d.eta, d.rho, d.damping_A, d.damping_G, d.steps_since_curvature)
+            cells = ("–" if number is None else f"{number:.4g}" for number in numbers)
+            body.append((name, *cells, str(sum(d.fallbacks.values())), str(d.kfac_steps)))
+        why = [f"{name} took K-FAC's step: {d.why_kfac}" for name, d in self.layers.items() if d.why_kfac]
+        return "\n".join([_table(head, body), f"KL scale {self.kl_scale:.4g}", *why])
+
+
+class Refusals:
+    """Counts updates that were refused because they were not finite, on the device until it is asked."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, ...], Tensor] = {}
+
+    def count(self, names: tuple[str, ...], finite: Tensor) -> None:
+        """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once."""
+        self._counts[names] = (~finite).int() + self._counts.get(names, 0)
+        if finite.device.type == "cpu":
+            self.report()
+
+    def report(self) -> None:
+        """Warn of what was refused since the last report; waits for the device."""
+        counts, self._counts = self._counts, {}
+        for names, refused in counts.items():
+            which = [name for name, count in zip(names, refused.tolist(), strict=True) if count]
+            if which:
+                warnings.warn(
+                    f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
+                    "refused; these weights are as before",
+                    RuntimeWarning,
+                    stacklevel=outside(),
+                )
+
+
+def outside() -> int:
+    """Return the ``stacklevel`` of the first caller outside this library and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fop", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def warn_of_curvature(
+    refused: Sequence[Binding], fallbacks: Sequence[tuple[str, Fallback]], warned: set[tuple[str, Fallback]]
+) -> None:
+    """Warn of statistics that were not finite, and of each layer's fallbacks once; ``warned`` holds those."""
+    if refused:
+        names = ", ".join(binding.name for binding in refused)
+        warnings.warn(
+            f"statistics of {names} are not finite in this step and were not used",
+            RuntimeWarning,
+            stacklevel=outside(),
+        )
+    for name, fallback in fallbacks:
+        if (name, fallback) not in warned:
+            warned.add((name, fallback))
+            warnings.warn(
+                f"the inversion of a curvature factor of {name} {_FALLBACKS[fallback]}; reported once, "
+                "counted in diagnostics(). More damping avoids it.",
+                RuntimeWarning,
+                stacklevel=outside(),
+            )
+
+
+def summarise(
+    groups: Mapping[Tensor, Mapping[str, Any]],
+    bindings: Bindings,
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> Summary:
+    """Return the table of every parameter's path."""
+    by_param = {param: binding for binding in bindings for param in binding.params}
+    rows = []
+    for index, (param, group) in enumerate(groups.items()):
+        binding = by_param.get(param)
+        path, reason, factors = "AdamW", bindings.reasons.get(param, ""), ""
+        if binding is None and not reason:
+            path, reason = "unknown", "known after the first forward pass"
+        if binding is not None:
+            kfac = not binding.corrected and group["eta"] in (1.0, "adaptive")
+            path, reason = "K-FAC" if kfac else "FOP", binding.kind
+            if len(binding.modules) > 1:
+                reason += f", shared by {', '.join(binding.modules)}"
+            if param is binding.weight:
+                factors = binding.curvature.describe()
+            if not param.requires_grad:
+                reason += ", frozen"
+            elif param is binding.bias and not binding.weight.requires_grad:
+                path, reason = "AdamW", f"the weight of its {binding.kind} is frozen"
+            elif binding.by_adamw:
+                path, reason, factors = "AdamW", _unseen(binding), ""
+            elif not binding.curvature.ready:
+                reason += ", no curvature yet"
+        held = state.get(param, {})
+        size = sum(t.numel() * t.element_size() for t in held.values() if isinstance(t, Tensor))
+        name = bindings.names.get(param, f"parameter {index}")
+        rows.append(SummaryRow(name, tuple(param.shape), path, reason, factors, size))
+    return Summary(rows)
+
+
+def diagnose(
+    groups: Mapping[Tensor, Mapping[str, Any]], bindings: Bindings, kl_scale: Tensor | None
+) -> Diagnostics:
+    """Return the diagnostics of the last step; one transfer from the device per layer."""
+    layers: dict[str, LayerDiagnostics] = {}
+    for binding in bindings:
+        group, curvature, last = groups[binding.weight], binding.curvature, binding.last
+        if last is None and not curvature.estimated:
+            continue
+        beta, eta, rho = (
+            (None, None, None) if last is None else torch.stack([last.beta, last.eta, last.rho]).tolist()
+        )
+        # Another rank may own the curvature.
+        share_A, share_G = (
+            curvature.damping_shares(group["damping"]) if curvature.estimated else (None, None)
+        )
+        refreshed_at = binding.state.get("refreshed_at")
+        layers[binding.name] = LayerDiagnostics(
+            beta,
+            eta,
+            rho,
+            share_A,
+            share_G,
+            None if refreshed_at is None else group["step"] - 1 - refreshed_at,
+            {each.name.lower(): curvature.fallbacks[each] for each in _FALLBACKS},
+            *binding.kfac_steps(),
+        )
+    return Diagnostics(layers, 1.0 if kl_scale is None else float(kl_scale))
+
+
+def _unseen(binding: Binding) -> str:
+    return (
+        f"no statistics: no backward pass through its {binding.kind} was seen (a gradient set by hand, a "
+        "function in place of the module, or attention under torch.compile)"
+    )
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    rows = [head, ["-" * width for width in widths], *body]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

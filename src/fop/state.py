@@ -1,0 +1,173 @@
+"""State dicts: checked before anything changes, restored in the precision they were saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fop.binding import Binding
+from fop.capture import local
+from fop.curvature import NEVER, NOTHING_PENDING, entry_names, expected_entries
+from fop.layers import Layer
+from fop.options import DEFAULTS
+
+# Options that a state_dict of an earlier version lacks.
+_NEWER = ("sub_batches",)
+
+
+def check_state_dict(
+    saved: Any, groups: Sequence[Mapping[str, Any]], layers: Mapping[Tensor, Layer]
+) -> dict[str, Any]:
+    """Return ``saved`` with the options that an earlier version did not have, at their defaults.
+
+    Args:
+        saved: what `state_dict` of an optimizer gave.
+        groups: the parameter groups that it would be loaded into.
+        layers: the layer of every weight whose layer is known already.
+
+    Raises:
+        ValueError: it does not fit these parameter groups.
+    """
+    check_form(saved)
+    if len(saved["param_groups"]) != len(groups):
+        raise ValueError(
+            f"the state_dict has {len(saved['param_groups'])} parameter groups, not {len(groups)}; "
+            "make the optimizer with the same groups before loading"
+        )
+    needed = DEFAULTS.keys() - {*_NEWER} | {"params", "step", "base_lr", "last_lr"}
+    newer = {name: DEFAULTS[name] for name in _NEWER}
+    for index, (old, new) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        if missing := needed - old.keys():
+            raise ValueError(
+                f"parameter group {index} of the state_dict lacks {sorted(missing)}: it was not saved by FOP"
+            )
+        if len(old["params"]) != len(new["params"]):
+            raise ValueError(
+                f"parameter group {index} of the state_dict has {len(old['params'])} parameters, not "
+                f"{len(new['params'])}: it belongs to another model"
+            )
+        for key, param in zip(old["params"], new["params"], strict=True):
+            label = f"parameter {key} (group {index}) of shape {tuple(param.shape)}"
+            state = saved["state"].get(key, {})
+            curvature = expected_entries(state, param.shape, layers.get(param))
+            if curvature and not all(isinstance(state.get(k), int) for k in ("refreshed_at", "refresh_at")):
+                raise ValueError(
+                    f"the state of {label} needs whole numbers 'refreshed_at' and 'refresh_at': it was not "
+                    "saved by FOP"
+                )
+            for name, shape in {**_other_entries(state, param), **curvature}.items():
+                _check_entry(state, name, shape, label)
+    return {**saved, "param_groups": [{**newer, **group} for group in saved["param_groups"]]}
+
+
+def check_form(saved: Any) -> None:
+    """Raise ValueError unless ``saved`` is what `state_dict` of an optimizer gives."""
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(
+            f"a state_dict is a dict with the keys 'state' and 'param_groups'; got "
+            f"{sorted(saved) if isinstance(saved, Mapping) else repr(saved)}. Pass what "
+            "optimizer.state_dict() returned"
+        )
+
+
+def _other_entries(state: Mapping[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the entries that a state must have beside its curvature, given those it has."""
+    shape = tuple(param.shape)
+    entries: dict[str, tuple[int, ...]] = {}
+    if "momentum_buffer" in state:
+        entries["momentum_buffer"] = shape
+    if "complete" in state:
+        entries["complete"] = ()
+    if state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
+        entries |= {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
+    return entries
+
+
+def _check_entry(state: Mapping[str, Any], name: str, shape: tuple[int, ...], label: str) -> None:
+    value = state.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the state of {label} needs a tensor {name!r}; got {value!r}")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name!r} of {label} has shape {tuple(value.shape)} in the state_dict and must have "
+            f"{shape}: it belongs to another model, or to other layer_options"
+        )
+
+
+def restore_precision(
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+) -> None:
+    """Put our tensors back as saved: torch casts every state tensor to its parameter's dtype."""
+    for old, new in zip(saved["param_groups"], groups, strict=True):
+        for key, param in zip(old["params"], new["params"], strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    state[param][name] = value.to(param.device, _dtype(name, value, param), copy=True)
+
+
+def enter_state(binding: Binding, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Let the state of an optimizer hold that of a binding, which takes a step."""
+    state[binding.weight] = binding.state
+    for bias in binding.params[1:]:
+        # torch.distributed.checkpoint takes a parameter without any state for one that was left out.
+        state.setdefault(bias, {})["in_block_of_weight"] = True
+
+
+def make_state(
+    binding: Binding,
+    *,
+    owned: bool,
+    groups: Mapping[Tensor, Mapping[str, Any]],
+    state: MutableMapping[Tensor, dict[str, Any]],
+) -> None:
+    """Make the state of a binding's parameters as before the first step: no curvature, no momentum.
+
+    Args:
+        binding: the binding.
+        owned: whether its curvature is kept in this process.
+        groups: parameter group of every parameter.
+        state: where to.
+    """
+    weight, curvature, own = binding.weight, binding.curvature, binding.state
+    device = local(weight).device
+    for name, shape in curvature.entries(binding.layer).items() if owned else ():
+        own[name] = torch.zeros(shape, dtype=_dtype(name, weight, weight), device=device)
+    complete = torch.ones((), dtype=torch.bool, device=device)
+    own |= {"refreshed_at": NEVER, "refresh_at": 0, "complete": complete}
+    if owned and groups[weight]["inverse_delay"] and curvature.by_inversion:
+        own |= NOTHING_PENDING
+    enter_state(binding, state)
+    for param in binding.params:
+        if groups[param]["momentum"]:
+            dtype = _dtype("momentum_buffer", param, param)
+            state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+
+
+Places: TypeAlias = dict[Tensor, tuple[torch.device, torch.dtype]]
+
+
+def note_places(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
+    """Note the device and dtype of every parameter that has a state."""
+    places |= {param: (param.device, param.dtype) for param in state}
+
+
+def follow_moves(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
+    """Move the state of parameters that have moved, as by ``model.to``, since ``places`` were noted."""
+    for param, entries in state.items():
+        if places.get(param) in (None, (param.device, param.dtype)):
+            continue
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                entries[name] = value.to(param.device, _dtype(name, value, param))
+
+
+def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
+    if name in ("step", "complete"):
+        return value.dtype
+    ours = name == "momentum_buffer" or name in entry_names()
+    return torch.promote_types(param.dtype, torch.float32) if ours else param.dtype

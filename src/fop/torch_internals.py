@@ -1,0 +1,102 @@
+"""All that reaches behind torch's public names, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# The backward pass that is running in this thread; -1 if none is.
+current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+
+# Whether that pass was called with retain_graph=True. Where torch lacks it, a second pass through a graph has
+# no sub-batch gradients.
+graph_is_retained: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", bool
+)
+
+# The transformation of torch.func that is running, whose tensors stand for others; None if none is.
+current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+def is_vmapped(gradient: Tensor) -> bool:
+    """Return whether several backward passes run as one (vectorized Jacobians); none reaches p.grad."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return bool(ask()) if ask is not None else False
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """Return the tensor of which ``tensor`` is a view; None if it is no view."""
+    return tensor._base
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` when the running backward pass is over, and DistributedDataParallel has finished."""
+    engine = torch.autograd.Variable._execution_engine
+    # Callbacks run in the order in which they were asked for, and may ask for more.
+    engine.queue_callback(lambda: engine.queue_callback(function))
+
+
+def running_ddp() -> Any:
+    """Return the DistributedDataParallel whose forward pass is running, None if none is."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def is_ddp(module: nn.Module) -> bool:
+    """Return whether a module is a DistributedDataParallel."""
+    return isinstance(module, nn.parallel.DistributedDataParallel)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the user's own module inside `torch.compile` and `DistributedDataParallel`, in any order."""
+    return wrappers(module)[-1]
+
+
+def wrappers(module: nn.Module) -> list[nn.Module]:
+    """Return a module, what it wraps, and so on; the last is the user's own."""
+    inner: Any = module
+    found: list[nn.Module] = []
+    while inner is not None:
+        found.append(inner)
+        outer, inner = inner, getattr(inner, "_orig_mod", None)
+        if inner is None and is_ddp(outer):
+            inner = outer.module
+    return found
+
+
+def fsdp_group(module: nn.Module) -> Any:
+    """Return what fully_shard knows of the parameters of a module; None if it manages none there."""
+    state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+    return None if state is None else state._fsdp_param_group
+
+
+def is_joining(joinable: Any) -> bool:
+    """Return whether an optimizer or a DistributedDataParallel is inside a `Join`."""
+    config = getattr(joinable, "_join_config", None)
+    return config is not None and bool(config.enable)
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """Return the timeout of a process group; None where it does not tell."""
+    for device in ("cpu", "cuda"):
+        try:
+            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue
+        return timeout
+    return None
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """Return the loss scale of a GradScaler, 0-dim; None before its first use."""
+    return scaler._scale
