@@ -19,11 +19,11 @@ from fop.capture import (
     Recorder,
     Seen,
     SubBatchLabel,
+    in_place,
     local,
     stands_for,
     trace_anew,
 )
-from fop.correction import SubBatchGradients
 from fop.curvature import make_curvature, next_refresh
 from fop.discovery import FoundLayer, Owner, find_layers
 from fop.layer_options import LayerChoices
@@ -49,6 +49,7 @@ class Binding:
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
         last: the last update's scalars, for the diagnostics.
+        seen: whether the modules knew of the last gradient.
     """
 
     def __init__(self, found: FoundLayer, recorder: Recorder, state: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ class Binding:
         self.lean = False
         self.by_adamw = False
         self.last: Update | None = None
-        self._seen = False
+        self.seen = False
         # Steps without sub-batch gradients; those that were not believed are counted on the device.
         self._without = 0
         self._distrusted: Tensor | None = None
@@ -80,7 +81,7 @@ class Binding:
         recorder, curvature = self.recorder, self.curvature
         recorder.paired = self.corrected = group["beta"] != 0.0 and group["sub_batches"] > 1
         # A state that was saved by one of several ranks lacks the curvature that others owned.
-        recorder.due = self.state.get("refresh_at", 0) <= group["step"] or not curvature.ready
+        recorder.due = curvature.state.get("refresh_at", 0) <= group["step"] or not curvature.ready
         recorder.counted = group["loss_reduction"] == "sum"
 
     def schedule_refresh(self, group: Mapping[str, Any]) -> None:
@@ -95,58 +96,37 @@ class Binding:
         state.setdefault("complete", torch.ones((), dtype=torch.bool, device=local(self.weight).device))
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
 
-    def newly_unseen(self) -> bool:
-        """Return whether the weight has a gradient that, unlike the last, its modules know nothing of."""
-        recorder = self.recorder
-        seen = self.weight.grad is None or not recorder.wants or recorder.samples > 0
-        was_seen, self._seen = self._seen, seen
-        return was_seen and not seen
-
     def gradient(self) -> Tensor:
         """Return p.grad of weight and bias as gradient matrix."""
         assert self.weight.grad is not None
         return self.layer.to_matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
 
-    def gradients(self, group: Mapping[str, Any]) -> SubBatchGradients:
-        """Return the sub-batch gradients that this process has recorded, Ga as p.grad is now."""
-        average, sub_batches = self.gradient(), self.recorder.sub_batches
-        if not self.recorder.paired:
-            return SubBatchGradients(average, reason=sub_batches.reason)
-        gradients = sub_batches.gradients(average, self.state.get("complete"), group["loss_reduction"])
-        if self.bias is not None and self.bias.grad is None:
-            for difference in gradients.contrasts:
-                self.layer.bias_part(difference).zero_()
-        return gradients
-
     def parts(self, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, its part of a gradient matrix) for the parameters that take part in a step."""
-        weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
-        if bias_part is None or self.bias is None or not self.steps_bias:
-            return [(self.weight, weight_part)]
-        return [(self.weight, weight_part), (self.bias, bias_part)]
+        """Return (parameter, its part of a gradient matrix) for the parameters that take part in a step.
 
-    @property
-    def steps_bias(self) -> bool:
-        """Whether the bias takes part in a step: whether it has a gradient."""
-        if self.bias is None:
-            return False
-        return self.bias.requires_grad if self.lean else self.bias.grad is not None
+        Those are the weight, and the bias if it has a gradient, here or at the owner.
+        """
+        weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
+        bias = self.bias
+        if (
+            bias is None
+            or bias_part is None
+            or not (bias.requires_grad if self.lean else bias.grad is not None)
+        ):
+            return [(self.weight, weight_part)]
+        return [(self.weight, weight_part), (bias, bias_part)]
 
     def squared_length(
-        self, matrix: Tensor, alignment: Tensor, average: Tensor, groups: Groups, samples: int | Tensor
+        self, matrix: Tensor, average: Tensor, groups: Groups, samples: int | Tensor
     ) -> Tensor:
-        """Return lr²·⟨update, gradient⟩, this weight's term of the KL clip.
+        """Return lr²·⟨update, gradient⟩, this weight's term of the KL clip, with a bias of another rate.
 
         Args:
             matrix: the update.
-            alignment: ⟨update, gradient⟩.
             average: Ga, of a loss that is a sum if that is what it is.
             groups: parameter group of every parameter.
             samples: what makes Ga the gradient of a mean.
         """
-        rate = float(groups[self.weight]["lr"])
-        if self.bias is None or groups[self.bias]["lr"] == rate:
-            return alignment * rate**2
         terms = [
             groups[param]["lr"] ** 2 * (part * gradient).sum()
             for (param, part), (_, gradient) in zip(self.parts(matrix), self.parts(average), strict=True)
@@ -163,7 +143,9 @@ class Binding:
         if update.trusted is None:
             self._without += 1
         else:
-            self._distrusted = (~update.trusted).long() + (0 if self._distrusted is None else self._distrusted)
+            self._distrusted = (~update.trusted).long() + (
+                0 if self._distrusted is None else self._distrusted
+            )
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
@@ -186,6 +168,7 @@ class Bindings:
         names: qualified names of parameters, as far as known.
         reasons: why a parameter takes AdamW, for those that do.
         label: what the user says of running backward passes.
+        searching: whether there may be parameters whose modules are not known.
     """
 
     def __init__(self, choices: LayerChoices, sub_batches: int) -> None:
@@ -194,6 +177,7 @@ class Bindings:
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.label = SubBatchLabel()
+        self.searching = True
         self._sub_batches = sub_batches
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
@@ -219,6 +203,7 @@ class Bindings:
         """
         # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
         root = unwrapped(root)
+        self.searching = True
         found = find_layers(root, groups.keys(), self.choices)
         if not found.owners:
             return
@@ -261,7 +246,9 @@ class Bindings:
             if found.bias is not None and binding.bias is None and known:
                 reasons[found.bias] = "added after the weight of its layer"
             elif not known:
-                reasons[found.weight] = f"shared by {', '.join(dict.fromkeys([*binding.modules, found.name]))}"
+                reasons[found.weight] = (
+                    f"shared by {', '.join(dict.fromkeys([*binding.modules, found.name]))}"
+                )
             return
         known_modules = set(binding.recorder.modules)
         if root not in self._watches:
@@ -284,7 +271,7 @@ class Bindings:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
         watch = self._watches.get(unwrapped(root))
         if watch is not None:
-            watch.enter(args, kwargs)
+            watch.enter(root, args, kwargs)
 
     def give_up(self, params: list[Tensor]) -> None:
         """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
@@ -303,11 +290,11 @@ class Bindings:
             seen: bound method, called with each model that is run and its arguments; held by weak reference.
         """
         known = self.reasons.keys() | self.covered()
-        unknown = any([param not in known for param in params])
-        if unknown and self._finder is None:
+        self.searching = any(param not in known for param in params)
+        if self.searching and self._finder is None:
             self._finder = FirstForwardHook(seen)
             weakref.finalize(self, self._finder.remove)
-        elif not unknown:
+        elif not self.searching:
             self.choices.warn_of_unmatched()
             if self._finder is not None:
                 self._finder.remove()
@@ -322,13 +309,15 @@ class Bindings:
         Raises:
             ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
         """
-        for root in self.roots():
-            if (watch := self._watches.get(root)) is not None:
-                watch.repair(root)
+        for root, watch in self._watches.items():
+            if not all(in_place(handle) for handle in watch.handles):
+                # Somebody has cleared hooks of the model.
+                watch.register(root)
         changed = [param for param in self._owners if not self._as_found(param)]
         broken = [weight for weight, binding in self.by_weight.items() if self._lost(binding)]
         if not (changed or broken):
             return {}
+        self.searching = True
         replaced = self._replaced(changed, groups)
         for old, new in replaced.items():
             state[new] = state.pop(old, {})
@@ -353,14 +342,18 @@ class Bindings:
 
     def _lost(self, binding: Binding) -> bool:
         """Return whether the modules of a weight must be looked for again."""
-        if not binding.recorder.intact:
+        recorder, weight = binding.recorder, binding.weight
+        if not all(use.intact(weight) for use in recorder.uses):
             return True
-        if not binding.newly_unseen():
+        seen = recorder.samples > 0 or weight.grad is None or not recorder.wants
+        was_seen, binding.seen = binding.seen, seen
+        if seen or not was_seen:
             return False
-        # Another module may have the weight now, and the old one be kept by somebody.
+        # It has a gradient that, unlike the one before, its modules know nothing of: another module may have
+        # the weight now, and the old one be kept by somebody.
         modules = (module for root in self.roots() for module in root.modules())
-        have = {m for m in modules if any(p is binding.weight for p in m._parameters.values())}
-        return not have <= {ref() for ref, _ in self._owners.get(binding.weight, ())}
+        have = {module for module in modules if any(p is weight for p in module._parameters.values())}
+        return not have <= {ref() for ref, _ in self._owners.get(weight, ())}
 
     def _as_found(self, param: Tensor) -> bool:
         """Return whether all modules that had a parameter have it still."""

@@ -1,7 +1,7 @@
 """The direction of a step: equations 3-6, 13 and 16 of Lu & Armour (AAAI 2026), for K sub-batches.
 
-A gradient is a matrix of shape (groups, out, in), any layout that its curvature understands; every scalar is a
-0-dim tensor over the whole weight and stays on the device. Two sub-batches are the paper's case.
+A gradient is a matrix of shape (groups, out, in), any layout that its curvature understands; every scalar is
+a 0-dim tensor over the whole weight and stays on the device. Two sub-batches are the paper's case.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Te
 
 
 def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Return β* = E⁻¹·D (16), for K = 2 D/E; 0 for a contrast that adds no direction.
+    """Return β* = E⁻¹·D (16) for K > 2; 0 for a contrast that adds no direction.
 
     Args:
         D: ⟨Ga, F̂⁻¹·G⊥_j⟩ of every contrast (13).
@@ -167,7 +167,7 @@ def combine(metric: Metric, gradients: SubBatchGradients, *, beta: float | None 
     natural_perpendicular = [metric.solve(G) for G in perpendicular]
     D = [inner(average, N) for N in natural_perpendicular]
     E = [[inner(G, N) for N in natural_perpendicular] for G in perpendicular]
-    best = mixing_coefficients(D, E)
+    best = [ratio(D[0], E[0][0], otherwise=0.0)] if len(D) == 1 else mixing_coefficients(D, E)
     mixing = best if beta is None else [torch.full_like(B, beta)]
     update, alignment, squared_norm, explained = natural, B, B, torch.zeros_like(B)
     for j, coefficient in enumerate(mixing):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from fop.capture import parameter_of
-from fop.layers import EXCLUDED, EmbeddingLayer, Layer, LayerOptions, Slot, describe
 from fop.layer_options import LayerChoices
+from fop.layers import EXCLUDED, EmbeddingLayer, Layer, LayerOptions, Slot, describe
 
 
 @dataclass(frozen=True)

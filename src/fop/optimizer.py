@@ -38,7 +38,6 @@ from fop.state import (
     enter_state,
     follow_moves,
     make_state,
-    note_places,
     restore_precision,
 )
 from fop.step_size import Update, kl_scale, momentum_of, scale_update
@@ -66,8 +65,8 @@ class FOP(JoinableOptimizer, Optimizer):
         inverse_delay: steps after which new inverses are used; until then they are computed in another thread
             (on a GPU, another stream), and steps do not wait. 0 computes them in the step.
         sub_batches: K, in how many sub-batches every batch is split; 2 is the paper's method, 1 is K-FAC.
-        beta: "adaptive" for β* (16), or a fixed mixing coefficient for two sub-batches; 0.0 with ``eta=1.0`` is
-            K-FAC.
+        beta: "adaptive" for β* (16), or a fixed mixing coefficient for two sub-batches; 0.0 with ``eta=1.0``
+            is K-FAC.
         eta: "adaptive" for η* (17), or a fixed scale.
         kl_clip: κ; the preconditioned updates are scaled by min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩))
             (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip.
@@ -194,6 +193,7 @@ class FOP(JoinableOptimizer, Optimizer):
         super().add_param_group(group)
         own = {name: schedule for name, schedule in self._default_schedules.items() if name not in options}
         self._schedules.append({**own, **schedules})
+        self._bindings.searching = True
         if self in optimizers:
             trace_anew()
             for root in list(self._bindings.roots()):
@@ -214,7 +214,8 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _prepare(self) -> None:
         """Get ready for the coming forward pass."""
-        self._bindings.listen(self._parameters(), self._seen)
+        if self._bindings.searching:
+            self._bindings.listen(self._parameters(), self._seen)
         self._distributor = self._distributor.prepare(self._bindings, self._groups())
 
     @contextlib.contextmanager
@@ -272,7 +273,8 @@ class FOP(JoinableOptimizer, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for param in self._parameters():
+        groups = self._groups()
+        for param in groups:
             if param.grad is not None and param.grad.layout is not torch.strided:
                 raise ValueError(
                     f"{self._bindings.names.get(param, 'a parameter')} has a sparse gradient, which is not "
@@ -288,13 +290,13 @@ class FOP(JoinableOptimizer, Optimizer):
                 return loss
         self._follow_model()
         with contextlib.ExitStack() as stack:
-            for device_type in {param.device.type for param in self._parameters()}:
+            for device_type in {param.device.type for param in groups}:
                 if torch.amp.is_autocast_available(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             self._step()
         return loss
 
-    def _step(self) -> None:
+    def _step(self) -> None:  # noqa: PLR0912 - the algorithm in one piece
         """Take a step of Algorithm 1; on one process this rank owns every weight."""
         for group, schedules in zip(self.param_groups, self._schedules, strict=True):
             if schedules:
@@ -307,10 +309,13 @@ class FOP(JoinableOptimizer, Optimizer):
         # Gradients, sub-batch gradients and statistics of all ranks meet at the owners of the weights.
         active, statistics = distributor.reduce(self.defaults["max_grad_norm"], self._describe)
         for binding in active:
-            enter_state(binding, self.state)
+            if self.state.get(binding.weight) is not binding.curvature.state:
+                enter_state(binding, self.state)
 
         # Owners refresh the curvature.
-        refused = self._refresh_curvature(active, statistics, groups, loss_scale)
+        refused: list[Binding] = []
+        if statistics or any(binding.curvature.pending for binding in active):
+            refused = self._refresh_curvature(active, statistics, groups, loss_scale)
 
         # Owners compute the updates of their weights, (3) to (18), and share them.
         ready = [binding for binding in active if binding.curvature.ready]
@@ -332,17 +337,20 @@ class FOP(JoinableOptimizer, Optimizer):
         # AdamW moves everything else.
         for binding in active:
             binding.by_adamw = not (binding.curvature.ready or binding in refused)
-        self._step_adamw({p for binding in active if not binding.by_adamw for p in binding.params})
+        moved = {param for binding in active if not binding.by_adamw for param in binding.params}
+        if len(moved) < len(groups):
+            self._step_adamw(moved)
 
-        self._bindings.give_up([param for param in groups if param.grad is not None])
+        if self._bindings.searching:
+            self._bindings.give_up([param for param in groups if param.grad is not None])
         for group in self.param_groups:
             group["step"] += 1
             group["last_lr"] = group["lr"]
-        for binding in self._bindings:
+        for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
             binding.schedule(groups[binding.weight])
         self._prepare()
-        note_places(self.state, self._places)
+        self._places = {param: (param.device, param.dtype) for param in self.state}
 
     def _refresh_curvature(
         self,
@@ -399,7 +407,10 @@ class FOP(JoinableOptimizer, Optimizer):
             gradients = gradients._replace(average=average / samples, contrasts=contrasts)
         direction = combine(binding.curvature, gradients, beta=beta)
         matrix, alignment, eta_used = scale_update(direction, eta, bool(gradients.contrasts))
-        length = binding.squared_length(matrix, alignment, average, groups, samples)
+        if binding.bias is None or groups[binding.bias]["lr"] == group["lr"]:
+            length = alignment * float(group["lr"]) ** 2
+        else:
+            length = binding.squared_length(matrix, average, groups, samples)
         mixing, trusted = direction.beta, gradients.trusted
         if trusted is not None:
             mixing = torch.where(trusted, mixing, 0)
@@ -415,23 +426,22 @@ class FOP(JoinableOptimizer, Optimizer):
             group: its parameter group.
         """
         assert self._kl_scale is not None
-
-        def where_fine(yes: float, no: float) -> Tensor:
-            # torch.where of two numbers would round them to float32; new_tensor would wait for the device.
-            return torch.where(fine, update.new_full((), yes), update.new_full((), no))
-
         fine = fine.to(part.device)
         # Not a product: 0 times NaN is NaN.
         update = torch.where(fine, part * self._kl_scale.to(part.device, part.dtype), 0)
+        weight, sharded = param, hasattr(param, "to_local")
+        if sharded:
+            weight = local(param)
         if group["momentum"]:
             state = self.state[param]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=update.dtype)
-            buffer = local(state["momentum_buffer"])
-            buffer.mul_(where_fine(momentum_of(group), 1.0)).add_(update)
+            buffer = local(state["momentum_buffer"]) if sharded else state["momentum_buffer"]
+            # Tensors, as torch.where of two numbers would round them to float32.
+            kept = torch.where(fine, update.new_full((), momentum_of(group)), update.new_ones(()))
+            buffer.mul_(kept).add_(update)
             update = torch.add(update, buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        rate = where_fine(group["lr"], 0.0)
-        weight = local(param)
+        rate = torch.where(fine, update.new_full((), group["lr"]), update.new_zeros(()))
         if group["weight_decay"]:
             weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
         weight.add_((update * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
@@ -452,7 +462,7 @@ class FOP(JoinableOptimizer, Optimizer):
         super().zero_grad(set_to_none)
         self._distributor.discard()
         self._relink()
-        for binding in self._bindings:
+        for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
 
     # Curvature and reports
@@ -521,7 +531,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._refresher.forget()
         self._distributor.discard(state_replaced=True)
         self._relink()
-        for binding in self._bindings:
+        for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
 
     def _follow_model(self) -> None:
@@ -532,13 +542,14 @@ class FOP(JoinableOptimizer, Optimizer):
                 group["params"] = [replaced.get(param, param) for param in group["params"]]
             # Where the old ones were is where their state is.
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
-        follow_moves(self.state, self._places)
+        if any((p.device, p.dtype) != place for p, place in self._places.items()):
+            follow_moves(self.state, self._places)
         self._relink()
 
     def _relink(self) -> None:
         """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
         changed = False
-        for binding in self._bindings:
+        for binding in self._bindings.by_weight.values():
             held = self.state.get(binding.weight)
             if held is not binding.curvature.state and (held is not None or binding.curvature.state):
                 binding.curvature.load({} if held is None else held)

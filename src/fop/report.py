@@ -206,9 +206,7 @@ def diagnose(
             (None, None, None) if last is None else torch.stack([last.beta, last.eta, last.rho]).tolist()
         )
         # Another rank may own the curvature.
-        share_A, share_G = (
-            curvature.damping_shares(group["damping"]) if curvature.estimated else (None, None)
-        )
+        share_A, share_G = curvature.damping_shares(group["damping"]) if curvature.estimated else (None, None)
         refreshed_at = binding.state.get("refreshed_at")
         layers[binding.name] = LayerDiagnostics(
             beta,

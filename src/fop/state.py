@@ -151,11 +151,6 @@ def make_state(
 Places: TypeAlias = dict[Tensor, tuple[torch.device, torch.dtype]]
 
 
-def note_places(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
-    """Note the device and dtype of every parameter that has a state."""
-    places |= {param: (param.device, param.dtype) for param in state}
-
-
 def follow_moves(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
     """Move the state of parameters that have moved, as by ``model.to``, since ``places`` were noted."""
     for param, entries in state.items():

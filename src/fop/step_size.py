@@ -56,7 +56,7 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
 
 
 def kl_scale(lengths: Sequence[Tensor], kl_clip: float | None) -> tuple[Tensor, Tensor]:
-    """Return by what all updates are scaled, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)), and which are finite.
+    """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)), and which are finite.
 
     Args:
         lengths: lr²·⟨update, gradient⟩ of every weight, each 0-dim (Ba et al. 2017).
@@ -74,7 +74,7 @@ def kl_scale(lengths: Sequence[Tensor], kl_clip: float | None) -> tuple[Tensor, 
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Return by what gradients of these squared norms are scaled, as `torch.nn.utils.clip_grad_norm_` does."""
+    """Return the scale of gradients with these squared norms, as in `torch.nn.utils.clip_grad_norm_`."""
     total = torch.stack(list(squares)).sum()
     return (max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
 

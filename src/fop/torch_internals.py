@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -23,21 +24,19 @@ graph_is_retained: Callable[[], bool] = getattr(
 current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
-def is_vmapped(gradient: Tensor) -> bool:
-    """Return whether several backward passes run as one (vectorized Jacobians); none reaches p.grad."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+# Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
+# reaches p.grad.
+is_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+is_legacy_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+# The tensor of which a tensor is a view; None if it is no view.
+view_base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
 
 
 def is_exporting() -> bool:
     """Return whether torch.export is tracing."""
     ask = getattr(torch.compiler, "is_exporting", None)
     return bool(ask()) if ask is not None else False
-
-
-def view_base(tensor: Tensor) -> Tensor | None:
-    """Return the tensor of which ``tensor`` is a view; None if it is no view."""
-    return tensor._base
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -1,10 +1,8 @@
 """Hooks on live modules that turn one forward and one backward pass into statistics and a gradient pair."""
 
-from fop.capture.batch import ModelWatch
 from fop.capture.compiled import trace_anew
 from fop.capture.finder import FirstForwardHook, Seen
-from fop.capture.hooks import AttentionUse, ForwardUse, parameter_of
-from fop.capture.lifetime import InertCopy, in_place, remove_all
+from fop.capture.hooks import AttentionUse, ForwardUse, Hook, ModelWatch, in_place, parameter_of, remove_all
 from fop.capture.recorder import Recorder, SubBatchLabel, Use
 from fop.capture.sharded import is_sharded, local, stands_for
 from fop.capture.statistics import gather_statistics
@@ -14,7 +12,7 @@ __all__ = [
     "AttentionUse",
     "FirstForwardHook",
     "ForwardUse",
-    "InertCopy",
+    "Hook",
     "ModelWatch",
     "Recorder",
     "Seen",

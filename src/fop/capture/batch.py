@@ -1,21 +1,15 @@
-"""Which dimension of a layer's input counts samples: the pair splits samples, never tokens."""
+"""Which dimension of a layer's input counts samples: sub-batches split samples, never tokens."""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
-from fop.capture.lifetime import InertCopy, in_place, remove_all
 from fop.layers import EmbeddingLayer, Layer
-from fop.torch_internals import current_backward_pass
 
 # In place of the size of a batch where it is not known, or where another dimension may be meant.
 UNKNOWN, AMBIGUOUS = -1, -2
@@ -48,6 +42,7 @@ class Layout:
         return values.transpose(0, self.dim) if self.dim else values
 
 
+@dataclass
 class Batch:
     """What is known of the batch in one forward pass of a model.
 
@@ -58,11 +53,10 @@ class Batch:
         asked: whether a backward pass has asked for a layout.
     """
 
-    def __init__(self, size: int | None) -> None:
-        self.size = size
-        self.storages: frozenset[int] | None = None
-        self.sequences: set[tuple[int, int]] = set()
-        self.asked = False
+    size: int | None
+    storages: frozenset[int | None] | None = None
+    sequences: set[tuple[int, int]] = field(default_factory=set)
+    asked: bool = False
 
     def see(self, inputs: Iterable[Any]) -> None:
         """Take the size of the batch from the inputs of a model, or of one of its parts."""
@@ -71,7 +65,7 @@ class Batch:
         # A single time step, for instance, may come before the samples.
         self.size = next((size for size in sizes if size != 1), sizes[0] if sizes else None)
         if not torch.compiler.is_compiling():
-            self.storages = frozenset(a for x in tensors if (a := _address(x)) is not None)
+            self.storages = frozenset(map(_address, tensors))
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x``, input of ``layer``, are."""
@@ -90,7 +84,7 @@ class Batch:
             why = "a compiled model with batch_first=False needs batch_dim in layer_options"
             return Layout(0, shape[0], problem=why)
         N = shape[0] if self.size is None or self.size == UNKNOWN else self.size
-        return _of_size(N, shape, x.dim())
+        return Layout(0, N) if shape[0] == N else _elsewhere(N, shape, x.dim())
 
     def _fixed(self, dim: int, shape: tuple[int, ...]) -> Layout:
         if dim >= len(shape):
@@ -125,9 +119,8 @@ class Batch:
         return Layout(0, N, problem=why)
 
 
-def _of_size(N: int, shape: tuple[int, ...], dims: int) -> Layout:
-    if shape[0] == N:
-        return Layout(0, N)
+def _elsewhere(N: int, shape: tuple[int, ...], dims: int) -> Layout:
+    """Return the layout of an input whose dim 0 does not count the N samples."""
     # Rows with no other dimension may be tokens in any order; batch_dim=0 says that they go by sample.
     second, folded = shape[1:2] == (N,), N > 0 and shape[0] % N == 0
     if second and not folded:
@@ -138,158 +131,30 @@ def _of_size(N: int, shape: tuple[int, ...], dims: int) -> Layout:
     return Layout(0, N, problem=f"its input is {shape} for a batch of {N}; {how}")
 
 
+@dataclass
 class Attention(Batch):
     """The batch of a projection inside an attention module, (length, N, features) or (length·N, features).
 
-    Args:
-        module: the attention module.
-        query: its first input.
-        model: the batch of the model that it is part of.
+    Attributes:
+        rows: entries of the batch dimension for each sample (windows folded into the batch).
     """
 
-    def __init__(self, module: nn.MultiheadAttention, query: Tensor, model: Batch) -> None:
-        super().__init__(query.shape[0 if module.batch_first else 1] if query.dim() == 3 else 1)
-        self.rows = 1
-        assert self.size is not None
+    rows: int = 1
+
+    @classmethod
+    def of(cls, module: nn.MultiheadAttention, query: Tensor, model: Batch) -> Attention:
+        """Return the batch of an attention module from its first input and the batch of its model."""
+        size = query.shape[0 if module.batch_first else 1] if query.dim() == 3 else 1
         folds = module.batch_first and not model.sequences and model.size is not None and model.size > 0
-        if folds and model.size is not None and self.size % model.size == 0:
+        if folds and model.size is not None and size % model.size == 0:
             # Windows, folded into the batch.
-            self.size, self.rows = model.size, self.size // model.size
+            return cls(model.size, rows=size // model.size)
+        return cls(size)
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x`` are."""
         assert self.size is not None
         return Layout(1, self.size, self.rows, folded=x.dim() == 2)
-
-
-class ModelWatch:
-    """Hooks on a model that note the size of the batch in each of its forward passes.
-
-    Args:
-        root: the model.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        # Threads run the same model, as one that trains and one that evaluates.
-        self._local = threading.local()
-        self._handles: list[RemovableHandle] = []
-        self.sequence_first = False
-        self._register(root)
-        weakref.finalize(self, remove_all, self._handles)
-
-    def _register(self, root: nn.Module) -> None:
-        self._handles += [
-            root.register_forward_pre_hook(_Enter(self), with_kwargs=True),
-            root.register_forward_hook(_Leave(self), always_call=True),
-        ]
-        # Scripts also call the parts of a model one by one, from a method of their own.
-        for part in _parts(root):
-            self._handles.append(part.register_forward_pre_hook(_EnterPart(self), with_kwargs=True))
-        for module in root.modules():
-            if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
-                self._handles.append(module.register_forward_pre_hook(_Sequence(self), with_kwargs=True))
-                self.sequence_first = True
-
-    def repair(self, root: nn.Module) -> None:
-        """Put the hooks back if somebody has cleared hooks of the model."""
-        if not all(map(in_place, self._handles)):
-            remove_all(self._handles)
-            self._handles.clear()
-            self._register(root)
-
-    @property
-    def _running(self) -> list[Batch]:
-        """Forward passes of the model that are running in this thread, the inner ones last."""
-        stack: list[Batch] = self._local.__dict__.setdefault("running", [])
-        return stack
-
-    def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a forward pass."""
-        batch = Batch(None)
-        batch.see([*args, *kwargs.values()])
-        self._running.append(batch)
-        self._local.last = batch
-
-    def enter_part(self, part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a call of a part of the model, which tells the batch if the model itself was not called."""
-        if not self._running and torch.compiler.is_compiling():
-            return
-        batch = self.batch()
-        if not self._running and current_backward_pass() == -1:
-            if part in self._called:
-                # The next round; the last one may have been an evaluation, which nobody asked about.
-                batch = self._local.last = Batch(None)
-                self._called.clear()
-            self._called.add(part)
-        if batch.size is None:
-            batch.see([*args, *kwargs.values()])
-
-    @property
-    def _called(self) -> weakref.WeakSet[nn.Module]:
-        """Parts that were called one by one since the last round."""
-        called: weakref.WeakSet[nn.Module] = self._local.__dict__.setdefault("called", weakref.WeakSet())
-        return called
-
-    def leave(self) -> None:
-        """End a forward pass."""
-        if self._running:
-            self._running.pop()
-
-    def traced_size(self) -> int:
-        """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        if self.sequence_first:
-            return AMBIGUOUS
-        size = self._running[-1].size if self._running else None
-        return UNKNOWN if size is None else size
-
-    def batch(self) -> Batch:
-        """Return what is known of the batch of the running forward pass."""
-        if self._running:
-            return self._running[-1]
-        last: Batch | None = getattr(self._local, "last", None)
-        # A part of the model that runs in the backward pass is being recomputed (reentrant checkpointing);
-        # elsewhere somebody calls the parts one by one, until the backward pass asks for what was seen.
-        if last is None or (last.asked and current_backward_pass() == -1):
-            last = self._local.last = Batch(None)
-        return last
-
-
-def _parts(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of a model, those in lists and dictionaries of modules included."""
-    for child in root.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _parts(child)
-        else:
-            yield child
-
-
-class _Enter(InertCopy[ModelWatch]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (watch := self.target()) is not None:
-            watch.enter(args, kwargs)
-
-
-class _EnterPart(InertCopy[ModelWatch]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (watch := self.target()) is not None:
-            watch.enter_part(module, args, kwargs)
-
-
-class _Leave(InertCopy[ModelWatch]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
-        if (watch := self.target()) is not None:
-            watch.leave()
-
-
-class _Sequence(InertCopy[ModelWatch]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (watch := self.target()) is None:
-            return
-        x = args[0] if args else kwargs.get("query", kwargs.get("input"))
-        if isinstance(x, PackedSequence):
-            watch.batch().sequences.add((len(x.batch_sizes), int(x.batch_sizes[0])))
-        elif isinstance(x, Tensor) and x.dim() == 3:
-            watch.batch().sequences.add((x.shape[0], x.shape[1]))
 
 
 def _address(x: Tensor) -> int | None:

@@ -1,22 +1,161 @@
-"""Hooks on the modules that use a weight, in eager mode and under torch.compile."""
+"""Hooks on models and on the modules that use a weight, in eager mode and under torch.compile."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture.attention import ProjectionMode, rows_of
-from fop.capture.batch import Attention, Batch
+from fop.capture.batch import AMBIGUOUS, UNKNOWN, Attention, Batch
 from fop.capture.compiled import key_of, tap
-from fop.capture.lifetime import InertCopy, in_place
 from fop.capture.recorder import Recorder, Use
-from fop.capture.sharded import is_sharded, stands_for
+from fop.capture.sharded import stands_for
 from fop.layers import PackedLayer
-from fop.torch_internals import current_transform, is_exporting
+from fop.torch_internals import current_backward_pass, current_transform, is_exporting
+
+Target = TypeVar("Target")
+
+
+class Hook(Generic[Target]):
+    """A hook on a module that lives no longer than what it feeds; a copy of it does nothing.
+
+    Args:
+        target: what the hook feeds; held by weak reference.
+        method: called with the target and the arguments of the hook.
+    """
+
+    def __init__(self, target: Target, method: Callable[..., Any]) -> None:
+        self.target: Callable[[], Target | None] = weakref.ref(target)
+        self.method = method
+
+    def __call__(self, *args: Any) -> Any:
+        target = self.target()
+        return None if target is None else self.method(target, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without a name of this library: a pickled model is loaded where it is not installed, too.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def in_place(handle: RemovableHandle) -> bool:
+    """Return whether a hook is where it was put."""
+    return handle.id in (handle.hooks_dict_ref() or ())
+
+
+class _Thread(threading.local):
+    """What is known in one thread: others run the same model, as one that trains and one that evaluates."""
+
+    def __init__(self) -> None:
+        # Forward passes of the model that are running, the inner ones last.
+        self.running: list[Batch] = []
+        self.last: Batch | None = None
+        # Parts that were called one by one since the last round.
+        self.called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class ModelWatch:
+    """Hooks on a model that note the size of the batch in each of its forward passes.
+
+    Args:
+        root: the model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._thread = _Thread()
+        self.handles: list[RemovableHandle] = []
+        self.sequence_first = False
+        self.register(root)
+        weakref.finalize(self, remove_all, self.handles)
+
+    def register(self, root: nn.Module) -> None:
+        """Put the hooks on the model, instead of those that are there."""
+        remove_all(self.handles)
+        self.handles[:] = [
+            root.register_forward_pre_hook(Hook(self, ModelWatch.enter), with_kwargs=True),
+            root.register_forward_hook(Hook(self, ModelWatch.leave), always_call=True),
+        ]
+        # Scripts also call the parts of a model one by one, from a method of their own.
+        for part in _parts(root):
+            hook = Hook(self, ModelWatch.enter_part)
+            self.handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+        for module in root.modules():
+            if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
+                hook = Hook(self, ModelWatch.enter_sequence)
+                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self.sequence_first = True
+
+    def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin a forward pass."""
+        batch = Batch(None)
+        batch.see([*args, *kwargs.values()])
+        self._thread.running.append(batch)
+        self._thread.last = batch
+
+    def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End a forward pass."""
+        if self._thread.running:
+            self._thread.running.pop()
+
+    def enter_part(self, part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin a call of a part of the model, which tells the batch if the model itself was not called."""
+        thread = self._thread
+        if not thread.running and torch.compiler.is_compiling():
+            return
+        batch = self.batch()
+        if not thread.running and current_backward_pass() == -1:
+            if part in thread.called:
+                # The next round; the last one may have been an evaluation, which nobody asked about.
+                batch = thread.last = Batch(None)
+                thread.called.clear()
+            thread.called.add(part)
+        if batch.size is None:
+            batch.see([*args, *kwargs.values()])
+
+    def enter_sequence(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin a call of a module with ``batch_first=False``."""
+        x = args[0] if args else kwargs.get("query", kwargs.get("input"))
+        if isinstance(x, PackedSequence):
+            self.batch().sequences.add((len(x.batch_sizes), int(x.batch_sizes[0])))
+        elif isinstance(x, Tensor) and x.dim() == 3:
+            self.batch().sequences.add((x.shape[0], x.shape[1]))
+
+    def traced_size(self) -> int:
+        """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
+        if self.sequence_first:
+            return AMBIGUOUS
+        size = self._thread.running[-1].size if self._thread.running else None
+        return UNKNOWN if size is None else size
+
+    def batch(self) -> Batch:
+        """Return what is known of the batch of the running forward pass."""
+        thread = self._thread
+        if thread.running:
+            return thread.running[-1]
+        # A part of the model that runs in the backward pass is being recomputed (reentrant checkpointing);
+        # elsewhere somebody calls the parts one by one, until the backward pass asks for what was seen.
+        if thread.last is None or (thread.last.asked and current_backward_pass() == -1):
+            thread.last = Batch(None)
+        return thread.last
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of a model, those in lists and dictionaries of modules included."""
+    for child in root.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child)
+        else:
+            yield child
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
@@ -40,7 +179,8 @@ class ModuleUse(Use):
 
     def uses(self, weight: Tensor, module: nn.Module) -> bool:
         """Return whether the module has the weight under its name, or what FSDP put there while it runs."""
-        current = parameter_of(module, self.names[0])
+        name = self.names[0]
+        current = parameter_of(module, name) if "." in name else module._parameters.get(name)
         return current is weight or stands_for(current, weight)
 
     def follow_shards(self, recorder: Recorder, module: nn.Module) -> None:
@@ -58,23 +198,32 @@ class ForwardUse(ModuleUse):
         module = self.module()
         assert module is not None
         self.key = key_of(module, self.names[0], self)
+        hook = Hook(self, ForwardUse.forward)
         # Before the hooks of others: one that replaces the output must not come between it and its gradient.
-        self.handles = [module.register_forward_hook(_ForwardHook(self), with_kwargs=True, prepend=True)]
+        self.handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True)]
         return self.handles
 
-    def forward(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
+    def forward(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
         """Record one call of the module; under torch.compile the output goes through an operator of ours."""
+        # Without keyword arguments where quantisation has put it back; a hook may have replaced the output.
+        kwargs, output = rest[0] if len(rest) > 1 else {}, rest[-1]
+        x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
+        if x is None or not isinstance(output, Tensor):
+            return None
+        normalised = self.layer.normalised
         if torch.compiler.is_compiling():
             if not (torch.is_grad_enabled() and output.requires_grad) or is_exporting():
                 return None
-            copied: Tensor = tap(self.layer.observed(module, x), output, self.key, self.watch.traced_size())
+            x = x.detach() if normalised is None else normalised(module, x)
+            copied: Tensor = tap(x, output, self.key, self.watch.traced_size())
             return copied
         recorder = self.recorder() if current_transform() is None else None
         # A shallow copy or a replica of the module shares the hook, but is not the module.
         if recorder is not None and self.module() is module and self.uses(recorder.weight, module):
-            if is_sharded(recorder.weight):
+            if recorder.sharded:
                 self.follow_shards(recorder, module)
-            recorder.observe(self.layer, self.layer.observed(module, x), output, self.watch.batch())
+            x = x.detach() if normalised is None else normalised(module, x)
+            recorder.observe(self.layer, x, output, self.watch.batch())
         return None
 
     def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:
@@ -94,12 +243,12 @@ class AttentionUse(ModuleUse):
         # torch keeps function modes for each thread.
         self._local = threading.local()
         self.handles = [
-            module.register_forward_pre_hook(_EnterAttention(self), with_kwargs=True),
-            module.register_forward_hook(_LeaveAttention(self), always_call=True),
+            module.register_forward_pre_hook(Hook(self, AttentionUse.enter), with_kwargs=True),
+            module.register_forward_hook(Hook(self, AttentionUse.leave), always_call=True),
         ]
         return self.handles
 
-    def enter(self, module: nn.MultiheadAttention, query: Tensor) -> None:
+    def enter(self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin to see the module's projections."""
         # A compiled attention is one graph, in which nobody can look for the weight.
         if torch.compiler.is_compiling() or current_transform() is not None:
@@ -109,13 +258,14 @@ class AttentionUse(ModuleUse):
             return
         # Not without the hook that ends it, if somebody has cleared hooks.
         if torch.is_grad_enabled() and in_place(self.handles[1]):
-            if is_sharded(recorder.weight):
+            if recorder.sharded:
                 self.follow_shards(recorder, module)
-            self._local.batch = Attention(module, query, self.watch.batch())
+            query = args[0] if args else kwargs["query"]
+            self._local.batch = Attention.of(module, query, self.watch.batch())
             self._local.mode = mode = ProjectionMode(self._seen)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def leave(self) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End it."""
         if (mode := self._mode) is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -134,25 +284,7 @@ class AttentionUse(ModuleUse):
         recorder.observe(layer, x.detach(), output, self._local.batch)
 
 
-class _ForwardHook(InertCopy[ForwardUse]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
-        use, output = self.target(), rest[-1]
-        # Without keyword arguments where quantisation has put it back; a hook may have replaced the output.
-        kwargs = rest[0] if len(rest) > 1 else {}
-        x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-        if use is None or x is None or not isinstance(output, Tensor):
-            return None
-        return use.forward(module, x, output)
-
-
-class _EnterAttention(InertCopy[AttentionUse]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (use := self.target()) is not None:
-            assert isinstance(module, nn.MultiheadAttention)
-            use.enter(module, args[0] if args else kwargs["query"])
-
-
-class _LeaveAttention(InertCopy[AttentionUse]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
-        if (use := self.target()) is not None:
-            use.leave()
+def remove_all(handles: Sequence[RemovableHandle]) -> None:
+    """Remove hooks, when their owner is gone."""
+    for handle in handles:
+        handle.remove()

@@ -5,24 +5,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fop.capture.batch import Batch, Layout, ModelWatch
-from fop.capture.lifetime import remove_all
+from fop.capture.batch import Batch, Layout
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import SubBatches, add_all
+from fop.capture.sub_batches import PassRecord, SubBatches
 from fop.layers import Layer, Statistics
 from fop.torch_internals import (
     current_backward_pass,
     graph_is_retained,
+    is_legacy_vmapped,
     is_vmapped,
     view_base,
 )
+
+if TYPE_CHECKING:
+    from fop.capture.hooks import ModelWatch
 
 
 @dataclass
@@ -30,42 +33,6 @@ class SubBatchLabel:
     """Which sub-batch the user says that backward passes make up; shared by all recorders."""
 
     index: int | None = None
-
-
-@dataclass
-class PassRecord:
-    """What one backward pass gave, which may use the weight several times.
-
-    Attributes:
-        samples: N of the pass.
-        sums: Σ b āᵀ over the samples of each of the first K - 1 sub-batches; None if there are none.
-        whole: Σ b āᵀ over all samples, only in passes with statistics.
-        statistics: of the curvature, None if none are due.
-        problem: why the pass cannot be split into sub-batches, None if it can.
-        precise: whether b has more than half precision.
-    """
-
-    samples: int
-    sums: list[Tensor] | None = None
-    whole: Tensor | None = None
-    statistics: Statistics | None = None
-    problem: str | None = None
-    precise: bool = True
-
-    def add_use(self, other: PassRecord) -> None:
-        """Add another use of the weight in the same backward pass."""
-        if other.samples != self.samples:
-            self.problem = f"its uses have batches of {self.samples} and {other.samples}"
-        self.problem = self.problem or other.problem
-        self.samples = max(self.samples, other.samples)
-        self.precise &= other.precise
-        self.sums = add_all(self.sums, other.sums)
-        if other.whole is not None:
-            self.whole = other.whole if self.whole is None else self.whole + other.whole
-        if self.statistics is None:
-            self.statistics = other.statistics
-        elif other.statistics is not None:
-            self.statistics.add_use(other.statistics)
 
 
 class Recorder:
@@ -88,7 +55,9 @@ class Recorder:
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
         taken: whether the gradient is taken away after a pass that averages (FSDP, and mode "lean").
         restarted: whether the last pass found a gradient that it knew nothing of: None, zeroed, or changed.
+        sharded: whether this rank has a shard of the weight only (FSDP).
         accumulates: whether the last pass added to a gradient that was still there, where ``taken``.
+        uses: the modules that use the weight.
         completed: called when a backward pass has given all gradients of the layer, with these by parameter;
             None for nobody to call.
 
@@ -105,19 +74,19 @@ class Recorder:
         self.due = True
         self.counted = False
         self.averaged = False
-        self.taken = self._sharded = is_sharded(weight)
+        self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self._label = label
         self._count = count
         self._passes: dict[int, PassRecord] = {}
-        self._uses: list[Use] = []
+        self.uses: list[Use] = []
         self._handles: list[RemovableHandle] = []
         self._watched: set[Tensor] = set()
         # Unsharded tensors that FSDP puts in the place of parameters while a module runs.
         self._stand_ins: dict[Tensor, Tensor] = {}
-        weakref.finalize(self, remove_all, self._handles)
+        weakref.finalize(self, _remove_all, self._handles)
         self.clear()
 
     def clear(self) -> None:
@@ -137,34 +106,29 @@ class Recorder:
 
     def attach(self, use: Use) -> None:
         """Record one more module that uses the weight."""
-        self._uses.append(use)
+        self.uses.append(use)
         self._handles += use.register()
         # A compiled forward pass cannot do it.
         self.watch_gradients()
 
     def belongs_to(self, watch: ModelWatch) -> None:
         """Take what is known of the batch from this model."""
-        for use in self._uses:
+        for use in self.uses:
             use.watch = watch
 
     @property
     def modules(self) -> list[nn.Module]:
         """The modules that use the weight."""
-        return [module for use in self._uses if (module := use.module()) is not None]
-
-    @property
-    def intact(self) -> bool:
-        """Whether every module is alive, still uses the weight, and still has the hooks."""
-        return all([use.intact(self.weight) for use in self._uses])
+        return [module for use in self.uses if (module := use.module()) is not None]
 
     def detach(self) -> None:
         """Record no longer."""
-        remove_all(self._handles)
+        _remove_all(self._handles)
         self._handles.clear()
 
     def watch_gradients(self) -> None:
         """Be told when the gradients of the parameters are complete."""
-        whole = self._stand_ins if self._sharded else self.params
+        whole = self._stand_ins if self.sharded else self.params
         for param in whole:
             # A frozen parameter takes no hook; it may be thawed later.
             if param.requires_grad and param not in self._watched:
@@ -190,7 +154,8 @@ class Recorder:
         """
         if not (torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad):
             return
-        self.watch_gradients()
+        if len(self._watched) < len(self.params) or self.sharded:
+            self.watch_gradients()
         # An in-place operation on a view (3-d inputs of Linear, unbatched convolutions) would cut the view,
         # and a hook on it, out of the graph.
         base = view_base(output)
@@ -236,13 +201,12 @@ class Recorder:
             self._passes[task] = record
 
     def _record_of(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> PassRecord:
-        record = PassRecord(
-            layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16
-        )
+        record = PassRecord(layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16)
         if x is None or not x.numel() or not b.numel():
             record.problem = record.problem or "its batch is empty"
             return record
-        x, b = layout.batched(x), layout.batched(b)
+        if layout.dim != 0 or layout.folded:
+            x, b = layout.batched(x), layout.batched(b)
         ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
         if ends and ends[0] == 0:
             why = f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
@@ -272,36 +236,32 @@ class Recorder:
             if record is None:
                 sub_batches.drop("its gradient came by a path that no hook saw")
             else:
-                self._add(record)
-                if not (self.averaged and self._version is not None):
+                samples, continued = record.samples, self._continued
+                if continued and samples != self._last_samples:
+                    record.problem = f"its uses have batches of {self._last_samples} and {samples}"
+                self._last_samples = samples
+                self.samples += 0 if continued else samples
+                if record.statistics is not None:
+                    self._add_statistics(record.statistics)
+                sub_batches.add(record, continued)
+                if sub_batches.whole is not None and not (self.averaged and self._version is not None):
                     sub_batches.compare(gradient)
             self._version = id(gradient), gradient._version
         if self.paired or self.due:
-            sub_batches.remember(param, gradient)
+            sub_batches.measures[param] = sub_batches.measure(param, gradient)
         if self.completed is not None:
             self._arrived[param] = gradient
             if all(each in self._arrived or not each.requires_grad for each in self.params):
                 arrived, self._arrived = self._arrived, {}
                 self.completed(arrived)
 
-    def _add(self, record: PassRecord) -> None:
-        sub_batches, statistics = self.sub_batches, record.statistics
+    def _add_statistics(self, statistics: Statistics) -> None:
         if self.statistics is None:
             self.statistics = statistics
-        elif statistics is not None and self._continued:
+        elif self._continued:
             self.statistics.add_use(statistics)
-        elif statistics is not None:
+        else:
             self.statistics.add_batch(statistics)
-        sub_batches.precise &= record.precise
-        if sub_batches.split:
-            why = record.problem
-            if self._continued and record.samples != self._last_samples:
-                why = f"its uses have batches of {self._last_samples} and {record.samples}"
-            sub_batches.add_split(record.sums, record.whole, record.samples, why)
-        self._last_samples = record.samples
-        if not self._continued:
-            self.samples += record.samples
-            sub_batches.count_pass(record.samples)
 
     def averaging_ended(self) -> None:
         """Take p.grad as it is now for what the backward passes gave."""
@@ -315,7 +275,7 @@ class Recorder:
             whole = next((w for w, own in self._stand_ins.items() if own is self.weight), self.weight)
             self.accumulates = whole.grad is not None
             # A shard's gradient is there after a pass that was averaged, unless somebody has zeroed it.
-            self.restarted = self.averaged and gradient is None and self._sharded
+            self.restarted = self.averaged and gradient is None and self.sharded
             if self.restarted:
                 self.clear()
             elif not self.accumulates:
@@ -384,9 +344,7 @@ class _Keep(torch.autograd.Function):
 class _OutputHook:
     """Hook on an output's node: holds the input until the gradient of the output comes, as autograd does."""
 
-    def __init__(
-        self, recorder: Recorder, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size
-    ) -> None:
+    def __init__(self, recorder: Recorder, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size) -> None:
         self._recorder = weakref.ref(recorder)
         self._layer = layer
         self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call]
@@ -398,7 +356,9 @@ class _OutputHook:
         recorder, kept = self._recorder(), self._kept
         if not graph_is_retained():
             self._kept = None
-        if recorder is None or not recorder.wants or b is None or is_vmapped(b):
+        if recorder is None or not (recorder.paired or recorder.due or recorder.counted):
+            return
+        if b is None or is_vmapped(b) or is_legacy_vmapped(b):
             return
         x: Tensor | None = None
         if kept is not None:
@@ -420,3 +380,9 @@ class _GradientHook:
     def __call__(self, param: Tensor) -> None:
         if (recorder := self._recorder()) is not None:
             recorder.accumulated(param)
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, when their owner is gone."""
+    for handle in handles:
+        handle.remove()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fop.correction import SubBatchGradients, contrasts
-from fop.layers import Layer, Reduction
+from fop.layers import Layer, Reduction, Statistics
 
 # A gradient that was scaled as a whole reproduces its scaled norms to rounding; clipping single elements or
 # adding noise moves them far more. Lenient enough for a float16 round trip.
@@ -23,10 +25,58 @@ _CHANGED = (
 )
 
 
+@dataclass
+class PassRecord:
+    """What one backward pass gave, which may use the weight several times.
+
+    Attributes:
+        samples: N of the pass.
+        sums: Σ b āᵀ over the samples of each of the first K - 1 sub-batches; None if there are none.
+        whole: Σ b āᵀ over all samples, only in passes with statistics.
+        statistics: of the curvature, None if none are due.
+        problem: why the pass cannot be split into sub-batches, None if it can.
+        precise: whether b has more than half precision.
+    """
+
+    samples: int
+    sums: list[Tensor] | None = None
+    whole: Tensor | None = None
+    statistics: Statistics | None = None
+    problem: str | None = None
+    precise: bool = True
+
+    def add_use(self, other: PassRecord) -> None:
+        """Add another use of the weight in the same backward pass."""
+        if other.samples != self.samples:
+            self.problem = f"its uses have batches of {self.samples} and {other.samples}"
+        self.problem = self.problem or other.problem
+        self.samples = max(self.samples, other.samples)
+        self.precise &= other.precise
+        self.sums, self.whole = _add_all(self.sums, other.sums), _add(self.whole, other.whole)
+        if self.statistics is None:
+            self.statistics = other.statistics
+        elif other.statistics is not None:
+            self.statistics.add_use(other.statistics)
+
+
+def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the sum of two tensors, either of which may be None."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+def _add_all(left: list[Tensor] | None, right: list[Tensor] | None) -> list[Tensor] | None:
+    """Return the element-wise sums of two lists, either of which may be None."""
+    if left is None or right is None:
+        return right if left is None else left
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
 class SubBatches:
     """What is known of the sub-batches since the weight's gradient was last None or zero.
 
-    Every backward pass is split in K, by sample. Where a pass cannot be split in the ratio of those before it,
+    Every backward pass is split in K, by sample. Where a pass cannot be split in the ratio of those before,
     these become one sub-batch, and the sub-batches take turns from then on. Passes that the user has labelled
     are sub-batches as they are.
 
@@ -40,6 +90,8 @@ class SubBatches:
         complete: 0-dim bool, whether p.grad is all that the hooks saw; None where that was not looked at.
         split: whether the running backward pass is to be split.
         precise: whether all output gradients had more than half precision.
+        whole: the gradient matrix of all samples as the hooks saw it, in split passes with statistics.
+        measures: what `measure` gave of the gradients as autograd left them.
     """
 
     def __init__(self, layer: Layer, params: Sequence[Tensor], count: int) -> None:
@@ -53,9 +105,10 @@ class SubBatches:
         self._reason: str | None = None
         self._dropped = False
         self._labelled = False
-        # Split passes: the sums of the first K - 1 sub-batches, that of all, and N of the first pass.
+        self.whole: Tensor | None = None
+        self.measures: dict[Tensor, Tensor] = {}
+        # Split passes: the sums of the first K - 1 sub-batches, and N of the first pass.
         self._sums: list[Tensor] | None = None
-        self._whole: Tensor | None = None
         self._ratio_of = 0
         # Whole passes: the sub-batch of the last one, passes and samples of each sub-batch, and the gradient
         # of each of the first K - 1, less p.grad if the last pass was of it.
@@ -63,7 +116,6 @@ class SubBatches:
         self._passes = [0] * count
         self._samples = [0] * count
         self._earlier: list[dict[Tensor, Tensor]] = [{} for _ in range(count - 1)]
-        self._norms: dict[Tensor, Tensor] = {}
 
     @property
     def reason(self) -> str:
@@ -71,11 +123,6 @@ class SubBatches:
         if self._reason is None and not any(self._passes):
             return "p.grad was not made by a backward pass through the layer"
         return self._reason or "its backward passes were all of one sub-batch"
-
-    @property
-    def known(self) -> bool:
-        """Whether the gradients of all sub-batches are known."""
-        return not self._dropped and (all(self._passes) or self._sums is not None)
 
     def bounds(self, samples: int) -> list[int]:
         """Return where the first K - 1 sub-batches of N samples end."""
@@ -122,30 +169,23 @@ class SubBatches:
                         self._earlier[k].setdefault(param, zeros).add_(param.grad, alpha=sign)
         self._label = label
 
-    def add_split(self, sums: list[Tensor] | None, whole: Tensor | None, samples: int, why: str | None) -> None:
-        """Add a finished backward pass that was to be split.
-
-        Args:
-            sums: gradient matrices of its first K - 1 sub-batches; None without any.
-            whole: that of all samples, in passes with statistics.
-            samples: N.
-            why: why it could not be split, None if it could.
-        """
-        if self._dropped:
-            return
-        if why is not None:
+    def add(self, record: PassRecord, continued: bool) -> None:
+        """Add a finished backward pass; ``continued`` if it is one with the pass before it."""
+        self.precise &= record.precise
+        if self.split and not self._dropped and record.problem is None:
+            self._ratio_of = self._ratio_of or record.samples
+            before, sums = self._sums, record.sums
+            if before is not None and sums is not None:
+                sums = [a + b for a, b in zip(before, sums, strict=True)]
+            self._sums = before if sums is None else sums
+            if record.whole is not None:
+                self.whole = record.whole if self.whole is None else self.whole + record.whole
+        elif self.split and not self._dropped:
             # Whole passes may still make up sub-batches.
-            self._sums, self._reason = None, why
-            return
-        self._ratio_of = self._ratio_of or samples
-        self._sums = add_all(self._sums, sums)
-        if whole is not None:
-            self._whole = whole if self._whole is None else self._whole + whole
-
-    def count_pass(self, samples: int) -> None:
-        """Count a backward pass of the running sub-batch."""
-        self._passes[self._label] += 1
-        self._samples[self._label] += samples
+            self._sums, self._reason = None, record.problem
+        if not continued:
+            self._passes[self._label] += 1
+            self._samples[self._label] += record.samples
 
     def drop(self, why: str) -> None:
         """Take the K-FAC step: the gradients of the sub-batches are not known."""
@@ -157,9 +197,9 @@ class SubBatches:
 
         It is not where the loss has other paths to the weight: a penalty, a second use as a function.
         """
-        if self._whole is None or self._sums is None:
+        if self.whole is None or self._sums is None:
             return
-        whole, *sums = (self._layer.weight_part(matrix) for matrix in (self._whole, *self._sums))
+        whole, *sums = (self._layer.weight_part(matrix) for matrix in (self.whole, *self._sums))
         tolerance = _SAME_SUM if self.precise else _SAME_SUM_HALF
         last = whole
         for part in sums:
@@ -168,10 +208,6 @@ class SubBatches:
         matrix = self._layer.weight_matrix(gradient.to(whole.dtype))
         difference = (whole - matrix).square().sum()
         self.complete = difference <= tolerance**2 * torch.stack(squares).sum()
-
-    def remember(self, param: Tensor, gradient: Tensor) -> None:
-        """Remember the gradient of ``param``, weight or bias, as autograd left it."""
-        self._norms[param] = self._measure(param, gradient)
 
     def gradients(
         self, average: Tensor, complete: Tensor | None, reduction: Reduction, *, changed: bool = True
@@ -187,8 +223,9 @@ class SubBatches:
         If p.grad was scaled as a whole since the backward pass (unscaling, norm clipping), the sub-batch
         gradients follow; after any other change the differences are 0, which makes the step K-FAC's.
         """
-        known = [param for param in self._params if param.grad is not None and param in self._norms]
-        if not self.known or (changed and not known):
+        known = [param for param in self._params if param.grad is not None and param in self.measures]
+        recorded = not self._dropped and (all(self._passes) or self._sums is not None)
+        if not recorded or (changed and not known):
             return SubBatchGradients(average, reason=self.reason)
         if changed:
             scale, trusted = self._scale_since(known)
@@ -199,7 +236,7 @@ class SubBatches:
         vetoes = [self.clean]
         if self._sums is not None:
             ends = [0, *self.bounds(self._ratio_of)]
-            shares = [(end - start) / self._ratio_of for start, end in zip(ends, ends[1:], strict=False)]
+            shares = [(end - start) / self._ratio_of for start, end in pairwise(ends)]
             sums = [part.to(average.dtype) * scale for part in self._sums]
             vetoes.append(complete)
         else:
@@ -222,8 +259,8 @@ class SubBatches:
         )
 
     def _scale_since(self, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        was = torch.stack([self._norms[param] for param in known])
-        now = torch.stack([self._measure(param, param.grad) for param in known if param.grad is not None])
+        was = torch.stack([self.measures[param] for param in known])
+        now = torch.stack([self.measure(param, param.grad) for param in known if param.grad is not None])
         # One scale for weight and bias, from the Euclidean norm of both.
         lengths = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
         scale = torch.nan_to_num(lengths[1] / lengths[0], nan=0.0, posinf=0.0)
@@ -232,7 +269,7 @@ class SubBatches:
         same = (now - scale * was).abs() <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=1)
         return scale, same.all()
 
-    def _measure(self, param: Tensor, gradient: Tensor) -> Tensor:
+    def measure(self, param: Tensor, gradient: Tensor) -> Tensor:
         """Return four numbers of a gradient that together tell a scaling from any other change.
 
         The 2-norm, the 1-norm (clipped elements), the sum (added ones), and the component along the first
@@ -252,10 +289,3 @@ class SubBatches:
             length = torch.linalg.vector_norm(first).clamp(min=torch.finfo(vector.dtype).tiny)
             component = (vector.reshape(-1) @ first) / length
         return torch.stack([two, torch.linalg.vector_norm(flat, 1), flat.sum(), component])
-
-
-def add_all(left: list[Tensor] | None, right: list[Tensor] | None) -> list[Tensor] | None:
-    """Return the element-wise sums of two lists, either of which may be None."""
-    if left is None or right is None:
-        return right if left is None else left
-    return [a + b for a, b in zip(left, right, strict=True)]

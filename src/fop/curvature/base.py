@@ -34,6 +34,7 @@ class Curvature(ABC):
         averages: names of the averaged statistics in the state.
         inverses: names of what `solve` uses.
         by_inversion: whether the inverse comes from `matrices` and may be computed in the background.
+        pending: whether a new inverse is being computed, see `fop.curvature.refresh`.
         ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
         fallbacks: how often an inversion needed each fallback.
     """
@@ -49,7 +50,7 @@ class Curvature(ABC):
         self.fallbacks: Counter[Fallback] = Counter()
         shapes = self.entries(layer)
         if any(name in state and tuple(state[name].shape) != shape for name, shape in shapes.items()):
-            # Loaded before the layer was known, from a run with other options or another bias: estimate again.
+            # Loaded before the layer was known, from a run with other options or bias: estimate again.
             for name in (*shapes, "refresh_at", "refreshed_at", "complete"):
                 state.pop(name, None)
         self.load(state)
@@ -58,6 +59,7 @@ class Curvature(ABC):
         """Use another state."""
         self.state = state
         self.ready = self.held
+        self.pending = state.get("inverse_at", NEVER) != NEVER
 
     @property
     def estimated(self) -> bool:

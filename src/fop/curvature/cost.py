@@ -75,4 +75,3 @@ class LayerSize:
         if self.single:
             return self.gradient_elements
         return self.groups * sum(side if diagonal else of_matrix(side) for side, diagonal in self._factors)
-

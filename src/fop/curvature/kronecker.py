@@ -1,8 +1,8 @@
 """Kronecker-factored curvature F = A ⊗ G with π-split damping (Martens & Grosse 2015).
 
-Shapes: A is (groups, in, in), G is (groups, out, out), a gradient V is (groups, out, in); groups is 1 except in
-grouped convolutions, whose curvature is one block per group. A factor of which only the diagonal is kept is
-(groups, in) or (groups, out).
+Shapes: A is (groups, in, in), G is (groups, out, out), a gradient V is (groups, out, in); groups is 1 except
+in grouped convolutions, whose curvature is one block per group. A factor of which only the diagonal is kept
+is (groups, in) or (groups, out).
 """
 
 from __future__ import annotations

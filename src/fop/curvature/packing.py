@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a packed factor: (groups, ⌈d/2⌉, d + 1) of (groups, d, d); diagonals stay."""
     if len(shape) < 3:

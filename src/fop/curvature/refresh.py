@@ -1,4 +1,4 @@
-"""When curvature is refreshed, and the inversions: at once for all weights, or later in a background thread."""
+"""When curvature is refreshed; inversions, at once for all weights or later in a background thread."""
 
 from __future__ import annotations
 
@@ -99,15 +99,14 @@ class Refresher:
         fallbacks: Fallbacks = []
         for curvature, step in curvatures:
             state = curvature.state
-            at = state.get("inverse_at", NEVER)
-            if at == NEVER or (step is not None and at > step):
+            if not curvature.pending or (step is not None and state["inverse_at"] > step):
                 continue
             if curvature not in self._jobs:
                 # The state was loaded in between.
                 self._submit(curvature, state["inverse_damping"])
             inversions = self._jobs.pop(curvature)()
             fallbacks += _store(curvature, inversions, state["inverse_of"], state["inverse_damping"])
-            state["inverse_at"] = NEVER
+            state["inverse_at"], curvature.pending = NEVER, False
         return fallbacks
 
     def forget(self) -> None:
@@ -116,6 +115,7 @@ class Refresher:
 
     def _start(self, curvature: Curvature, step: int, delay: int, damping: float) -> None:
         curvature.state |= {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
+        curvature.pending = True
         self._submit(curvature, damping)
 
     def _submit(self, curvature: Curvature, damping: float) -> None:

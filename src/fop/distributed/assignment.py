@@ -15,6 +15,7 @@ from typing import Any
 
 from fop.curvature import LayerSize
 
+
 @dataclass(frozen=True)
 class Plan:
     """Which rank owns which layer.

@@ -70,14 +70,14 @@ class Distributor:
 
     def prepare(self, bindings: Bindings, groups: Groups) -> Distributor:
         """Get ready for a backward pass; return what takes this one's place once there are several ranks."""
-        optimizer = self._optimizer()
+        optimizer = self._optimizer() if dist.is_available() and dist.is_initialized() else None
         if optimizer is not None and several_ranks(self._options):
             # A process group has come after the optimizer.
             ranks = make_distributor(self._options, optimizer)
             for root in bindings.roots():
                 ranks.see(root)
             return ranks.prepare(bindings, groups)
-        self._bindings, self._groups = list(bindings), groups
+        self._bindings, self._groups = list(bindings.by_weight.values()), groups
         return self
 
     @property
@@ -112,7 +112,16 @@ class Distributor:
 
     def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
         """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
-        return binding.gradients(self._groups[binding.weight]), max(1, binding.recorder.samples)
+        recorder, average = binding.recorder, binding.gradient()
+        gradients, samples = SubBatchGradients(average), max(1, recorder.samples)
+        if recorder.paired:
+            complete = binding.curvature.state.get("complete")
+            reduction = self._groups[binding.weight]["loss_reduction"]
+            gradients = recorder.sub_batches.gradients(average, complete, reduction)
+            if binding.bias is not None and binding.bias.grad is None:
+                for difference in gradients.contrasts:
+                    binding.layer.bias_part(difference).zero_()
+        return gradients, samples
 
     def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
         """Return what became of the statistics of bindings, as their owners say."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fop.capture import InertCopy
+from fop.capture import Hook
 from fop.distributed.buckets import Channel
 from fop.torch_internals import is_joining
 
@@ -96,14 +96,14 @@ class _Both:
         self._first.post_hook(is_last_joiner)
 
 
-class _JoinHookOf(InertCopy[Any]):
+class _JoinHookOf(Hook[Any]):
     """In the place of ``ddp.join_hook``."""
 
     def __init__(self, optimizer: Any, ddp: Any) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, StepAlong)
         self._ddp = weakref.ref(ddp)
 
-    def __call__(self, **options: Any) -> Any:
+    def __call__(self, **options: Any) -> Any:  # type: ignore[override]
         first, optimizer = _own_join_hook(self._ddp())(**options), self.target()
         return first if optimizer is None else _Both(first, optimizer)
 

@@ -1,4 +1,4 @@
-"""What ranks send to the owners of weights in a backward pass: statistics and their parts of the gradients."""
+"""What ranks send to the owners of weights in a backward pass: statistics, and parts of the gradients."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ class Reductions:
         Args:
             binding: the binding.
             pieces: what `contribution` gave.
-            outgoing: returns, for a new reduction, all trained bindings, those that are ready first first, and
-                what of the gradient of each is sent.
+            outgoing: returns, for a new reduction, all trained bindings, those ready first first, and what of
+                the gradient of each is sent.
         """
         assert self.routes is not None
         if not self._passes or self._passes[-1].task != current_backward_pass():
@@ -273,8 +273,8 @@ class Reductions:
     ) -> dict[Binding, Statistics | None]:
         """Return the statistics of all ranks; None for what others own or nobody has. Waits for the device.
 
-        The gradient of a loss that is a mean is averaged over the ranks, so that a sample's share of it is that
-        much smaller than what its own rank saw.
+        The gradient of a loss that is a mean is averaged over the ranks, so that a sample's share of it is
+        that much smaller than what its own rank saw.
         """
         sizes = [sum(1 + layer.groups for layer in each.curvature.terms.values()) for each in bindings]
         zeros = torch.zeros(max(sizes), dtype=torch.float64, device=bindings[0].weight.device)
@@ -390,7 +390,7 @@ def received(
 def _difference(
     binding: Binding, average: Tensor, sums: Sequence[Tensor], ranks: int, cumulative: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return Gd and whether it may be believed, from the sums of Gd, of sketches and of flags of each pass."""
+    """Return Gd and whether it may be believed, from each pass' sums of Gd, of sketches and of flags."""
     size = matrix_size(binding)
     passes = torch.stack(list(sums))
     flags = passes[:, -1]

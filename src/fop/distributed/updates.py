@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fop.binding import Binding
 from fop.capture import is_sharded, local
-from fop.distributed.buckets import Channel, broadcast_all
+from fop.distributed.buckets import broadcast_all
 from fop.distributed.messages import Reductions, matrix_size, wire_dtype
 from fop.step_size import clip_coefficient
 
@@ -196,7 +196,8 @@ def _by_owner(reductions: Reductions, bindings: Sequence[Binding]) -> list[list[
 
 def _stepping(binding: Binding) -> list[Tensor]:
     """Return the parameters that take part in a step, as `Binding.parts` does."""
-    return [binding.weight, binding.bias] if binding.bias is not None and binding.steps_bias else [binding.weight]
+    bias = binding.bias
+    return [binding.weight] if bias is None or bias.grad is None else [binding.weight, bias]
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fop.capture import InertCopy, is_sharded, remove_all
+from fop.capture import Hook, is_sharded, remove_all
 from fop.torch_internals import fsdp_group, is_ddp, running_ddp, unwrapped, wrappers
 
 
@@ -40,7 +40,7 @@ class Wrappers:
         root = unwrapped(root)
         if root not in self._watched:
             self._watched.add(root)
-            self._handles.append(root.register_forward_pre_hook(_Running(self)))
+            self._handles.append(root.register_forward_pre_hook(Hook(self, Wrappers.running)))
         for module in root.modules():
             # The outermost may have left all parameters to its children.
             if fsdp_group(module) is not None:
@@ -77,21 +77,13 @@ class Wrappers:
         group = None if sharded is None else fsdp_group(sharded)
         return group is None or bool(group.reduce_grads)
 
-    def running(self, ddp: Any) -> None:
-        """Be told that the model runs inside this DistributedDataParallel."""
-        self.note(ddp)
-        if torch.is_grad_enabled():
-            self._averages_pass = bool(ddp.require_backward_grad_sync)
-
-
-class _Running(InertCopy[Wrappers]):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        wrapping = self.target()
-        if wrapping is None or torch.compiler.is_compiling():
-            return
-        running = running_ddp()
-        if running is not None and running.module is module:
-            wrapping.running(running)
+    def running(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Be told that the model runs, perhaps inside a DistributedDataParallel."""
+        ddp = None if torch.compiler.is_compiling() else running_ddp()
+        if ddp is not None and ddp.module is module:
+            self.note(ddp)
+            if torch.is_grad_enabled():
+                self._averages_pass = bool(ddp.require_backward_grad_sync)
 
 
 def average(params: list[Tensor], reduce: Callable[[Tensor], None], ranks: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,8 @@ class Layer(ABC):
     swapped = False
     # Whether the weight is stored as (in, out).
     transposed = False
+    # What the other methods take for the module's input, from the module and its input; None for the input.
+    normalised: Callable[[nn.Module, Tensor], Tensor] | None = None
     # Whether statistics of a large batch may take every k-th sample, see `fop.capture.statistics`.
     subsampled = False
 
@@ -107,10 +109,6 @@ class Layer(ABC):
 
     # What follows from it
 
-    def observed(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return what the other methods take for the module's input, as of its forward pass."""
-        return x.detach()
-
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor in the layout of the weight as (groups, out, in)."""
         return weight.reshape(self.groups, self.out_dim, self.in_dim)
@@ -137,17 +135,12 @@ class Layer(ABC):
         if not self.bias:
             return matrix
         entries = matrix.new_zeros(self.groups * self.out_dim) if bias is None else bias.to(dtype)
-        return self.with_bias(matrix, entries)
-
-    def with_bias(self, matrix: Tensor, bias: Tensor) -> Tensor:
-        """Return a gradient matrix from the part of the weight and the entries of the bias."""
-        column = bias.reshape(self.groups, self.out_dim, 1)
-        return torch.cat([matrix, column], dim=-1)
+        return torch.cat([matrix, entries.reshape(self.groups, self.out_dim, 1)], dim=-1)
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the parts of a gradient matrix in the shapes of ``weight`` and of the bias."""
-        part = self.weight_from_matrix(self.weight_part(matrix), weight.shape)
-        return part, self.bias_part(matrix).reshape(-1) if self.bias else None
+        part = self.weight_from_matrix(matrix[..., : self.in_dim], weight.shape)
+        return part, matrix[..., self.in_dim].reshape(-1) if self.bias else None
 
 
 class RowLayer(Layer):

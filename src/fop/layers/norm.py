@@ -45,8 +45,16 @@ class NormLayer(Layer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - len(self.shape) if self.trailing else 1
 
-    def observed(self, module: nn.Module, x: Tensor) -> Tensor:
-        return _normalised(module, x.detach())
+    @staticmethod
+    def normalised(module: nn.Module, x: Tensor) -> Tensor:
+        """Return the normalised input, what the weight is multiplied with."""
+        x = x.detach()
+        if isinstance(module, _BatchNorm):
+            if module.training or module.running_mean is None:
+                # Without the running averages, which the module itself has updated already.
+                return F.batch_norm(x, None, None, training=True, eps=module.eps)
+            return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        return _FUNCTIONS[type(module)](module, x)
 
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         return self._by_sample(x, b).sum(0, keepdim=True)
@@ -71,18 +79,19 @@ class NormLayer(Layer):
         return matrix[:, :1]
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Zeros for a bias without gradient are as many as the weight's entries, not one a row.
-        return super().to_matrix(weight, torch.zeros_like(weight) if bias is None else bias)
-
-    def with_bias(self, matrix: Tensor, bias: Tensor) -> Tensor:
-        return torch.cat([matrix, bias.reshape(1, 1, self.in_dim)], dim=1)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        matrix = self.weight_matrix(weight.to(dtype))
+        if not self.bias:
+            return matrix
+        entries = torch.zeros_like(matrix) if bias is None else self.weight_matrix(bias.to(dtype))
+        return torch.cat([matrix, entries], dim=1)
 
     def bias_part(self, matrix: Tensor) -> Tensor:
         return matrix[:, 1:]
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        part, bias = super().from_matrix(matrix, weight)
-        return part, None if bias is None else bias.reshape(weight.shape)
+        parts = [part.reshape(weight.shape) for part in matrix.unbind(1)]
+        return parts[0], parts[1] if self.bias else None
 
 
 def unsupported_norm(module: nn.Module) -> str | None:
@@ -91,15 +100,6 @@ def unsupported_norm(module: nn.Module) -> str | None:
     if type(module) not in known:
         return f"{type(module).__name__} is not one of {', '.join(kind.__name__ for kind in known)}"
     return None
-
-
-def _normalised(module: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(module, _BatchNorm):
-        if module.training or module.running_mean is None:
-            # Without the running averages, which the module itself has updated already.
-            return F.batch_norm(x, None, None, training=True, eps=module.eps)
-        return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
-    return _FUNCTIONS[type(module)](module, x)
 
 
 _FUNCTIONS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
