@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import FrameType
 
 import torch
@@ -37,30 +37,17 @@ def unscale(optimizer: Optimizer, params: Iterable[Tensor]) -> Tensor | None:
     """
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
-        gradients = [param.grad for param in params if param.grad is not None]
-        _multiply(gradients, scale.double().reciprocal().float())
+        inverse = scale.double().reciprocal().float()
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param in params:
+            if param.grad is not None:
+                by_device.setdefault(param.grad.device, []).append(param.grad)
+        for device, gradients in by_device.items():
+            torch._foreach_mul_(gradients, inverse.to(device))
     elif getattr(optimizer, "found_inf", None) is not None:
         # Clipping may have come on top, so the gradients no longer tell the scale.
         scale = _scale_of_caller()
     return scale
-
-
-def refuse_sparse(params: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ValueError for a sparse gradient."""
-    for name, param in params:
-        if param.grad is not None and param.grad.layout is not torch.strided:
-            raise ValueError(
-                f"{name} has a sparse gradient, which is not supported; "
-                "make its module with sparse=False or give it to torch.optim.SparseAdam"
-            )
-
-
-def _multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    alike: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        alike.setdefault(gradient.device, []).append(gradient)
-    for device, group in alike.items():
-        torch._foreach_mul_(group, factor.to(device))
 
 
 def called_by_scaler() -> bool:

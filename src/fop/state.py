@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fop.binding import Binding
 from fop.capture import local
-from fop.curvature import NEVER, NOTHING_PENDING, entry_names, expected_entries
+from fop.curvature import KINDS, NEVER, NOTHING_PENDING, entry_names, expected_entries
 from fop.layers import Layer
 from fop.options import DEFAULTS
 
@@ -53,7 +53,8 @@ def check_state_dict(
             label = f"parameter {key} (group {index}) of shape {tuple(param.shape)}"
             state = saved["state"].get(key, {})
             curvature = expected_entries(state, param.shape, layers.get(param))
-            if curvature and not all(isinstance(state.get(k), int) for k in ("refreshed_at", "refresh_at")):
+            inverted = any(name in state for kind in KINDS.values() for name in kind.inverses)
+            if inverted and not all(isinstance(state.get(k), int) for k in ("refreshed_at", "refresh_at")):
                 raise ValueError(
                     f"the state of {label} needs whole numbers 'refreshed_at' and 'refresh_at': it was not "
                     "saved by FOP"
