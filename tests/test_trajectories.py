@@ -30,9 +30,22 @@ HERE = fingerprint() == RECORD["fingerprint"]
 ALLOWED: dict[str, float] = {}
 ELSEWHERE = 1e-6
 
-# Trainings that must equal the first one of their line.
+# Trainings that are one in different words; in float64 their records are equal.
 SAME = [
     ["mlp", "mlp-parameters", "mlp-names", "closure", "compile", "resume", "resume-parameters"],
+    ["mlp-kfac", "compile-kfac", "resume-kfac"],
+    ["cnn", "compile-cnn"],
+    ["cnn-norms-fop", "resume-cnn"],
+    ["transformer", "transformer-recompute"],
+    ["tied", "compile-tied", "resume-tied"],
+    ["clip", "max-grad-norm"],
+    ["frozen", "frozen-parameters"],
+    ["groups", "resume-groups"],
+    ["ranks2-ddp", "ranks2-lean", "ranks2-plain", "ranks2-fsdp"],
+    ["ranks2-ddp-halves", "ranks2-lean-halves", "ranks2-plain-halves"],
+    ["ranks2-ddp-accumulate", "ranks2-plain-accumulate"],
+    ["ranks2-ddp-delay", "ranks2-lean-delay"],
+    ["ranks2-kfac", "ranks2-fsdp-kfac"],
 ]
 
 
@@ -78,12 +91,13 @@ def test_every_training_is_recorded() -> None:
     assert set(TRAININGS) >= set(ALLOWED)
 
 
-def test_trainings_are_the_same_only_where_they_should_be() -> None:
+def test_records_are_equal_only_where_they_should_be() -> None:
     """An option without effect would make two records equal, and a broken resume would make two differ."""
-    groups = defaultdict(list)
+    groups = defaultdict(set)
     for key, recorded in RECORD["results"].items():
-        groups[tuple(recorded["every"])].append(key)
-    equal = sorted(keys for keys in groups.values() if len(keys) > 1)
-    assert equal == sorted(
-        [f"{name}/{dtype}" for name in names] for names in SAME for dtype in ("float64", "float32")
-    )
+        name, dtype = key.split("/")
+        groups[(dtype, *recorded["every"])].add(name)
+    equal = [names for names in groups.values() if len(names) > 1]
+    assert all(any(names <= set(same) for same in SAME) for names in equal)
+    for same in SAME:
+        assert set(same) in equal
