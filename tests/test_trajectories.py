@@ -26,7 +26,10 @@ PARAMETERS: dict[str, Tensor] = torch.load(DATA / "trajectories.pt")
 HERE = fingerprint() == RECORD["fingerprint"]
 
 # Trainings in which the order of a sum had to change, with the relative tolerance for float64 and the reason.
-# For float32 it is larger by the ratio of the roundings.
+# For float32 it is larger by the ratio of the roundings. What rounding alone does was measured with other CPU
+# instructions (ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41): at most 5e-13, but
+# 5e-10 where there is a MultiheadAttention with kdim (the gradient of a key's bias is rounding error alone),
+# 3e-10 for random-057 and 1e-12 for layer-diagonal-all.
 ALLOWED: dict[str, float] = {}
 ELSEWHERE = 1e-6
 

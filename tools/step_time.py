@@ -100,7 +100,7 @@ def tasks() -> dict[str, Callable[[], tuple[Any, Any, Any]]]:
     return {
         "mlp": lambda: drawn(mlp, 128, 64),
         "resnet": lambda: drawn(resnet, 128, 3, 32, 32),
-        "vit": lambda: drawn(lambda: ViT(128, 4), 64, 3, 32, 32),
+        "vit": lambda: drawn(lambda: ViT(128, 2), 64, 3, 32, 32),
     }
 
 
