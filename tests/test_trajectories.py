@@ -26,13 +26,29 @@ PARAMETERS: dict[str, Tensor] = torch.load(DATA / "trajectories.pt")
 HERE = fingerprint() == RECORD["fingerprint"]
 
 # Trainings in which the order of a sum had to change, with the relative tolerance for float64 and the reason.
-# For float32 it is larger by the ratio of the roundings.
+# For float32 it is larger by the ratio of the roundings. What rounding alone does was measured with other CPU
+# instructions (ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41): at most 5e-13, but
+# 5e-10 where there is a MultiheadAttention with kdim (the gradient of a key's bias is rounding error alone),
+# 3e-10 for random-057 and 1e-12 for layer-diagonal-all.
 ALLOWED: dict[str, float] = {}
 ELSEWHERE = 1e-6
 
-# Trainings that must equal the first one of their line.
+# Trainings that are one in different words; in float64 their records are equal.
 SAME = [
     ["mlp", "mlp-parameters", "mlp-names", "closure", "compile", "resume", "resume-parameters"],
+    ["mlp-kfac", "compile-kfac", "resume-kfac"],
+    ["cnn", "compile-cnn"],
+    ["cnn-norms-fop", "resume-cnn"],
+    ["transformer", "transformer-recompute"],
+    ["tied", "compile-tied", "resume-tied"],
+    ["clip", "max-grad-norm"],
+    ["frozen", "frozen-parameters"],
+    ["groups", "resume-groups"],
+    ["ranks2-ddp", "ranks2-lean", "ranks2-plain", "ranks2-fsdp"],
+    ["ranks2-ddp-halves", "ranks2-lean-halves", "ranks2-plain-halves"],
+    ["ranks2-ddp-accumulate", "ranks2-plain-accumulate"],
+    ["ranks2-ddp-delay", "ranks2-lean-delay"],
+    ["ranks2-kfac", "ranks2-fsdp-kfac"],
 ]
 
 
@@ -78,12 +94,13 @@ def test_every_training_is_recorded() -> None:
     assert set(TRAININGS) >= set(ALLOWED)
 
 
-def test_trainings_are_the_same_only_where_they_should_be() -> None:
+def test_records_are_equal_only_where_they_should_be() -> None:
     """An option without effect would make two records equal, and a broken resume would make two differ."""
-    groups = defaultdict(list)
+    groups = defaultdict(set)
     for key, recorded in RECORD["results"].items():
-        groups[tuple(recorded["every"])].append(key)
-    equal = sorted(keys for keys in groups.values() if len(keys) > 1)
-    assert equal == sorted(
-        [f"{name}/{dtype}" for name in names] for names in SAME for dtype in ("float64", "float32")
-    )
+        name, dtype = key.split("/")
+        groups[(dtype, *recorded["every"])].add(name)
+    equal = [names for names in groups.values() if len(names) > 1]
+    assert all(any(names <= set(same) for same in SAME) for names in equal)
+    for same in SAME:
+        assert set(same) in equal

@@ -61,10 +61,11 @@ def main() -> None:
         "source": source_tree(),
         "fingerprint": trajectories.fingerprint(),
     }
-    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
+    order = [f"{name}/{dtype}" for name, each in trajectories.TRAININGS.items() for dtype in each.dtypes]
+    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in order if key in results)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     json_path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": {{\n{rows}\n}}\n}}\n')
-    torch.save(parameters, tensor_path)
+    torch.save({key: parameters[key] for key in order if key in parameters}, tensor_path)
 
 
 if __name__ == "__main__":
