@@ -77,9 +77,7 @@ def test_two_sub_batches_are_the_paper(seed: int) -> None:
     curvature = Kronecker(seed=seed)
     g1, g2 = curvature.gradients(2, seed)
     actual = direction_of(curvature, torch.stack([g1, g2]))
-    expected = correct(
-        curvature.dense, curvature.damped, vec((g1 + g2) / 2), vec(g1 - g2), "adaptive", 1.0
-    )
+    expected = correct(curvature.dense, curvature.damped, vec((g1 + g2) / 2), vec(g1 - g2), "adaptive", 1.0)
     torch.testing.assert_close(
         actual.update, unvec(expected.direction, g1), rtol=1e-12, atol=1e-12 * float(g1.norm())
     )
@@ -227,5 +225,8 @@ def test_one_number_for_all_groups() -> None:
     optimizer = FOP([first], sub_batches=3)
     with pytest.raises(ValueError, match="one for the whole step"):
         optimizer.add_param_group({"params": rest, "sub_batches": 2})
-    with pytest.raises(ValueError, match=r"sub_batch\(3\): the sub-batches are 0 to 2"), optimizer.sub_batch(3):
+    with (
+        pytest.raises(ValueError, match=r"sub_batch\(3\): the sub-batches are 0 to 2"),
+        optimizer.sub_batch(3),
+    ):
         pass

@@ -1,0 +1,72 @@
+"""Inverses that are computed in the background count `inverse_delay` steps later, on one process too."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fop import FOP, KFAC
+from models import batch, conv_net, mlp, weights
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 1e-2, "curvature_interval": 4}
+
+
+def step(model: nn.Module, optimizer: FOP, seed: int) -> None:
+    x, y = batch(6, seed, (2, 5, 6) if isinstance(model[0], nn.Conv2d) else (5,))  # type: ignore[index]
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+@pytest.mark.parametrize("build", [mlp, conv_net])
+def test_new_inverses_count_later(build: Any, delay: int) -> None:
+    """At step t + delay the inverse of step t's factors is used, and until then the one before."""
+    model = build()
+    optimizer = KFAC(model, inverse_delay=delay, **OPTIONS)
+    used: list[int] = []
+    for seed in range(36):
+        step(model, optimizer, seed)
+        ages = {layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()}
+        assert len(ages) == 1
+        used.append(seed - int(ages.pop() or 0))
+    # The first inverse cannot wait; later ones count from `delay` steps after their factors. Early on the next
+    # refresh comes sooner than that, and takes the pending inverse with it.
+    assert used[0] == 0
+    late = [step - of for step, (before, of) in enumerate(pairwise(used), 1) if of != before and of > 20]
+    assert len(late) >= 3
+    assert set(late) == {delay}
+
+
+def test_delay_changes_the_training_and_no_delay_does_not_wait() -> None:
+    finals = []
+    for delay in (0, 2):
+        model = mlp()
+        optimizer = KFAC(model, inverse_delay=delay, **OPTIONS)
+        for seed in range(20):
+            step(model, optimizer, seed)
+        finals.append(torch.cat([value.reshape(-1) for value in weights(model).values()]))
+    assert not torch.equal(*finals)
+
+
+def test_a_resume_in_between_starts_the_same_inversion_again() -> None:
+    model = mlp()
+    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
+    while True:
+        due = optimizer.curvature_due
+        step(model, optimizer, int(optimizer.param_groups[0]["step"]))
+        if due and optimizer.param_groups[0]["step"] > 20:
+            break
+    other = copy.deepcopy(model)
+    resumed = KFAC(other, inverse_delay=3, **OPTIONS)
+    resumed.load_state_dict(optimizer.state_dict())
+    for seed in range(6):
+        step(model, optimizer, 100 + seed)
+        step(other, resumed, 100 + seed)
+    for one, two in zip(weights(model).values(), weights(other).values(), strict=True):
+        assert torch.equal(one, two)
