@@ -1,4 +1,4 @@
-"""The optimizers. `FOP._step` is Algorithm 1 of Lu & Armour (AAAI 2026), from top to bottom."""
+"""FOP and KFAC; `FOP._step` is Algorithm 1 (Lu & Armour). Their options' docs make it over 500 lines."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from fop.options import (
     Schedule,
     check_parameters,
     checked,
+    checked_group,
     normalise,
-    normalise_group,
     split_schedules,
 )
 from fop.report import Diagnostics, Refusals, Summary, diagnose, summarise, warn_of_curvature
 from fop.state import (
     Places,
+    asks_for_state,
     check_form,
     check_state_dict,
     enter_state,
@@ -169,29 +170,12 @@ class FOP(JoinableOptimizer, Optimizer):
             ValueError: as the constructor, for the group's parameters and options.
             TypeError: likewise.
         """
-        names = self._bindings.names
-        group, schedules = split_schedules(normalise_group(param_group, names))
-        options = {key: value for key, value in group.items() if key != "params"}
-        plain = checked({**self.defaults, **options})
-        group |= {key: value for key, value in plain.items() if key in options}
-        for name in ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches"):
-            if name in options and options[name] != self.defaults[name]:
-                raise ValueError(
-                    f"{name}={options[name]!r} in a parameter group: it is one for the whole step; give it "
-                    "to the constructor"
-                )
-        if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
-            raise ValueError(
-                "some parameter groups have named parameters; give names to all groups or to none"
-            )
-        params = group["params"]
-        check_parameters(params, names, set(self._parameters()))
-        refuse_driven(self, params, names)
-        group.setdefault("base_lr", group.get("lr", self.defaults["lr"]))
-        group.setdefault("last_lr", group.get("lr", self.defaults["lr"]))
-        group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
+        names, first = self._bindings.names, self.param_groups[0] if self.param_groups else None
+        group, schedules = checked_group(param_group, names, self.defaults, first)
+        check_parameters(group["params"], names, set(self._parameters()))
+        refuse_driven(self, group["params"], names)
         super().add_param_group(group)
-        own = {name: schedule for name, schedule in self._default_schedules.items() if name not in options}
+        own = {name: each for name, each in self._default_schedules.items() if name not in param_group}
         self._schedules.append({**own, **schedules})
         self._bindings.searching = True
         if self in optimizers:
@@ -280,7 +264,7 @@ class FOP(JoinableOptimizer, Optimizer):
                     f"{self._bindings.names.get(param, 'a parameter')} has a sparse gradient, which is not "
                     "supported; make its module with sparse=False or give it to torch.optim.SparseAdam"
                 )
-        if not self.state and self._asks_for_state():
+        if not self.state and asks_for_state(self.param_groups, self._bindings):
             self._make_state()
             return loss
         if hasattr(self, "found_inf"):
@@ -560,18 +544,6 @@ class FOP(JoinableOptimizer, Optimizer):
                 binding.schedule(groups[binding.weight])
             self._prepare()
 
-    def _asks_for_state(self) -> bool:
-        """Return whether this step is to do nothing but make the state.
-
-        So does torch.distributed.checkpoint before it loads: it reads only into what is there.
-        """
-        if any(not group["lr"] == group["step"] == 0 for group in self.param_groups):
-            return False
-        if any(binding.recorder.samples for binding in self._bindings):
-            return False
-        gradients = [local(param.grad) for param in self._parameters() if param.grad is not None]
-        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
-
     def _make_state(self) -> None:
         """Make the state that this process will hold, as before the first step.
 
@@ -599,7 +571,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
-            self._begin(own[0]["layer_options"], own[1], state["defaults"]["sub_batches"])
+            self._begin(own[0]["layer_options"], own[1], state["defaults"].get("sub_batches", 2))
             self._schedules = own[0]["schedules"]
         super().__setstate__(state)
         if self not in optimizers:

@@ -38,8 +38,9 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": None,
 }
 
-# Options that may be functions of the step.
+# Options that may be functions of the step, and those that all groups share.
 SCHEDULED = ("damping", "curvature_interval")
+ONE_FOR_ALL = ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches")
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +196,39 @@ def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
         return {**group, "params": plain}
     names |= {param: name for name, param in entries}
     return {**group, "params": plain, "param_names": [name for name, _ in entries]}
+
+
+def checked_group(
+    given: Any, names: dict[Tensor, str], defaults: Mapping[str, Any], first: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Schedule]]:
+    """Return a new parameter group with checked options, and its functions of the step.
+
+    Args:
+        given: the group.
+        names: where the names of named parameters go.
+        defaults: options of the optimizer.
+        first: its first group, None if this is the first.
+
+    Raises:
+        ValueError: an option outside its range, or that is one for all groups; names for some groups only.
+        TypeError: an option of the wrong type.
+    """
+    group, schedules = split_schedules(normalise_group(given, names))
+    options = {key: value for key, value in group.items() if key != "params"}
+    plain = checked({**defaults, **options})
+    group |= {key: value for key, value in plain.items() if key in options}
+    for name in ONE_FOR_ALL:
+        if name in options and options[name] != defaults[name]:
+            raise ValueError(
+                f"{name}={options[name]!r} in a parameter group: it is one for the whole step; give it "
+                "to the constructor"
+            )
+    if first is not None and ("param_names" in group) != ("param_names" in first):
+        raise ValueError("some parameter groups have named parameters; give names to all groups or to none")
+    group.setdefault("base_lr", group.get("lr", defaults["lr"]))
+    group.setdefault("last_lr", group.get("lr", defaults["lr"]))
+    group.setdefault("step", 0 if first is None else first["step"])
+    return group, schedules
 
 
 def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fop.binding import Binding
+from fop.binding import Binding, Bindings
 from fop.capture import local
 from fop.curvature import KINDS, NEVER, NOTHING_PENDING, entry_names, expected_entries
 from fop.layers import Layer
@@ -117,6 +117,19 @@ def enter_state(binding: Binding, state: MutableMapping[Tensor, dict[str, Any]])
     for bias in binding.params[1:]:
         # torch.distributed.checkpoint takes a parameter without any state for one that was left out.
         state.setdefault(bias, {})["in_block_of_weight"] = True
+
+
+def asks_for_state(groups: Sequence[Mapping[str, Any]], bindings: Bindings) -> bool:
+    """Return whether a step is to do nothing but make the state.
+
+    So does torch.distributed.checkpoint before it loads: it reads only into what is there.
+    """
+    if any(not group["lr"] == group["step"] == 0 for group in groups):
+        return False
+    if any(binding.recorder.samples for binding in bindings):
+        return False
+    gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
 
 def make_state(

@@ -1,4 +1,4 @@
-"""How far a step goes, apart from its direction: learning rate, η* (17) and the KL clip."""
+"""How far a step goes: learning rate, η* (17) and the KL clip; its direction is of `fop.correction`."""
 
 from __future__ import annotations
 
