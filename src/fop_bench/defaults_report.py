@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fop_bench.run_records import of_defaults
+
 SHOWN = 12
 
 Runs = list[dict[str, Any]]
@@ -19,7 +21,7 @@ def read_runs(path: Path) -> Runs:
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            runs.append(json.loads(line))
+            runs.append(of_defaults(json.loads(line)))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number} is not JSON (a killed run?); delete that line"

@@ -11,9 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-from fop_bench.demo import TARGET, Entry
-from fop_bench.digits import TRAIN_SIZE
-from fop_bench.optimizers import contender
+from fop_bench.demo import TARGET, TRAIN_SIZE, Entry
+from fop_bench.optimizers import BUILDERS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles for print in black and white.
 STYLES = {
@@ -47,7 +46,7 @@ def _draw(panel: Axes, entry: Entry) -> None:
     """Draw the mean over the seeds at every epoch, with a band from the worst seed to the best."""
     curves = [run.curve for run in entry.runs if not run.diverged]
     color, line = STYLES[entry.optimizer]
-    label = contender(entry.optimizer).label
+    label = BUILDERS[entry.optimizer][0]
     if not curves:
         panel.plot([], [], line, color=color, label=label)
         return

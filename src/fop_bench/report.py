@@ -10,9 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from fop_bench.defaults_report import markdown_table
-from fop_bench.demo import TARGET, Entry
-from fop_bench.digits import TRAIN_SIZE
-from fop_bench.optimizers import contender
+from fop_bench.demo import TARGET, TRAIN_SIZE, Entry
+from fop_bench.optimizers import BUILDERS
 from fop_bench.overhead import Measurement
 from fop_bench.summary import Statistic
 
@@ -71,7 +70,7 @@ def _demo_cells(entry: Entry) -> list[str]:
     summary = entry.summary
     return [
         str(entry.batch_size),
-        contender(entry.optimizer).label,
+        BUILDERS[entry.optimizer][0],
         f"{entry.learning_rate:g}",
         f"{summary.reached} of {summary.runs}",
         plus_minus(summary.epochs, 1),
@@ -108,7 +107,7 @@ def overhead_table(measurements: Sequence[Measurement]) -> Table:
             each.workload.model,
             str(each.workload.batch_size),
             "bf16" if each.workload.bf16 else "float32",
-            contender(each.optimizer).label,
+            BUILDERS[each.optimizer][0],
             _scaled(each.plain_seconds, 1e3),
             _scaled(each.curvature_seconds, 1e3),
             "–" if each.interval is None else str(each.interval),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ LAYER_KEYS = ("names", "epochs", "beta", "eta", "rho")
 ENVIRONMENT_KEYS = ("device", "processor", "torch", "python", "fop", "git", "threads", "date", "command")
 
 # What two lines must differ in to be two runs.
-IDENTITY = (*("recipe", "task", "study", "phase", "contender", "options", "batch_size", "seed", "halves"),)
+IDENTITY = ("recipe", "task", "study", "phase", "contender", "options", "batch_size", "seed", "halves")
 NO_COMMIT = "none"
 SHORTEST_PREFIX = 7
 
@@ -44,18 +44,15 @@ def read_runs(path: Path, *, whole: bool = False) -> list[Run]:
 
 def _read_file(path: Path, whole: bool) -> Iterator[Run]:
     # Bytes: a line that was cut off may end inside a character.
-    lines = [
-        (number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()
-    ]
+    lines = [(at, line) for at, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
     for number, line in lines:
         where = f"{path}, line {number}"
         try:
             run = json.loads(line, parse_constant=_refuse)
         except ValueError as error:
             if number == lines[-1][0] and not whole:
-                warnings.warn(
-                    f"{where}, the last one, is not JSON: its run was killed; left out", stacklevel=3
-                )
+                notice = f"{where}, the last one, is not JSON: its run was killed; left out"
+                warnings.warn(notice, stacklevel=3)
                 return
             raise ValueError(f"{where} is not JSON ({error}); delete that line, or mend it") from error
         _check(run, where)
@@ -66,16 +63,16 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _check(run: object, where: str) -> None:
+def _check(run: Any, where: str) -> None:
     if not isinstance(run, dict):
         raise ValueError(f"{where} is no run but a {type(run).__name__}; delete that line")
     missing = [key for key in KEYS if key not in run]
     if not missing:
-        missing = [
-            *_missing(run["environment"], "environment", ENVIRONMENT_KEYS),
-            *(name for epoch in run["curve"][:1] for name in _missing(epoch, "curve", EPOCH_KEYS)),
-            *(() if run["layers"] is None else _missing(run["layers"], "layers", LAYER_KEYS)),
-        ]
+        parts: list[tuple[str, Any, Sequence[str]]]
+        parts = [("environment", run["environment"], ENVIRONMENT_KEYS)]
+        parts += [("curve", epoch, EPOCH_KEYS) for epoch in run["curve"][:1]]
+        parts += [("layers", run["layers"], LAYER_KEYS)] if run["layers"] is not None else []
+        missing = [f"{name}.{key}" for name, part, keys in parts for key in keys if key not in part]
     if missing:
         raise ValueError(
             f"{where} has no {', '.join(missing)}; it is no line of this version's fop-bench run"
@@ -84,12 +81,8 @@ def _check(run: object, where: str) -> None:
         raise ValueError(f"{where} has an empty curve, though its run did not diverge; delete that line")
 
 
-def _missing(part: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[str]:
-    return [f"{name}.{key}" for key in keys if key not in part]
-
-
 def commit_of(run: Run) -> str:
-    """Give the commit that a run was made by, or `NO_COMMIT` if its code was in no checkout."""
+    """Return the commit that a run was made by, or `NO_COMMIT` if its code was in no checkout."""
     git = run["environment"]["git"]
     return NO_COMMIT if git is None else str(git["commit"])
 
@@ -97,9 +90,7 @@ def commit_of(run: Run) -> str:
 def of_one_commit(runs: Sequence[Run], commit: str | None = None) -> list[Run]:
     """Leave out what no report may mix: in a study with several commits, all but the chosen one's runs.
 
-    Args:
-        runs: of any recipes, tasks and studies.
-        commit: the first characters of the chosen one, or `NO_COMMIT`; a study of one commit is kept whole.
+    ``commit`` is the first characters of the chosen one, or `NO_COMMIT`. A study of one commit is kept whole.
 
     Raises:
         ValueError: a study has runs of several commits and none is chosen, or the chosen one is unknown or
@@ -119,7 +110,12 @@ def of_one_commit(runs: Sequence[Run], commit: str | None = None) -> list[Run]:
                 "choose one by --commit"
             )
         kept += [run for run in lines if len(counts) == 1 or commit_of(run) == chosen]
-    _refuse_duplicates(kept)
+    identities = Counter(", ".join(f"{key} {run[key]}" for key in IDENTITY) for run in kept)
+    if twice := [identity for identity, count in identities.items() if count > 1]:
+        raise ValueError(
+            f"{len(twice)} run{'s are' if len(twice) > 1 else ' is'} there more than once; "
+            "delete all lines but one of: " + "; ".join(twice)
+        )
     return kept
 
 
@@ -137,15 +133,16 @@ def _list(counts: Counter[str]) -> str:
     return ", ".join(f"{commit} ({count} run{'s' * (count > 1)})" for commit, count in sorted(counts.items()))
 
 
-def _refuse_duplicates(runs: Sequence[Run]) -> None:
-    counts = Counter(json.dumps([run[key] for key in IDENTITY], sort_keys=True) for run in runs)
-    twice = [
-        ", ".join(f"{key} {value}" for key, value in zip(IDENTITY, json.loads(key), strict=True))
-        for key, count in counts.items()
-        if count > 1
-    ]
-    if twice:
-        raise ValueError(
-            f"{len(twice)} run{'s are' if len(twice) > 1 else ' is'} there more than once; "
-            "delete all lines but one of: " + "; ".join(twice)
-        )
+def of_defaults(run: Run) -> Run:
+    """Return what the report of the defaults shows of a run; lines of version 0.1 are that already."""
+    if "curve" not in run:
+        return run
+    full = run["batch_size"] >= run["train_samples"]
+    last = {} if run["diverged"] else run["curve"][-1]
+    return {
+        "task": f"{run['task']}, {'full batch' if full else 'batch ' + str(run['batch_size'])}",
+        "optimizer": run["contender"],
+        **{key: run[key] for key in ("options", "seed", "diverged", "warnings")},
+        **{key: last.get(key) for key in ("accuracy", "train_loss", "seconds")},
+        "environment": {key: run["environment"][key] for key in ("device", "torch", "fop", "git", "threads")},
+    }
