@@ -1,9 +1,15 @@
-"""What the paper reports (arXiv:2508.13898, Tables 1 to 4), as plain data."""
+"""The paper's tables (arXiv:2508.13898, Tables 1 to 4), with what was measured here beside every cell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from fop_bench.report import markdown_table
+from fop_bench.run_records import Run, of_one_commit, read_runs
+from fop_bench.study import reached, studies
+from fop_bench.summary import plus_minus, statistic
 
 # Epochs and time to the target, or the error in percent.
 Value = tuple[int, float] | float
@@ -11,27 +17,16 @@ Value = tuple[int, float] | float
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper.
-
-    Attributes:
-        number: in the paper.
-        title: what it measures.
-        columns: batch sizes, or tasks.
-        values: by contender, one a column; None where the paper has none: the target was not reached.
-        target: the accuracy that epochs and time are measured to; None for a table of errors.
-        unit: seconds of the table's unit of time, and its name.
-        gpus: how many GPUs each column used.
-        upright: whether the paper has a row for every contender.
-    """
+    """One table of the paper; ``values`` by contender, None where the target was not reached."""
 
     number: int
     title: str
-    columns: Sequence[int | str]
+    columns: Sequence[int | str]  # batch sizes, or tasks
     values: Mapping[str, Sequence[Value | None]]
-    target: float | None = None
-    unit: tuple[float, str] = (1.0, "seconds")
-    gpus: Sequence[int] = ()
-    upright: bool = True
+    target: float | None = None  # the accuracy that epochs and time are measured to; None for errors
+    unit: float = 1.0  # seconds of the table's unit of time
+    gpus: Sequence[int] = ()  # how many each column used
+    upright: bool = True  # the paper has a row for every contender
 
 
 # As the paper names the optimizers; in Table 4 SGD is "baseline (SGD)".
@@ -63,7 +58,7 @@ PAPER_TABLES = {
             "fop": ((44, 158.9), (41, 67.3), (48, 42.3), (49, 27.8)),
         },
         target=0.806,
-        unit=(60.0, "minutes"),
+        unit=60.0,
         gpus=(1, 2, 4, 8),
     ),
     "imagenet1k-resnet50": PaperTable(
@@ -78,7 +73,7 @@ PAPER_TABLES = {
             "fop": ((32, 1306.1), (33, 999.5), (34, 514.9), (40, 335.1)),
         },
         target=0.759,
-        unit=(60.0, "minutes"),
+        unit=60.0,
         gpus=(1, 2, 4, 8),
     ),
     "cifar-lt-resnet32": PaperTable(
@@ -92,3 +87,100 @@ PAPER_TABLES = {
         },
     ),
 }
+
+NOT_RUN = "not run yet"
+# These change the optimizers, or map them: no contender in them is the one that the paper's table means.
+ELSEWHERE = ("map", "ablation", "formula")
+
+
+def paper_page(folders: Sequence[Path], commit: str | None = None) -> str:
+    """Return the paper's four tables as Markdown, with what the runs in these folders say beside every cell.
+
+    Raises:
+        ValueError: a folder without runs, a broken line, or runs that no report may mix.
+    """
+    runs = of_one_commit([run for folder in folders for run in read_runs(folder)], commit)
+    parts = [
+        "# The paper's tables, and ours",
+        "Lu & Armour, arXiv:2508.13898. Each cell: the paper's number (–: it reports none, the target was "
+        "not reached), then ours as mean ± standard deviation over n seeds. Epochs and errors can be "
+        "compared; times only on the same device, which is named below each table.",
+    ]
+    for recipe, table in PAPER_TABLES.items():
+        parts += [f"## Table {table.number}: {table.title}", *paper_section(recipe, runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def paper_section(recipe: str, runs: Sequence[Run]) -> list[str]:
+    """Return the paper's table of a recipe with the runs' results, and what must be known about them."""
+    table = PAPER_TABLES[recipe]
+    # Of a contender the group of the comparison, or of the first other study that it is in.
+    groups: dict[tuple[str, int, str], list[Run]] = {}
+    for study in studies([run for run in runs if run["recipe"] == recipe]):
+        if not study.name.startswith(ELSEWHERE):
+            for (size, name), group in study.groups().items():
+                groups.setdefault((name, size, study.task), list(group["run"]))
+    by_size = isinstance(table.columns[0], int)
+    cells: dict[tuple[str, int | str], str] = {}
+    for contender, values in table.values.items():
+        for column, value in zip(table.columns, values, strict=True):
+            found = {
+                task if by_size else f"batch {size}": _measured(table, group)
+                for (name, size, task), group in groups.items()
+                if name == contender and column == (size if by_size else task)
+            }
+            several = (f"{ours}, {which}" if len(found) > 1 else ours for which, ours in found.items())
+            ours = f"ours {'; '.join(several)}" if found else NOT_RUN
+            cells[contender, column] = f"paper {_reported(value)} · {ours}"
+    return [
+        _laid_out(table, cells),
+        _about(recipe, table, [run for group in groups.values() for run in group]),
+    ]
+
+
+def _reported(value: Value | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value[0]} / {value[1]:.1f}" if isinstance(value, tuple) else f"{value:.2f}"
+
+
+def _measured(table: PaperTable, group: Sequence[Run]) -> str:
+    n, diverged = len(group), sum(run["diverged"] for run in group)
+    lost = f", {diverged} diverged" if diverged else ""
+    if table.target is None:
+        errors = statistic(1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"])
+        return f"{plus_minus(errors, 2, scale=100.0)} (n={n}{lost})"
+    # The paper's target, whatever the recipe's own is.
+    times = [reached(run, "accuracy", table.target) for run in group]
+    epochs, seconds = (statistic(each) for each in zip(*times, strict=True))
+    if epochs is None:
+        return f"not reached (0 of {n}{lost})"
+    share = f"n={n}" if epochs.n == n else f"reached by {epochs.n} of {n}{lost}"
+    return f"{plus_minus(epochs, 1)} / {plus_minus(seconds, 1, scale=1 / table.unit)} ({share})"
+
+
+def _laid_out(table: PaperTable, cells: Mapping[tuple[str, int | str], str]) -> str:
+    names = {column: str(column) for column in table.columns}
+    for column, count in zip(table.columns, table.gpus, strict=False):
+        names[column] += f" ({count} GPU{'s' * (count > 1)})"
+    contenders = {name: LABELS[name] for name in table.values}
+    if table.upright:
+        rows = [[label, *(cells[name, column] for column in names)] for name, label in contenders.items()]
+        return markdown_table(["optimizer", *names.values()], rows)
+    rows = [[label, *(cells[name, column] for name in contenders)] for column, label in names.items()]
+    return markdown_table(["batch", *contenders.values()], rows)
+
+
+def _about(recipe: str, table: PaperTable, runs: Sequence[Run]) -> str:
+    if not runs:
+        return f"None of it is measured yet; to run it: `fop-bench run {recipe}`."
+    devices = sorted({str(run["environment"]["device"]) for run in runs})
+    data = sorted({str(run["data"]) for run in runs})
+    lines = [f"Ours: `fop-bench run {recipe}` on {', '.join(devices)}; data: {', '.join(data)}"]
+    if table.target is not None:
+        epochs = {run["batch_size"]: run["epochs"] for run in runs}
+        trained = ", ".join(f"{number} at batch {size}" for size, number in sorted(epochs.items()))
+        lines.append(f"epochs of a whole run: {trained}")
+        if any(run["environment"]["processor"] == "cpu" for run in runs):
+            lines.append("times are processor time")
+    return "; ".join(lines) + "."

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from fop_bench.paper_report import paper_page
+from fop_bench.paper import paper_page
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import Selection, make
 from fop_bench.study_report import write_report

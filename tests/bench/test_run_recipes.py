@@ -18,8 +18,7 @@ from fop_bench import study_report
 from fop_bench.cli import main
 from fop_bench.images import Source
 from fop_bench.optimizers import BUILDERS
-from fop_bench.paper import PAPER_TABLES
-from fop_bench.paper_report import paper_page
+from fop_bench.paper import PAPER_TABLES, paper_page
 from fop_bench.recipes import RECIPES, recipe
 from fop_bench.recipes.cifar10_small import RECIPE as SMALL
 from fop_bench.recipes.digits import DigitsTask
