@@ -1,6 +1,6 @@
 """Augmentation of whole batches, on the device that holds them.
 
-Shapes: N batch, H and W pixels.
+Shapes: N batch, H and W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -15,39 +15,30 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a training image goes through.
+    """What a training image goes through."""
 
-    Attributes:
-        flip: mirror every other image, at random.
-        shift: move by up to so many pixels either way (zero padding, then a crop of the old size).
-        cutout: side in pixels of a square at a random place that is set to the mean (DeVries & Taylor 2017).
-    """
-
-    flip: bool = False
-    shift: int = 0
-    cutout: int = 0
+    flip: bool = False  # mirror it, with probability 1/2
+    shift: int = 0  # move it by up to so many pixels either way: zero padding, then a crop of the old size
+    cutout: int = 0  # side of a square at a random place that is set to the mean (DeVries & Taylor 2017)
 
 
 class Normaliser:
-    """Turns pixels (N, H, W, 3) uint8 into inputs (N, 3, H, W) of zero mean and unit variance, channels last.
+    """Turns pixels (N, H, W, C) uint8 into inputs (N, C, H, W) of zero mean and unit variance, channels last.
 
-    Args:
-        pixels: the training images, whose mean and standard deviation count.
-        total: sums over the processes that share the images.
+    The mean and standard deviation are those of the training images' ``pixels``; ``total`` sums over the
+    processes that share these.
     """
 
     def __init__(self, pixels: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
-        sums, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        channels = pixels.shape[-1]
+        sums = torch.zeros(3, channels, dtype=torch.float64)
         for part in pixels.split(4096):
-            values = part.reshape(-1, 3).double().cpu()
-            sums += values.sum(0)
-            squares += (values * values).sum(0)
-        ones = torch.full((3,), pixels.numel() / 3, dtype=torch.float64)
-        sums, squares, count = total(torch.stack([sums, squares, ones]))
-        mean = sums / count
-        std = (squares / count - mean * mean).clamp(min=1e-12).sqrt()
-        self.mean = mean.float().to(pixels.device)
-        self.std = std.float().to(pixels.device)
+            values = part.reshape(-1, channels).double().cpu()
+            sums += torch.stack([values.sum(0), (values * values).sum(0), torch.ones_like(values).sum(0)])
+        first, second, count = total(sums)
+        mean = first / count
+        std = (second / count - mean * mean).clamp(min=1e-12).sqrt()
+        self.mean, self.std = mean.float().to(pixels.device), std.float().to(pixels.device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch."""
@@ -57,13 +48,7 @@ class Normaliser:
 
 
 def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor:
-    """Flip and shift a batch (N, H, W, 3) of pixels.
-
-    Args:
-        pixels: the batch.
-        what: which changes.
-        draw: source of randomness, on the device of the batch.
-    """
+    """Flip and shift a batch (N, H, W, C) of pixels, by random numbers of a generator on its device."""
     if not (what.flip or what.shift):
         return pixels
     count, height, width, _ = pixels.shape
@@ -83,13 +68,12 @@ def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor
 
 
 def cut_out(inputs: Tensor, side: int, draw: torch.Generator) -> Tensor:
-    """Set a square of a batch of normalised inputs (N, 3, H, W) to zero, cut off at the edges."""
+    """Set a square of a batch of normalised inputs (N, C, H, W) to zero, cut off at the edges."""
     if not side:
         return inputs
-    count, _, height, width = inputs.shape
     inside = []
-    for length in (height, width):
-        centre = torch.randint(length, (count, 1), device=inputs.device, generator=draw)
+    for length in inputs.shape[2:]:
+        centre = torch.randint(length, (len(inputs), 1), device=inputs.device, generator=draw)
         place = torch.arange(length, device=inputs.device) - centre + side // 2
         inside.append((place >= 0) & (place < side))
     hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
@@ -99,5 +83,5 @@ def cut_out(inputs: Tensor, side: int, draw: torch.Generator) -> Tensor:
 def training_inputs(
     pixels: Tensor, what: Augmentation, normalise: Normaliser, draw: torch.Generator
 ) -> Tensor:
-    """Give the inputs (N, 3, H, W) of a training step from pixels (N, H, W, 3): augmented and normalised."""
+    """Return the inputs (N, C, H, W) of a training step, augmented and normalised."""
     return cut_out(normalise(augment(pixels, what, draw)), what.cutout, draw)

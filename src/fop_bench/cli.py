@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,16 +16,18 @@ import click
 import torch
 
 from fop_bench.cost_model import H100
-from fop_bench.defaults import STUDIES, TASKS, measure
-from fop_bench.defaults_report import write_report
-from fop_bench.demo import FULL, QUICK, SELECTION, TARGET, TUNING_SEED, run_demo
+from fop_bench.defaults_report import write_report as write_defaults_report
+from fop_bench.demo import protocol as demo_protocol
+from fop_bench.demo import run_demo
 from fop_bench.environment import environment
-from fop_bench.overhead import Measurement, measure_overhead, workloads
+from fop_bench.overhead import Measurement, measure_overhead
+from fop_bench.paper import paper_page
 from fop_bench.plot import plot_demo
+from fop_bench.recipes import DEFAULTS, RECIPES
 from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json
-from fop_bench.run_cli import report, run
-from fop_bench.scale import PLAIN_STEPS, measure_scale
+from fop_bench.runner import OnRun, Selection, make
 from fop_bench.scale import Measurement as Measured
+from fop_bench.scale import measure_scale
 from fop_bench.scale_report import (
     GPUS,
     assumptions,
@@ -29,11 +37,14 @@ from fop_bench.scale_report import (
     predicted_sheets,
     predictions,
 )
+from fop_bench.study_report import write_report
 from fop_bench.surface_cli import surface
-from fop_bench.terminal import console_here, device_option, progress_bars
-from fop_bench.workloads import MODELS, Workload
+from fop_bench.terminal import console_here, data_option, device_option, out_option, progress_bars
+from fop_bench.workloads import MODELS, PLAIN_STEPS, Workload
+from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
+MINUTES = click.FloatRange(min=0, min_open=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -41,18 +52,164 @@ def main() -> None:
     """Measure FOP against SGD, AdamW and K-FAC."""
 
 
-main.add_command(run)
-main.add_command(report)
 main.add_command(surface)
 
 
+@contextmanager
+def _bar_of_runs(title: str, hidden: bool = False) -> Iterator[OnRun]:
+    """Yield what a runner calls before and after a run."""
+    with progress_bars(console_here()) as progress:
+        progress.disable = hidden
+        bar = progress.add_task(title, total=None)
+        yield lambda done, planned, title: progress.update(
+            bar, completed=done, total=planned, description=title
+        )
+
+
+@contextmanager
+def _errors(lines: Path) -> Iterator[None]:
+    """Turn what may go wrong with runs into messages; ``lines`` is where finished ones are."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise click.ClickException(
+            f"stopped; every finished run is in {lines}, and the same command goes on"
+        ) from error
+    except BrokenProcessPool as error:
+        raise click.ClickException(
+            "a worker was killed, perhaps for want of memory; no finished run is lost: go on by fewer --jobs"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 @main.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.option("--study", default="comparison", help="Which of the recipe's studies.")
+@data_option
+@click.option("--task", "tasks", multiple=True, help="Only this data set of the recipe; may be repeated.")
+@click.option("--batch", "batches", type=int, multiple=True, help="Only this batch size; may be repeated.")
+@click.option("--optimizer", "optimizers", multiple=True, help="Only this one; may be repeated.")
+@device_option
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("fop-demo"),
-    help="Folder for the results.",
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs at a time.  [default: one a GPU, one a core of the processor]",
 )
+@click.option(
+    "--minutes",
+    type=MINUTES,
+    default=60.0,
+    help="Stop after this time, in the middle of a run if need be; the same command goes on.",
+)
+@out_option(None, help="Folder.  [default: fop-runs/RECIPE]")
+def run(
+    recipe: str,
+    study: str,
+    data: str | None,
+    tasks: tuple[str, ...],
+    batches: tuple[int, ...],
+    optimizers: tuple[str, ...],
+    device: torch.device,
+    jobs: int | None,
+    minutes: float,
+    out: Path | None,
+) -> None:
+    """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl.
+
+    The optimizers are tuned first, each by the same number of runs on held-out images, and then trained with
+    new seeds. Goes on where it stopped or was killed.
+    """
+    folder = out or Path("fop-runs") / recipe
+    lines = folder / f"{study}.jsonl"
+    jobs = jobs or (1 if device.type == "cuda" or under_torchrun() else os.cpu_count() or 1)
+    if jobs > 1 and under_torchrun():
+        raise click.BadParameter("ranks that torchrun started make one run at a time", param_hint="--jobs")
+    with _errors(lines):
+        chosen = Selection(recipe, study, tasks, optimizers, batches).checked()
+        with world_on(device) as world, _bar_of_runs(recipe, hidden=world.rank > 0) as on_run:
+            left = make(chosen, data=data, world=world, out=folder, jobs=jobs, minutes=minutes, on_run=on_run)
+    end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
+    if world.rank == 0:
+        click.echo(f"{lines}: {end}. Tables and plots: fop-bench report {folder}")
+
+
+_LIST = "\n".join(f"{name}: {', '.join(each.studies)}" for name, each in RECIPES.items())
+run.help = f"{inspect.cleandoc(run.help or '')}\n\nRecipes and their studies:\n\n\b\n{_LIST}"
+
+
+@main.command()
+@click.argument(
+    "folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+@click.option("--commit", help="Only the runs of this commit, where a folder holds several.")
+@click.option(
+    "--paper",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the paper's tables to this Markdown file, what these folders hold beside them.",
+)
+def report(folders: tuple[Path, ...], commit: str | None, paper: Path | None) -> None:
+    """Make README.md and its plots in every one of FOLDERS, from the JSON lines in there alone."""
+    with warnings.catch_warnings(record=True) as caught, _errors(Path()):
+        warnings.simplefilter("always")
+        written = [write_report(folder, commit) for folder in folders]
+        if paper is not None:
+            paper.parent.mkdir(parents=True, exist_ok=True)
+            paper.write_text(paper_page(folders, commit), encoding="utf-8")
+            written.append(paper)
+    for notice in dict.fromkeys(str(each.message) for each in caught):
+        click.echo(f"Note: {notice}", err=True)
+    for path in written:
+        click.echo(f"Wrote {path}")
+
+
+@main.command()
+@click.argument("study", type=click.Choice([*DEFAULTS[0].studies]))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="CIFAR-10 as an image folder, train/<class>/*; without it only the digits tasks run.",
+)
+@click.option("--tasks", default="", help="Only tasks whose name holds this text.")
+@device_option
+@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Runs at a time, one thread each.")
+@click.option("--minutes", type=MINUTES, default=60.0, help="Stop after this time; call again to go on.")
+@out_option("fop-defaults")
+def defaults(
+    study: str, data: Path | None, tasks: str, device: torch.device, jobs: int, minutes: float, out: Path
+) -> None:
+    """Measure default options on small real tasks, and write the tables of all studies in --out.
+
+    STUDY is a grid of runs; each is one JSON line in --out.
+    """
+    names = {
+        f"{task}, {'batch ' + str(batch) if batch < 1000 else 'full batch'}": (plan, batch)
+        for plan in DEFAULTS
+        for task in plan.tasks
+        for batch in plan.studies[study].epochs
+        if data or "digits" in task
+    }
+    chosen = [each for name, each in names.items() if tasks in name]
+    if not chosen:
+        raise click.BadParameter(f"{tasks!r} matches none of: {', '.join(names)}", param_hint="--tasks")
+    left = 0
+    with _errors(out / f"{study}.jsonl"), _bar_of_runs(study) as on_run:
+        end = time.monotonic() + 60 * minutes
+        for plan, batch in chosen:
+            left += make(
+                Selection(plan.name, study, batch_sizes=(batch,)),
+                data=None if "digits" in plan.name else str(data),
+                world=World(device),
+                out=out,
+                jobs=jobs,
+                minutes=(end - time.monotonic()) / 60,
+                on_run=on_run,
+            )
+        click.echo(f"Wrote {write_defaults_report(out)}; {left} runs left")
+
+
+@main.command()
+@out_option("fop-demo", help="Folder for the results.")
 @device_option
 @click.option("--quick", is_flag=True, help="Two seeds, two epochs: shows that all works; not a result.")
 def demo(out: Path, device: torch.device, quick: bool) -> None:
@@ -60,31 +217,19 @@ def demo(out: Path, device: torch.device, quick: bool) -> None:
 
     Takes about two minutes on two CPU cores. Writes demo.json, demo.png and README.md into --out.
     """
-    console = console_here()
-    plan = QUICK if quick else FULL
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
     torch.set_num_threads(1)
-    where = environment(device)
-    with progress_bars(console) as progress:
-        task = progress.add_task("", total=plan.total_runs())
-        entries = run_demo(plan, device, lambda text: progress.update(task, description=text, advance=1))
-    protocol = {
-        "data": "sklearn.datasets.load_digits",
-        "target_accuracy": TARGET,
-        "tuning_seed": TUNING_SEED,
-        "selection": SELECTION,
-        "schedule": "half a cosine from the learning rate to 0 over all steps",
-        "quick": quick,
-        **asdict(plan),
-    }
+    where, study = environment(device), "demo-quick" if quick else "demo"
+    with _bar_of_runs("demo") as on_run:
+        entries = run_demo(study, device, on_run)
+    results = [asdict(entry) for entry in entries]
     write_json(
-        out / "demo.json",
-        {"environment": where, "protocol": protocol, "results": [asdict(entry) for entry in entries]},
+        out / "demo.json", {"environment": where, "protocol": demo_protocol(study), "results": results}
     )
     plot_demo(entries, out / "demo.png")
     (out / "README.md").write_text(demo_markdown(entries, where), encoding="utf-8")
-    console.print(demo_table(entries))
-    console.print(f"Wrote demo.json, demo.png and README.md to {out}", soft_wrap=True)
+    console_here().print(demo_table(entries))
+    console_here().print(f"Wrote demo.json, demo.png and README.md to {out}", soft_wrap=True)
 
 
 @main.command()
@@ -95,68 +240,30 @@ def demo(out: Path, device: torch.device, quick: bool) -> None:
 @click.option("--bf16/--no-bf16", default=None, help="bf16 autocast on or off; both by default.")
 @device_option
 @click.option("--rounds", type=click.IntRange(min=1), default=10, help="Turns of every optimizer.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("fop-overhead.json"))
+@out_option("fop-overhead.json", file=True)
 def overhead(
     model: str, batches: tuple[int, ...], bf16: bool | None, device: torch.device, rounds: int, out: Path
 ) -> None:
     """Measure time and peak memory per step, the optimizers taking turns."""
-    console = console_here()
-    models = list(MODELS) if model == "all" else [model]
-    precisions = [False, True] if bf16 is None else [bf16]
-    todo = workloads(models, batches, precisions)
+    todo = [
+        Workload(name, batch, precision)
+        for name in (MODELS if model == "all" else [model])
+        for batch in batches
+        for precision in ([False, True] if bf16 is None else [bf16])
+    ]
     where = environment(device)
     measurements: list[Measurement] = []
-    with progress_bars(console) as progress:
+    with progress_bars(console_here()) as progress:
         task = progress.add_task("", total=len(todo) * rounds)
         for workload in todo:
             precision = "bf16" if workload.bf16 else "float32"
             progress.update(task, description=f"{workload.model} · batch {workload.batch_size} · {precision}")
             measurements += measure_overhead(workload, device, rounds, lambda: progress.advance(task))
             # After every workload: one that does not fit into memory takes no other's result with it.
-            write_json(
-                out,
-                {"environment": where, "rounds": rounds, "results": [asdict(each) for each in measurements]},
-            )
-    console.print(overhead_table(measurements))
-    console.print(f"Wrote {out}", soft_wrap=True)
-
-
-@main.command()
-@click.argument("study", type=click.Choice([*STUDIES]))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="CIFAR-10 as an image folder, train/<class>/*; without it only the digits tasks run.",
-)
-@click.option("--tasks", default="", help="Only tasks whose name holds this text.")
-@device_option
-@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Runs at a time, one thread each.")
-@click.option("--minutes", type=float, default=60.0, help="No new run after this time; call again to go on.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("fop-defaults"))
-def defaults(
-    study: str, data: Path | None, tasks: str, device: torch.device, jobs: int, minutes: float, out: Path
-) -> None:
-    """Measure default options on small real tasks, and write the tables of all studies in --out.
-
-    STUDY is a grid of runs; each is one JSON line in --out.
-    """
-    chosen = [name for name, task in TASKS.items() if tasks in name and (data or task.data == "digits")]
-    if not chosen:
-        raise click.BadParameter(f"{tasks!r} matches none of: {', '.join(TASKS)}", param_hint="--tasks")
-    out.mkdir(parents=True, exist_ok=True)
-    with progress_bars(console_here()) as progress:
-        bar = progress.add_task(study)
-        left = measure(
-            study,
-            chosen,
-            device=str(device),
-            folder=data,
-            out=out / f"{study}.jsonl",
-            jobs=jobs,
-            minutes=minutes,
-            on_run=lambda done, left: progress.update(bar, completed=done, total=done + left),
-        )
-    click.echo(f"Wrote {write_report(out)}; {left} runs left")
+            results = [asdict(each) for each in measurements]
+            write_json(out, {"environment": where, "rounds": rounds, "results": results})
+    console_here().print(overhead_table(measurements))
+    console_here().print(f"Wrote {out}", soft_wrap=True)
 
 
 @main.command()
@@ -172,14 +279,9 @@ def defaults(
 @click.option("--mode", type=click.Choice(["compatible", "lean", "both"]), default="both", help="FOP's mode.")
 @click.option("--rounds", type=click.IntRange(min=1), default=2, help="Turns of every optimizer.")
 @click.option("--trace", is_flag=True, help="Also write Chrome traces of curvature steps of rank 0.")
-@click.option(
-    "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    help="Limit for each number of ranks.",
-)
+@click.option("--minutes", type=MINUTES, default=30.0, help="Limit for each number of ranks.")
 @click.option("--predict", is_flag=True, help="Only predict bytes, memory and times for up to 1024 GPUs.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("fop-scale"))
+@out_option("fop-scale")
 def scale(
     counts: tuple[int, ...],
     model: str,
@@ -196,15 +298,22 @@ def scale(
     Writes scale.json and README.md into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(counts))
-    if predict:
-        _predict_scale(counts or GPUS, out)
-        return
+    counts = tuple(dict.fromkeys(counts)) or (GPUS if predict else MEASURED)
     console = console_here()
+    if predict:
+        predicted = predictions(counts)
+        tables = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
+        write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": tables})
+        (out / "prediction.md").write_text(predicted_markdown(predicted), encoding="utf-8")
+        for sheet in predicted_sheets(predicted):
+            console.print(sheet.table())
+        console.print(assumptions(), soft_wrap=True)
+        console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)
+        return
     workload = Workload(model, batch, bf16=False)
-    modes = ["compatible", "lean"] if mode == "both" else [mode]
     where = environment(torch.device("cpu")) | {"threads": 1}
     cores = os.cpu_count() or 1
+    modes = ["compatible", "lean"] if mode == "both" else [mode]
     protocol = {
         "workload": asdict(workload),
         "cores": cores,
@@ -213,15 +322,14 @@ def scale(
         "plain_steps_a_round": PLAIN_STEPS,
         "transport": "gloo over the loopback interface",
     }
+    traces = out if trace else None
     measurements: list[Measured] = []
     with progress_bars(console) as progress:
-        task = progress.add_task("", total=len(counts or MEASURED))
-        for count in counts or MEASURED:
+        task = progress.add_task("", total=len(counts))
+        for count in counts:
             progress.update(task, description=f"{model} · batch {batch} · {count} rank{'s' * (count > 1)}")
             try:
-                measurements += measure_scale(
-                    workload, count, modes, rounds, minutes * 60, out if trace else None
-                )
+                measurements += measure_scale(workload, count, modes, rounds, minutes * 60, traces)
             except (RuntimeError, TimeoutError) as error:
                 raise click.ClickException(str(error)) from error
             progress.advance(task)
@@ -232,15 +340,3 @@ def scale(
     for sheet in measured_sheets(measurements):
         console.print(sheet.table())
     console.print(f"Wrote scale.json and README.md to {out}", soft_wrap=True)
-
-
-def _predict_scale(counts: tuple[int, ...], out: Path) -> None:
-    predicted = predictions(counts)
-    results = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
-    write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": results})
-    (out / "prediction.md").write_text(predicted_markdown(predicted), encoding="utf-8")
-    console = console_here()
-    for sheet in predicted_sheets(predicted):
-        console.print(sheet.table())
-    console.print(assumptions(), soft_wrap=True)
-    console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)

@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def this_command() -> str:
-    """Give the command that this process was started with, as one would type it elsewhere."""
+    """Return the command that this process was started with, as one would type it elsewhere."""
     program, *arguments = sys.orig_argv
     if arguments and Path(arguments[0]).name == "fop-bench":
         return shlex.join(["fop-bench", *arguments[1:]])
@@ -40,40 +40,32 @@ def this_command() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Name the GPU, or the processor where the device is the CPU."""
+    """Return the name of the GPU, or of the processor where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_state(source: Path) -> dict[str, Any] | None:
-    """Give the commit of the checkout that tracks `source` and whether it has changes; None outside."""
-    # `ls-files` fails for a package installed into a virtual environment that merely lies inside a checkout.
-    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+    """Return the commit of the checkout that tracks a file, and whether it has changes; None without one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        # Fails for a package installed into a virtual environment that merely lies inside a checkout.
+        git("ls-files", "--error-unmatch", source.name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
         return None
-    commit = _git(source.parent, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": bool(_git(source.parent, "status", "--porcelain"))}
 
 
 def commit_title(state: Mapping[str, Any] | None) -> str:
-    """Name what `git_state` gave in an error message."""
+    """Name what `git_state` returned in an error message."""
     if state is None:
         return "an installed package"
     return f"commit {state['commit'][:10]}" + (" with uncommitted changes" if state["dirty"] else "")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

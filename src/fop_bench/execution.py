@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -21,8 +22,8 @@ from fop_bench.environment import commit_title, environment
 from fop_bench.formulas import FORMULAS
 from fop_bench.images import Images
 from fop_bench.optimizers import BUILDERS
+from fop_bench.recipe import Parts
 from fop_bench.recipes import recipe
-from fop_bench.recipes.recipe import Contender, Parts, Recipe
 from fop_bench.training import Training, messages, share_right
 from fop_bench.world import World
 
@@ -31,37 +32,27 @@ SECONDS_BETWEEN_SAVES = 30.0
 # Larger sets of images stay in the machine's memory, and batches are brought to the GPU.
 RESIDENT_BYTES = 8e9
 
+Git = Mapping[str, Any] | None
+
 
 @dataclass(frozen=True)
 class Description:
-    """All that tells one run from another.
-
-    Attributes:
-        recipe: name.
-        task: name within the recipe.
-        study: name within the recipe.
-        phase: "tuning" or "final".
-        contender: name within the study.
-        options: the chosen values of the contender's grid.
-        batch_size: samples of a step.
-        epochs: number of passes.
-        seed: of weights, order and augmentation.
-    """
+    """All that tells one run from another."""
 
     recipe: str
     task: str
     study: str
-    phase: str
+    phase: str  # "tuning" or "final"
     contender: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # the chosen values of the contender's grid
     batch_size: int
     epochs: int
-    seed: int
+    seed: int  # of weights, order and augmentation
 
     @property
-    def final(self) -> bool:
-        """Whether the run is judged by the test images."""
-        return self.phase == "final"
+    def key(self) -> str:
+        """The same for two runs only if they are the same run."""
+        return json.dumps(asdict(self), sort_keys=True)
 
     @property
     def title(self) -> str:
@@ -70,43 +61,33 @@ class Description:
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
 
-@cache
-def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
-    """Load a rank's share of a task's images, once a process."""
-    return recipe(recipe_name).tasks[task].load(data, rank, ranks)
-
-
 def execute(
-    description: Description,
+    described: Description,
     data: str | None,
     world: World,
     saved: Path,
     deadline: float,
     command: str,
-    git: Mapping[str, Any] | None = None,
+    git: Git = None,
 ) -> dict[str, Any] | None:
     """Make a run, or go on with it, and return its record; None if the time was over before the end.
 
     Args:
-        description: which run.
+        described: which run.
         data: folder or hub name; None for the recipe's own.
-        world: this process, or all that train together: they share the images and every batch.
-        saved: file for the state in between; deleted with the record in hand.
+        world: all processes that share the images and every batch.
+        saved: file for the state in between.
         deadline: by `time.monotonic`, the same clock in all processes of a machine.
         command: what repeats it.
         git: the commit that the command began with.
     """
-    plan = recipe(description.recipe)
-    study = plan.studies[description.study]
-    contender = study.contenders[description.contender]
-    parts = parts_of(description.recipe, description.task, data, world.rank, world.size)
-    train, judged = parts.training(final=description.final), parts.judging(final=description.final)
     if world.size > 1:
         saved = saved.with_suffix(f".{world.rank}-of-{world.size}.pt")
+    contender = recipe(described.recipe).studies[described.study].contenders[described.contender]
+    parts = parts_of(described.recipe, described.task, data, world.rank, world.size)
     with warnings.catch_warnings(record=True) as caught, FORMULAS[contender.formula]():
         warnings.simplefilter("always")
-        everything = int(world.total(torch.tensor(len(parts.training(final=True)))))
-        run = _Run(plan, contender, description, train, judged, everything, world)
+        run = _Run(described, data, parts, world)
         earlier = run.resume(saved, git)
         last = time.monotonic()
 
@@ -121,19 +102,20 @@ def execute(
                 last = now
             return over
 
-        if not run.training.run(stop):
-            run.save(saved, git, earlier + messages(caught))
+        finished = run.training.run(stop)
+        warned = list(dict.fromkeys(earlier + messages(caught)))
+        if not finished:
+            run.save(saved, git, warned)
             return None
-    counts = world.total(torch.tensor([len(train), len(judged)])).tolist()
-    return {
-        **run.record(),
-        "train_samples": counts[0],
-        "evaluated_samples": counts[1],
-        "ranks": world.size,
-        "warnings": list(dict.fromkeys(earlier + messages(caught))),
-        "data": data or plan.tasks[description.task].origin,
-        "environment": {**_where(world.device), "date": _today(), "command": command, "git": git},
-    }
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    where = {**_where(world.device), "date": date, "command": command, "git": git}
+    return {**run.record(), "warnings": warned, "environment": where}
+
+
+@cache
+def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
+    """Load a rank's share of a task's images, once a process."""
+    return recipe(recipe_name).tasks[task].load(data, rank, ranks)
 
 
 @cache
@@ -141,35 +123,38 @@ def _where(device: torch.device) -> dict[str, Any]:
     return {**environment(device), "processor": device.type}
 
 
-def _today() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 class _Run:
     """A training of a recipe, with what its record needs."""
 
-    def __init__(
-        self,
-        plan: Recipe,
-        contender: Contender,
-        description: Description,
-        train: Images,
-        judged: Images,
-        everything: int,
-        world: World,
-    ) -> None:
-        self.plan, self.contender, self.description, self.world = plan, contender, description, world
+    def __init__(self, described: Description, data: str | None, parts: Parts, world: World) -> None:
+        self.described, self.data, self.world = described, data, world
+        self.plan = plan = recipe(described.recipe)
+        self.contender = contender = plan.studies[described.study].contenders[described.contender]
+        self.final = described.phase == "final"
+        train, judged = parts.training(final=self.final), parts.judging(final=self.final)
+        self.samples = world.total(torch.tensor([len(train), len(judged)])).tolist()
+        # Of a final run, so that tuning is not made in vain.
+        everything = int(world.total(torch.tensor(len(parts.training(final=True)))))
+        if described.batch_size > everything:
+            raise ValueError(
+                f"batch size {described.batch_size} is larger than the {everything} training images of "
+                f"{described.task}; choose smaller ones with --batch, or give all images with --data"
+            )
+        if described.batch_size % world.size:
+            raise ValueError(
+                f"batch size {described.batch_size} is not divisible by the {world.size} ranks; "
+                "start another number"
+            )
         device = world.device
         if max(train.pixels.numel(), judged.pixels.numel()) <= RESIDENT_BYTES:
             train, judged = train.to(device), judged.to(device)
-        torch.manual_seed(description.seed)
-        self.draw = torch.Generator(device).manual_seed(description.seed * world.size + world.rank)
+        torch.manual_seed(described.seed)
+        self.draw = torch.Generator(device).manual_seed(described.seed * world.size + world.rank)
         model = plan.model(len(train.classes)).to(device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         model = world.wrap(model)
-        options = {**contender.options(description.batch_size), **description.options}
-        self.optimizer = BUILDERS[contender.optimizer][1](model, **options)
-        self.options = options
+        self.options = {**contender.options(described.batch_size), **described.options}
+        self.optimizer = BUILDERS[contender.optimizer][1](model, **self.options)
         self.layers: dict[str, Any] | None = None
         normalise = Normaliser(train.pixels, world.total)
         order = _halves(contender.halves, train.labels.to(device))
@@ -197,20 +182,17 @@ class _Run:
             batch,
             evaluate,
             samples=world.least(len(train)),
-            batch_size=_share_of(description, len(train), everything, world),
-            epochs=description.epochs,
-            seed=description.seed,
+            # In tuning, without what is held out, the full batch is smaller.
+            batch_size=min(described.batch_size // world.size, world.least(len(train))),
+            epochs=described.epochs,
+            seed=described.seed,
             bf16=bf16,
             mean=lambda loss: world.total(loss).item() / world.size,
         )
 
     def _note_layers(self) -> None:
-        """Keep β, η and ρ of every layer as they are after the epoch; of FOP's final runs alone."""
-        if (
-            self.contender.optimizer != "fop"
-            or not self.description.final
-            or not isinstance(self.optimizer, FOP)
-        ):
+        """Keep β, η and ρ of every layer after the epoch, in FOP's final runs."""
+        if self.contender.optimizer != "fop" or not self.final or not isinstance(self.optimizer, FOP):
             return
         layers = self.optimizer.diagnostics().layers
         if self.layers is None:
@@ -220,10 +202,10 @@ class _Run:
             self.layers[scalar].append([_rounded(getattr(each, scalar)) for each in layers.values()])
 
     def record(self) -> dict[str, Any]:
-        """Give what is known of the run without its data and machine."""
+        """Return what is known of the run without its machine."""
         now = self.training.progress
         return {
-            **asdict(self.description),
+            **asdict(self.described),
             "title": self.plan.title,
             "label": self.contender.title,
             "all_options": self.options,
@@ -236,10 +218,14 @@ class _Run:
             "curve": [asdict(epoch) for epoch in now.curve],
             "layers": self.layers,
             "parameters": sum(p.numel() for p in self.training.model.parameters()),
-            "evaluated_on": "test" if self.description.final else "held-out",
+            "evaluated_on": "test" if self.final else "held-out",
+            "train_samples": self.samples[0],
+            "evaluated_samples": self.samples[1],
+            "ranks": self.world.size,
+            "data": self.data or self.plan.tasks[self.described.task].origin,
         }
 
-    def save(self, path: Path, git: Mapping[str, Any] | None, warned: list[str]) -> None:
+    def save(self, path: Path, git: Git, warned: list[str]) -> None:
         """Write the state such that a kill in between leaves the old one."""
         state = {
             "training": self.training.state_dict(),
@@ -253,7 +239,7 @@ class _Run:
         torch.save(state, unfinished)
         unfinished.replace(path)
 
-    def resume(self, path: Path, git: Mapping[str, Any] | None) -> list[str]:
+    def resume(self, path: Path, git: Git) -> list[str]:
         """Go on from the state in a file, if there is one, and return the warnings up to there.
 
         Raises:
@@ -265,14 +251,12 @@ class _Run:
             raise ValueError(
                 f"{path} is not a saved run ({error}); delete it to start that run again"
             ) from error
-        step = None
-        if state is not None:
-            progress = state["training"]["progress"]
-            step = (progress["epoch"], progress["step"])
+        progress = state and state["training"]["progress"]
+        step = progress and (progress["epoch"], progress["step"])
+        first = self.world.agree(step)
         # Killed between their saves, ranks would go on from different steps; then all start again.
-        ready = step == self.world.agree(step) and step is not None
-        everywhere = self.world.total(torch.tensor(int(ready))) == self.world.size
-        if state is None or not everywhere:
+        ready = step is not None and step == first
+        if state is None or int(self.world.total(torch.tensor(int(ready)))) < self.world.size:
             return []
         if state["git"] != git:
             raise ValueError(
@@ -287,36 +271,13 @@ class _Run:
 
 
 def _taken(images: Images, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give pixels and labels on a device, from where the images are."""
+    """Return pixels and labels on a device, from where the images are."""
     numbers = numbers.to(images.labels.device)
     return images.pixels[numbers].to(device), images.labels[numbers].to(device)
 
 
-def _share_of(description: Description, images: int, everything: int, world: World) -> int:
-    """Give this rank's part of the batch; raises ValueError if the batch cannot be had.
-
-    Args:
-        description: the run.
-        images: number of this rank's training images.
-        everything: number of all training images of a final run, so that tuning is not made in vain.
-        world: who shares the batch.
-    """
-    batch_size = description.batch_size
-    if batch_size > everything:
-        raise ValueError(
-            f"batch size {batch_size} is larger than the {everything} training images of "
-            f"{description.task}; choose smaller ones with --batch, or give all images with --data"
-        )
-    if batch_size % world.size:
-        raise ValueError(
-            f"batch size {batch_size} is not divisible by the {world.size} ranks; start another number"
-        )
-    # In tuning, without what is held out, the full batch is smaller.
-    return min(batch_size // world.size, world.least(images))
-
-
 def _halves(kind: str, labels: Tensor) -> Tensor | None:
-    """Give what a batch is ordered by, so that its halves are the wanted ones; None for chance."""
+    """Return what a batch is ordered by, so that its halves are the wanted ones; None for chance."""
     if kind == "random":
         return None
     if kind == "classes":

@@ -5,60 +5,80 @@ Shapes: N batch, C channels, H and W image, T tokens, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu, scaled_dot_product_attention
+from torch.nn.functional import relu, scaled_dot_product_attention, unfold
+
+# --- ResNets
 
 
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Build what a residual block adds to its output: the input, by a 1×1 convolution where shapes differ."""
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
-class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with BatchNorm and a shortcut (the basic block of ResNet-18)."""
+class Residual(nn.Module):
+    """relu(body(x) + x), with a 1×1 convolution of x where the shapes differ."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, body: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = shortcut(inputs, outputs, stride)
+        self.body = body
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else _convolution(inputs, outputs, 1, stride)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Map (N, inputs, H, W) to (N, outputs, H/stride, W/stride)."""
-        hidden = relu(self.norm1(self.conv1(x_NCHW)))
-        return relu(self.norm2(self.conv2(hidden)) + self.shortcut(x_NCHW))
+        return relu(self.body(x_NCHW) + self.shortcut(x_NCHW))
+
+
+def basic_block(inputs: int, width: int, stride: int) -> Residual:
+    """Build the block of ResNet-18, (N, inputs, H, W) to (N, width, H/stride, W/stride)."""
+    body = nn.Sequential(_convolution(inputs, width, 3, stride), nn.ReLU(), _convolution(width, width, 3))
+    return Residual(body, inputs, width, stride)
+
+
+def bottleneck(inputs: int, width: int, stride: int) -> Residual:
+    """Build the block of ResNet-50, (N, inputs, H, W) to (N, 4·width, H/stride, W/stride).
+
+    As in He et al. 2016, figure 5, with the stride in the 3×3.
+    """
+    first, last = _convolution(inputs, width, 1), _convolution(width, 4 * width, 1)
+    # The block starts as its shortcut, which eases the first epochs at large batches (Goyal et al. 2017).
+    nn.init.zeros_(last.get_parameter("1.weight"))
+    body = nn.Sequential(first, nn.ReLU(), _convolution(width, width, 3, stride), nn.ReLU(), last)
+    return Residual(body, inputs, 4 * width, stride)
 
 
 class ResNet(nn.Module):
-    """A ResNet for 32×32 images: no max-pooling; each stage doubles the channels and halves the image."""
+    """A ResNet from images (N, 3, H, W) to logits (N, classes).
 
-    def __init__(self, width: int = 16, blocks: Sequence[int] = (1, 1, 1), classes: int = 10) -> None:
+    The stem is that for 32×32 images, without max-pooling, unless ``stem`` leads to ``width`` channels. Each
+    stage doubles the channels, and all but the first halve the image.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        blocks: Sequence[int],
+        classes: int = 10,
+        block: Callable[[int, int, int], Residual] = basic_block,
+        stem: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        channels = width
+        layers = [*(stem or [*_convolution(3, width, 3), nn.ReLU()])]
+        channels, expansion = width, 4 if block is bottleneck else 1
         for stage, count in enumerate(blocks):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(ResidualBlock(channels, width * 2**stage, stride))
-                channels = width * 2**stage
+            for number in range(count):
+                stride = 2 if stage > 0 and number == 0 else 1
+                layers.append(block(channels, width * 2**stage, stride))
+                channels = expansion * width * 2**stage
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Map images (N, 3, H, W) to logits (N, classes)."""
         logits: Tensor = self.head(self.features(x_NCHW).mean(dim=(2, 3)))
         return logits
 
@@ -68,20 +88,37 @@ def resnet18(classes: int = 10) -> ResNet:
     return ResNet(width=64, blocks=(2, 2, 2, 2), classes=classes)
 
 
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP, each with a residual connection."""
+def resnet50(classes: int = 1000) -> ResNet:
+    """Build ResNet-50 v1.5 for ImageNet (He et al. 2016; Goyal et al. 2017)."""
+    stem = [
+        nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    ]
+    model = ResNet(64, (3, 4, 6, 3), classes, bottleneck, stem)
+    for module in model.features.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
-    def __init__(self, dim: int, heads: int) -> None:
+
+# --- Transformers
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP, each with a residual connection, on tokens (N, T, D)."""
+
+    def __init__(self, dim: int, heads: int, expansion: int = 4, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = _feed_forward(dim, expansion * dim)
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        """Map tokens (N, T, D) to tokens of the same shape."""
         x_NTD = x_NTD + self.attention(self.norm1(x_NTD))
         out: Tensor = x_NTD + self.mlp(self.norm2(x_NTD))
         return out
@@ -94,8 +131,12 @@ class TransformerBlock(nn.Module):
         return out
 
 
+def _feed_forward(dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
 class ViT(nn.Module):
-    """A small vision transformer for 32×32 images (2.7 million parameters by default)."""
+    """A small vision transformer from 32×32 images to logits (2.7 million parameters by default)."""
 
     def __init__(
         self, dim: int = 192, depth: int = 6, heads: int = 3, patch: int = 4, classes: int = 10
@@ -108,10 +149,108 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Map images (N, 3, 32, 32) to logits (N, classes)."""
         x_NTD = self.embed(x_NCHW).flatten(2).transpose(1, 2) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x_NTD)).mean(dim=1))
         return logits
+
+
+def soft_split(x_NCHW: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """Cut (N, C, H, W) into overlapping patches (N, T, C·kernel²), row by row (Yuan et al. 2021, 3.1)."""
+    return unfold(x_NCHW, kernel, padding=padding, stride=stride).transpose(1, 2)
+
+
+class TokenTransformer(nn.Module):
+    """The one-head transformer between soft splits, (N, T, inputs) to (N, T, dim) (Yuan et al. 2021, 3.1)."""
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        # The authors' code divides by the root of the input's width, not of the keys' width.
+        self.scale = inputs**-0.5
+        self.norm1 = nn.LayerNorm(inputs)
+        self.qkv = nn.Linear(inputs, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = _feed_forward(dim, dim)
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm1(x_NTD)).unsqueeze(1).chunk(3, dim=-1)
+        mixed = scaled_dot_product_attention(query, key, value, scale=self.scale)
+        # The values stand in for the input in the residual connection, as its width is another.
+        hidden_NTD = value.squeeze(1) + self.proj(mixed.squeeze(1))
+        out: Tensor = hidden_NTD + self.mlp(self.norm2(hidden_NTD))
+        return out
+
+
+class TokensToToken(nn.Module):
+    """Three soft splits with a transformer after the first two (Yuan et al. 2021, figure 4).
+
+    Maps images (N, 3, H, W), H and W multiples of 16, to tokens (N, H/16·W/16, dim).
+    """
+
+    def __init__(self, dim: int, token_dim: int = 64) -> None:
+        super().__init__()
+        self.transformer1 = TokenTransformer(3 * 7 * 7, token_dim)
+        self.transformer2 = TokenTransformer(token_dim * 3 * 3, token_dim)
+        self.project = nn.Linear(token_dim * 3 * 3, dim)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        height, width = x_NCHW.shape[2] // 4, x_NCHW.shape[3] // 4
+        x_NTD = self.transformer1(soft_split(x_NCHW, 7, stride=4, padding=2))
+        x_NCHW = x_NTD.transpose(1, 2).unflatten(2, (height, width))
+        x_NTD = self.transformer2(soft_split(x_NCHW, 3, stride=2, padding=1))
+        x_NCHW = x_NTD.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+        out: Tensor = self.project(soft_split(x_NCHW, 3, stride=2, padding=1))
+        return out
+
+
+def sinusoids(tokens: int, dim: int) -> Tensor:
+    """Compute the fixed position encoding (tokens, dim) of Vaswani et al. 2017, 3.5."""
+    rate_D = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle_TD = torch.arange(tokens, dtype=torch.float64).unsqueeze(1) * rate_D
+    return torch.stack((angle_TD.sin(), angle_TD.cos()), dim=2).flatten(1).float()
+
+
+class T2TViT(nn.Module):
+    """T2T-ViT with transformers between its soft splits, by default T2T-ViT_t-14 (Yuan et al. 2021).
+
+    Maps images (N, 3, image_size, image_size) to logits (N, classes).
+    """
+
+    position_TD: Tensor
+
+    def __init__(
+        self, dim: int = 384, depth: int = 14, heads: int = 6, classes: int = 100, image_size: int = 224
+    ) -> None:
+        super().__init__()
+        if image_size < 16 or image_size % 16:
+            raise ValueError(f"image_size must be a positive multiple of 16, got {image_size}")
+        self.tokens = TokensToToken(dim)
+        self.class_token = nn.Parameter(torch.empty(1, 1, dim))
+        # Not persistent, so that a checkpoint loads at any image size.
+        self.register_buffer("position_TD", sinusoids((image_size // 16) ** 2 + 1, dim), persistent=False)
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads, 3, qkv_bias=False) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.class_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_NTD = self.tokens(x_NCHW)
+        x_NTD = torch.cat((self.class_token.expand(len(x_NTD), -1, -1), x_NTD), dim=1) + self.position_TD
+        logits: Tensor = self.head(self.norm(self.blocks(x_NTD))[:, 0])
+        return logits
+
+
+def t2t_vit(classes: int = 100) -> T2TViT:
+    """Build T2T-ViT_t-14 for 224×224 images."""
+    return T2TViT(classes=classes)
+
+
+# --- Small networks
 
 
 def mlp(sizes: Sequence[int] = (784, 512, 512, 10)) -> nn.Sequential:
@@ -122,32 +261,25 @@ def mlp(sizes: Sequence[int] = (784, 512, 512, 10)) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def digits_cnn(classes: int = 10, channels: int = 1) -> nn.Sequential:
-    """Build the small CNN with BatchNorm for 8×8 digits (N, channels, 8, 8).
+def digits_cnn(classes: int = 10) -> nn.Sequential:
+    """Build the small CNN with BatchNorm for 8×8 digits (N, 1, 8, 8).
 
     BatchNorm's running averages move three times as fast as by default: at full batch an epoch is one step,
     and averages that lag ten steps behind would hide from the evaluation how far the weights have come.
     """
     norm = partial(nn.BatchNorm2d, momentum=0.3)
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1),
-        norm(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        norm(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, stride=2, padding=1),
-        norm(32),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 2 * 2, classes),
+        *(nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), norm(32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, stride=2, padding=1), norm(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 2 * 2, classes)),
     )
 
 
 class DigitsTransformer(nn.Module):
-    """A `torch.nn.TransformerEncoder` for 8×8 digits (N, 1, 8, 8), one token a row of pixels."""
+    """A `torch.nn.TransformerEncoder` from 8×8 digits (N, 1, 8, 8), one token a row of pixels, to logits."""
 
-    def __init__(self, width: int = 32, layers: int = 2, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, width: int = 32, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(8, width)
         self.positions = nn.Parameter(0.02 * torch.randn(8, width))
@@ -156,7 +288,6 @@ class DigitsTransformer(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map digits (N, 1, 8, 8) to logits (N, classes)."""
         h_NTD = self.encoder(self.embed(x.squeeze(1)) + self.positions)
         logits: Tensor = self.head(h_NTD.mean(dim=1))
         return logits

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from fop_bench.memory import PeakMemory, peak_memory
-from fop_bench.optimizers import CONTENDERS
-from fop_bench.workloads import Trainer, Workload, expect_curvature, prepare, request_curvature, warm_up
+from fop_bench.workloads import COMPARED, PLAIN_STEPS, Trainer, Workload, amortised, in_turns, prepare
 
-PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
+M_MMAP_THRESHOLD = -3  # glibc's name and number
+MMAP_BYTES = 64 * 1024
+LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak bytes of a step above those in use before the model was built.
+
+    On a GPU the bytes are the allocator's (`max_memory_allocated`), on a CPU the process's resident set.
+    A None is explained in `missing`.
+    """
+
+    plain_bytes: int | None
+    curvature_bytes: int | None
+    missing: str | None
 
 
 @dataclass(frozen=True)
@@ -49,70 +70,46 @@ def measure_overhead(
 ) -> list[Measurement]:
     """Measure every optimizer on one workload: memory first, one by one, then time, in turns."""
     memory = peak_memory(workload, device)
-    trainers = {name: prepare(workload, name, device) for name in CONTENDERS}
+    trainers = {name: prepare(workload, name, device) for name in COMPARED}
     intervals = {name: trainer.interval for name, trainer in trainers.items()}
     for trainer in trainers.values():
-        warm_up(trainer)
-    samples = {name: Samples([], []) for name in CONTENDERS}
-    names = list(CONTENDERS)
-    for number in range(rounds):
-        # A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour.
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        trainer.warm_up()
+    samples = {name: Samples([], []) for name in COMPARED}
+    for names in in_turns(COMPARED, rounds):
+        for name in names:
             _take_turn(trainers[name], samples[name])
         on_round()
     sgd = statistics.median(samples["sgd"].plain)
-    return [_evaluate(workload, name, intervals[name], samples[name], memory[name], sgd) for name in names]
+    return [_evaluate(workload, name, intervals[name], samples[name], memory[name], sgd) for name in COMPARED]
 
 
 def _take_turn(trainer: Trainer, samples: Samples) -> None:
     """Time some plain steps and, where there is such a thing, a curvature step after them.
 
-    An untimed plain step before them brings the caches back to this model. On a GPU the host does not
-    wait between the steps, as in real training.
+    An untimed plain step before them brings the caches back to this model. On a GPU the host does not wait
+    between the steps, as in real training.
     """
-    clock = _Clock(trainer.inputs.device)
-    expect_curvature(trainer.optimizer, due=False)
-    trainer.step()
-    clock.mark()
-    for _ in range(PLAIN_STEPS):
-        expect_curvature(trainer.optimizer, due=False)
+    cuda = trainer.inputs.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(trainer.inputs.device)
+    marks: list[Any] = []  # events on the device's own stream, or the host's seconds
+
+    def step(due: bool) -> None:
+        trainer.expect_curvature(due)
         trainer.step()
-        clock.mark()
-    has_curvature = request_curvature(trainer.optimizer)
-    if has_curvature:
-        expect_curvature(trainer.optimizer, due=True)
-        trainer.step()
-        clock.mark()
-    seconds = clock.intervals()
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+
+    for _ in range(1 + PLAIN_STEPS):
+        step(due=False)
+    if trainer.request_curvature():
+        step(due=True)
+    if cuda:
+        marks[-1].synchronize()
+    seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
     samples.plain.extend(seconds[:PLAIN_STEPS])
     samples.curvature.extend(seconds[PLAIN_STEPS:])
-
-
-class _Clock:
-    """Marks points in time: on the device's own stream for a GPU, on the host's clock for a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._events: list[torch.cuda.Event] = []
-        self._times: list[float] = []
-        if self._cuda:
-            torch.cuda.synchronize(device)
-
-    def mark(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
-        else:
-            self._times.append(time.perf_counter())
-
-    def intervals(self) -> list[float]:
-        """Give the seconds from each mark to the next."""
-        if self._cuda:
-            self._events[-1].synchronize()
-            pairs = zip(self._events[:-1], self._events[1:], strict=True)
-            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        return [end - start for start, end in zip(self._times[:-1], self._times[1:], strict=True)]
 
 
 def _evaluate(
@@ -120,30 +117,81 @@ def _evaluate(
 ) -> Measurement:
     plain = statistics.median(samples.plain)
     curvature = statistics.median(samples.curvature) if samples.curvature else None
-    amortised = plain
-    if curvature is not None and interval is not None:
-        amortised = (plain * (interval - 1) + curvature) / interval
+    mean = amortised(plain, curvature, interval)
     return Measurement(
-        workload=workload,
-        optimizer=name,
-        interval=interval,
-        plain_seconds=plain,
-        curvature_seconds=curvature,
-        amortised_seconds=amortised,
-        ratio_to_sgd=amortised / sgd,
-        plain_ratio_to_sgd=plain / sgd,
-        memory=memory,
-        samples=samples,
+        workload, name, interval, plain, curvature, mean, mean / sgd, plain / sgd, memory, samples
     )
 
 
-def workloads(
-    models: Sequence[str], batch_sizes: Sequence[int], precisions: Sequence[bool]
-) -> list[Workload]:
-    """Combine models, batch sizes and precisions (True for bf16 autocast)."""
-    return [
-        Workload(model, batch_size, bf16)
-        for model in models
-        for batch_size in batch_sizes
-        for bf16 in precisions
-    ]
+# --- Peak memory, with one model alive at a time
+
+
+def peak_memory(workload: Workload, device: torch.device) -> Mapping[str, PeakMemory]:
+    """Measure the peak of a plain and of a curvature step for every optimizer.
+
+    Call it while no other model is on the device.
+    """
+    if device.type == "cuda":
+        return _measure_all(workload, device)
+    if not sys.platform.startswith("linux"):
+        return dict.fromkeys(COMPARED, PeakMemory(None, None, "on a CPU only Linux's /proc tells the peak"))
+    # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(_measure_all_on_cpu, workload, torch.get_num_threads()).result()
+
+
+def _measure_all_on_cpu(workload: Workload, threads: int) -> Mapping[str, PeakMemory]:
+    torch.set_num_threads(threads)
+    # Tensors get pages of their own, so that freed ones leave the resident set at once.
+    LIBC.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+    try:
+        _reset_peak(torch.device("cpu"))
+    except OSError as error:
+        return dict.fromkeys(COMPARED, PeakMemory(None, None, f"the peak cannot be reset: {error}"))
+    return _measure_all(workload, torch.device("cpu"))
+
+
+def _measure_all(workload: Workload, device: torch.device) -> Mapping[str, PeakMemory]:
+    # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
+    _measure(workload, "fop", device)
+    return {name: _measure(workload, name, device) for name in COMPARED}
+
+
+def _measure(workload: Workload, name: str, device: torch.device) -> PeakMemory:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        LIBC.malloc_trim(0)
+    before = _reset_peak(device)
+    trainer = prepare(workload, name, device)
+    trainer.warm_up()
+    _reset_peak(device)
+    for _ in range(2):
+        trainer.expect_curvature(due=False)
+        trainer.step()
+    plain = _peak(device) - before
+    _reset_peak(device)
+    if not trainer.request_curvature():
+        return PeakMemory(plain, None, "no curvature steps")
+    trainer.expect_curvature(due=True)
+    trainer.step()
+    return PeakMemory(plain, _peak(device) - before, None)
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Forget the peak so far and return the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -13,9 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-from fop_bench.demo import TARGET, Entry
-from fop_bench.digits import TRAIN_SIZE
-from fop_bench.optimizers import contender
+from fop_bench.demo import TARGET, TRAIN_SIZE, Entry
+from fop_bench.optimizers import BUILDERS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles for print in black and white.
 STYLES: dict[str, dict[str, Any]] = {
@@ -94,7 +93,7 @@ def plot_demo(entries: Sequence[Entry], path: Path) -> None:
         for entry in entries:
             epochs = [asdict(epoch) for run in entry.runs if not run.diverged for epoch in run.curve]
             if epochs and entry.batch_size == batch_size:
-                look = STYLES[entry.optimizer] | {"label": contender(entry.optimizer).label}
+                look = STYLES[entry.optimizer] | {"label": BUILDERS[entry.optimizer][0]}
                 draw_band(panel, pd.DataFrame(epochs), "seconds", "accuracy", **look)
         finish(panel, "accuracy", [TARGET])
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}

@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from fop_bench.demo import TARGET, Entry
-from fop_bench.digits import TRAIN_SIZE
-from fop_bench.optimizers import contender
+from fop_bench.demo import TARGET, TRAIN_SIZE, Entry
+from fop_bench.optimizers import BUILDERS
 from fop_bench.overhead import Measurement
 from fop_bench.summary import plus_minus
 
@@ -85,7 +84,7 @@ def _demo_sheet(entries: Sequence[Entry]) -> Sheet:
         entries,
         [
             ("batch", lambda each: each.batch_size),
-            ("optimizer", lambda each: contender(each.optimizer).label),
+            ("optimizer", lambda each: BUILDERS[each.optimizer][0]),
             ("lr", lambda each: f"{each.learning_rate:g}"),
             ("reached", lambda each: f"{each.summary.reached} of {each.summary.runs}"),
             ("epochs to target", lambda each: plus_minus(each.summary.epochs, 1)),
@@ -124,7 +123,7 @@ def overhead_table(measurements: Sequence[Measurement]) -> Table:
             ("model", lambda each: each.workload.model),
             ("batch", lambda each: each.workload.batch_size),
             ("precision", lambda each: "bf16" if each.workload.bf16 else "float32"),
-            ("optimizer", lambda each: contender(each.optimizer).label),
+            ("optimizer", lambda each: BUILDERS[each.optimizer][0]),
             ("plain ms", lambda each: scaled(each.plain_seconds, 1e3)),
             ("curvature ms", lambda each: scaled(each.curvature_seconds, 1e3)),
             ("interval", lambda each: "–" if each.interval is None else each.interval),

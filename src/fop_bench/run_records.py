@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ LAYER_KEYS = ("names", "epochs", "beta", "eta", "rho")
 ENVIRONMENT_KEYS = ("device", "processor", "torch", "python", "fop", "git", "threads", "date", "command")
 
 # What two lines must differ in to be two runs.
-IDENTITY = (*("recipe", "task", "study", "phase", "contender", "options", "batch_size", "seed", "halves"),)
+IDENTITY = ("recipe", "task", "study", "phase", "contender", "options", "batch_size", "seed", "halves")
 NO_COMMIT = "none"
 SHORTEST_PREFIX = 7
 
@@ -44,18 +44,15 @@ def read_runs(path: Path, *, whole: bool = False) -> list[Run]:
 
 def _read_file(path: Path, whole: bool) -> Iterator[Run]:
     # Bytes: a line that was cut off may end inside a character.
-    lines = [
-        (number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()
-    ]
+    lines = [(at, line) for at, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
     for number, line in lines:
         where = f"{path}, line {number}"
         try:
             run = json.loads(line, parse_constant=_refuse)
         except ValueError as error:
             if number == lines[-1][0] and not whole:
-                warnings.warn(
-                    f"{where}, the last one, is not JSON: its run was killed; left out", stacklevel=3
-                )
+                notice = f"{where}, the last one, is not JSON: its run was killed; left out"
+                warnings.warn(notice, stacklevel=3)
                 return
             raise ValueError(f"{where} is not JSON ({error}); delete that line, or mend it") from error
         _check(run, where)
@@ -66,15 +63,19 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _check(run: object, where: str) -> None:
+def _check(run: Any, where: str) -> None:
     if not isinstance(run, dict):
         raise ValueError(f"{where} is no run but a {type(run).__name__}; delete that line")
     missing = [key for key in KEYS if key not in run]
     if not missing:
+        parts = [("environment", run["environment"], ENVIRONMENT_KEYS), ("layers", run["layers"], LAYER_KEYS)]
+        parts += [("curve", epoch, EPOCH_KEYS) for epoch in run["curve"][:1]]
         missing = [
-            *_missing(run["environment"], "environment", ENVIRONMENT_KEYS),
-            *(name for epoch in run["curve"][:1] for name in _missing(epoch, "curve", EPOCH_KEYS)),
-            *(() if run["layers"] is None else _missing(run["layers"], "layers", LAYER_KEYS)),
+            f"{name}.{key}"
+            for name, part, keys in parts
+            if part is not None
+            for key in keys
+            if key not in part
         ]
     if missing:
         raise ValueError(
@@ -84,12 +85,8 @@ def _check(run: object, where: str) -> None:
         raise ValueError(f"{where} has an empty curve, though its run did not diverge; delete that line")
 
 
-def _missing(part: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[str]:
-    return [f"{name}.{key}" for key in keys if key not in part]
-
-
 def commit_of(run: Run) -> str:
-    """Give the commit that a run was made by, or `NO_COMMIT` if its code was in no checkout."""
+    """Return the commit that a run was made by, or `NO_COMMIT` if its code was in no checkout."""
     git = run["environment"]["git"]
     return NO_COMMIT if git is None else str(git["commit"])
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing.connection import wait as wait_for
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ import torch
 
 import fop
 from fop_bench.environment import commit_title, git_state, this_command
-from fop_bench.execution import Description, execute
+from fop_bench.execution import Description, Git, execute
 from fop_bench.recipes import recipe
-from fop_bench.recipes.recipe import Contender, Recipe, Study
 from fop_bench.run_records import read_runs
 from fop_bench.world import World
 
@@ -43,85 +43,78 @@ class Selection:
     """Which runs of a recipe's study to make; an empty choice means all."""
 
     recipe: str
-    study: str
+    study: str = "comparison"
     tasks: tuple[str, ...] = ()
     contenders: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
 
     def checked(self) -> Selection:
         """Return it with names in full; raises ValueError for what the recipe does not have."""
+
+        def known(what: str, chosen: Sequence[Any], there: Mapping[Any, Any]) -> tuple[Any, ...]:
+            for each in chosen:
+                if each not in there:
+                    raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
+            return tuple(each for each in there if not chosen or each in chosen)
+
         plan = recipe(self.recipe)
-        if self.study not in plan.studies:
-            raise ValueError(
-                f"unknown study {self.study!r} of {self.recipe}; known are {', '.join(plan.studies)}"
-            )
-        study = plan.studies[self.study]
+        (name,) = known(f"study of {plan.name}", [self.study], plan.studies)
+        study = plan.studies[name]
         return Selection(
-            self.recipe,
-            self.study,
-            _known("task", self.tasks, plan.tasks),
-            _known("optimizer", self.contenders, study.contenders),
-            _known("batch size", self.batch_sizes, study.epochs),
+            plan.name,
+            name,
+            known("task", self.tasks, plan.tasks),
+            known("optimizer", self.contenders, study.contenders),
+            known("batch size", self.batch_sizes, study.epochs),
+        )
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Return whether a record is of one of these runs."""
+        return (
+            (record["recipe"], record["study"]) == (self.recipe, self.study)
+            and record["task"] in self.tasks
+            and record["contender"] in self.contenders
+            and record["batch_size"] in self.batch_sizes
         )
 
 
-def _known(what: str, chosen: Sequence[Any], known: Mapping[Any, Any]) -> tuple[Any, ...]:
-    for each in chosen:
-        if each not in known:
-            raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, known))}")
-    return tuple(each for each in known if not chosen or each in chosen)
-
-
 def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
-    """Give the runs that can be made now, and the number of all that are not done, later ones included."""
-    plan = recipe(chosen.recipe)
-    study = plan.studies[chosen.study]
+    """Return the runs that can be made now, and the number of all that are not done, later ones included."""
     by_key = {_key(record): record for record in done}
-    ready: list[Description] = []
-    later = 0
+    runs: list[Description | None] = []
     for batch_size in chosen.batch_sizes:
         for task in chosen.tasks:
-            groups = [
-                list(_runs(plan, study, chosen, task, batch_size, name, by_key)) for name in chosen.contenders
-            ]
             # Contenders take turns, so that a slow hour slows all of them.
-            turns = [run for turn in _by_turns(groups) for run in turn]
-            ready += [run for run in turns if run is not None and _key(asdict(run)) not in by_key]
-            later += sum(run is None for run in turns)
-    return ready, len(ready) + later
-
-
-def _by_turns(groups: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
-    for turn in range(max(map(len, groups), default=0)):
-        yield [group[turn] for group in groups if turn < len(group)]
+            turns = [
+                turn
+                for name in chosen.contenders
+                for turn in enumerate(_runs(chosen, task, batch_size, name, by_key))
+            ]
+            runs += [run for _, run in sorted(turns, key=itemgetter(0))]
+    ready = [run for run in runs if run is not None and run.key not in by_key]
+    return ready, len(ready) + runs.count(None)
 
 
 def _runs(
-    plan: Recipe,
-    study: Study,
-    chosen: Selection,
-    task: str,
-    batch_size: int,
-    name: str,
-    done: Mapping[str, Record],
+    chosen: Selection, task: str, batch_size: int, name: str, done: Mapping[str, Record]
 ) -> Iterator[Description | None]:
-    """Give all runs of a contender at one batch size; None for one whose options are not known yet."""
+    """Yield all runs of a contender at one batch size; None for one whose options are not known yet."""
+    study = recipe(chosen.recipe).studies[chosen.study]
+    combinations = list(study.contenders[name].combinations())
 
     def describe(phase: str, options: Mapping[str, Any], seed: int) -> Description:
-        epochs = study.epochs[batch_size]
-        return Description(plan.name, task, chosen.study, phase, name, options, batch_size, epochs, seed)
+        place = chosen.recipe, task, chosen.study, phase, name
+        return Description(*place, options, batch_size, study.epochs[batch_size], seed)
 
-    contender: Contender = study.contenders[name]
-    combinations = list(contender.combinations())
     if not study.tuned:
         for seed in study.seeds:
-            yield from (describe("final", options, seed) for options in combinations)
+            yield from (describe(study.phase, options, seed) for options in combinations)
         return
     tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
     yield from tuning
-    records = [done[key] for run in tuning if (key := _key(asdict(run))) in done]
+    records = [done[run.key] for run in tuning if run.key in done]
     for seed in study.seeds:
-        yield describe("final", best_options(records), seed) if len(records) == len(tuning) else None
+        yield describe(study.phase, best_options(records), seed) if len(records) == len(tuning) else None
 
 
 def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
@@ -129,11 +122,11 @@ def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
 
     A diverged run loses against every other; if all diverged, the first options are taken.
     """
-    alive = [run for run in tuning if not run["diverged"]]
-    if not alive:
-        return dict(tuning[0]["options"])
-    best = max(alive, key=lambda run: statistics.fmean(epoch["accuracy"] for epoch in run["curve"]))
-    return dict(best["options"])
+
+    def score(run: Record) -> float:
+        return -1.0 if run["diverged"] else statistics.fmean(epoch["accuracy"] for epoch in run["curve"])
+
+    return dict(max(tuning, key=score)["options"])
 
 
 def make(
@@ -159,58 +152,42 @@ def make(
     deadline = time.monotonic() + 60 * minutes
     if data is not None and Path(data).is_dir():
         data = str(Path(data).resolve())  # one folder has one name
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{chosen.study}.jsonl"
-    with _exclusively(path) if world.rank == 0 else nullcontext():
+    path, unfinished = out / f"{chosen.study}.jsonl", out / "unfinished"
+    with _exclusively(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
         # Only the rank that keeps the file knows what is in it; the others follow.
         done = world.agree(_done(path) if world.rank == 0 else [])
         git = world.agree(git_state(Path(fop.__file__)))
-        _check_origin(path, done, chosen, here=git, data=data, ranks=world.size)
-        done = [record for record in done if _chosen(record, chosen)]
-        arguments = (data, str(world.device), out / "unfinished", deadline, this_command(), git)
+        _refuse_mixing(path, done, chosen, data, git, world.size)
+        done = [record for record in done if chosen.holds(record)]
+        arguments = (data, str(world.device), unfinished, deadline, this_command(), git)
         failure: Exception | None = None
-        with _workers(jobs, world) as submit:
-            running: dict[Future[Record | None], Description] = {}
-            while True:
-                ready, left = planned(chosen, done)
-                under_way = {_key(asdict(run)) for run in running.values()}
-                todo = [run for run in ready if _key(asdict(run)) not in under_way]
-                if failure is not None:
-                    todo = []
-                while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
-                    next_one = todo.pop(0)
-                    on_run(len(done), len(done) + left, next_one.title)
-                    running[submit(_work, next_one, *arguments)] = next_one
-                if not running:
-                    if failure is not None:
-                        raise failure
-                    return left
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    run = running.pop(future)
-                    try:
-                        record = world.agree(future.result())
-                    except Exception as error:  # raised once the other runs are in the file
-                        failure = failure or error
-                        continue
-                    if record is not None:
-                        if world.rank == 0:
-                            _append(path, record)
-                            _forget(out / "unfinished", run)
-                        done.append(record)
-                        on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
-
-
-def _done(path: Path) -> list[Record]:
-    # What a kill cut off is aside already.
-    return read_runs(path, whole=True) if path.stat().st_size else []
-
-
-def _chosen(record: Record, chosen: Selection) -> bool:
-    return (
-        record["task"] in chosen.tasks
-        and record["contender"] in chosen.contenders
-        and record["batch_size"] in chosen.batch_sizes
-    )
+        running: dict[Future[Record | None], Description] = {}
+        while True:
+            ready, left = planned(chosen, done)
+            todo = [run for run in ready if run not in running.values()] if failure is None else []
+            while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
+                run = todo.pop(0)
+                on_run(len(done), len(done) + left, run.title)
+                running[submit(_work, run, *arguments)] = run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                try:
+                    record = world.agree(future.result())
+                except Exception as error:  # raised once the other runs are in the file
+                    failure = failure or error
+                    continue
+                if record is not None:
+                    if world.rank == 0:
+                        _append(path, record)
+                        for saved in unfinished.glob(f"{_saved(unfinished, run).stem}.*"):
+                            saved.unlink()
+                    done.append(record)
+                    on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
+        if failure is not None:
+            raise failure
+        return left
 
 
 def _work(
@@ -220,7 +197,7 @@ def _work(
     folder: Path,
     deadline: float,
     command: str,
-    git: Mapping[str, Any] | None,
+    git: Git,
     world: World | None = None,
 ) -> Record | None:
     torch.set_num_threads(1)
@@ -232,16 +209,18 @@ def _work(
 
 
 def _saved(folder: Path, run: Description) -> Path:
-    return folder / f"{hashlib.sha256(_key(asdict(run)).encode()).hexdigest()[:16]}.pt"
+    return folder / f"{hashlib.sha256(run.key.encode()).hexdigest()[:16]}.pt"
 
 
-def _forget(folder: Path, run: Description) -> None:
-    for saved in folder.glob(f"{_saved(folder, run).stem}.*"):
-        saved.unlink()
+def _key(record: Record) -> str:
+    return Description(**{field.name: record[field.name] for field in fields(Description)}).key
 
 
-def _key(record: Mapping[str, Any]) -> str:
-    return json.dumps([record[field.name] for field in fields(Description)], sort_keys=True)
+# --- The file of records
+
+
+def _done(path: Path) -> list[Record]:
+    return read_runs(path, whole=True) if path.stat().st_size else []
 
 
 def _append(path: Path, record: Record) -> None:
@@ -257,6 +236,7 @@ def _exclusively(path: Path) -> Iterator[None]:
     """Keep other processes from writing the same file, and put what a killed one left of a line aside."""
     import fcntl  # noqa: PLC0415 - where it is missing, the other commands still work
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
             # Ends with the process, however it ends.
@@ -268,59 +248,47 @@ def _exclusively(path: Path) -> Iterator[None]:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            aside = path.with_suffix(".cut-off")
-            with aside.open("ab") as kept:
+            with path.with_suffix(".cut-off").open("ab") as kept:
                 kept.write(content[whole:] + b"\n")
             file.truncate(whole)
-        yield
+        try:
+            yield
+        finally:
+            if not path.stat().st_size:
+                path.unlink()
 
 
-def _check_origin(
-    path: Path,
-    done: Sequence[Record],
-    chosen: Selection,
-    *,
-    here: Mapping[str, Any] | None,
-    data: str | None,
-    ranks: int,
+def _refuse_mixing(
+    path: Path, done: Sequence[Record], chosen: Selection, data: str | None, git: Git, ranks: int
 ) -> None:
-    """Refuse to put runs of another commit, recipe or number of ranks, or on other data, beside others."""
+    """Raise ValueError if the file holds runs of another commit or number of ranks, or on other data."""
+    plan = recipe(chosen.recipe)
     for record in done:
-        # What is installed as a package has no commit, but a version.
-        if record["environment"]["fop"] != fop.__version__:
-            raise ValueError(
-                f"{path} holds runs of fop {record['environment']['fop']}, and this is {fop.__version__}; "
-                "give another --out"
-            )
-    others = [record["environment"]["git"] for record in done if record["environment"]["git"] != here]
-    if others:
-        raise ValueError(
-            f"{path} holds {len(others)} runs of {commit_title(others[0])}, and this is "
-            f"{commit_title(here)}: one table must not mix them; give another --out, or check that "
-            "commit out to go on"
-        )
-    for record in done:
-        if record["recipe"] != chosen.recipe:
-            raise ValueError(
-                f"{path} holds runs of {record['recipe']}; give another --out for {chosen.recipe}"
-            )
-        if record["task"] not in chosen.tasks:
-            continue
-        origin = data or recipe(chosen.recipe).tasks[record["task"]].origin
-        if record["data"] != origin:
-            raise ValueError(
-                f"{path} holds runs on {record['data']}, and this is {origin}: one table must not mix them; "
-                "give another --out, or the same --data"
-            )
-        if record["ranks"] != ranks:
-            raise ValueError(
-                f"{path} holds runs on {record['ranks']} ranks, and this is on {ranks}; give another --out"
-            )
+        there = record["environment"]
+        pairs: list[tuple[str, Any, Any]] = [
+            # What is installed as a package has no commit, but a version.
+            ("of fop", there["fop"], fop.__version__),
+            ("of", commit_title(there["git"]), commit_title(git)),
+        ]
+        if record["recipe"] == plan.name and record["task"] in chosen.tasks:
+            pairs += [
+                ("on", record["data"], data or plan.tasks[record["task"]].origin),
+                ("on ranks:", record["ranks"], ranks),
+            ]
+        for what, theirs, ours in pairs:
+            if theirs != ours:
+                raise ValueError(
+                    f"{path} holds runs {what} {theirs}, and this is {ours}: one table must not mix them; "
+                    "give another --out, or go on with the same commit, --data and ranks"
+                )
+
+
+# --- Workers
 
 
 @contextmanager
 def _workers(jobs: int, world: World) -> Iterator[Callable[..., Future[Record | None]]]:
-    """Give a `submit`: to processes of their own, or, for one job, to this one."""
+    """Yield a `submit`: to processes of their own, or, for one job, to this one."""
     if jobs == 1:
         yield partial(_at_once, world)
         return

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,21 +21,10 @@ from torch.optim import SGD, Optimizer
 from fop import FOP, KFAC
 from fop_bench.architectures import Architecture, architecture_of
 from fop_bench.cost_model import INTERVAL, Method, Traffic, factor_bytes, plan_for, traffic
-from fop_bench.loopback import loopback_bytes, noting_reduces, why_uncounted
-from fop_bench.ranks import run_ranks
 from fop_bench.scale_trace import ProfiledStep, profiled_step
-from fop_bench.workloads import (
-    CLASSES,
-    LEARNING_RATE,
-    MODELS,
-    Trainer,
-    Workload,
-    expect_curvature,
-    request_curvature,
-    warm_up,
-)
+from fop_bench.workloads import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
+from fop_bench.world import run_ranks
 
-PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
 CURVATURE = ("A", "G", "A_inv", "G_inv")
 
 
@@ -59,45 +51,31 @@ CONTENDERS: dict[str, Contender] = {
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What one rank has seen of one optimizer's plain steps, or of its curvature steps."""
+
+    seconds: list[float] = field(default_factory=list)  # of every timed step
+    bytes: dict[str, float] = field(default_factory=dict)  # of one step, as the optimizer counts, by category
+    window: list[int] = field(default_factory=list)  # through the loopback interface, in every round
+    excess: list[float] = field(default_factory=list)  # sent by gloo's reduce beyond what was counted
+
+
+@dataclass(frozen=True)
 class Samples:
-    """What one rank has seen of one optimizer.
+    """What one rank has seen of one optimizer; ``factor_bytes`` are those of factors and inverses on it."""
 
-    Attributes:
-        plain_seconds: of every timed plain step.
-        curvature_seconds: of every timed curvature step.
-        plain_bytes: that the optimizer counted, of a plain step, by category.
-        curvature_bytes: the same of a curvature step.
-        plain_window: bytes through the loopback interface during PLAIN_STEPS plain steps, in every round.
-        curvature_window: the same during a curvature step.
-        plain_excess: bytes that gloo's reduce sent in these beyond those that were counted, in every round.
-        curvature_excess: the same of a curvature step.
-        factor_bytes: of factors and inverses on this rank.
-        profiled: a curvature step under the profiler.
-    """
-
-    plain_seconds: list[float] = field(default_factory=list)
-    curvature_seconds: list[float] = field(default_factory=list)
-    plain_bytes: dict[str, float] = field(default_factory=dict)
-    curvature_bytes: dict[str, float] = field(default_factory=dict)
-    plain_window: list[int] = field(default_factory=list)
-    curvature_window: list[int] = field(default_factory=list)
-    plain_excess: list[float] = field(default_factory=list)
-    curvature_excess: list[float] = field(default_factory=list)
+    plain: Steps = field(default_factory=Steps)
+    curvature: Steps = field(default_factory=Steps)
     factor_bytes: int = 0
     profiled: ProfiledStep | None = None
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Bytes through the loopback interface as a multiple of those counted and computed, of all ranks.
+    """Bytes through the loopback interface as a multiple of those counted and computed, of all ranks."""
 
-    Attributes:
-        ratio: the smallest of all rounds: what other programs send can only add to it.
-        expected: what it should be, since gloo's reduce sends more than it must; see `gloo_reduce_bytes`.
-    """
-
-    ratio: float
-    expected: float
+    ratio: float  # the smallest of all rounds: what other programs send can only add to it
+    expected: float  # since gloo's reduce sends more than it must; see `gloo_reduce_bytes`
 
 
 @dataclass(frozen=True)
@@ -132,11 +110,6 @@ class Measurement:
     samples: list[Samples]
 
 
-def contenders(ranks: int, modes: Sequence[str]) -> list[str]:
-    """Name the optimizers that are measured on so many ranks."""
-    return ["sgd", "kfac", *(["fop"] if ranks == 1 else [f"fop-{mode}" for mode in modes])]
-
-
 def measure_scale(
     workload: Workload,
     ranks: int,
@@ -145,31 +118,22 @@ def measure_scale(
     seconds: float,
     traces: Path | None = None,
 ) -> list[Measurement]:
-    """Measure all optimizers on ``ranks`` new processes of this machine.
+    """Measure all optimizers, FOP in these modes, on ``ranks`` new processes of this machine.
 
-    Args:
-        workload: model, and batch of every rank.
-        ranks: number of processes.
-        modes: of FOP, "compatible" or "lean".
-        rounds: turns of every optimizer.
-        seconds: limit for all of it.
-        traces: folder for a trace of rank 0's curvature step of every optimizer that has one.
-
-    Raises:
-        RuntimeError: a process failed.
-        TimeoutError: they have not ended in time.
+    The workload has the batch of one rank. Raises RuntimeError if a process failed, and TimeoutError if they
+    have not ended after so many seconds. Traces of a curvature step go into the folder ``traces``.
     """
-    names = contenders(ranks, modes)
+    names = ["sgd", "kfac", *(["fop"] if ranks == 1 else [f"fop-{mode}" for mode in modes])]
     # Read when a process loads torch: otherwise the profiler announces its start and end on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds, traces, seconds=seconds)
     architecture = architecture_of(MODELS[workload.model][0](), workload.model)
     of = {name: [samples[name] for samples in by_rank] for name in names}
-    sgd = max(statistics.median(each.plain_seconds) for each in of["sgd"])
+    sgd = max(statistics.median(each.plain.seconds) for each in of["sgd"])
     return [_evaluate(architecture, ranks, name, of[name], sgd) for name in names]
 
 
-# On one rank
+# --- On one rank
 
 
 def _measure_rank(
@@ -177,32 +141,31 @@ def _measure_rank(
 ) -> dict[str, Samples]:
     trainers = {name: _prepare(workload, name) for name in names}
     for trainer in trainers.values():
-        warm_up(trainer)
+        trainer.warm_up()
     samples = {name: Samples() for name in names}
-    for number in range(rounds):
-        # A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour.
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+    for turns in in_turns(names, rounds):
+        for name in turns:
             _take_turn(trainers[name], samples[name])
     for name, trainer in trainers.items():
-        samples[name] = replace(samples[name], factor_bytes=_factor_bytes(trainer.optimizer))
-        if request_curvature(trainer.optimizer):
+        states = trainer.optimizer.state.values()
+        held = sum(state[key].nbytes for state in states for key in CURVATURE if key in state)
+        profiled = None
+        if trainer.request_curvature():
             trace = None
             if traces is not None and dist.is_initialized() and dist.get_rank() == 0:
                 trace = traces / f"trace-{dist.get_world_size()}-{name}.json.gz"
-            samples[name] = replace(samples[name], profiled=profiled_step(trainer, trace))
+            profiled = profiled_step(trainer, trace)
+        samples[name] = replace(samples[name], factor_bytes=held, profiled=profiled)
     return samples
 
 
 def _prepare(workload: Workload, name: str) -> Trainer:
-    build, shape = MODELS[workload.model]
     torch.manual_seed(0)
-    model = build()
+    model = MODELS[workload.model][0]()
     if dist.is_initialized():
         model = DistributedDataParallel(model)
     torch.manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
-    inputs = torch.randn(workload.batch_size, *shape)
-    targets = torch.randint(CLASSES, (workload.batch_size,))
+    inputs, targets = workload.batch(torch.device("cpu"))
     return Trainer(model, CONTENDERS[name].build(model), inputs, targets, workload.bf16)
 
 
@@ -211,99 +174,120 @@ def _take_turn(trainer: Trainer, samples: Samples) -> None:
 
     An untimed plain step before them brings the caches back to this model.
     """
-    expect_curvature(trainer.optimizer, due=False)
+    trainer.expect_curvature(due=False)
     trainer.step()
-    sent = _take_steps(
-        trainer, PLAIN_STEPS, samples.plain_seconds, samples.plain_window, samples.plain_excess
-    )
-    samples.plain_bytes.update({what: count / PLAIN_STEPS for what, count in sent.items()})
-    if request_curvature(trainer.optimizer):
-        expect_curvature(trainer.optimizer, due=True)
-        sent = _take_steps(
-            trainer, 1, samples.curvature_seconds, samples.curvature_window, samples.curvature_excess
-        )
-        samples.curvature_bytes.update(sent)
+    _take_steps(trainer, PLAIN_STEPS, samples.plain)
+    if trainer.request_curvature():
+        trainer.expect_curvature(due=True)
+        _take_steps(trainer, 1, samples.curvature)
 
 
-def _take_steps(
-    trainer: Trainer, steps: int, seconds: list[float], window: list[int], excess: list[float]
-) -> dict[str, float]:
-    """Take steps, note their times and the bytes of the interface, and return the bytes that were counted."""
-    before, at_start = _sent(trainer.optimizer), _loopback_bytes()
-    noted: list[float] = []
-    with noting_reduces(noted):
+def _take_steps(trainer: Trainer, steps: int, seen: Steps) -> None:
+    optimizer = trainer.optimizer
+    before = dict(optimizer.bytes_sent) if isinstance(optimizer, FOP) else {}
+    at_start = _interface_bytes()
+    with noting_reduces() as noted:
         for _ in range(steps):
             start = time.perf_counter()
             trainer.step()
-            seconds.append(time.perf_counter() - start)
-    at_end, after = _loopback_bytes(), _sent(trainer.optimizer)
+            seen.seconds.append(time.perf_counter() - start)
+    at_end = _interface_bytes()
     if at_start is not None and at_end is not None:
-        window.append(at_end - at_start)
-        excess.append(sum(noted))
-    counts = {what: count - before.get(what, 0.0) for what, count in after.items()}
-    return {what: count for what, count in counts.items() if count}
+        seen.window.append(at_end - at_start)
+        seen.excess.append(sum(noted))
+    after = optimizer.bytes_sent if isinstance(optimizer, FOP) else {}
+    counts = {what: (count - before.get(what, 0.0)) / steps for what, count in after.items()}
+    seen.bytes.update({what: count for what, count in counts.items() if count})
 
 
-def _loopback_bytes() -> int | None:
+def _interface_bytes() -> int | None:
     """Read the interface's counter while no rank sends anything; None for a single rank, or uncounted."""
     if not dist.is_initialized():
         return None
     dist.barrier()
-    count = None if why_uncounted() else loopback_bytes()
+    count = loopback_bytes()
     dist.barrier()
-    return count
+    return None if isinstance(count, str) else count
 
 
-def _sent(optimizer: Optimizer) -> Mapping[str, float]:
-    return optimizer.bytes_sent if isinstance(optimizer, FOP) else {}
+# --- Bytes that processes on this machine send each other, as the operating system counts them
+
+COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
+SEGMENT = 2**20  # bytes, gloo's largest
 
 
-def _factor_bytes(optimizer: Optimizer) -> int:
-    held = [state[key] for state in optimizer.state.values() for key in CURVATURE if key in state]
-    return sum(_bytes_of(tensor) for tensor in held)
+def loopback_bytes() -> int | str:
+    """Return the bytes sent through the loopback interface by all programs, or why they are not known."""
+    try:
+        return int(COUNTER.read_text())
+    except (OSError, ValueError) as error:
+        return f"the loopback interface's counter cannot be read: {error}"
 
 
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def gloo_reduce_bytes(size: int, ranks: int) -> float:
+    """Return the bytes that a rank sends in gloo's reduce of ``size`` bytes, on average over the ranks.
+
+    The sums are scattered over a ring in S segments of 1 MiB at most, two or more for each rank. All but two
+    are sent, where S(W-1)/W would do. Then they are gathered on one rank (gloo/reduce.cc).
+    """
+    if ranks == 1:
+        return 0.0
+    segments = max(2, math.ceil(size / SEGMENT / ranks)) * ranks
+    return size * (1 - 2 / segments) + size / ranks * (ranks - 1) / ranks
 
 
-# Over all ranks
+@contextmanager
+def noting_reduces() -> Iterator[list[float]]:
+    """Note of every reduce how many bytes gloo sends beyond the n(W-1)/W that a pipeline of ranks would."""
+    reduce, noted = dist.reduce, []
+
+    def noting(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        ranks = dist.get_world_size(options.get("group"))
+        noted.append(gloo_reduce_bytes(tensor.nbytes, ranks) - tensor.nbytes * (ranks - 1) / ranks)
+        return reduce(tensor, *args, **options)
+
+    dist.reduce = noting
+    try:
+        yield noted
+    finally:
+        dist.reduce = reduce
+
+
+# --- Over all ranks
 
 
 def _evaluate(
     architecture: Architecture, ranks: int, name: str, samples: list[Samples], sgd: float
 ) -> Measurement:
-    contender = CONTENDERS[name]
-    predicted = traffic(architecture, ranks, contender.method)
+    predicted = traffic(architecture, ranks, CONTENDERS[name].method)
     # What DistributedDataParallel sends is not counted by anybody; the interface's count includes it.
-    counted = Traffic(
-        predicted.wrapper,
-        _mean([each.plain_bytes for each in samples]),
-        _mean([each.curvature_bytes for each in samples]),
+    plain_bytes, curvature_bytes = (
+        _mean(each.plain for each in samples),
+        _mean(each.curvature for each in samples),
     )
-    plain = [statistics.median(each.plain_seconds) for each in samples]
-    has_curvature = bool(samples[0].curvature_seconds)
-    curvature = [statistics.median(each.curvature_seconds) for each in samples] if has_curvature else None
-    amortised = max(plain)
-    if curvature is not None:
-        amortised = (max(plain) * (INTERVAL - 1) + max(curvature)) / INTERVAL
+    counted = Traffic(predicted.wrapper, plain_bytes, curvature_bytes)
+    plain = [statistics.median(each.plain.seconds) for each in samples]
+    has_curvature = bool(samples[0].curvature.seconds)
+    curvature = [statistics.median(each.curvature.seconds) for each in samples] if has_curvature else None
+    interval = INTERVAL if has_curvature else None
+    seconds = amortised(max(plain), max(curvature) if curvature else None, interval)
     baseline = traffic(architecture, ranks, "sgd").wrapper
     profiled = [each.profiled for each in samples if each.profiled is not None]
     plan = plan_for(architecture.layers, ranks)
     return Measurement(
         ranks=ranks,
         optimizer=name,
-        interval=INTERVAL if has_curvature else None,
+        interval=interval,
         plain_seconds=plain,
         curvature_seconds=curvature,
-        amortised_seconds=amortised,
-        ratio_to_sgd=amortised / sgd,
+        amortised_seconds=seconds,
+        ratio_to_sgd=seconds / sgd,
         traffic=counted,
         predicted=predicted,
         amortised_bytes=counted.amortised(),
         predicted_bytes=predicted.amortised(),
         ratio_to_ddp=counted.amortised() / baseline if baseline else None,
-        transport=_transport(counted, samples),
+        transport=transport(counted, samples),
         factor_bytes=[each.factor_bytes for each in samples],
         predicted_factor_bytes=factor_bytes(architecture.layers, plan) if has_curvature else [0] * ranks,
         inversion_seconds=[each.inversion_seconds for each in profiled] or None,
@@ -311,27 +295,26 @@ def _evaluate(
     )
 
 
-def _mean(of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    whats = sorted({what for each in of_ranks for what in each})
-    return {what: sum(each.get(what, 0.0) for each in of_ranks) / len(of_ranks) for what in whats}
+def _mean(of_ranks: Iterable[Steps]) -> dict[str, float]:
+    counts = [each.bytes for each in of_ranks]
+    whats = sorted(set().union(*counts))
+    return {what: statistics.fmean(each.get(what, 0.0) for each in counts) for what in whats}
 
 
-def _transport(counted: Traffic, samples: list[Samples]) -> Transport:
+def transport(counted: Traffic, samples: list[Samples]) -> Transport:
+    """Compare the operating system's count of the bytes with the optimizers' own, over all ranks."""
     ranks = len(samples)
     if ranks == 1:
         return Transport(None, None, "one rank sends nothing")
-    if (why := why_uncounted()) is not None:
+    if isinstance(why := loopback_bytes(), str):
         return Transport(None, None, why)
 
-    def carried(window: list[int], excess: float, sent: Mapping[str, float], steps: int) -> Carried:
+    def carried(seen: list[Steps], sent: Mapping[str, float], steps: int) -> Carried:
+        # All ranks read the same counter, and all rounds send the same.
         total = ranks * steps * (counted.wrapper + sum(sent.values()))
-        return Carried(min(window) / total, 1 + excess / total)
+        return Carried(min(seen[0].window) / total, 1 + sum(each.excess[0] for each in seen) / total)
 
-    # All ranks read the same counter, and all rounds send the same.
-    first = samples[0]
-    excess = sum(each.plain_excess[0] for each in samples)
-    plain = carried(first.plain_window, excess, counted.plain, PLAIN_STEPS)
-    if not first.curvature_window:
+    plain = carried([each.plain for each in samples], counted.plain, PLAIN_STEPS)
+    if not samples[0].curvature.window:
         return Transport(plain, None, "no curvature steps")
-    excess = sum(each.curvature_excess[0] for each in samples)
-    return Transport(plain, carried(first.curvature_window, excess, counted.curvature, 1), None)
+    return Transport(plain, carried([each.curvature for each in samples], counted.curvature, 1), None)

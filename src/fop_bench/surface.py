@@ -27,8 +27,8 @@ from fop import FOP, KFAC
 from fop_bench.augmentation import Normaliser, training_inputs
 from fop_bench.environment import environment
 from fop_bench.images import Images
+from fop_bench.recipe import Recipe
 from fop_bench.recipes import recipe
-from fop_bench.recipes.recipe import Recipe
 from fop_bench.training import Training, messages
 
 # In the order of the legend: what each step was made from.

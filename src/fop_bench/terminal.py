@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import click
 import torch
 from rich.console import Console
@@ -36,27 +40,26 @@ device_option = click.option(
     help="cpu or cuda[:N]; default: a GPU if there is one.",
 )
 
-
 data_option = click.option(
     "--data",
     help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub; not for digits.",
 )
 
 
+def out_option(default: str | None, *, file: bool = False, **given: Any) -> Callable[[Any], Any]:
+    """Return --out for a folder, or for a file."""
+    kind = click.Path(path_type=Path, file_okay=file, dir_okay=not file)
+    return click.option("--out", type=kind, default=default, **given)
+
+
 def console_here() -> Console:
-    """Give the console, wide enough for tables where it is no terminal."""
+    """Return the console, wide enough for tables where it is no terminal."""
     console = Console()
     # A table that is written to a file or a pipe is not squeezed into 80 columns.
     return console if console.is_terminal else Console(width=130)
 
 
 def progress_bars(console: Console) -> Progress:
-    """Give bars with what is under way, how much is done, and the times gone and to come."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    """Return bars with what is under way, how much is done, and the times gone and to come."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(TextColumn("{task.description}"), *columns, console=console)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from fop_bench.models import ViT, mlp, resnet18
-from fop_bench.optimizers import contender
+from fop_bench.optimizers import BUILDERS
 
 CLASSES = 10
+PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
+COMPARED = ("sgd", "adamw", "kfac", "fop")
 # So small that the model hardly moves: every step does the same work, and no loss or gradient vanishes.
 LEARNING_RATE = 1e-4
 # An interval that no measurement lives to see the end of.
@@ -24,6 +27,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vit": (ViT, (3, 32, 32)),
     "mlp": (mlp, (784,)),
 }
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Workload:
             raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw inputs and class numbers."""
+        shape = MODELS[self.model][1]
+        inputs = torch.randn(self.batch_size, *shape, device=device)
+        return inputs, torch.randint(CLASSES, (self.batch_size,), device=device)
 
 
 @dataclass(frozen=True)
@@ -65,40 +76,49 @@ class Trainer:
         interval: int | None = self.optimizer.param_groups[0].get("curvature_interval")
         return interval
 
+    def warm_up(self) -> None:
+        """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
+        self.step()
+        for group in self.optimizer.param_groups:
+            if "curvature_interval" in group:
+                group["curvature_interval"] = NEVER
+                # As late in training: in the first steps updates come more often than the interval says.
+                group["step"] = 10 * NEVER
+        self.request_curvature()
+        for _ in range(3):
+            self.step()
+
+    def request_curvature(self) -> bool:
+        """Make the next step update every layer's curvature; False for an optimizer that has none."""
+        if not hasattr(self.optimizer, "request_curvature"):
+            return False
+        self.optimizer.request_curvature()
+        return True
+
+    def expect_curvature(self, due: bool) -> None:
+        """Raise RuntimeError unless the next step updates the curvature as the measurement expects."""
+        actual = getattr(self.optimizer, "curvature_due", False)
+        if actual != due:
+            raise RuntimeError(f"the next step has curvature_due={actual}, the measurement needs {due}")
+
 
 def prepare(workload: Workload, optimizer: str, device: torch.device) -> Trainer:
     """Build the model, its optimizer at default options and the batch; equal for all optimizers."""
     torch.manual_seed(0)
-    build_model, shape = MODELS[workload.model]
-    model = build_model().to(device)
-    inputs = torch.randn(workload.batch_size, *shape, device=device)
-    targets = torch.randint(CLASSES, (workload.batch_size,), device=device)
-    return Trainer(model, contender(optimizer).build(model, LEARNING_RATE), inputs, targets, workload.bf16)
+    model = MODELS[workload.model][0]().to(device)
+    inputs, targets = workload.batch(device)
+    return Trainer(model, BUILDERS[optimizer][1](model, lr=LEARNING_RATE), inputs, targets, workload.bf16)
 
 
-def warm_up(trainer: Trainer) -> None:
-    """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
-    trainer.step()
-    for group in trainer.optimizer.param_groups:
-        if "curvature_interval" in group:
-            group["curvature_interval"] = NEVER
-            # As late in training: in the first steps updates come more often than the interval says.
-            group["step"] = 10 * NEVER
-    request_curvature(trainer.optimizer)
-    for _ in range(3):
-        trainer.step()
+def amortised(plain: float, curvature: float | None, interval: int | None) -> float:
+    """Return the mean time of a step with one curvature update in every interval."""
+    if curvature is None or interval is None:
+        return plain
+    return (plain * (interval - 1) + curvature) / interval
 
 
-def request_curvature(optimizer: Optimizer) -> bool:
-    """Make the next step update every layer's curvature; False for an optimizer that has none."""
-    if not hasattr(optimizer, "request_curvature"):
-        return False
-    optimizer.request_curvature()
-    return True
-
-
-def expect_curvature(optimizer: Optimizer, due: bool) -> None:
-    """Raise RuntimeError unless the next step updates the curvature just as expected by the measurement."""
-    actual = getattr(optimizer, "curvature_due", False)
-    if actual != due:
-        raise RuntimeError(f"the next step has curvature_due={actual}, the measurement needs {due}")
+def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
+    """Yield A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour."""
+    for number in range(rounds):
+        turn = number % len(names)
+        yield [*names[turn:], *names[:turn]]

@@ -1,80 +1,66 @@
-"""The processes that train together under `torchrun`, or the single one."""
+"""Processes that train together: those that `torchrun` started, and new ones on this machine."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
 
 class World:
-    """What the benchmark asks of the ranks; a world of one asks nobody.
-
-    Args:
-        device: of this rank.
-    """
-
-    rank = 0
-    size = 1
+    """This process, or all ranks of the default process group; decisions travel over gloo, not over GPUs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        joined = dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self._group = dist.new_group(backend="gloo") if joined else None
 
     def agree(self, value: T) -> T:
-        """Give rank 0's value, on every rank."""
-        return value
+        """Return rank 0's value on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
 
     def total(self, values: Tensor) -> Tensor:
-        """Give the sum over the ranks."""
-        return values
+        """Return the sum over the ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
 
     def least(self, number: int) -> int:
-        """Give the smallest of the ranks' numbers."""
-        return number
+        """Return the smallest of the ranks' numbers."""
+        return int(self._reduced(torch.tensor(number), dist.ReduceOp.MIN))
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        if self.size == 1:
+            return values
+        reduced = values.detach().cpu().clone()
+        dist.all_reduce(reduced, how, group=self._group)
+        return reduced
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make gradients the mean over the ranks."""
-        return model
-
-
-class Ranks(World):
-    """Several ranks; decisions travel beside the gradients, so that no rank waits for its GPU to make one."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._talk = dist.new_group(backend="gloo")
-
-    def agree(self, value: T) -> T:
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0, group=self._talk)
-        agreed: T = box[0]
-        return agreed
-
-    def total(self, values: Tensor) -> Tensor:
-        summed = values.detach().cpu().clone()
-        dist.all_reduce(summed, group=self._talk)
-        return summed
-
-    def least(self, number: int) -> int:
-        smallest = torch.tensor(number)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._talk)
-        return int(smallest)
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model) if self.size > 1 else model
 
 
 def under_torchrun() -> bool:
-    """Tell whether this process is one of several that torchrun started."""
+    """Return whether this process is one of several that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -89,6 +75,57 @@ def world_on(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(device)
+        yield World(device)
     finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float) -> list[Any]:
+    """Call ``function(*arguments)`` in ``ranks`` new processes of one thread, joined by gloo if several.
+
+    Returns what it returned, by rank.
+
+    Raises:
+        RuntimeError: a process failed; the message has its traceback. The others are ended.
+        TimeoutError: they have not ended after so many seconds, and are ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = (ranks, folder, seconds, function, arguments)
+        context = start_processes(_rank, given, ranks, join=False, start_method="spawn")
+        assert context is not None
+        end = time.monotonic() + seconds
+        try:
+            while not context.join(timeout=max(0.0, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    raise TimeoutError(
+                        f"{ranks} processes did not end in {seconds:g} s; give them more time, or less to do"
+                    )
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            raise RuntimeError(f"rank {error.error_index} of {ranks} failed:\n{error}") from error
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    folder: str,
+    seconds: float,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        if sys.platform.startswith("linux"):
+            # Otherwise gloo looks up the name of the host, which need not have an address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        limit = timedelta(seconds=math.ceil(seconds))
+        store = f"file://{folder}/rendezvous"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+    Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(*arguments)))
+    if ranks > 1:
+        dist.barrier()
         dist.destroy_process_group()

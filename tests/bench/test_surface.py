@@ -16,8 +16,8 @@ from fop import FOP
 from fop_bench import surface as module
 from fop_bench import surface_plot
 from fop_bench.images import Source
+from fop_bench.recipe import Contender, ImageTask, Recipe, Study
 from fop_bench.recipes import RECIPES
-from fop_bench.recipes.recipe import Contender, ImageTask, Recipe, Study
 from fop_bench.surface import PARTS, STEPS, FixedBatch, Plane, Point, picture_of, single_step
 from fop_bench.surface_cli import surface
 from fop_bench.surface_plot import plot_surface

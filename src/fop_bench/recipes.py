@@ -1,0 +1,320 @@
+"""The recipes that `fop-bench run` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fop_bench.augmentation import Augmentation
+from fop_bench.images import Source, long_tail, per_class
+from fop_bench.models import DigitsTransformer, ResNet, digits_cnn, mlp, resnet18, resnet50, t2t_vit
+from fop_bench.recipe import Contender, DigitsTask, ImageTask, Recipe, Study, Task
+
+Grid = Mapping[str, Sequence[Any]]
+Options = Callable[[int], Mapping[str, Any]]
+
+
+def options(interval: Callable[[int], int], **fixed: Any) -> Options:
+    """Return fixed options of K-FAC and FOP, with a curvature interval that the batch size decides."""
+    return lambda batch_size: {"momentum": 0.9, **fixed, "curvature_interval": interval(batch_size)}
+
+
+def falling(smallest: int) -> Callable[[int], int]:
+    """Return a curvature interval of 100 steps at the smallest batch, fewer at larger ones, at least 5."""
+    return lambda batch_size: max(5, 100 * smallest // batch_size)
+
+
+def second_order(grid: Grid, fixed: Options = lambda batch_size: {}) -> dict[str, Contender]:
+    """Return K-FAC and FOP with the same grid and the same fixed options."""
+    return {name: Contender(name, grid, fixed) for name in ("kfac", "fop")}
+
+
+def comparison(
+    contenders: Mapping[str, Contender], epochs: Mapping[int, int], seeds: int
+) -> dict[str, Study]:
+    """Return a single study with the seeds 1, 2, …."""
+    return {"comparison": Study(contenders, epochs, range(1, seeds + 1))}
+
+
+def by_plateau(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Halve the learning rate when the epoch's training loss has not fallen for five epochs."""
+    return ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+
+
+CIFAR10 = Source("uoft-cs/cifar10", image="img", classes=10)
+CIFAR100 = Source("uoft-cs/cifar100", image="img", label="fine_label", classes=100)
+
+# --- Digits: seconds a run, no download
+
+RATES = {name: Contender(name, {"lr": (0.01, 0.03, 0.1, 0.3)}) for name in ("kfac", "fop")}
+FIRST_ORDER = {
+    "sgd": Contender("sgd", {"lr": (0.03, 0.1, 0.3, 1.0)}),
+    "adamw": Contender("adamw", {"lr": (0.003, 0.01, 0.03, 0.1)}),
+}
+
+DIGITS = Recipe(
+    name="digits",
+    title="A small CNN on handwritten digits",
+    tasks={"digits": DigitsTask()},
+    model=digits_cnn,
+    studies={
+        "comparison": Study(
+            FIRST_ORDER | second_order({"lr": (0.03, 0.3), "damping": (1e-4, 1e-3)}),
+            {64: 5, 1024: 20},
+            seeds=(1, 2, 3),
+        ),
+        "demo": Study(FIRST_ORDER | RATES, {64: 10, 512: 25, 1024: 50}, seeds=(1, 2, 3)),
+        # For checks that everything works: too short for its numbers to mean anything.
+        "demo-quick": Study(FIRST_ORDER | RATES, {64: 2, 512: 2, 1024: 2}, seeds=(1, 2)),
+    },
+    targets={"accuracy": 0.97, "train_loss": 0.05},
+)
+
+# --- A narrow ResNet on 10,000 CIFAR-10 images: well under a minute a run on one CPU core
+
+IMAGES = 10_000
+SMALL_EPOCHS = {500: 15, 2000: 20, 5000: 30, IMAGES: 30}
+RATE = {"lr": (0.03, 0.1, 0.3)}
+RATE_AND_DAMPING = {"lr": (0.03, 0.1, 0.3, 1.0), "damping": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}
+
+
+def small_resnet(classes: int) -> nn.Module:
+    """Build a ResNet of three blocks behind a stem that turns patches of 4×4 pixels into 8 channels."""
+    model = ResNet(width=8, blocks=(1, 1, 1), classes=classes)
+    model.features[0] = nn.Conv2d(3, 8, 4, stride=4, bias=False)
+    return model
+
+
+def _small(epochs: float = 1.0, **changes: Any) -> Options:
+    """Return SGD's momentum, a KL clip, and new curvature once in so many epochs."""
+    fixed = {"kl_clip": 1e-2, **changes}
+    return options(lambda batch_size: max(1, round(epochs * IMAGES / batch_size)), **fixed)
+
+
+def _variant(label: str, fixed: Options, optimizer: str = "fop", grid: Grid = RATE, **how: str) -> Contender:
+    return Contender(optimizer, grid, fixed, label, **how)
+
+
+MAPPED = {
+    **second_order(RATE_AND_DAMPING, _small()),
+    "kfac-noclip": _variant("K-FAC, no KL clip", _small(kl_clip=None), "kfac", RATE_AND_DAMPING),
+    "fop-noclip": _variant("FOP, no KL clip", _small(kl_clip=None), "fop", RATE_AND_DAMPING),
+}
+_LOW = {"damping": 1e-4}
+CIFAR10_SMALL = Recipe(
+    name="cifar10-small",
+    title="A narrow ResNet on 10,000 CIFAR-10 images",
+    tasks={
+        "cifar10": ImageTask(
+            CIFAR10,
+            train=per_class(IMAGES // 10),
+            held_out=per_class(200, skip=IMAGES // 10),
+            test=per_class(500),
+        )
+    },
+    model=small_resnet,
+    studies={
+        "comparison": Study(
+            {
+                "sgd": Contender("sgd", {"lr": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)}),
+                "adamw": Contender("adamw", {"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}),
+                **second_order({**RATE, "damping": (1e-4, 1e-3)}, _small()),
+            },
+            SMALL_EPOCHS,
+            seeds=(1, 2, 3),
+        ),
+        "map": Study(MAPPED, {2000: 10}, seeds=(1, 2), tuned=False),
+        "map-full-batch": Study(MAPPED, {IMAGES: 20}, seeds=(1,), tuned=False),
+        # With beta = 0, η* = 1: "η* only" is K-FAC. What is left of η* is β*'s step with and without it.
+        "ablation": Study(
+            {
+                "fop": _variant("FOP: β* and η*, random halves", _small(**_LOW)),
+                "beta-only": _variant("β* only (η = 1)", _small(**_LOW, eta=1.0)),
+                "mixing-0.1": _variant("fixed β = 0.1, η = 1", _small(**_LOW, beta=0.1, eta=1.0)),
+                "mixing-0.01": _variant("fixed β = 0.01, η = 1", _small(**_LOW, beta=0.01, eta=1.0)),
+                "kfac": _variant("K-FAC with KL clip (= η* only)", _small(**_LOW), "kfac"),
+                "kfac-noclip": _variant("K-FAC without KL clip", _small(**_LOW, kl_clip=None), "kfac"),
+                "fop-noclip": _variant("FOP without KL clip", _small(**_LOW, kl_clip=None)),
+                "halves-fixed": _variant("FOP, halves by position", _small(**_LOW), halves="fixed"),
+                "halves-classes": _variant("FOP, halves by class", _small(**_LOW), halves="classes"),
+            },
+            {2000: 20, IMAGES: 30},
+            seeds=(1, 2, 3),
+        ),
+        "formula": Study(
+            {
+                "fop": _variant("F in (4), Ga in (17)", _small(**_LOW)),
+                "damped": _variant("F̂ in (4)", _small(**_LOW), formula="damped projection"),
+                "combined": _variant("Gc in (17), so that η = 1", _small(**_LOW, eta=1.0)),
+                "fresher": _variant("new curvature 5 × as often", _small(0.2, **_LOW)),
+                "staler": _variant("new curvature 1/5 as often", _small(5.0, **_LOW)),
+            },
+            {2000: 20, IMAGES: 30},
+            seeds=(1, 2, 3),
+        ),
+        "library": Study(
+            {
+                "muon": Contender("muon", {"lr": (0.01, 0.03, 0.1), "adamw_lr": (0.003, 0.01)}),
+                "soap": Contender("soap", {"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}),
+                "lamb": Contender("lamb", {"lr": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}),
+            },
+            SMALL_EPOCHS,
+            seeds=(1, 2, 3),
+        ),
+    },
+    targets={"accuracy": 0.45, "train_loss": 1.3},
+    augmentation=Augmentation(flip=True),
+)
+
+# --- The paper's tables; what is not said to be otherwise is the paper's
+
+TRUST = {"lr": (0.03, 0.1), "damping": (1e-4, 1e-3)}
+
+# The paper does not say: augmentation (flip and shift by 4 here), weight decay (tuned here), how long a run
+# may take (100 epochs here: one more than its longest). One GPU here, two there.
+CIFAR10_RESNET18 = Recipe(
+    name="cifar10-resnet18",
+    title="ResNet-18 on CIFAR-10 (the paper's Table 1)",
+    tasks={"cifar10": ImageTask(CIFAR10)},
+    model=resnet18,
+    studies=comparison(
+        {
+            "sgd": Contender("sgd", {"lr": (0.1, 0.3, 1.0, 3.0), "weight_decay": (1e-4, 5e-4)}),
+            "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01, 0.03), "weight_decay": (0.01, 0.1)}),
+            **second_order({**TRUST, "weight_decay": (5e-4, 5e-3)}, options(falling(2048), kl_clip=1e-2)),
+            "muon": Contender("muon", {"lr": (0.01, 0.03, 0.1, 0.3), "adamw_lr": (0.001, 0.01)}),
+        },
+        dict.fromkeys((2048, 4096, 8192, 16384, 32768, 50_000), 100),
+        seeds=5,
+    ),
+    targets={"accuracy": 0.91},
+    augmentation=Augmentation(flip=True, shift=4),
+    schedule=by_plateau,
+)
+
+# The paper does not say: batch size, epochs and weight decay; batch 128 and 200 epochs are those of
+# Cao et al. 2019, whose long-tailed CIFAR this is.
+CIFAR_LT_RESNET32 = Recipe(
+    name="cifar-lt-resnet32",
+    title="ResNet-32 on long-tailed CIFAR (the paper's Table 4)",
+    tasks={
+        f"CIFAR-{source.classes}-LT {factor}": ImageTask(source, train=long_tail(factor, largest))
+        for source, largest in ((CIFAR10, 5000), (CIFAR100, 500))
+        for factor in (100, 50, 10)
+    },
+    model=partial(ResNet, 16, (5, 5, 5)),
+    studies=comparison(
+        {
+            "sgd": Contender("sgd", {"lr": (0.03, 0.1, 0.3), "weight_decay": (2e-4, 1e-3)}),
+            "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01), "weight_decay": (0.01, 0.1)}),
+            **second_order(
+                {"lr": (0.01, 0.03, 0.1), "weight_decay": (5e-4, 5e-3)},
+                options(lambda batch_size: 100, damping=1e-3, kl_clip=1e-2),
+            ),
+        },
+        {128: 200},
+        seeds=5,
+    ),
+    augmentation=Augmentation(flip=True, shift=4),
+)
+
+# T2T-ViT_t-14; the paper names no size. Any folder of classes will do. The images, 19 GB as bytes, are held
+# in memory. Several GPUs: by torchrun.
+IMAGENET100_T2TVIT = Recipe(
+    name="imagenet100-t2tvit",
+    title="T2T-ViT on ImageNet-100 (the paper's Table 2)",
+    tasks={"imagenet100": ImageTask(Source("clane9/imagenet-100", test="validation", size=224))},
+    model=t2t_vit,
+    studies=comparison(
+        {
+            "adamw": Contender("adamw", {"lr": (0.0005, 0.001, 0.002, 0.004)}),
+            **second_order(TRUST, options(falling(512), weight_decay=5e-3)),
+        },
+        dict.fromkeys((512, 1024, 2048, 4096), 100),
+        seeds=3,
+    ),
+    targets={"accuracy": 0.806},
+    augmentation=Augmentation(flip=True, shift=28, cutout=56),
+)
+
+# The paper gives K-FAC and FOP 50 epochs with an exponential schedule and the others 80 with a cosine; here
+# all have 80 and a cosine. The images, 193 GB as bytes, are held in memory, shared out over torchrun's ranks.
+IMAGENET = Source("ILSVRC/imagenet-1k", test="validation", size=224, classes=1000)
+IMAGENET1K_RESNET50 = Recipe(
+    name="imagenet1k-resnet50",
+    title="ResNet-50 on ImageNet-1K (the paper's Table 3)",
+    tasks={"imagenet1k": ImageTask(IMAGENET, held_out=0.02)},
+    model=resnet50,
+    studies=comparison(
+        {
+            "sgd": Contender("sgd", {"lr": (0.3, 1.0), "weight_decay": (3e-5, 1e-4)}),
+            "shampoo": Contender("shampoo", {"lr": (0.1, 0.3, 1.0, 3.0)}),
+            "lamb": Contender("lamb", {"lr": (0.001, 0.003, 0.01, 0.03)}),
+            **second_order(TRUST, options(falling(1024), weight_decay=5e-4)),
+        },
+        dict.fromkeys((1024, 2048, 4096, 8192), 80),
+        seeds=3,
+    ),
+    targets={"accuracy": 0.759},
+    augmentation=Augmentation(flip=True, shift=28),
+)
+
+# --- What the default options were chosen by: maps of the grid on small tasks, judged on held-out images
+
+
+def _defaults(name: str, task: Task, model: Callable[[int], nn.Module], epochs: Mapping[int, int]) -> Recipe:
+    def study(contenders: Mapping[str, Contender], seeds: Sequence[int]) -> Study:
+        return Study(contenders, epochs, seeds, tuned=False, phase="tuning")
+
+    def fop(seeds: Sequence[int] = (0, 1), **grid: Sequence[Any]) -> Study:
+        return study({"fop": Contender("fop", grid)}, seeds)
+
+    studies = {
+        "trust": fop(
+            (0,), lr=(0.03, 0.1), damping=(1e-5, 1e-4, 1e-3), kl_clip=(1e-3, 1e-2), momentum=(0.0, 0.9)
+        ),
+        "clip": fop(lr=(0.01, 0.03, 0.1, 0.3), damping=(1e-5, 1e-3), kl_clip=(None, 1e-3, 1e-2)),
+        "momentum": fop(lr=(0.05,), kl_clip=(1e-5, 1e-4, 1e-3), momentum=(0.0, 0.5, 0.9)),
+        "freshness": fop(lr=(0.05,), curvature_interval=(1, 10, 100), stat_decay=(0.0, 0.5, 0.9)),
+        "comparison": study(
+            {
+                **RATES,
+                "sgd": FIRST_ORDER["sgd"],
+                "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01, 0.03)}),
+            },
+            (1, 2, 3),
+        ),
+    }
+    return Recipe(f"defaults-{name}", f"Default options: {name}", {name: task}, model, studies, bf16=False)
+
+
+def _digits_mlp(classes: int) -> nn.Module:
+    return mlp((64, 64, 64, classes))
+
+
+# 1,000 training and 1,000 held-out images of 16×16 pixels, so that a run takes seconds on a CPU.
+_CIFAR = ImageTask(
+    replace(CIFAR10, size=16), train=per_class(100), held_out=per_class(100, skip=100), has_test=False
+)
+DEFAULTS = (
+    _defaults("digits-mlp", DigitsTask(), _digits_mlp, {64: 8, 1024: 40}),
+    _defaults("digits-cnn", DigitsTask(), digits_cnn, {64: 8, 1024: 40}),
+    _defaults("digits-transformer", DigitsTask(), DigitsTransformer, {64: 12, 1024: 60}),
+    _defaults("cifar-small", _CIFAR, partial(ResNet, 8, (1, 1, 1)), {100: 4, 1000: 30}),
+)
+
+PAPER = (CIFAR10_RESNET18, CIFAR_LT_RESNET32, IMAGENET100_T2TVIT, IMAGENET1K_RESNET50)
+RECIPES: dict[str, Recipe] = {each.name: each for each in (DIGITS, CIFAR10_SMALL, *PAPER, *DEFAULTS)}
+
+
+def recipe(name: str) -> Recipe:
+    """Return a recipe by its name; raises ValueError for an unknown one."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
+    return RECIPES[name]
