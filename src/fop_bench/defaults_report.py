@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fop_bench.report import markdown_table
+from fop_bench.report import markdown_table, write_page
 from fop_bench.summary import plus_minus, statistic
 
 SHOWN = 12
@@ -56,9 +56,7 @@ def write_report(folder: Path) -> Path:
     for path in sorted(folder.glob("*.jsonl")):
         if lines := read_runs(path):
             parts += _study(path.stem, lines)
-    report = folder / "README.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
+    return write_page(folder, parts)
 
 
 def _study(name: str, lines: list[dict[str, Any]]) -> list[str]:

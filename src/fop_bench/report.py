@@ -25,6 +25,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def write_page(folder: Path, parts: Iterable[str]) -> Path:
+    """Write the paragraphs of ``folder``/README.md; return its path."""
+    page = folder / "README.md"
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
 def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Lay out rows under their headings as a Markdown table."""
     head = list(head)

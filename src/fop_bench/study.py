@@ -57,11 +57,7 @@ class Study:
         return self.runs[self.runs["phase"] == phase]
 
     def groups(self) -> dict[tuple[int, str], pd.DataFrame]:
-        """Return the final runs by batch size and contender; those of a group differ in their seed only.
-
-        Raises:
-            ValueError: a contender has final runs with several options at a batch size.
-        """
+        """Return the final runs by batch size and contender; ValueError if a group has several options."""
         found = dict(tuple(self.phase("final").groupby(["batch_size", "contender"], observed=True)))
         for (size, contender), group in found.items():
             one_setting(group, f"{self.where}: {contender} at batch {size}")
@@ -69,19 +65,14 @@ class Study:
 
 
 def studies(runs: Sequence[Run]) -> list[Study]:
-    """Sort runs into studies: the comparisons first, then by name.
-
-    Raises:
-        ValueError: runs of a study have different targets.
-    """
+    """Sort runs into studies, comparisons first; raises ValueError if runs of one have different targets."""
     if not runs:
         return []
     table = pd.DataFrame([_row(run) for run in runs])
-    known = {name: number for number, name in enumerate(ORDER)}
-    contenders = sorted(set(table["contender"]), key=lambda name: (known.get(name, len(known)), name))
-    table["contender"] = pd.Categorical(table["contender"], contenders, ordered=True)
-    by_study = table.groupby(["recipe", "task", "study"])
-    found = [Study(recipe, task, name, each) for (recipe, task, name), each in by_study]
+    others = sorted(set(table["contender"]) - set(ORDER))
+    table["contender"] = pd.Categorical(table["contender"], [*ORDER, *others], ordered=True)
+    by_name = table.groupby(["recipe", "task", "study"])
+    found = [Study(recipe, task, name, each) for (recipe, task, name), each in by_name]
     for study in found:
         targets = sorted({json.dumps(run["targets"], sort_keys=True) for run in study.runs["run"]})
         if len(targets) > 1:
@@ -95,12 +86,11 @@ def studies(runs: Sequence[Run]) -> list[Study]:
 def _row(run: Run) -> dict[str, Any]:
     curve = [] if run["diverged"] else run["curve"]
     accuracies = [epoch["accuracy"] for epoch in curve]
-    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run}
-    row |= {"accuracy": accuracies[-1] if curve else NAN, "best": max(accuracies, default=NAN)}
-    row |= {
-        "mean": fmean(accuracies) if curve else NAN,
-        "train_loss": curve[-1]["train_loss"] if curve else NAN,
-    }
+    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run, "train_loss": NAN}
+    row |= dict.fromkeys(("accuracy", "best", "mean"), NAN)
+    if curve:
+        row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
+        row["train_loss"] = curve[-1]["train_loss"]
     for kind, value in run["targets"].items():
         row |= {f"{kind} {unit}": each for unit, each in zip(UNITS, reached(run, kind, value), strict=True)}
     return row
@@ -148,8 +138,7 @@ def target_label(kind: str, value: float) -> str:
 def comparison_table(study: Study) -> str:
     """Return one row for every batch size and contender with final runs; the best of a batch size is bold.
 
-    Of epochs and seconds only what every one of at least two seeds reached, of final accuracies only the mean
-    of at least two runs can be the best.
+    Only the mean of at least two runs can be the best; of epochs and seconds only if every run has them.
     """
     head = ["batch", "optimizer", "options", "n", "diverged"]
     for kind, value in study.targets.items():
@@ -177,10 +166,7 @@ def comparison_table(study: Study) -> str:
 
 
 def fop_table(study: Study) -> str | None:
-    """Set FOP against every other contender: how many times fewer epochs and seconds, and who is ahead.
-
-    None without FOP or without others.
-    """
+    """Say how many times fewer epochs and seconds FOP takes than every other; None without it or others."""
     groups, rows = study.groups(), []
     for (size, name), other in groups.items():
         fop = groups.get((size, "fop"))
@@ -225,30 +211,12 @@ def tuning_table(study: Study) -> str:
     chosen = {key: group["options"].iloc[0] for key, group in study.groups().items()}
     rows = []
     for _, run in study.phase("tuning").sort_values(["batch_size", "contender"], kind="stable").iterrows():
-        accuracies = (run["mean"], run["accuracy"])
         used = chosen.get((run["batch_size"], run["contender"])) == run["options"]
-        rows.append(
-            [
-                *(run["batch_size"], run["label"], run["options"], run["seed"]),
-                *("–" if run["diverged"] else f"{100 * each:.2f}" for each in accuracies),
-                *("yes" if run["diverged"] else "no", "chosen" if used else ""),
-            ]
-        )
+        what = [run["batch_size"], run["label"], run["options"], run["seed"]]
+        accuracies = ("–" if run["diverged"] else f"{100 * run[key]:.2f}" for key in ("mean", "accuracy"))
+        rows.append([*what, *accuracies, "yes" if run["diverged"] else "no", "chosen" if used else ""])
     head = ["batch", "optimizer", "options", "seed", "mean accuracy %", "final accuracy %", "diverged", ""]
     return markdown_table(head, rows)
-
-
-def tuning_counts(study: Study) -> str:
-    """State the number of tuning runs of every contender at a batch size, in words."""
-    each = study.runs.assign(tuning=study.runs["phase"] == "tuning")
-    counts = each.pivot_table(
-        index="batch_size", columns="contender", values="tuning", aggfunc="sum", fill_value=0, observed=True
-    )
-    if len(found := set(counts.to_numpy().ravel())) == 1:
-        return f"Tuning runs: {found.pop()} for every optimizer at every batch size."
-    return "Tuning runs:\n\n" + markdown_table(
-        ["batch", *study.labels.values()], ([size, *row] for size, *row in counts.itertuples())
-    )
 
 
 def unfair(study: Study) -> list[str]:
@@ -283,7 +251,5 @@ def unfair(study: Study) -> list[str]:
     if len(devices := {each["device"] for each in where}) > 1:
         found.append(f"SEVERAL DEVICES: {', '.join(sorted(devices))}; seconds are not of one machine.")
     if any(each["processor"] == "cpu" and each["threads"] != 1 for each in where):
-        found.append(
-            "SEVERAL THREADS: processor seconds are the sum over the threads, not the time of a run."
-        )
+        found.append("SEVERAL THREADS: processor seconds are the sum over the threads, not a run's time.")
     return found

@@ -10,27 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from fop_bench.paper import PAPER_TABLES, paper_section
-from fop_bench.report import markdown_table
+from fop_bench.report import markdown_table, write_page
 from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
-from fop_bench.study import (
-    Study,
-    comparison_table,
-    fop_table,
-    options_table,
-    studies,
-    tuning_counts,
-    tuning_table,
-    unfair,
-)
+from fop_bench.study import Study, comparison_table, fop_table, options_table, studies, tuning_table, unfair
 from fop_bench.study_maps import map_sentence, map_table, maps
-from fop_bench.study_plots import (
-    layered_runs,
-    plot_curves,
-    plot_layers,
-    plot_maps,
-    plot_speed_up,
-    speed_up_reference,
-)
+from fop_bench.study_plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
+from fop_bench.study_plots import speed_up_reference as reference_of
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
@@ -46,14 +31,10 @@ AGAINST = (
 
 
 def write_report(folder: Path, commit: str | None = None) -> Path:
-    """Write ``folder``/README.md and its plots from the JSON lines in ``folder``; return its path.
+    """Write ``folder``/README.md and its plots from the JSON lines in there; return its path.
 
-    Args:
-        folder: holds the lines, and gets the report.
-        commit: the one to report where a study has runs of several; its first characters are enough.
-
-    Raises:
-        ValueError: no runs, a broken line, or runs that no report may mix.
+    ``commit``, or its first characters, is the one to report where a study has runs of several. Raises
+    ValueError if there are no runs, a line is broken, or runs are there that no report may mix.
     """
     read = read_runs(folder)
     runs = of_one_commit(read, commit)
@@ -77,9 +58,7 @@ def write_report(folder: Path, commit: str | None = None) -> Path:
             table = PAPER_TABLES[recipe]
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
-    report = folder / "README.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
+    return write_page(folder, parts)
 
 
 def _how_to_repeat(runs: list[Run]) -> list[str]:
@@ -140,11 +119,13 @@ def _comparison(study: Study, folder: Path) -> list[str]:
         parts += _plots(study, folder)
     if options := options_table(study):
         parts.append(_folded("All options of the final runs", options))
-    if study.phase("tuning").empty:
+    tuning = study.phase("tuning")
+    if tuning.empty:
         return [*parts, "There are no tuning runs of this study."]
+    counts = sorted(set(tuning.groupby(["batch_size", "contender"], observed=True).size()))
+    parts.append(f"Tuning runs of an optimizer at a batch size: {'/'.join(map(str, counts))}.")
     note = "The options with the highest mean accuracy over the epochs go into the final runs."
-    tuning = _folded(f"All {len(study.phase('tuning'))} tuning runs", f"{note}\n\n{tuning_table(study)}")
-    return [*parts, tuning_counts(study), tuning]
+    return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tuning_table(study)}")]
 
 
 def _plots(study: Study, folder: Path) -> list[str]:
@@ -154,7 +135,7 @@ def _plots(study: Study, folder: Path) -> list[str]:
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
-    if (reference := speed_up_reference(study)) is not None:
+    if (reference := reference_of(study)) is not None:
         plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
@@ -175,10 +156,8 @@ def _plots(study: Study, folder: Path) -> list[str]:
 
 
 def _map(study: Study, folder: Path) -> list[str]:
-    parts = [
-        f"### Study {study.name}",
-        "Every point of the grid was run with every seed; nothing is selected.",
-    ]
+    note = "Every point of the grid was run with every seed; nothing is selected."
+    parts = [f"### Study {study.name}", note]
     for size, runs in study.runs.groupby("batch_size"):
         grids = maps(study, size)
         if not grids:

@@ -102,11 +102,12 @@ class FixedBatch:
         return cross_entropy(model(self.inputs), self.labels, reduction="none")
 
     @torch.no_grad()
-    def parts(self, model: nn.Module) -> list[float | None]:
+    def parts(self, model: nn.Module) -> dict[str, float | None]:
         """Return the mean losses of `PARTS`, None for one that is not finite; the model changes likewise."""
         each = self.losses(model).double()
-        means = [each.mean().item(), *(each[half].mean().item() for half in self.halves)]
-        return [float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means]
+        means = (each[part].mean().item() for part in (slice(None), *self.halves))
+        rounded = (float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means)
+        return dict(zip(PARTS, rounded, strict=True))
 
 
 class Plane:
@@ -116,9 +117,7 @@ class Plane:
     both filter-normalised. After that, v loses its component along u, in the plain inner product over all
     parameters, and gets the length of u. So 1 along u is the norm of every filter; along v it is that as a
     root mean square over the filters. `cosine` is that of their angle before they were made orthogonal.
-
-    Raises:
-        ValueError: the directions span no plane.
+    Raises ValueError if the directions span no plane.
     """
 
     def __init__(self, weights: Sequence[Tensor], along_u: Tensor, along_v: Tensor) -> None:
@@ -174,17 +173,12 @@ def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float
 
 
 def surface(
-    asked: Question,
-    device: torch.device,
-    *,
-    on_epoch: Done = lambda: None,
-    on_row: Done = lambda: None,
+    asked: Question, device: torch.device, *, on_epoch: Done = lambda: None, on_row: Done = lambda: None
 ) -> dict[str, Any]:
     """Train to the point, take the steps and measure the loss on the plane; return all that the plot needs.
 
-    Raises:
-        ValueError: an unknown recipe or task, a batch that cannot be had, a training that diverged.
-        FileNotFoundError: the data set is not there.
+    Raises ValueError for an unknown recipe or task, a batch that cannot be had, and a training that diverged,
+    FileNotFoundError if the data set is not there.
     """
     plan = recipe(asked.recipe)
     task = asked.task or next(iter(plan.tasks))
@@ -261,12 +255,9 @@ def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
 
 
 def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lambda: None) -> dict[str, Any]:
-    """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays as it is.
-
-    Raises:
-        ValueError: the steps span no plane, as when both halves hold the same samples.
-    """
-    weights = list(point.model.parameters())
+    """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays."""
+    names, weights = zip(*point.model.named_parameters(), strict=True)
+    sizes = [weight.numel() for weight in weights]
     taken = {name: single_step(point, batch, name) for name in STEPS}
     steps = {name: step for name, (step, _) in taken.items()}
     plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
@@ -275,29 +266,24 @@ def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lamb
     model, here = deepcopy(point.model), flat(weights)
 
     @torch.no_grad()
-    def losses(vector: Tensor) -> list[float | None]:
-        moved = (here + vector).split([weight.numel() for weight in weights])
-        for parameter, part in zip(model.parameters(), moved, strict=True):
+    def losses(vector: Tensor) -> dict[str, float | None]:
+        for parameter, part in zip(model.parameters(), (here + vector).split(sizes), strict=True):
             parameter.copy_(part.view(parameter.shape))
         return batch.parts(model)
-
-    def named(vector: Tensor) -> dict[str, float | None]:
-        return dict(zip(PARTS, losses(vector), strict=True))
 
     rows = []
     for along_v in y:
         rows.append([losses(plane.at(along_u, along_v)) for along_u in x])
         on_row()
-    moved = [bool(part.any()) for part in steps["average"].split([w.numel() for w in weights])]
-    names = [name for name, _ in point.model.named_parameters()]
+    moved = {name: bool(part.any()) for name, part in zip(names, steps["average"].split(sizes), strict=True)}
     return {
         "step_options": {"lr": point.options["lr"], "damping": point.options["damping"], **BARE},
-        "parameters_shown": [name for name, shown in zip(names, moved, strict=True) if shown],
-        "parameters_kept": [name for name, shown in zip(names, moved, strict=True) if not shown],
+        "parameters_shown": [name for name in names if moved[name]],
+        "parameters_kept": [name for name in names if not moved[name]],
         "norm_of_axes": plane.u.norm().item(),
         "cosine_before_orthogonalisation": plane.cosine,
         "layers": {name: asdict(each) for name, each in taken["fop"][1].diagnostics().layers.items()},
-        "origin": named(torch.zeros_like(plane.u)),
+        "origin": losses(torch.zeros_like(plane.u)),
         "steps": {
             name: {
                 "what": STEPS[name],
@@ -306,14 +292,14 @@ def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lamb
                 "norm": step.norm().item(),
                 "cosine_to_average": cosine_similarity(step, steps["average"], dim=0).item(),
                 "share_in_plane": places[name][2],
-                "losses_at_end": named(step),
-                "losses_in_plane": named(plane.at(*places[name][:2])),
+                "losses_at_end": losses(step),
+                "losses_in_plane": losses(plane.at(*places[name][:2])),
             }
             for name, step in steps.items()
         },
         "x": x,
         "y": y,
-        "losses": {part: [[cell[i] for cell in row] for row in rows] for i, part in enumerate(PARTS)},
+        "losses": {part: [[cell[part] for cell in row] for row in rows] for part in PARTS},
     }
 
 
@@ -337,7 +323,6 @@ def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> t
         "second": [(nullcontext(), second, 1.0)],
         "fop": [(optimizer.sub_batch(0), first, 0.5), (optimizer.sub_batch(1), second, 0.5)],
     }
-    optimizer.zero_grad()
     for label, part, weight in passes.get(name, [whole]):
         with label:
             (weight * batch.losses(model)[part].mean()).backward()
