@@ -20,14 +20,13 @@ import torch
 from torch import nn
 
 import fop
-from fop_bench import environment as environment_module
-from fop_bench import execution, runner
+from fop_bench import environment, execution, runner
 from fop_bench.augmentation import Augmentation
+from fop_bench.cli import run as command
 from fop_bench.execution import Description, execute
 from fop_bench.images import Images
-from fop_bench.recipes import RECIPES
-from fop_bench.recipes.recipe import Contender, Parts, Recipe, Study, by_plateau
-from fop_bench.run_cli import run as command
+from fop_bench.recipe import Contender, Parts, Recipe, Study
+from fop_bench.recipes import RECIPES, by_plateau
 from fop_bench.run_records import ENVIRONMENT_KEYS, KEYS
 from fop_bench.runner import Record, Selection, make
 from fop_bench.world import World
@@ -36,8 +35,6 @@ WORLD = World(torch.device("cpu"))
 COMMIT = {"commit": "0123456789abcdef", "dirty": False}
 TRAIN, HELD_OUT, TEST = 24, 9, 12
 STEPS = TRAIN // 8
-
-# --- A recipe that takes milliseconds
 
 
 class RandomImages:
@@ -54,15 +51,11 @@ class RandomImages:
         def images(count: int) -> Images:
             labels = torch.arange(count) % 3
             pixels = torch.randint(0, 150, (count, 8, 8, 3), generator=draw) + 40 * labels.view(-1, 1, 1, 1)
-            drawn = Images(pixels.to(torch.uint8), labels, ("a", "b", "c"))
-            return drawn[torch.arange(count)[rank::ranks]]
+            return Images(pixels.to(torch.uint8), labels, ("a", "b", "c"))[rank::ranks]
 
         train, held_out, test = images(TRAIN), images(HELD_OUT), images(TEST)
-        if not self.joined:
-            return Parts(train, held_out, test)
-        pixels = torch.cat([train.pixels, held_out.pixels])
-        everything = Images(pixels, torch.cat([train.labels, held_out.labels]), train.classes)
-        return Parts(train, held_out, test, everything)
+        pixels, labels = (torch.cat([getattr(train, k), getattr(held_out, k)]) for k in ("pixels", "labels"))
+        return Parts(train, held_out, test, Images(pixels, labels, train.classes) if self.joined else None)
 
 
 class Clock(nn.Module):
@@ -81,32 +74,26 @@ class Clock(nn.Module):
 def network(classes: int) -> nn.Module:
     """Build a network with all that a state must hold: averages, dropout, weights of two and four sides."""
     return nn.Sequential(
-        Clock(),
-        nn.Conv2d(3, 4, 3, stride=2, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(64, 6),
-        nn.ReLU(),
-        nn.Linear(6, classes),
+        *(Clock(), nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()),
+        *(nn.Dropout(0.2), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, classes)),
     )
 
 
 RATES = {"lr": (0.01, 0.1, 0.3)}
-FREQUENT = {"curvature_interval": 2}
+SMALL_RATES = {"lr": (0.001, 0.003, 0.01)}
+
+
+def second_order(optimizer: str = "fop", **how: str) -> Contender:
+    return Contender(optimizer, RATES, lambda batch_size: {"curvature_interval": 2}, **how)
+
+
 CONTENDERS = {
-    "sgd": Contender("sgd", RATES),
-    "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01)}),
-    "kfac": Contender("kfac", RATES, lambda batch_size: FREQUENT),
-    "fop": Contender("fop", RATES, lambda batch_size: FREQUENT),
-    "muon": Contender("muon", RATES),
-    "soap": Contender("soap", {"lr": (0.001, 0.003, 0.01)}),
-    "lamb": Contender("lamb", {"lr": (0.001, 0.003, 0.01)}),
-    "shampoo": Contender("shampoo", {"lr": (0.001, 0.003, 0.01)}),
-    "fop-fixed": Contender("fop", RATES, lambda batch_size: FREQUENT, "FOP, fixed", halves="fixed"),
-    "fop-classes": Contender("fop", RATES, lambda batch_size: FREQUENT, "FOP, classes", halves="classes"),
-    "fop-damped": Contender("fop", RATES, lambda batch_size: FREQUENT, "F̂", formula="damped projection"),
+    **{name: Contender(name, RATES) for name in ("sgd", "muon")},
+    **{name: Contender(name, SMALL_RATES) for name in ("adamw", "soap", "lamb", "shampoo")},
+    **{name: second_order(name) for name in ("kfac", "fop")},
+    "fop-fixed": second_order(label="FOP, fixed", halves="fixed"),
+    "fop-classes": second_order(label="FOP, classes", halves="classes"),
+    "fop-damped": second_order(label="F̂", formula="damped projection"),
 }
 TWO = {name: CONTENDERS[name] for name in ("sgd", "fop")}
 
@@ -127,23 +114,27 @@ TINY = Recipe(
 PLATEAU = replace(TINY, name="tiny-plateau", schedule=by_plateau)
 
 
-@pytest.fixture(autouse=True)
-def tiny_recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make the recipe known, and tell every record the same commit, whatever is edited meanwhile.
+@contextmanager
+def made_known() -> Iterator[pytest.MonkeyPatch]:
+    """Make the recipe known, and tell every record the same commit, whatever is edited meanwhile."""
+    with pytest.MonkeyPatch.context() as patched:
+        for each in (TINY, PLATEAU):
+            patched.setitem(RECIPES, each.name, each)
+        for module in (runner, environment):
+            patched.setattr(module, "git_state", lambda source: COMMIT)
+        patched.setattr(Clock, "now", 0.0)
+        for cache in (execution.parts_of, execution._where):
+            cache.cache_clear()
+        yield patched
+    for cache in (execution.parts_of, execution._where):
+        cache.cache_clear()
 
-    For every test of a module that imports it.
-    """
-    for each in (TINY, PLATEAU):
-        monkeypatch.setitem(RECIPES, each.name, each)
-    monkeypatch.setattr(runner, "git_state", lambda source: COMMIT)
-    monkeypatch.setattr(environment_module, "git_state", lambda source: COMMIT)
-    monkeypatch.setattr(Clock, "now", 0.0)
-    caches = execution.parts_of, execution._where
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+
+@pytest.fixture(autouse=True)
+def tiny_recipe() -> Iterator[None]:
+    """For every test of a module that imports it."""
+    with made_known():
+        yield
 
 
 def go(
@@ -153,20 +144,22 @@ def go(
     data: str | None = None,
     minutes: float = 60.0,
     jobs: int = 1,
+    on_run: runner.OnRun = lambda done, planned, title: None,
     **chosen: Any,
 ) -> int:
-    """Make the runs of a study of one task."""
-    on_run = chosen.pop("on_run", lambda done, planned, title: None)
+    """Make the runs of a study of one task; of the comparison, those with batch 8, 10 in all."""
+    if study == "comparison":
+        chosen = {"batch_sizes": (8,), **chosen}
     selection = Selection("tiny", study, **{"tasks": ("random",), **chosen})
     return make(selection, data=data, world=WORLD, out=out, jobs=jobs, minutes=minutes, on_run=on_run)
 
 
-def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is no JSON")
-
-
 def lines(path: Path) -> list[Record]:
     """Read a file of whole lines by hand."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
     text = path.read_text(encoding="utf-8")
     assert text.endswith("\n")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
@@ -178,7 +171,7 @@ def identity(record: Mapping[str, Any]) -> str:
 
 
 def result(record: Record) -> Any:
-    """Give all of a record that does not tell the time."""
+    """Return all of a record that does not tell the time."""
     curve = [{**epoch, "seconds": 0, "processor_seconds": 0} for epoch in record["curve"]]
     environment = {**record["environment"], "date": "", "command": ""}
     return {**record, "curve": curve, "environment": environment}
@@ -187,25 +180,22 @@ def result(record: Record) -> Any:
 def faked(monkeypatch: pytest.MonkeyPatch, curves: Callable[[Description], list[float] | None]) -> None:
     """Put records with given accuracies in place of runs; None for a diverged one."""
 
-    def execute(description: Description, data: str | None, *others: Any) -> Record:
-        accuracies = curves(description)
+    def execute(described: Description, data: str | None, *others: Any) -> Record:
+        accuracies = curves(described)
+        fixed = {"seconds": 1.0, "processor_seconds": 1.0, "train_loss": 1.0}
         curve = [
-            {"epoch": at, "seconds": 1.0, "processor_seconds": 1.0, "train_loss": 1.0, "accuracy": accuracy}
-            for at, accuracy in enumerate(accuracies or [], start=1)
+            {"epoch": at, **fixed, "accuracy": each} for at, each in enumerate(accuracies or [], start=1)
         ]
-        rest = {key: None for key in KEYS if key not in asdict(description)}
         environment = {**dict.fromkeys(ENVIRONMENT_KEYS), "git": COMMIT, "fop": fop.__version__}
-        ends = {"diverged": accuracies is None, "curve": curve, "environment": environment}
-        ends["data"] = data or RandomImages.origin
-        ends["ranks"] = 1
-        return {**rest, **asdict(description), **ends}
+        ends = {"diverged": accuracies is None, "curve": curve, "environment": environment, "ranks": 1}
+        return {**dict.fromkeys(KEYS), **asdict(described), **ends, "data": data or RandomImages.origin}
 
     monkeypatch.setattr(runner, "execute", execute)
 
 
-def accuracies(description: Description) -> list[float]:
-    """Give a curve that differs from run to run; by its mean another rate is the best than by its end."""
-    draw = torch.Generator().manual_seed(sum(identity(asdict(description)).encode()))
+def accuracies(described: Description) -> list[float]:
+    """Return a curve that differs from run to run; by its mean another rate is the best than by its end."""
+    draw = torch.Generator().manual_seed(sum(identity(asdict(described)).encode()))
     return torch.rand(4, generator=draw).tolist()
 
 
@@ -234,7 +224,7 @@ def seconds_as_steps() -> Iterator[None]:
 def program() -> None:
     """Be `fop-bench run` with the recipe of these tests, slow steps, and a save before each of them."""
     RECIPES["tiny"] = TINY
-    runner.git_state = environment_module.git_state = lambda source: COMMIT
+    runner.git_state = environment.git_state = lambda source: COMMIT
     execution.SECONDS_BETWEEN_SAVES = 0.0
     Clock.really = 0.03
     torch.set_num_threads(1)

@@ -18,8 +18,8 @@ from fop_bench import execution, runner
 from fop_bench.environment import git_state
 from fop_bench.execution import Description
 from fop_bench.optimizers import BUILDERS
+from fop_bench.recipe import Study
 from fop_bench.recipes import RECIPES
-from fop_bench.recipes.recipe import Contender, Study
 from fop_bench.run_records import ENVIRONMENT_KEYS, EPOCH_KEYS, KEYS, LAYER_KEYS, read_runs
 from fop_bench.runner import Record, Selection, best_options, planned
 from tiny_study import (
@@ -48,21 +48,23 @@ from tiny_study import (
     ("recipe", "study"),
     [(name, study) for name, plan in [*RECIPES.items(), ("tiny", TINY)] for study in plan.studies],
 )
-def test_every_contender_is_given_the_same_number_of_tuning_runs(recipe: str, study: str) -> None:
+def test_every_contender_is_given_the_same_number_of_runs(recipe: str, study: str) -> None:
     chosen = Selection(recipe, study).checked()
     ready, left = planned(chosen, [])
     plan = RECIPES[recipe].studies[study]
     counts = Counter((run.phase, run.task, run.batch_size, run.contender) for run in ready)
     groups = len(chosen.tasks) * len(plan.epochs) * len(plan.contenders)
     assert len(counts) == groups, "every contender at every batch size, in one phase"
-    assert len(set(counts.values())) == 1
-    assert {phase for phase, *_ in counts} == {"tuning" if plan.tuned else "final"}
-    finals = groups * len(plan.seeds) if plan.tuned else 0
-    assert left == len(ready) + finals
+    assert {phase for phase, *_ in counts} == {"tuning" if plan.tuned else plan.phase}
+    assert left == len(ready) + (groups * len(plan.seeds) if plan.tuned else 0)
     assert all(run.epochs == plan.epochs[run.batch_size] for run in ready)
-    if plan.tuned:
-        assert {run.seed for run in ready} == {0}
-        assert 0 not in plan.seeds
+    assert {run.seed for run in ready} == ({0} if plan.tuned else set(plan.seeds))
+    if not plan.tuned or plan.phase == "tuning":
+        # A map: every combination, however many an optimizer has.
+        sizes = {name: len(list(each.combinations())) for name, each in plan.contenders.items()}
+        assert all(count == sizes[name] * len(plan.seeds) for (*_, name), count in counts.items())
+    assert len(set(counts.values())) == 1
+    assert not plan.tuned or 0 not in plan.seeds, "the tuning seed is no final one"
 
 
 def test_finals_come_after_all_tuning_with_the_best_options_on_average(
@@ -92,7 +94,7 @@ def test_no_final_is_ready_while_a_tuning_run_is_missing(
 ) -> None:
     """Several workers end their runs in any order."""
     faked(monkeypatch, accuracies)
-    assert go(tmp_path, batch_sizes=(8,)) == 0
+    assert go(tmp_path) == 0
     tuning = [record for record in lines(tmp_path / "comparison.jsonl") if record["phase"] == "tuning"]
     absent = [record for record in tuning if record["contender"] == "sgd"][missing]
     chosen = replace(Selection("tiny", "comparison", ("random",)).checked(), batch_sizes=(8,))
@@ -105,50 +107,46 @@ def test_no_final_is_ready_while_a_tuning_run_is_missing(
     assert {run.phase for run in planned(twelve, tuning)[0]} == {"tuning"}
 
 
-def test_contenders_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faked(monkeypatch, accuracies)
-    go(tmp_path)
-    records = lines(tmp_path / "comparison.jsonl")
-    assert [record["contender"] for record in records] == ["sgd", "fop"] * 10
-    assert [record["batch_size"] for record in records] == [8] * 10 + [12] * 10
-
-
-def test_options_of_one_batch_size_do_not_depend_on_the_other(
+def test_contenders_take_turns_and_every_batch_size_has_its_own_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = {8: 0.01, 12: 0.3}
-    faked(monkeypatch, lambda run: [1.0 if run.options["lr"] == best[run.batch_size] else 0.2])
-    assert go(tmp_path) == 0
-    finals = [record for record in lines(tmp_path / "comparison.jsonl") if record["phase"] == "final"]
-    assert Counter((record["batch_size"], record["options"]["lr"]) for record in finals) == {
-        (8, 0.01): 4,
-        (12, 0.3): 4,
-    }
-
-
-def test_diverged_tuning_runs_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faked(monkeypatch, lambda run: None if run.options["lr"] != 0.3 else [0.0])
-    assert go(tmp_path, batch_sizes=(8,), contenders=("sgd",)) == 0
-    finals = [record for record in lines(tmp_path / "comparison.jsonl") if record["phase"] == "final"]
-    assert [record["options"] for record in finals] == [{"lr": 0.3}] * 2
+    # A diverged run loses even against one that is never right.
+    faked(monkeypatch, lambda run: [0.0] if run.options["lr"] == best[run.batch_size] else None)
+    assert go(tmp_path, batch_sizes=()) == 0
+    records = lines(tmp_path / "comparison.jsonl")
+    assert [record["contender"] for record in records] == ["sgd", "fop"] * 10
+    assert [record["batch_size"] for record in records] == [8] * 10 + [12] * 10
+    finals = [(each["batch_size"], each["options"]["lr"]) for each in records if each["phase"] == "final"]
+    assert Counter(finals) == {(8, 0.01): 4, (12, 0.3): 4}
 
 
 def test_where_every_tuning_run_diverged_the_first_options_show_it() -> None:
-    def diverged(lr: float) -> Record:
+    def run(lr: float, accuracy: float, diverged: bool = True) -> Record:
         # A run that diverges late has a curve.
-        return {"options": {"lr": lr}, "diverged": True, "curve": [{"accuracy": lr}]}
+        return {"options": {"lr": lr}, "diverged": diverged, "curve": [{"accuracy": accuracy}]}
 
-    assert best_options([diverged(0.1), diverged(0.9)]) == {"lr": 0.1}
-    alive = {"options": {"lr": 0.5}, "diverged": False, "curve": [{"accuracy": 0.0}]}
-    assert best_options([diverged(0.1), diverged(0.9), alive]) == {"lr": 0.5}
+    assert best_options([run(0.1, 0.1), run(0.9, 0.9)]) == {"lr": 0.1}
+    assert best_options([run(0.1, 0.1), run(0.9, 0.9), run(0.5, 0.0, diverged=False)]) == {"lr": 0.5}
 
 
 def test_a_map_makes_every_combination_with_every_seed(tmp_path: Path) -> None:
     assert go(tmp_path, "map") == 0
     records = lines(tmp_path / "map.jsonl")
-    assert {record["phase"] for record in records} == {"final"}
+    assert {(record["phase"], record["evaluated_on"]) for record in records} == {("final", "test")}
     expected = Counter((lr, seed) for lr in RATES["lr"] for seed in (5, 6))
     assert Counter((record["options"]["lr"], record["seed"]) for record in records) == expected
+
+
+def test_a_map_may_be_judged_on_held_out_images(tmp_path: Path) -> None:
+    study = replace(TINY.studies["map"], phase="tuning")
+    RECIPES["tiny"] = replace(TINY, studies={"map": study})
+    assert go(tmp_path, "map") == 0
+    records = lines(tmp_path / "map.jsonl")
+    assert {(each["phase"], each["evaluated_on"], each["seed"]) for each in records} == {
+        ("tuning", "held-out", 5),
+        ("tuning", "held-out", 6),
+    }
 
 
 def test_a_selection_can_be_widened_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,20 +154,19 @@ def test_a_selection_can_be_widened_later(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "comparison.jsonl"
     assert go(tmp_path, contenders=("fop",), batch_sizes=(12,)) == 0
     first = lines(path)
-    assert len(first) == 5
     assert {(record["contender"], record["batch_size"]) for record in first} == {("fop", 12)}
-    assert go(tmp_path) == 0
+    assert go(tmp_path, batch_sizes=()) == 0
     assert lines(path)[:5] == first
     assert len({identity(record) for record in lines(path)}) == len(lines(path)) == 20
     text = path.read_text()
-    assert go(tmp_path) == 0
+    assert go(tmp_path, batch_sizes=()) == 0
     assert path.read_text() == text, "there is nothing left to do"
 
 
 def test_progress_counts_all_runs_of_the_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch, accuracies)
-    told = []
-    go(tmp_path, batch_sizes=(8,), on_run=lambda *each: told.append(each))
+    told: list[tuple[int, int, str]] = []
+    go(tmp_path, on_run=lambda *each: told.append(each))
     assert {total for _, total, _ in told} == {10}
     assert [done for done, _, _ in told] == [at for done in range(10) for at in (done, done + 1)]
     assert "sgd" in told[0][2]
@@ -187,7 +184,7 @@ def test_a_grid_may_hold_other_values_than_numbers(value: Any) -> None:
 
 def test_records_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "git_state", git_state)
-    assert go(tmp_path, batch_sizes=(8,)) == 0
+    assert go(tmp_path) == 0
     path = tmp_path / "comparison.jsonl"
     records = lines(path)
     assert read_runs(tmp_path) == read_runs(path) == records
@@ -200,51 +197,40 @@ def test_records_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert 0 <= epoch["accuracy"] <= 1
             assert 0 < epoch["train_loss"] < 10
         assert 0 < record["curve"][0]["seconds"] < record["curve"][1]["seconds"]
-        assert record["recipe"] == "tiny"
-        assert record["study"] == "comparison"
-        assert record["label"] == {"sgd": "SGD", "fop": "FOP"}[record["contender"]]
-        assert record["train_samples"] == TRAIN
-        assert record["parameters"] == sum(p.numel() for p in network(3).parameters())
-        judged = ("test", TEST) if record["phase"] == "final" else ("held-out", HELD_OUT)
-        assert (record["evaluated_on"], record["evaluated_samples"]) == judged
+        final = record["phase"] == "final"
+        expected = {
+            "recipe": "tiny",
+            "study": "comparison",
+            "label": {"sgd": "SGD", "fop": "FOP"}[record["contender"]],
+            "train_samples": TRAIN,
+            "parameters": sum(p.numel() for p in network(3).parameters()),
+            "evaluated_on": "test" if final else "held-out",
+            "evaluated_samples": TEST if final else HELD_OUT,
+            "targets": {"accuracy": 0.5},
+            "augmentation": {"flip": True, "shift": 1, "cutout": 2},
+        }
+        assert expected.items() <= record.items()
         assert record["all_options"].items() >= record["options"].items()
-        assert record["targets"] == {"accuracy": 0.5}
-        assert record["augmentation"] == {"flip": True, "shift": 1, "cutout": 2}
-        assert record["environment"]["threads"] == 1
-        assert record["environment"]["processor"] == "cpu"
-        described = git_state(Path(fop.__file__))
-        assert (record["environment"]["git"] is None) == (described is None)
-        if described is not None:
-            assert record["environment"]["git"]["commit"] == described["commit"]
-    assert not list((tmp_path / "unfinished").glob("*"))
-
-
-def test_layers_are_noted_for_fop_alone_and_after_every_epoch(tmp_path: Path) -> None:
-    assert go(tmp_path, batch_sizes=(8,)) == 0
-    for record in lines(tmp_path / "comparison.jsonl"):
+        where = {"threads": 1, "processor": "cpu", "git": git_state(Path(fop.__file__))}
+        assert where.items() <= record["environment"].items()
         layers = record["layers"]
-        if (record["contender"], record["phase"]) != ("fop", "final"):
+        if not final or record["contender"] == "sgd":
             assert layers is None
             continue
         assert layers.keys() == set(LAYER_KEYS)
         assert layers["names"] == ["1", "6", "8"]
-        assert len(layers["epochs"]) == 2
+        assert layers["epochs"] == [1, 2]
         for scalar in ("beta", "eta", "rho"):
             assert [len(epoch) for epoch in layers[scalar]] == [3, 3]
         assert all(0 <= rho <= 1 for epoch in layers["rho"] for rho in epoch)
-
-
-def test_layers_have_the_epoch_of_the_curve(tmp_path: Path) -> None:
-    go(tmp_path, batch_sizes=(8,), contenders=("fop",))
-    final = lines(tmp_path / "comparison.jsonl")[-1]
-    assert final["layers"]["epochs"] == [epoch["epoch"] for epoch in final["curve"]]
+    assert not list((tmp_path / "unfinished").glob("*"))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("lr", [1e3, 1e15, 1e30])
 def test_divergence_is_reported_in_strict_json(tmp_path: Path, name: str, lr: float) -> None:
-    contender = Contender(
-        name, RATES, lambda batch_size: {"kl_clip": None} if name in ("kfac", "fop") else {}
+    contender = replace(
+        CONTENDERS[name], options=lambda batch: {"kl_clip": None} if name in ("kfac", "fop") else {}
     )
     RECIPES["tiny"] = replace(TINY, studies={"all": Study({name: contender}, {8: 6}, seeds=(1,))})
     record = finished(final_of(name, options={"lr": lr}, epochs=6), tmp_path / "a.pt")
@@ -277,10 +263,10 @@ def test_tuning_holds_out_what_finals_train_on(tmp_path: Path) -> None:
     assert tuning["batch_size"] == final["batch_size"] == TRAIN + HELD_OUT
 
 
-def test_a_batch_larger_than_the_data_is_refused_before_any_run(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_data_is_refused_before_any_run_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"batch.*{TRAIN + HELD_OUT}.*{TRAIN}"):
         go(tmp_path, "large", tasks=("random",))
-    assert not (tmp_path / "large.jsonl").read_text()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:

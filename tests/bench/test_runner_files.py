@@ -15,17 +15,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fop_bench import environment as environment_module
-from fop_bench import execution, runner
+from fop_bench import environment, execution, runner
+from fop_bench.cli import run as command
 from fop_bench.recipes import RECIPES
-from fop_bench.run_cli import run as command
 from fop_bench.runner import Record
 from fop_bench.world import World
 from tiny_study import (
     COMMIT,
     STEPS,
     Clock,
-    RandomImages,
     accuracies,
     faked,
     go,
@@ -36,16 +34,28 @@ from tiny_study import (
     tiny_recipe,  # noqa: F401 - for every test here
 )
 
-# --- A file that others wrote to
+OTHER = {"commit": "fedcba9876543210", "dirty": False}
+
+
+def invoke(out: Path, *arguments: str, recipe: str = "tiny") -> Any:
+    asked = [recipe, "--task", "random", "--jobs", "1", "--device", "cpu", "--out", str(out), *arguments]
+    return CliRunner().invoke(command, asked)
 
 
 def started(out: Path, data: str | None = None) -> Path:
-    """Make the first runs of a study."""
+    """Make the first two runs of a study."""
     with seconds_as_steps():
-        assert go(out, data=data, batch_sizes=(8,), minutes=4 * STEPS / 60) == 8
+        assert go(out, data=data, minutes=4 * STEPS / 60) == 8
     path = out / "comparison.jsonl"
     assert len(lines(path)) == 2
     return path
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# --- A file that others wrote to
 
 
 @pytest.mark.parametrize("kept", [1, 200, -1])
@@ -56,28 +66,23 @@ def test_a_line_that_was_cut_off_is_put_aside_and_its_run_made_again(tmp_path: P
     path.write_bytes(first + cut)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert go(tmp_path, batch_sizes=(8,)) == 0
+        assert go(tmp_path) == 0
     assert (tmp_path / "comparison.cut-off").read_bytes() == cut + b"\n"
     records = lines(path)
     assert len({identity(record) for record in records}) == len(records) == 10
     assert path.read_bytes().startswith(first)
     assert result(records[1]) == result(json.loads(second))
-    assert "cut-off" not in "".join(file.name for file in tmp_path.glob("*.jsonl"))
 
 
-def test_lines_that_are_put_aside_do_not_replace_each_other(tmp_path: Path) -> None:
-    path = started(tmp_path)
-    for cut in (b'{"first', b'{"second'):
+def test_cut_off_lines_do_not_replace_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.jsonl"
+    for cut in (b'{"first', '{"label": "é'.encode()[:-1]):
         with path.open("ab") as file:
             file.write(cut)
-        go(tmp_path, batch_sizes=(8,), minutes=-1.0)
-    assert (tmp_path / "comparison.cut-off").read_bytes() == b'{"first\n{"second\n'
-
-
-def test_a_first_line_that_was_cut_off_leaves_nothing_done(tmp_path: Path) -> None:
-    (tmp_path / "comparison.jsonl").write_bytes('{"label": "é'.encode()[:-1])
-    assert go(tmp_path, batch_sizes=(8,)) == 0
-    assert len(lines(tmp_path / "comparison.jsonl")) == 10
+        go(tmp_path, minutes=-1.0)
+    assert (tmp_path / "comparison.cut-off").read_bytes() == b'{"first\n{"label": "\xc3\n'
+    assert go(tmp_path) == 0
+    assert len(lines(path)) == 10
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -87,10 +92,8 @@ def test_a_whole_line_that_is_broken_is_an_error_and_nothing_is_written(tmp_path
     content[at] = b"\0\0\0\n"
     path.write_bytes(b"".join(content))
     before = path.read_bytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=rf"{path}, line {at + 1} is not JSON"):
-            go(tmp_path, batch_sizes=(8,))
+    with pytest.raises(ValueError, match=rf"{path}, line {at + 1} is not JSON"):
+        go(tmp_path)
     assert path.read_bytes() == before
 
 
@@ -99,10 +102,9 @@ def test_a_second_process_in_the_same_folder_is_refused(
 ) -> None:
     faked(monkeypatch, accuracies)
     path = tmp_path / "comparison.jsonl"
-    refused = 0
+    refused = []
 
     def second(done: int, planned: int, title: str) -> None:
-        nonlocal refused
         before = path.read_bytes()
         with pytest.raises(BlockingIOError, match=rf"another fop-bench is writing {path}; wait for it, or"):
             go(tmp_path)
@@ -110,124 +112,104 @@ def test_a_second_process_in_the_same_folder_is_refused(
         assert told.exit_code == 1
         assert f"Error: another fop-bench is writing {path}" in told.output
         assert path.read_bytes() == before
-        refused += 1
+        refused.append(title)
 
-    assert go(tmp_path, on_run=second, batch_sizes=(8,)) == 0
-    assert refused == 20
-    assert go(tmp_path) == 0, "afterwards the file is free"
-
-
-OTHER = {"commit": "fedcba9876543210", "dirty": False}
+    assert go(tmp_path, on_run=second) == 0
+    assert len(refused) == 20
+    assert go(tmp_path, batch_sizes=()) == 0, "afterwards the file is free"
 
 
 @pytest.mark.parametrize(
-    ("here", "words"),
+    ("git", "data", "written", "message"),
     [
-        (OTHER, "this is commit fedcba9876:"),
-        ({**COMMIT, "dirty": True}, "this is commit 0123456789 with uncommitted changes:"),
-        (None, "this is an installed package:"),
+        (OTHER, None, {}, "of commit 0123456789, and this is commit fedcba9876:"),
+        (
+            {**COMMIT, "dirty": True},
+            None,
+            {},
+            "of commit 0123456789, and this is commit 0123456789 with uncommitted changes:",
+        ),
+        (None, None, {}, "of commit 0123456789, and this is an installed package:"),
+        (COMMIT, None, {"data": "some/images"}, "on some/images, and this is random numbers:"),
+        (COMMIT, "other/images", {}, "on random numbers, and this is other/images:"),
+        (COMMIT, None, {"ranks": 4}, "on ranks: 4, and this is 1:"),
+        (COMMIT, None, {"environment": {"fop": "0.0.1", "git": COMMIT}}, "of fop 0.0.1, and this is"),
     ],
 )
-def test_runs_of_another_commit_are_not_mixed_with_new_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Any, words: str
+def test_runs_of_other_code_data_or_ranks_are_not_mixed_with_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, git: Any, data: str | None, written: Any, message: str
 ) -> None:
     path = started(tmp_path)
-    before = path.read_bytes()
-    monkeypatch.setattr(runner, "git_state", lambda source: here)
-    with pytest.raises(ValueError, match=f"holds 2 runs of commit 0123456789, and {words}.*another --out"):
-        go(tmp_path)
-    told = invoke(tmp_path)
+    changed = [
+        {**record, **written, "environment": {**record["environment"], **written.get("environment", {})}}
+        for record in lines(path)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+    before = content_of(tmp_path)
+    monkeypatch.setattr(runner, "git_state", lambda source: git)
+    with pytest.raises(ValueError, match=f"{path} holds runs {message} .*another --out"):
+        go(tmp_path, data=data)
+    told = invoke(tmp_path, *([] if data is None else ["--data", data]))
     assert told.exit_code == 1
-    assert "commit 0123456789" in told.output
-    assert path.read_bytes() == before
+    assert f"holds runs {message}" in " ".join(told.output.split())
+    assert content_of(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [(None, "other/images"), ("some/images", None), ("some/images", "other/images")]
-)
-def test_runs_on_other_data_are_not_mixed_with_new_ones(
-    tmp_path: Path, first: str | None, then: str | None
-) -> None:
-    origins = [data or RandomImages.origin for data in (first, then)]
-    path = started(tmp_path, first)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    assert {record["data"] for record in lines(path)} == {origins[0]}
-    with pytest.raises(ValueError, match=f"{path} holds runs on {origins[0]}, and this is {origins[1]}: "):
-        go(tmp_path, data=then)
-    told = invoke(tmp_path, *([] if then is None else ["--data", then]))
-    assert told.exit_code == 1
-    assert f"holds runs on {origins[0]}, and this is {origins[1]}" in " ".join(told.output.split())
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-    assert go(tmp_path, data=first, batch_sizes=(8,)) == 0, "on the same data it goes on"
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"recipe": "digits"}, "holds runs of digits; give another --out for tiny"),
-        ({"ranks": 4}, "holds runs on 4 ranks, and this is on 1; give another --out"),
-    ],
-)
-def test_runs_of_another_recipe_or_number_of_ranks_are_not_mixed_with_new_ones(
-    tmp_path: Path, changed: dict[str, Any], message: str
-) -> None:
-    path = started(tmp_path)
-    path.write_text("".join(json.dumps({**record, **changed}) + "\n" for record in lines(path)))
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=message):
-        go(tmp_path)
-    assert path.read_bytes() == before
+def test_on_the_same_data_it_goes_on(tmp_path: Path) -> None:
+    started(tmp_path, "some/images")
+    assert go(tmp_path, data="some/images") == 0
+    assert {record["data"] for record in lines(tmp_path / "comparison.jsonl")} == {"some/images"}
 
 
 def test_an_unfinished_run_of_another_commit_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with seconds_as_steps():
-        assert go(tmp_path, batch_sizes=(8,), minutes=1 / 60) == 10
+        assert go(tmp_path, minutes=1 / 60) == 10
     assert len(list((tmp_path / "unfinished").glob("*.pt"))) == 1
-    execution._where.cache_clear()
+    assert not (tmp_path / "comparison.jsonl").exists()
     monkeypatch.setattr(runner, "git_state", lambda source: OTHER)
-    monkeypatch.setattr(environment_module, "git_state", lambda source: OTHER)
     with pytest.raises(ValueError, match=r"unfinished.*commit 0123456789.*commit fedcba9876"):
-        go(tmp_path, batch_sizes=(8,))
+        go(tmp_path)
 
 
 def test_records_name_the_commit_that_the_command_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [COMMIT]
-    monkeypatch.setattr(runner, "git_state", lambda source: now[0])
-    monkeypatch.setattr(environment_module, "git_state", lambda source: now[0])
+    for module in (runner, environment):
+        monkeypatch.setattr(module, "git_state", lambda source: now[0])
+    execution._where.cache_clear()
 
     def commit_something(done: int, planned: int, title: str) -> None:
         now[0] = OTHER
 
-    go(tmp_path, batch_sizes=(8,), contenders=("sgd",), on_run=commit_something)
+    go(tmp_path, contenders=("sgd",), on_run=commit_something)
     records = lines(tmp_path / "comparison.jsonl")
     assert [record["environment"]["git"] for record in records] == [COMMIT] * 5
 
 
-# --- Errors
-
-
-def invoke(out: Path, *arguments: str, recipe: str = "tiny") -> Any:
-    asked = [recipe, "--task", "random", "--jobs", "1", "--device", "cpu", "--out", str(out), *arguments]
-    return CliRunner().invoke(command, asked)
+# --- The command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("--study", "x"), "unknown study 'x' of tiny; known are comparison, all, map, large"),
-        (("--task", "x"), "unknown task 'x'; known are random, joined"),
-        (("--optimizer", "adam"), "unknown optimizer 'adam'; known are sgd, fop"),
-        (("--batch", "7"), "unknown batch size 7; known are 8, 12"),
+        (("--study", "x"), 1, "unknown study 'x'; known are comparison, all, map, large"),
+        (("--task", "x"), 1, "unknown task 'x'; known are random, joined"),
+        (("--optimizer", "adam"), 1, "unknown optimizer 'adam'; known are sgd, fop"),
+        (("--batch", "7"), 1, "unknown batch size 7; known are 8, 12"),
+        (("--minutes", "0"), 2, "'--minutes'"),
+        (("--minutes", "-1"), 2, "'--minutes'"),
+        (("--minutes", "x"), 2, "'--minutes'"),
     ],
 )
-def test_unknown_names_list_the_known_ones(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_is_named_and_nothing_is_written(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
     told = invoke(tmp_path / "out", *arguments)
-    assert told.exit_code == 1
-    assert f"Error: {message}" in told.output
+    assert told.exit_code == code
+    assert f"Error: {message}" in told.output or f"Invalid value for {message}" in told.output
     assert not (tmp_path / "out").exists()
 
 
@@ -236,12 +218,6 @@ def test_an_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
     assert told.exit_code == 1
     assert f"Error: unknown recipe 'huge'; known are {', '.join(RECIPES)}" in told.output
     assert "cifar10-small" in told.output
-
-
-@pytest.mark.parametrize("minutes", ["0", "-1", "x"])
-def test_minutes_must_be_a_time(tmp_path: Path, minutes: str) -> None:
-    assert invoke(tmp_path / "out", "--minutes", minutes).exit_code == 2
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_is_left_and_goes_on(tmp_path: Path) -> None:
@@ -268,15 +244,16 @@ def pool_of(monkeypatch: pytest.MonkeyPatch, submit: Callable[..., Future[Record
     monkeypatch.setattr(runner, "_workers", workers)
 
 
+def failed(error: Exception) -> Future[Record | None]:
+    future: Future[Record | None] = Future()
+    future.set_exception(error)
+    return future
+
+
 def test_the_death_of_a_worker_is_an_error_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def submit(*arguments: Any) -> Future[Record | None]:
-        future: Future[Record | None] = Future()
-        future.set_exception(BrokenProcessPool("A process in the process pool was terminated abruptly"))
-        return future
-
-    pool_of(monkeypatch, submit)
+    pool_of(monkeypatch, lambda *arguments: failed(BrokenProcessPool("terminated abruptly")))
     told = invoke(tmp_path)
     assert told.exit_code == 1
     assert "Error: " in told.output
@@ -285,16 +262,15 @@ def test_the_death_of_a_worker_is_an_error_with_advice(
 
 def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch, accuracies)
-    timers = []
+    timers: list[threading.Timer] = []
 
     def submit(function: Callable[..., Record], *arguments: Any) -> Future[Record | None]:
+        if len(timers) == 0:
+            timers.append(threading.Timer(0.0, lambda: None))
+            return failed(ValueError("images/1.png cannot be decoded"))
         future: Future[Record | None] = Future()
-        if not timers:
-            future.set_exception(ValueError("images/1.png cannot be decoded"))
-            timers.append(None)
-        else:
-            timers.append(threading.Timer(0.2, lambda: future.set_result(function(*arguments))))
-            timers[-1].start()
+        timers.append(threading.Timer(0.2, lambda: future.set_result(function(*arguments))))
+        timers[-1].start()
         return future
 
     pool_of(monkeypatch, submit)

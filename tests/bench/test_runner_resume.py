@@ -1,9 +1,18 @@
-"""The runs of a study stop anywhere and go on, to the bit."""
+"""The runs of a study stop anywhere, or are killed anywhere, and go on, to the bit."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from fop_bench import execution, training
+import tiny_study
+from fop_bench import execution, runner, training
 from fop_bench.execution import Description, execute
 from fop_bench.optimizers import BUILDERS
 from fop_bench.runner import Record
@@ -23,11 +33,15 @@ from tiny_study import (
     final_of,
     finished,
     go,
+    identity,
     lines,
+    made_known,
     result,
     seconds_as_steps,
     tiny_recipe,  # noqa: F401 - for every test here
 )
+
+PATIENCE = 600  # seconds until a test gives a process up
 
 
 class Ticks:
@@ -95,27 +109,6 @@ def test_a_killed_run_goes_on_from_what_was_saved_last(
     assert Clock.now - steps == 3 * STEPS - max(0, kill_at - 3), "no step is made twice but the last"
 
 
-def test_a_kill_while_saving_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = finished(final_of("sgd"), tmp_path / "a.pt")
-    saved = tmp_path / "b.pt"
-    ticking(monkeypatch)
-    assert execute(final_of("sgd"), None, WORLD, saved, ONE_STEP, "") is None
-    before = saved.read_bytes()
-
-    def cut_short(state: Any, path: Path) -> None:
-        path.write_bytes(before[:100])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", cut_short)
-        ticking(patched)
-        with pytest.raises(KeyboardInterrupt):
-            execute(final_of("sgd"), None, WORLD, saved, ONE_STEP, "")
-    assert saved.read_bytes() == before
-    ticking(monkeypatch)
-    assert result(finished(final_of("sgd"), saved)) == result(expected)
-
-
 def test_a_file_that_is_no_state_is_named(tmp_path: Path) -> None:
     saved = tmp_path / "b.pt"
     saved.write_bytes(b"broken")
@@ -124,6 +117,8 @@ def test_a_file_that_is_no_state_is_named(tmp_path: Path) -> None:
     assert saved.read_bytes() == b"broken"
 
 
+# --- Seconds and warnings
+
 SECONDS = [float(STEPS), 2.0 * STEPS, 3.0 * STEPS]
 
 
@@ -131,10 +126,22 @@ def seconds(record: Record) -> list[float]:
     return [epoch["seconds"] for epoch in record["curve"]]
 
 
-def test_seconds_are_those_of_all_sittings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_those_of_all_sittings_without_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def slow_save(state: Any, path: Path) -> None:
+        Clock.now += 1000.0
+        save(state, path)
+
     monkeypatch.setattr(training, "_now", lambda device: Clock.now)
     assert seconds(finished(final_of("sgd"), tmp_path / "a.pt")) == SECONDS
     assert seconds(in_sittings(final_of("sgd"), tmp_path / "b.pt", monkeypatch)[0]) == SECONDS
+    monkeypatch.setattr(torch, "save", slow_save)
+    monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
+    ticking(monkeypatch)
+    assert seconds(finished(final_of("sgd"), tmp_path / "c.pt")) == SECONDS
 
 
 def test_a_killed_run_keeps_the_seconds_of_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,29 +156,14 @@ def test_a_killed_run_keeps_the_seconds_of_its_epoch(tmp_path: Path, monkeypatch
     assert seconds(finished(final_of("sgd"), tmp_path / "b.pt")) == SECONDS
 
 
-def test_seconds_leave_saving_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = torch.save
-
-    def slow_save(state: Any, path: Path) -> None:
-        Clock.now += 1000.0
-        save(state, path)
-
-    monkeypatch.setattr(torch, "save", slow_save)
-    monkeypatch.setattr(training, "_now", lambda device: Clock.now)
-    monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
-    ticking(monkeypatch)
-    assert seconds(finished(final_of("sgd"), tmp_path / "a.pt")) == SECONDS
-
-
 def test_warnings_of_all_sittings_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = BUILDERS["sgd"][1]
 
     def noisy(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         optimizer = build(model, **options)
-        steps = iter(range(100))
 
         def warn(*ignored: Any) -> None:
-            if next(steps) == 0 and Clock.now == 1:
+            if Clock.now == 1:
                 warnings.warn("in the first step", UserWarning, stacklevel=1)
 
         optimizer.register_step_pre_hook(warn)
@@ -185,28 +177,209 @@ def test_warnings_of_all_sittings_are_recorded(tmp_path: Path, monkeypatch: pyte
     assert set(record["warnings"]) >= set(expected)
 
 
+# --- The whole study
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Record]]:
+    """Give the runs of a study that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole")
+    with made_known():
+        assert go(out) == 0
+    yield lines(out / "comparison.jsonl")
+
+
+def complete(out: Path, expected: list[Record]) -> None:
+    """See that a study is what it would be had nothing happened."""
+    records = lines(out / "comparison.jsonl")
+    by_identity = {identity(record): result(record) for record in records}
+    assert len(by_identity) == len(records) == len(expected) == 10
+    assert by_identity == {identity(record): result(record) for record in expected}
+
+
 @pytest.mark.parametrize("sitting", [1, 7, 10])
-def test_minutes_end_a_sitting_anywhere_and_the_next_goes_on(tmp_path: Path, sitting: int) -> None:
-    assert go(tmp_path / "whole", "comparison", batch_sizes=(8,)) == 0
-    expected = lines(tmp_path / "whole" / "comparison.jsonl")
-    steps = 10 * 2 * STEPS
-    left, sittings = math.inf, 0
-    Clock.now = 0.0
+def test_minutes_end_a_sitting_anywhere_and_the_next_goes_on(
+    tmp_path: Path, whole: list[Record], sitting: int
+) -> None:
+    steps, left, sittings = 10 * 2 * STEPS, math.inf, 0
     with seconds_as_steps():
         while left:
             before, had = Clock.now, left
-            left = go(tmp_path / "slices", batch_sizes=(8,), minutes=sitting / 60)
+            left = go(tmp_path, minutes=sitting / 60)
             sittings += 1
             assert Clock.now - before == sitting or left == 0
             assert left <= had
     assert Clock.now == steps, "no step is made twice"
-    assert sittings == math.ceil(steps / sitting) + (steps % sitting == 0 and left != 0)
-    got = lines(tmp_path / "slices" / "comparison.jsonl")
-    assert [result(record) for record in got] == [result(record) for record in expected]
-    assert not list((tmp_path / "slices" / "unfinished").glob("*"))
+    assert sittings == math.ceil(steps / sitting)
+    assert [result(record) for record in lines(tmp_path / "comparison.jsonl")] == list(map(result, whole))
+    assert not list((tmp_path / "unfinished").glob("*"))
 
 
 def test_no_run_starts_when_the_time_is_over(tmp_path: Path) -> None:
-    assert go(tmp_path, minutes=-1.0) == 20
+    assert go(tmp_path, minutes=-1.0) == 10
     assert Clock.now == 0
-    assert (tmp_path / "comparison.jsonl").read_bytes() == b""
+    assert not list(tmp_path.iterdir())
+
+
+# --- Killed
+
+
+class Places:
+    """Where a process kills itself: each function puts the end into a place that is passed ``due`` times."""
+
+    def __init__(self, due: int) -> None:
+        self.passed, self.due = 0, due
+
+    def reached(self) -> bool:
+        self.passed += 1
+        return self.passed == self.due
+
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_a_step(self) -> None:
+        step = Clock.forward
+
+        def forward(module: Clock, x: torch.Tensor) -> torch.Tensor:
+            if module.training and self.reached():
+                self.end()
+            return step(module, x)
+
+        Clock.forward = forward
+
+    def in_a_state(self) -> None:
+        save = torch.save
+
+        def half(state: Any, path: Path) -> None:
+            save(state, path)
+            if self.reached():
+                path.write_bytes(path.read_bytes()[:1000])
+                self.end()
+
+        torch.save = half
+
+    def before_a_state_gets_its_name(self) -> None:
+        replaced = Path.replace
+
+        def late(path: Path, target: Path) -> Path:
+            if self.reached():
+                self.end()
+            return replaced(path, target)
+
+        Path.replace = late
+
+    def before_a_line(self) -> None:
+        self._with_line(lambda path, record, append: None)
+
+    def in_a_line(self) -> None:
+        def half(path: Path, record: Record, append: Callable[[Path, Record], None]) -> None:
+            before = path.stat().st_size
+            append(path, record)
+            os.truncate(path, (before + path.stat().st_size) // 2)
+
+        self._with_line(half)
+
+    def behind_a_line(self) -> None:
+        self._with_line(lambda path, record, append: append(path, record))
+
+    def _with_line(self, last: Callable[[Path, Record, Callable[[Path, Record], None]], None]) -> None:
+        append = runner._append
+
+        def appended(path: Path, record: Record) -> None:
+            if self.reached():
+                last(path, record, append)
+                self.end()
+            append(path, record)
+
+        runner._append = appended
+
+
+PLACES = [name for name in vars(Places) if name.startswith(("in_", "before_", "behind_"))]
+
+
+def killed(out: Path, place: str, due: int) -> None:
+    """Make runs in a process that gets no further than to a place."""
+    child = os.fork()
+    if child == 0:
+        try:
+            execution.SECONDS_BETWEEN_SAVES = 0.0
+            getattr(Places(due), place)()
+            go(out)
+        finally:
+            os._exit(0)  # was not killed
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_at_any_place_loses_nothing(tmp_path: Path, whole: list[Record], place: str) -> None:
+    before = b""
+    for due in (1, 3, 2):
+        killed(tmp_path, place, due)
+        now = (tmp_path / "comparison.jsonl").read_bytes()
+        # What was a whole line stays, in its place.
+        assert now.startswith(before)
+        before = now[: now.rfind(b"\n") + 1]
+    cut = now[len(before) :]
+    assert bool(cut) == (place == "in_a_line")
+    assert go(tmp_path) == 0
+    complete(tmp_path, whole)
+    aside = tmp_path / "comparison.cut-off"
+    if place == "in_a_line":
+        assert aside.read_bytes().endswith(cut + b"\n")
+        assert aside.read_bytes().count(b"\n") == 3
+    else:
+        assert not aside.exists()
+
+
+def alive(mark: str) -> set[int]:
+    """Give the living processes that have a mark in their environment."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended, or is of someone else
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
+
+
+# One start alone: it imports everything three times, in the command and in both of its workers.
+@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_killed_command_leaves_no_worker_and_nothing_is_lost(tmp_path: Path, whole: list[Record]) -> None:
+    mark = uuid.uuid4().hex
+    path, log = tmp_path / "comparison.jsonl", tmp_path / "log"
+    asked = ["tiny", "--task", "random", "--batch", "8", "--jobs", "2", "--device", "cpu"]
+    with log.open("wb") as output:
+        parent = subprocess.Popen(
+            [sys.executable, tiny_study.__file__, *asked, "--out", str(tmp_path)],
+            env={**os.environ, "FOP_TEST": mark},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+
+        def due() -> bool:
+            return parent.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") >= 3)
+
+        wait_until(due, "three runs are made")
+        workers = alive(mark) - {parent.pid}
+        assert len(workers) >= 2, log.read_text()
+        with pytest.raises(BlockingIOError, match="another fop-bench is writing"):
+            go(tmp_path)
+    finally:
+        parent.kill()
+    assert parent.wait() == -signal.SIGKILL, log.read_text()
+    wait_until(lambda: not alive(mark), "the workers of a killed process end")
+    before = path.read_bytes()
+    assert "tiny_study.py tiny" in json.loads(before.splitlines()[0])["environment"]["command"]
+    assert len(list((tmp_path / "unfinished").glob("*.pt"))) in (1, 2), "runs that were under way"
+    assert go(tmp_path) == 0
+    assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    complete(tmp_path, whole)
