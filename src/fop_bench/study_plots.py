@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from fop_bench.plot import canvas, draw_band, finish, legend, save, styles
@@ -30,11 +29,8 @@ def plot_curves(study: Study, path: Path) -> None:
     sizes = sorted({size for size, _ in groups})
     time = clock(study.runs["run"].iloc[0])
     judged = "test" if study.phase("final")["run"].iloc[0]["evaluated_on"] == "test" else "held-out"
-    titles = {
-        time: "processor time (s)" if time == "processor_seconds" else "training time (s)",
-        "epoch": "epoch",
-    }
-    titles |= {"accuracy": f"{judged} accuracy", "train_loss": "training loss"}
+    titles = {"epoch": "epoch", "accuracy": f"{judged} accuracy", "train_loss": "training loss"}
+    titles |= {"seconds": "training time (s)", "processor_seconds": "processor time (s)"}
     figure = canvas(max(6.0, 3.6 * len(sizes) + 0.6), 9.0)
     panels = figure.subplots(3, len(sizes), sharey="row", squeeze=False)
     for row, (value, over) in enumerate([("accuracy", time), ("accuracy", "epoch"), ("train_loss", "epoch")]):
@@ -42,9 +38,8 @@ def plot_curves(study: Study, path: Path) -> None:
             for (of, name), group in groups.items():
                 epochs = [epoch for run in group["run"][~group["diverged"]] for epoch in run["curve"]]
                 if epochs and of == size:
-                    draw_band(
-                        panel, pd.DataFrame(epochs), over, value, label=study.labels[name], **looks[name]
-                    )
+                    look = looks[name] | {"label": study.labels[name]}
+                    draw_band(panel, pd.DataFrame(epochs), over, value, **look)
             finish(panel, value, [target for kind, target in study.targets.items() if kind == value])
             panel.set_xlabel(titles[over])
             panel.set_xlim(left=0)
@@ -64,19 +59,16 @@ def plot_curves(study: Study, path: Path) -> None:
 
 
 def speed_up_reference(study: Study) -> tuple[int, str] | None:
-    """Choose what speed-up is relative to, by batch size and contender.
+    """Choose what speed-up is relative to, by batch size and contender; None if there is nothing.
 
-    SGD, K-FAC or FOP, the first that reached every target with every seed at the smallest batch size; None if
-    there is none, or only one batch size.
+    SGD, K-FAC or FOP: the first that reached every target with every seed at the smallest of several sizes.
     """
     groups = study.groups()
     sizes = sorted({size for size, _ in groups})
-    for name in ("sgd", "kfac", "fop"):
-        group = groups.get((sizes[0], name))
-        reached = [f"{kind} epochs" for kind in study.targets]
-        if len(sizes) > 1 and group is not None and not group[reached].isna().any(axis=None):
-            return sizes[0], name
-    return None
+    reached = [f"{kind} epochs" for kind in study.targets]
+    known = [(sizes[0], name) for name in ("sgd", "kfac", "fop") if (sizes[0], name) in groups]
+    complete = (key for key in known if groups[key][reached].notna().all(axis=None))
+    return next(complete, None) if len(sizes) > 1 else None
 
 
 def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
@@ -87,17 +79,15 @@ def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
     for column, (kind, target) in enumerate(study.targets.items()):
         for panel, unit in zip(panels[:, column], UNITS, strict=True):
             # The mean is NaN, and no point is drawn, unless every seed reached the target.
-            means = pd.Series(
-                {key: each[f"{kind} {unit}"].mean(skipna=False) for key, each in groups.items()}
-            )
+            times = {key: group[f"{kind} {unit}"] for key, group in groups.items()}
+            means = pd.Series({key: each.mean(skipna=False) for key, each in times.items()})
             for name, ratio in (means[reference] / means).unstack(0).reindex(looks).iterrows():
                 if ratio.notna().any():
                     look = looks[name] | {"label": study.labels[name], "marker": "o", "markersize": 5}
                     panel.plot(ratio.dropna(), **look)
             finish(panel, unit, [1.0])
             panel.set_xscale("log")
-            sizes = sorted({size for size, _ in groups})
-            panel.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+            panel.set_xticks(*zip(*{size: str(size) for size, _ in groups}.items(), strict=True), fontsize=8)
             panel.xaxis.set_minor_locator(NullLocator())
             panel.set_ylim(bottom=0)
             panel.yaxis.set_major_formatter("{x:g}×")
@@ -105,8 +95,7 @@ def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
         panels[0, column].set_title(target_label(kind, target), fontsize=10)
         panels[1, column].set_xlabel("batch size")
     legend(figure)
-    size, name = reference
-    over = f"speed-up over {study.labels[name]} at batch {size}"
+    over = f"speed-up over {study.labels[reference[1]]} at batch {reference[0]}"
     figure.suptitle(f"{study.recipe}, {study.task}, {study.name}: {over}")
     save(figure, path)
 
@@ -139,27 +128,17 @@ def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) ->
     table = points.pivot(index="damping", columns="lr", values=value)
     # Red like FOP's own colour where FOP is ahead, blue like K-FAC's where that is.
     image = panel.imshow(table, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto")
+    panel.set_facecolor("#e4e4e4")
     panel.set_xticks(range(table.shape[1]), [f"{lr:g}" for lr in table.columns])
     panel.set_yticks(range(table.shape[0]), [f"{damping:g}" for damping in table.index])
     panel.tick_params(length=0)
-    middle: dict[str, Any] = {"ha": "center", "va": "center"}
     for _, point in points.iterrows():
+        known = not np.isnan(point[value])
+        text = f"{point['lost']}diverged" if point["lost"] else "not run"
+        text = f"{point[value]:+.2f}".replace("-", "−") if known else text
         x, y = table.columns.get_loc(point["lr"]), table.index.get_loc(point["damping"])
-        if not np.isnan(point[value]):
-            color = "black" if abs(norm(point[value]) - 0.5) < 0.3 else "white"
-            panel.text(x, y, f"{point[value]:+.2f}".replace("-", "−"), color=color, fontsize=9, **middle)
-        elif point["lost"]:
-            hatched: dict[str, Any] = {
-                "facecolor": "#f2f2f2",
-                "edgecolor": "#b0b0b0",
-                "hatch": "///",
-                "linewidth": 0,
-            }
-            panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **hatched))
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
-            panel.text(x, y, f"{point['lost']}diverged", fontsize=7, bbox=box, **middle)
-        else:
-            panel.text(x, y, "not run", fontsize=7, color="#7f7f7f", **middle)
+        color = "white" if known and abs(norm(point[value]) - 0.5) >= 0.3 else "black"
+        panel.text(x, y, text, color=color, fontsize=9 if known else 7, ha="center", va="center")
     return image
 
 

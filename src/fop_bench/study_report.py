@@ -168,7 +168,7 @@ def _map(study: Study, folder: Path) -> list[str]:
         parts += [
             f"#### Batch {size}, {'/'.join(map(str, sorted(set(runs['epochs']))))} epochs",
             f"![Map]({image})",
-            "Red: FOP ends better, blue: K-FAC does. Hatched: a run diverged, and whose. Accuracy in "
+            "Red: FOP ends better, blue: K-FAC does. Grey: a run diverged, and whose. Accuracy in "
             "percentage points; loss as the binary logarithm of K-FAC's over FOP's: 1 is half the loss.",
         ]
         for title, points in grids.items():
