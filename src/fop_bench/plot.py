@@ -32,7 +32,7 @@ SPARE = ("lamb", "soap", "muon", "shampoo", "adamw", "sgd")
 
 
 def styles(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Give every contender a colour and a line: the known ones theirs, the others what is left."""
+    """Return for every contender a colour and a line: the known ones theirs, the others what is left."""
     left = [STYLES[name] for name in SPARE if name not in contenders] + [
         {"color": "#8C510A", "linestyle": "--"}
     ]

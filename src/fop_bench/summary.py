@@ -36,14 +36,6 @@ def plus_minus(value: Statistic | None, digits: int, scale: float = 1.0) -> str:
     return mean if value.std is None else f"{mean} ± {value.std * scale:.{digits}f}"
 
 
-def pooled_std(one: Statistic, two: Statistic) -> float | None:
-    """Return the standard deviation of two groups about their own means; None if one is a single value."""
-    if one.std is None or two.std is None:
-        return None
-    squares = (one.n - 1) * one.std**2 + (two.n - 1) * two.std**2
-    return math.sqrt(squares / (one.n + two.n - 2))
-
-
 def compare(
     ours: Statistic | None, theirs: Statistic | None, *, low: bool
 ) -> Literal["ahead", "behind", "within the spread"] | None:
@@ -51,10 +43,11 @@ def compare(
 
     With ``low`` the lower mean is ahead.
     """
-    if ours is None or theirs is None or (spread := pooled_std(ours, theirs)) is None:
+    if ours is None or theirs is None or ours.std is None or theirs.std is None:
         return None
+    squares = (ours.n - 1) * ours.std**2 + (theirs.n - 1) * theirs.std**2
     gain = theirs.mean - ours.mean if low else ours.mean - theirs.mean
-    if abs(gain) <= spread:
+    if abs(gain) <= math.sqrt(squares / (ours.n + theirs.n - 2)):
         return "within the spread"
     return "ahead" if gain > 0 else "behind"
 

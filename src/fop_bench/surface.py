@@ -304,7 +304,7 @@ def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lamb
 
 
 def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> tuple[Tensor, FOP]:
-    """Take one step on deep copies; give the change of the parameters (P,) and the optimizer that made it.
+    """Take one step on deep copies; return the change of the parameters (P,) and the optimizer that made it.
 
     The pair of "fop" is the gradients of the two halves' losses, those of "first" and "second". The pair of
     "fop_rows" is each layer's gradient summed over its rows of either half, as in a training that labels no
