@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fop_bench.report import markdown_table, write_page
+from fop_bench.run_records import of_defaults
 from fop_bench.summary import plus_minus, statistic
 
 SHOWN = 12
@@ -19,29 +20,12 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            runs.append(_as_before(json.loads(line)))
+            runs.append(of_defaults(json.loads(line)))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number} is not JSON (a killed run?); delete that line"
             ) from error
     return runs
-
-
-def _as_before(run: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of `fop-bench run` as the older runner wrote it, with the last epoch alone."""
-    if "curve" not in run:
-        return run
-    batch = f"batch {run['batch_size']}" if run["batch_size"] < 1000 else "full batch"
-    last = {} if run["diverged"] else run["curve"][-1]
-    ends = {key: last.get(key) for key in ("accuracy", "train_loss")}
-    where = {key: value for key, value in run["environment"].items() if key not in ("date", "command")}
-    return {
-        **run,
-        **ends,
-        "task": f"{run['task']}, {batch}",
-        "optimizer": run["contender"],
-        "environment": where,
-    }
 
 
 def write_report(folder: Path) -> Path:

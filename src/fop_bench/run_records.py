@@ -68,15 +68,10 @@ def _check(run: Any, where: str) -> None:
         raise ValueError(f"{where} is no run but a {type(run).__name__}; delete that line")
     missing = [key for key in KEYS if key not in run]
     if not missing:
-        parts = [("environment", run["environment"], ENVIRONMENT_KEYS), ("layers", run["layers"], LAYER_KEYS)]
+        parts = [("environment", run["environment"], ENVIRONMENT_KEYS)]
         parts += [("curve", epoch, EPOCH_KEYS) for epoch in run["curve"][:1]]
-        missing = [
-            f"{name}.{key}"
-            for name, part, keys in parts
-            if part is not None
-            for key in keys
-            if key not in part
-        ]
+        parts += [("layers", run["layers"], LAYER_KEYS)] if run["layers"] is not None else []
+        missing = [f"{name}.{key}" for name, part, keys in parts for key in keys if key not in part]
     if missing:
         raise ValueError(
             f"{where} has no {', '.join(missing)}; it is no line of this version's fop-bench run"
@@ -146,3 +141,18 @@ def _refuse_duplicates(runs: Sequence[Run]) -> None:
             f"{len(twice)} run{'s are' if len(twice) > 1 else ' is'} there more than once; "
             "delete all lines but one of: " + "; ".join(twice)
         )
+
+
+def of_defaults(run: Run) -> Run:
+    """Return what the report of the defaults shows of a run; lines of version 0.1 are that already."""
+    if "curve" not in run:
+        return run
+    full = run["batch_size"] >= run["train_samples"]
+    last = {} if run["diverged"] else run["curve"][-1]
+    return {
+        "task": f"{run['task']}, {'full batch' if full else 'batch ' + str(run['batch_size'])}",
+        "optimizer": run["contender"],
+        **{key: run[key] for key in ("options", "seed", "diverged", "warnings")},
+        **{key: last.get(key) for key in ("accuracy", "train_loss", "seconds")},
+        "environment": {key: run["environment"][key] for key in ("device", "torch", "fop", "git", "threads")},
+    }

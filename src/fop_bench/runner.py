@@ -58,7 +58,7 @@ class Selection:
             return tuple(each for each in there if not chosen or each in chosen)
 
         plan = recipe(self.recipe)
-        (name,) = known(f"study of {plan.name}", [self.study], plan.studies)
+        (name,) = known("study", [self.study], plan.studies)
         study = plan.studies[name]
         return Selection(
             plan.name,

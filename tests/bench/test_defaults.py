@@ -1,85 +1,99 @@
-"""The measurement of the defaults: its data, its resuming and its tables."""
+"""The measurement of the defaults: its runs by the command, and its tables."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from PIL import Image
 
-from fop_bench import cifar, defaults
-from fop_bench.cifar import cifar_subset
+from fop_bench import execution
 from fop_bench.cli import main
-from fop_bench.defaults import STUDIES, TASKS, measure, run_one
 from fop_bench.defaults_report import read_runs, write_report
+from fop_bench.images import per_class
+from fop_bench.recipe import Contender, ImageTask
+from fop_bench.recipes import CIFAR10, DEFAULTS, RECIPES
 
-TASK = "digits-mlp, batch 64"
+
+def invoke(out: Path, *asked: str) -> Result:
+    fixed = ("--jobs", "1", "--device", "cpu", "--out", str(out))
+    return CliRunner().invoke(main, ["defaults", *asked, *fixed], catch_exceptions=False)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two classes with four images each, of which three are used."""
-    monkeypatch.setattr(cifar, "TRAIN_PER_CLASS", 2)
-    monkeypatch.setattr(cifar, "VALIDATION_PER_CLASS", 1)
+def shrink(monkeypatch: pytest.MonkeyPatch, **tasks: ImageTask) -> None:
+    """Leave one learning rate, epoch and seed of the study `clip`."""
+    for plan in DEFAULTS:
+        study = replace(
+            plan.studies["clip"],
+            contenders={"fop": Contender("fop", {"lr": (0.1,)})},
+            epochs=dict.fromkeys((6, 1000) if plan.name in tasks else (64, 1024), 1),
+            seeds=(0,),
+        )
+        monkeypatch.setitem(plan.studies, "clip", study)
+        if plan.name in tasks:
+            monkeypatch.setitem(RECIPES, plan.name, replace(plan, tasks={"cifar-small": tasks[plan.name]}))
+
+
+def test_runs_are_made_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    first = invoke(tmp_path, "clip", "--tasks", "digits-mlp")
+    assert first.exit_code == 0, first.output
+    assert f"Wrote {tmp_path}/README.md; 0 runs left" in first.output
+    content = (tmp_path / "clip.jsonl").read_bytes()
+    runs = read_runs(tmp_path / "clip.jsonl")
+    assert [run["task"] for run in runs] == ["digits-mlp, batch 64", "digits-mlp, full batch"]
+    assert {(run["optimizer"], run["seed"], run["diverged"]) for run in runs} == {("fop", 0, False)}
+    assert runs[0]["accuracy"] > 0.8
+    assert runs[0]["train_loss"] > 0
+    assert runs[0]["environment"] == runs[1]["environment"]
+    assert json.loads(content.splitlines()[0])["evaluated_on"] == "held-out"
+    # The rest of the study goes into the same file.
+    assert invoke(tmp_path, "clip", "--tasks", "digits").exit_code == 0
+    assert (tmp_path / "clip.jsonl").read_bytes().startswith(content)
+    assert "6 runs on 6 tasks, 0 diverged" in (tmp_path / "README.md").read_text()
+
+
+def test_cifar_is_read_from_the_training_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
-        for index in range(4):
+        for index in range(5):
             pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "train" / name / f"{index}.png")
-    return tmp_path
+    task = DEFAULTS[-1].tasks["cifar-small"]
+    assert isinstance(task, ImageTask)
+    assert (task.source.size, task.source.classes, task.has_test) == (16, 10, False)
+    two = replace(CIFAR10, size=16, classes=2)
+    small = ImageTask(two, per_class(3), per_class(2, skip=3), has_test=False)
+    shrink(monkeypatch, **{"defaults-cifar-small": small})
+    data = ("--data", str(tmp_path))
+    told = invoke(tmp_path / "out", "clip", "--tasks", "cifar-small, batch 6", *data)
+    assert told.exit_code == 0, told.output
+    (run,) = read_runs(tmp_path / "out" / "clip.jsonl")
+    assert run["task"] == "cifar-small, full batch"
+    (tmp_path / "train" / "dog" / "4.png").unlink()
+    execution.parts_of.cache_clear()
+    told = invoke(tmp_path / "other", "clip", "--tasks", "cifar", *data)
+    assert told.exit_code == 1
+    assert "class 1 has 4 images; 5 are needed" in told.output
 
 
-def test_cifar_subset(folder: Path) -> None:
-    train, validation = cifar_subset(folder)
-    assert train.targets.tolist() == [0, 0, 1, 1]
-    assert validation.targets.tolist() == [0, 1]
-    assert train.inputs.shape == (4, 3, 16, 16)
-    pixels = np.stack(
-        [np.asarray(Image.open(folder / "train" / c / f"{i}.png")) for c in ("cat", "dog") for i in (0, 1)]
-    )
-    pooled = pixels.reshape(4, 16, 2, 16, 2, 3).mean((2, 4)) / 255
-    expected = (pooled - pooled.mean((0, 1, 2))) / pooled.std((0, 1, 2), ddof=1)
-    np.testing.assert_allclose(train.inputs.permute(0, 2, 3, 1).numpy(), expected, atol=1e-4)
+def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    told = invoke(tmp_path, "trust", "--tasks", "nothing")
+    assert told.exit_code == 2
+    assert "matches none of: digits-mlp, batch 64, " in " ".join(told.output.split())
+    assert "cifar" not in told.output, "which needs --data"
+    assert invoke(tmp_path, "nothing").exit_code == 2
 
 
-def test_missing_images_are_an_error(folder: Path) -> None:
-    for path in (folder / "train" / "dog").glob("[23].png"):
-        path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"dog holds 2 images; 3 are needed"):
-        cifar_subset(folder)
-    with pytest.raises(FileNotFoundError, match="train/<class>"):
-        cifar_subset(folder / "train" / "cat")
-
-
-def test_a_run_repeats_itself() -> None:
-    run = {"optimizer": "kfac", "options": {"lr": 0.1}, "seed": 3}
-    one, two = (run_one(TASK, run, "cpu", None) for _ in range(2))
-    assert one["accuracy"] == two["accuracy"]
-    assert one["train_loss"] == two["train_loss"]
-    assert one["accuracy"] > 0.8
-    assert not one["diverged"]
-
-
-def test_measure_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [{"optimizer": "sgd", "options": {"lr": lr}, "seed": 0} for lr in (0.1, 0.3)]
-    monkeypatch.setitem(STUDIES, "tiny", runs)
-    out = tmp_path / "tiny.jsonl"
-
-    def go(minutes: float) -> int:
-        return measure("tiny", [TASK], device="cpu", folder=None, out=out, jobs=1, minutes=minutes)
-
-    assert go(0.0) == 2
-    assert go(5.0) == 0
-    first = out.read_text()
-    assert [line["options"]["lr"] for line in read_runs(out)] == [0.1, 0.3]
-    assert go(5.0) == 0
-    assert out.read_text() == first
+# --- Tables, of lines as version 0.1 wrote them
 
 
 def _line(lr: float, task: str, accuracy: float | None, seed: int = 0) -> dict[str, Any]:
@@ -119,19 +133,3 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"task": "a"}\n{"task": ')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_runs(path)
-
-
-def test_command_line(tmp_path: Path) -> None:
-    asked = ["defaults", "trust", "--tasks", "nothing", "--out", str(tmp_path)]
-    result = CliRunner().invoke(main, asked)
-    assert result.exit_code == 2
-    assert "matches none of" in result.output
-    assert "cifar" not in [task.data for name, task in TASKS.items() if name.startswith("digits")]
-
-
-def test_every_optimizer_of_the_comparison_has_as_many_runs() -> None:
-    counts = dict.fromkeys(defaults.OPTIMIZERS, 0)
-    for run in STUDIES["comparison"]:
-        counts[run["optimizer"]] += 1
-    assert len(set(counts.values())) == 1
-    assert torch.tensor(list(counts.values())).min() > 0

@@ -1,4 +1,8 @@
-"""The networks of the ImageNet measurements are those of the papers, and FOP trains all of their weights."""
+"""The networks are those of the papers, and FOP trains all of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -7,14 +11,28 @@ from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
 from fop import FOP
-from fop_bench.imagenet_models import Bottleneck, TokenTransformer, resnet50, sinusoids, soft_split, t2t_vit
+from fop_bench.models import (
+    Residual,
+    ResNet,
+    T2TViT,
+    TokenTransformer,
+    ViT,
+    bottleneck,
+    digits_cnn,
+    resnet18,
+    resnet50,
+    sinusoids,
+    soft_split,
+    t2t_vit,
+)
+from fop_bench.workloads import MODELS
 
 
-def parameters_of(build, classes: int) -> int:
-    return sum(parameter.numel() for parameter in build(classes).parameters())
+def elements(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def resnet50_parameters(classes: int) -> int:
+def resnet50_elements(classes: int) -> int:
     """Count stem, stages and head of He et al. 2016, table 1; a BatchNorm has two weights a channel."""
     total = 3 * 64 * 49 + 2 * 64
     inputs = 64
@@ -27,7 +45,7 @@ def resnet50_parameters(classes: int) -> int:
     return total + (inputs + 1) * classes
 
 
-def t2t_parameters(classes: int) -> int:
+def t2t_elements(classes: int) -> int:
     """Count by the dimensions in Yuan et al. 2021, table 1; the sinusoids are constants."""
 
     def token_transformer(inputs: int) -> int:
@@ -39,53 +57,50 @@ def t2t_parameters(classes: int) -> int:
     return tokens + 384 + 14 * (attention + mlp + 4 * 384) + 2 * 384 + (384 + 1) * classes
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_resnet50_has_the_parameters_of_the_paper(classes):
-    assert parameters_of(resnet50, classes) == resnet50_parameters(classes)
-
-
-def test_resnet50_has_the_known_number_of_parameters():
-    assert resnet50_parameters(1000) == 25_557_032
-
-
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_t2t_vit_has_the_parameters_of_the_paper(classes):
-    assert parameters_of(t2t_vit, classes) == t2t_parameters(classes)
-
-
-def test_t2t_vit_has_the_published_number_of_parameters():
+def test_parameters_are_those_of_the_papers() -> None:
+    for classes in (10, 1000):
+        assert elements(resnet50(classes)) == resnet50_elements(classes)
+        assert elements(t2t_vit(classes)) == t2t_elements(classes)
+    assert resnet50_elements(1000) == 25_557_032
     # Table 2 of the paper says 21.5 million, the 197 × 384 constants of the positions among them or not.
-    count = t2t_parameters(1000)
-    assert count == 21_465_422
-    assert round(count / 1e6, 1) == round((count + 197 * 384) / 1e6, 1) == 21.5
+    assert t2t_elements(1000) == 21_465_422
+    counts = {name: elements(build()) for name, (build, _) in MODELS.items()}
+    assert counts["resnet18"] == 11_173_962
+    assert counts["mlp"] == 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
+    assert 2.6e6 < counts["vit"] < 2.8e6
 
 
-def test_resnet50_halves_the_image_in_the_3x3_and_the_shortcuts():
-    blocks = [module for module in resnet50().modules() if isinstance(module, Bottleneck)]
-    assert [block.conv2.stride[0] for block in blocks] == [1] * 3 + [2] + [1] * 3 + [2] + [1] * 5 + [2, 1, 1]
-    assert {(block.conv1.stride, block.conv3.stride) for block in blocks} == {((1, 1), (1, 1))}
-    projections = [
-        block.shortcut[0].stride[0] for block in blocks if isinstance(block.shortcut, nn.Sequential)
+def test_small_networks_map_images_to_logits() -> None:
+    assert digits_cnn()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    for model in (resnet18(classes=7), ViT(dim=24, depth=1, classes=7)):
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_resnet50_halves_the_image_in_the_3x3_and_the_shortcuts() -> None:
+    blocks = [module for module in resnet50().modules() if isinstance(module, Residual)]
+    strides = [
+        [each.stride[0] for each in block.body.modules() if isinstance(each, nn.Conv2d)] for block in blocks
     ]
+    assert strides == [[1, 2 if block in (3, 7, 13) else 1, 1] for block in range(16)]
+    projections = [each.shortcut[0].stride[0] for each in blocks if isinstance(each.shortcut, nn.Sequential)]
     assert projections == [1, 2, 2, 2]
 
 
-def test_bottleneck_starts_as_its_shortcut():
-    block = Bottleneck(16, 4, stride=1)
+def test_bottleneck_starts_as_its_shortcut() -> None:
     x = torch.randn(2, 16, 5, 5)
-    assert torch.equal(block(x), relu(x))
+    assert torch.equal(bottleneck(16, 4, stride=1)(x), relu(x))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 96)])
-def test_resnet50_maps_images_to_logits(height, width):
+def test_resnet50_maps_images_to_logits(height: int, width: int) -> None:
     model = resnet50(classes=7)
-    features = model.blocks(model.stem(torch.randn(2, 3, height, width)))
+    features = model.features(torch.randn(2, 3, height, width))
     assert features.shape == (2, 2048, height // 32, width // 32)
-    assert model.head(model.pool(features)).shape == (2, 7)
+    assert model(torch.randn(2, 3, height, width)).shape == (2, 7)
 
 
-def test_t2t_vit_maps_images_to_logits():
-    model = t2t_vit(classes=7, image_size=64)
+def test_t2t_vit_maps_images_to_logits() -> None:
+    model = T2TViT(classes=7, image_size=64)
     seen = []
     model.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.randn(2, 3, 64, 64)
@@ -95,9 +110,9 @@ def test_t2t_vit_maps_images_to_logits():
     assert torch.equal(seen[0][:, 1:], model.tokens(x) + places[1:])
 
 
-def test_t2t_tokens_keep_the_places_of_the_image():
+def test_t2t_tokens_keep_the_places_of_the_image() -> None:
     """Without attention a token sees its part of the image, and more of what is left of it and above."""
-    tokens = t2t_vit(image_size=64).tokens
+    tokens = T2TViT(image_size=64).tokens
     for transformer in (tokens.transformer1, tokens.transformer2):
         nn.init.zeros_(transformer.proj.weight)
     x = torch.randn(1, 3, 32, 96)
@@ -108,13 +123,13 @@ def test_t2t_tokens_keep_the_places_of_the_image():
 
 
 @pytest.mark.parametrize("image_size", [0, 8, 100])
-def test_t2t_vit_refuses_sizes_it_cannot_split(image_size):
+def test_t2t_vit_refuses_sizes_it_cannot_split(image_size: int) -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
-        t2t_vit(image_size=image_size)
+        T2TViT(image_size=image_size)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
-def test_soft_split_cuts_overlapping_patches(kernel, stride, padding):
+def test_soft_split_cuts_overlapping_patches(kernel: int, stride: int, padding: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 8, 16))
     padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     patches = [
@@ -126,7 +141,7 @@ def test_soft_split_cuts_overlapping_patches(kernel, stride, padding):
     np.testing.assert_array_equal(split.numpy(), np.stack(patches, axis=1))
 
 
-def test_token_transformer_adds_attention_to_the_values():
+def test_token_transformer_adds_attention_to_the_values() -> None:
     layer = TokenTransformer(12, 4).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     query, key, value = (layer.norm1(x) @ layer.qkv.weight.T).split(4, dim=-1)
@@ -135,29 +150,25 @@ def test_token_transformer_adds_attention_to_the_values():
     torch.testing.assert_close(layer(x), hidden + layer.mlp(layer.norm2(hidden)))
 
 
-def test_sinusoids_follow_the_formula():
+def test_sinusoids_follow_the_formula() -> None:
     table = sinusoids(50, 6)
     for place in (0, 1, 49):
         for pair in range(3):
             angle = place / 10000 ** (2 * pair / 6)
-            expected = [np.sin(angle), np.cos(angle)]
-            np.testing.assert_allclose(table[place, 2 * pair : 2 * pair + 2], expected, atol=1e-6)
+            np.testing.assert_allclose(
+                table[place, 2 * pair :][:2], [np.sin(angle), np.cos(angle)], atol=1e-6
+            )
 
 
 @pytest.mark.parametrize(
     ("build", "steps"),
-    [
-        (
-            resnet50,
-            2,
-        ),  # in the first step, weights of zero at the ends of the blocks hide what is before them
-        (lambda classes: t2t_vit(classes, image_size=64), 1),
-    ],
+    # In the first step, weights of zero at the ends of ResNet-50's blocks hide what is before them.
+    [(lambda: ResNet(8, (1, 1), 10, bottleneck), 2), (lambda: T2TViT(96, 2, 2, 10, image_size=64), 1)],
     ids=["resnet50", "t2t_vit"],
 )
-def test_fop_changes_every_parameter(build, steps):
+def test_fop_changes_every_parameter(build: Callable[[], nn.Module], steps: int) -> None:
     torch.manual_seed(0)
-    model = build(10)
+    model = build()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     # Weight decay would change weights without a gradient; large factors would only cost time here.
     optimizer = FOP(model, lr=0.05, weight_decay=0.0, layer_options={"*": {"max_factor_dim": 64}})

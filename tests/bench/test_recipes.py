@@ -1,0 +1,208 @@
+"""The recipes as they stand: what they compare, on which images, and where a record says it was made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+
+from fop import FOP
+from fop_bench.environment import environment, git_state
+from fop_bench.images import Source
+from fop_bench.optimizers import BUILDERS
+from fop_bench.paper import PAPER_TABLES
+from fop_bench.recipe import DigitsTask, ImageTask, digits_split
+from fop_bench.recipes import CIFAR10_SMALL as SMALL
+from fop_bench.recipes import DEFAULTS, RECIPES, recipe
+
+# --- Who is compared
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_contenders_of_a_study_have_grids_of_one_size(name: str) -> None:
+    for study in RECIPES[name].studies.values():
+        assert len({len(list(each.combinations())) for each in study.contenders.values()}) == 1
+        assert not study.tuned or 0 not in study.seeds, "the tuning seed is no final one"
+        assert all(each.optimizer in BUILDERS for each in study.contenders.values())
+
+
+def test_batch_sizes_and_targets_are_the_papers() -> None:
+    assert set(PAPER_TABLES) <= set(RECIPES), "every table has a recipe"
+    comparisons = {name: RECIPES[name].studies["comparison"] for name in PAPER_TABLES}
+    assert {name: list(study.epochs) for name, study in comparisons.items()} == {
+        "cifar10-resnet18": [2048, 4096, 8192, 16384, 32768, 50000],
+        "imagenet100-t2tvit": [512, 1024, 2048, 4096],
+        "imagenet1k-resnet50": [1024, 2048, 4096, 8192],
+        "cifar-lt-resnet32": [128],
+    }
+    assert {name: RECIPES[name].targets.get("accuracy") for name in PAPER_TABLES} == {
+        "cifar10-resnet18": 0.91,
+        "imagenet100-t2tvit": 0.806,
+        "imagenet1k-resnet50": 0.759,
+        "cifar-lt-resnet32": None,
+    }
+    intervals = [comparisons["cifar10-resnet18"].contenders["fop"].options(b) for b in (2048, 8192, 50000)]
+    assert [each["curvature_interval"] for each in intervals] == [100, 25, 5]
+
+
+def test_options_of_the_ablation_are_what_they_say() -> None:
+    ablation = {name: each.options(2000) for name, each in SMALL.studies["ablation"].contenders.items()}
+    assert ablation["mixing-0.1"]["beta"] == 0.1
+    assert ablation["beta-only"]["eta"] == 1.0
+    assert ablation["kfac-noclip"]["kl_clip"] is None
+    assert {each["curvature_interval"] for each in ablation.values()} == {5}
+    halves = {each.halves for each in SMALL.studies["ablation"].contenders.values()}
+    assert halves == {"random", "fixed", "classes"}
+    formula = SMALL.studies["formula"].contenders
+    assert formula["fresher"].options(2000)["curvature_interval"] == 1
+    assert formula["staler"].options(2000)["curvature_interval"] == 25
+
+
+def test_the_defaults_are_chosen_on_held_out_images() -> None:
+    for plan in DEFAULTS:
+        assert {study.phase for study in plan.studies.values()} == {"tuning"}
+        assert not any(study.tuned for study in plan.studies.values())
+        assert {len(study.contenders) for name, study in plan.studies.items() if name != "comparison"} == {1}
+
+
+def test_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown recipe 'mnist'; known are digits, cifar10-small, "):
+        recipe("mnist")
+
+
+# --- Optimizers
+
+
+@pytest.mark.parametrize("optimizer", sorted(BUILDERS))
+def test_every_optimizer_steps_the_small_network(optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = SMALL.model(10)
+    before = [p.detach().clone() for p in model.parameters()]
+    stepper = BUILDERS[optimizer][1](model, lr=0.01)
+    for _ in range(2):
+        stepper.zero_grad()
+        cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+        stepper.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_leaves_the_last_layer_and_vectors_to_adamw() -> None:
+    model = SMALL.model(10)
+    groups = BUILDERS["muon"][1](model, 0.02, adamw_lr=0.003).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    hidden, others = ({names[p] for p in group["params"]} for group in groups)
+    assert hidden == {name for name, p in model.named_parameters() if p.ndim == 4}
+    assert others == set(names.values()) - hidden
+    assert [group["lr"] for group in groups] == [0.02, 0.003]
+
+
+def test_without_a_mixed_in_direction_eta_is_one_so_that_eta_alone_is_kfac() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    optimizer = FOP(model, lr=0.1, beta=0.0)
+    cross_entropy(model(torch.randn(12, 4)), torch.arange(12) % 3).backward()
+    optimizer.step()
+    assert [layer.eta for layer in optimizer.diagnostics().layers.values()] == [1.0, 1.0]
+
+
+# --- Images of a task
+
+
+def test_the_digits_are_split_without_overlap_and_stratified() -> None:
+    labels = load_digits().target
+    parts = digits_split()
+    assert [len(part) for part in parts] == [1024, 386, 387]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(labels)))
+    for part in parts:
+        shares = np.bincount(labels[part], minlength=10) / len(part)
+        assert np.abs(shares - np.bincount(labels) / len(labels)).max() < 0.005
+
+
+def test_the_digits_are_scikit_learns_and_shared_out() -> None:
+    raw, loaded = load_digits(), DigitsTask().load(None)
+    for images, part in zip((loaded.train, loaded.held_out, loaded.test), digits_split(), strict=True):
+        assert images.pixels.shape == (len(part), 8, 8, 1)
+        np.testing.assert_array_equal(images.pixels[..., 0].numpy(), raw.images[part] * 15)
+        assert images.labels.tolist() == raw.target[part].tolist()
+    shares = [DigitsTask().load(None, rank, 2) for rank in range(2)]
+    together = sorted(int(each) for share in shares for each in share.train.pixels.sum((1, 2, 3)))
+    assert together == sorted(loaded.train.pixels.sum((1, 2, 3)).tolist())
+    with pytest.raises(ValueError, match="--data is /tmp; the digits come with scikit-learn"):
+        DigitsTask().load("/tmp")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of three classes, of which the green channel is the number."""
+    counts = {"ant": 10, "bee": 20, "cow": 1}
+    for part in ("train", "test"):
+        for name, count in counts.items():
+            (tmp_path / part / name).mkdir(parents=True)
+            for at in range(count):
+                Image.new("RGB", (32, 32), (0, at, 0)).save(tmp_path / part / name / f"{at:02}.png")
+    return tmp_path
+
+
+def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(folder: Path) -> None:
+    parts = ImageTask(Source("owner/name"), held_out=0.1).load(str(folder))
+    tuning, held, final = parts.training(final=False), parts.judging(final=False), parts.training(final=True)
+    seen = [
+        list(zip(e.labels.tolist(), e.pixels[:, 0, 0, 1].tolist(), strict=True))
+        for e in (tuning, held, final)
+    ]
+    # The last tenth of every class, and nothing of a class that has one image.
+    assert seen[1] == [(0, 9), (1, 18), (1, 19)]
+    assert seen[0] == [(0, n) for n in range(9)] + [(1, n) for n in range(18)] + [(2, 0)]
+    assert seen[2] == seen[0] + seen[1]
+    assert tuning.pixels.data_ptr() == final.pixels.data_ptr()
+    assert len(parts.judging(final=True)) == 31
+    shares = [ImageTask(Source("owner/name")).load(str(folder), rank, 2) for rank in range(2)]
+    assert sum(len(share.training(final=True)) for share in shares) == 31
+
+
+def test_a_task_without_test_images_reads_none(folder: Path) -> None:
+    (folder / "test").rename(folder / "elsewhere")
+    parts = ImageTask(Source("owner/name"), has_test=False).load(str(folder))
+    assert len(parts.held_out) == 3
+
+
+# --- Where a record was made
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", *identity, "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_commit_and_dirty_flag(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text("x = 1\n")
+    assert git_state(source) is None, "in no checkout"
+    git(tmp_path, "init", "-q")
+    assert git_state(source) is None, "not tracked, so not from this checkout"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert git_state(source) == {"commit": commit, "dirty": False}
+    source.write_text("x = 2\n")
+    assert git_state(source) == {"commit": commit, "dirty": True}
+
+
+def test_environment_says_where_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "fop_bench", "demo", "--out", "a folder"])
+    where = environment(torch.device("cpu"))
+    assert where["command"] == "python -m fop_bench demo --out 'a folder'"
+    monkeypatch.setattr(sys, "orig_argv", ["python3.11", "/opt/venv/bin/fop-bench", "run", "digits"])
+    assert environment(torch.device("cpu"))["command"] == "fop-bench run digits", "as one types it"
+    assert where["torch"] == torch.__version__
+    assert where["threads"] == torch.get_num_threads()
+    assert where["device"]
+    assert {"python", "fop", "git", "date"} <= where.keys()
