@@ -22,7 +22,7 @@ from fop_bench.demo import protocol as demo_protocol
 from fop_bench.demo import run_demo
 from fop_bench.environment import environment
 from fop_bench.overhead import Measurement, measure_overhead
-from fop_bench.paper_report import paper_page
+from fop_bench.paper import paper_page
 from fop_bench.plot import plot_demo
 from fop_bench.recipes import DEFAULTS, RECIPES
 from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from fop_bench.report import markdown_table, write_page
 from fop_bench.run_records import of_defaults
+from fop_bench.summary import plus_minus, statistic
 
 SHOWN = 12
 
-Runs = list[dict[str, Any]]
 
-
-def read_runs(path: Path) -> Runs:
-    """Read one study; raises ValueError naming the line if one is broken."""
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Read one study, lines of either runner; raises ValueError naming a broken line."""
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -39,107 +38,63 @@ def write_report(folder: Path) -> Path:
         "a diverged run counts as accuracy 0.",
     ]
     for path in sorted(folder.glob("*.jsonl")):
-        runs = read_runs(path)
-        if runs:
-            parts += _study(path.stem, runs)
-    report = folder / "README.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
+        if lines := read_runs(path):
+            parts += _study(path.stem, lines)
+    return write_page(folder, parts)
 
 
-def _study(name: str, runs: Runs) -> list[str]:
-    tasks = sorted({run["task"] for run in runs})
-    where = {json.dumps(run["environment"], sort_keys=True) for run in runs}
-    diverged = sum(run["diverged"] for run in runs)
+def _study(name: str, lines: list[dict[str, Any]]) -> list[str]:
+    runs = pd.DataFrame(lines)
+    runs["accuracy"] = 100 * runs["accuracy"].astype(float).fillna(0.0)
+    where = sorted({json.dumps(each, sort_keys=True) for each in runs["environment"]})
     head = [
         f"## {name}",
         f"To repeat: `fop-bench defaults {name} --data CIFAR10 --out FOLDER`; CIFAR-10 as an image folder "
         "(without `--data` only the digits).",
-        f"{len(runs)} runs on {len(tasks)} tasks, {diverged} diverged. Measured on: "
-        + "; ".join(f"`{each}`" for each in sorted(where)),
+        f"{len(runs)} runs on {runs['task'].nunique()} tasks, {runs['diverged'].sum()} diverged. "
+        f"Measured on: {'; '.join(f'`{each}`' for each in where)}",
     ]
-    return head + (_comparison(tasks, runs) if name == "comparison" else _regrets(tasks, runs))
+    return head + (_comparison(runs) if name == "comparison" else _regrets(runs))
 
 
-def _regrets(tasks: Sequence[str], runs: Runs) -> list[str]:
-    best = {task: max(_accuracy(run) for run in runs if run["task"] == task) for task in tasks}
-    regrets: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        regrets[_label(run["options"])][run["task"]].append(100 * (best[run["task"]] - _accuracy(run)))
-    complete = {
-        label: {task: statistics.fmean(values) for task, values in each.items()}
-        for label, each in regrets.items()
-        if len(each) == len(tasks)
-    }
-    rows = sorted(complete.items(), key=lambda item: statistics.fmean(item[1].values()))
+def _regrets(runs: pd.DataFrame) -> list[str]:
+    runs["label"] = [", ".join(f"{key}={value}" for key, value in each.items()) for each in runs["options"]]
+    runs["regret"] = runs.groupby("task")["accuracy"].transform("max") - runs["accuracy"]
+    tasks = runs.pivot_table(index="label", columns="task", values="regret", sort=False).dropna()
+    tasks = tasks.sort_index(axis="columns")
+    # Rounded, so that combinations with equal regrets keep their order.
+    means = tasks.mean(axis="columns").round(9).sort_values(kind="stable")
+    best = tasks.loc[means.index[:SHOWN]]
+    best.insert(0, "mean regret", best.mean(axis="columns"))
+    best.insert(1, "worst regret", best.drop(columns="mean regret").max(axis="columns"))
     table = markdown_table(
-        ["options", "mean regret", "worst regret", *tasks],
-        (
-            [label, f"{statistics.fmean(each.values()):.2f}", f"{max(each.values()):.2f}"]
-            + [f"{each[task]:.2f}" for task in tasks]
-            for label, each in rows[:SHOWN]
-        ),
+        ["options", *best], ([label, *(f"{each:.2f}" for each in row)] for label, *row in best.itertuples())
     )
-    marginal: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for run in runs:
-        label = _label(run["options"])
-        for key, value in run["options"].items():
-            if label in complete:
-                marginal[key, str(value)].append(statistics.fmean(complete[label].values()))
+    # One row for every run and option, with the mean regret of the run's combination.
+    values = runs["options"].map(lambda each: [(key, str(value)) for key, value in each.items()])
+    marginal = pd.DataFrame({"value": values, "regret": runs["label"].map(means)}).explode("value").dropna()
+    spread = marginal.groupby("value")["regret"].agg(["median", "min", "max"])
     by_value = markdown_table(
         ["option", "value", "median of the mean regrets", "best", "worst"],
-        (
-            [key, value, f"{statistics.median(each):.2f}", f"{min(each):.2f}", f"{max(each):.2f}"]
-            for (key, value), each in sorted(marginal.items())
-        ),
+        ([*value, *(f"{each:.2f}" for each in row)] for value, *row in spread.itertuples()),
     )
-    shown = f"The best {min(SHOWN, len(rows))} of {len(rows)} combinations, by mean regret over the tasks:"
+    shown = f"The best {len(best)} of {len(means)} combinations, by mean regret over the tasks:"
     return [shown, table, "Every value of an option, over all values of the others:", by_value]
 
 
-def _comparison(tasks: Sequence[str], runs: Runs) -> list[str]:
+def _comparison(runs: pd.DataFrame) -> list[str]:
     parts = [
         "Every learning rate of every optimizer, other options at their defaults; mean ± standard deviation "
         "over n seeds of final accuracy (%) and training loss. Nothing is selected. "
         "The runs shared the processor, so there are no times here."
     ]
-    for task in tasks:
-        groups: dict[tuple[str, float], Runs] = defaultdict(list)
-        for run in runs:
-            if run["task"] == task:
-                groups[run["optimizer"], run["options"]["lr"]].append(run)
-        rows = [
-            [
-                optimizer,
-                f"{lr:g}",
-                str(len(each)),
-                str(sum(run["diverged"] for run in each)),
-                _spread([100 * _accuracy(run) for run in each], ".2f"),
-                _spread([run["train_loss"] for run in each if run["train_loss"] is not None], ".4f"),
-            ]
-            for (optimizer, lr), each in sorted(groups.items())
-        ]
-        head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
+    runs["lr"] = [options["lr"] for options in runs["options"]]
+    head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
+    for task, of_task in runs.groupby("task"):
+        rows = []
+        for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
+            accuracy, loss = (statistic(each[name].astype(float)) for name in ("accuracy", "train_loss"))
+            counts = [len(each), each["diverged"].sum()]
+            rows.append([optimizer, f"{lr:g}", *counts, plus_minus(accuracy, 2), plus_minus(loss, 4)])
         parts += [f"### {task}", markdown_table(head, rows)]
     return parts
-
-
-def _accuracy(run: Mapping[str, Any]) -> float:
-    return 0.0 if run["accuracy"] is None else float(run["accuracy"])
-
-
-def _label(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows under their headings as a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -16,13 +16,12 @@ from fop.algebra import KroneckerBlock
 
 
 def _damped_product(block: KroneckerBlock, V: Tensor) -> Tensor:
-    """Give F̂·V of a block that holds F̂⁻¹ as factors; those that are diagonals are (groups, side)."""
-
-    def undone(factor: Tensor) -> Tensor:
-        inverse: Tensor = torch.linalg.inv(torch.diag_embed(factor) if factor.dim() == 2 else factor)
-        return inverse
-
-    return undone(block.G_inv) @ V @ undone(block.A_inv)
+    """Return F̂·V of a block that holds F̂⁻¹ as factors; those that are diagonals are (groups, side)."""
+    G_inv, A_inv = (
+        torch.diag_embed(each) if each.dim() == 2 else each for each in (block.G_inv, block.A_inv)
+    )
+    product: Tensor = torch.linalg.inv(G_inv) @ V @ torch.linalg.inv(A_inv)
+    return product
 
 
 @contextmanager
@@ -31,7 +30,7 @@ def _damped_projection() -> Iterator[None]:
         yield
 
 
-# By name: what a run is made in.
+# By name: what a run is made within.
 FORMULAS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "paper": nullcontext,
     "damped projection": _damped_projection,

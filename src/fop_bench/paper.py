@@ -1,37 +1,34 @@
-"""What the paper reports (arXiv:2508.13898, Tables 1 to 4), as plain data."""
+"""The paper's tables (arXiv:2508.13898, Tables 1 to 4), with what was measured here beside every cell."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 
-# Epochs and time to the target, or the error in percent.
-Value = tuple[int, float] | float
+import pandas as pd
+
+from fop_bench.report import markdown_table
+from fop_bench.run_records import Run, of_one_commit, read_runs
+from fop_bench.study import reached, studies
+from fop_bench.summary import plus_minus, statistic
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper.
-
-    Attributes:
-        number: in the paper.
-        title: what it measures.
-        columns: batch sizes, or tasks.
-        values: by contender, one a column; None where the paper has none: the target was not reached.
-        target: the accuracy that epochs and time are measured to; None for a table of errors.
-        unit: seconds of the table's unit of time, and its name.
-        gpus: how many GPUs each column used.
-        upright: whether the paper has a row for every contender.
-    """
+    """One table of the paper; in its text "–" where the paper reports none, the target was not reached."""
 
     number: int
     title: str
-    columns: Sequence[int | str]
-    values: Mapping[str, Sequence[Value | None]]
-    target: float | None = None
-    unit: tuple[float, str] = (1.0, "seconds")
-    gpus: Sequence[int] = ()
-    upright: bool = True
+    text: str  # contenders down and batch sizes or tasks across, or the other way round
+    target: float | None = None  # the accuracy that epochs and time are measured to; None for errors
+    unit: float = 1.0  # seconds of the table's unit of time
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The text as a table of strings."""
+        return pd.read_csv(StringIO(self.text), sep=r"\s*\|\s*", index_col=0, engine="python", dtype=str)
 
 
 # As the paper names the optimizers; in Table 4 SGD is "baseline (SGD)".
@@ -40,55 +37,132 @@ LABELS = {"sgd": "SGD", "adamw": "AdamW", "shampoo": "Shampoo", "lamb": "LAMB", 
 # By recipe.
 PAPER_TABLES = {
     "cifar10-resnet18": PaperTable(
-        number=1,
-        title="CIFAR-10, ResNet-18, epochs / seconds to 91 % top-1",
-        columns=(2048, 4096, 8192, 16384, 32768, 50000),
-        values={
-            "sgd": ((58, 743.3), (73, 457.9), None, None, None, None),
-            "adamw": ((61, 768.4), (73, 454.0), None, None, None, None),
-            "kfac": ((37, 588.7), (34, 270.5), (71, 296.4), (99, 186.4), None, None),
-            "fop": ((29, 475.2), (22, 181.9), (35, 157.5), (58, 121.2), (60, 90.6), (82, 84.3)),
-        },
+        1,
+        "CIFAR-10, ResNet-18, epochs / seconds to 91 % top-1",
+        """
+        batch          | sgd        | adamw      | kfac       | fop
+        2048 (2 GPUs)  | 58 / 743.3 | 61 / 768.4 | 37 / 588.7 | 29 / 475.2
+        4096 (2 GPUs)  | 73 / 457.9 | 73 / 454.0 | 34 / 270.5 | 22 / 181.9
+        8192 (2 GPUs)  | –          | –          | 71 / 296.4 | 35 / 157.5
+        16384 (2 GPUs) | –          | –          | 99 / 186.4 | 58 / 121.2
+        32768 (2 GPUs) | –          | –          | –          | 60 / 90.6
+        50000 (2 GPUs) | –          | –          | –          | 82 / 84.3
+        """,
         target=0.91,
-        gpus=(2, 2, 2, 2, 2, 2),
-        upright=False,
     ),
     "imagenet100-t2tvit": PaperTable(
-        number=2,
-        title="ImageNet-100, T2T-ViT, epochs / minutes to 80.6 %",
-        columns=(512, 1024, 2048, 4096),
-        values={
-            "adamw": ((97, 291.6), None, None, None),
-            "kfac": ((42, 138.6), (49, 76.7), (57, 46.0), (87, 45.3)),
-            "fop": ((44, 158.9), (41, 67.3), (48, 42.3), (49, 27.8)),
-        },
+        2,
+        "ImageNet-100, T2T-ViT, epochs / minutes to 80.6 %",
+        """
+        optimizer | 512 (1 GPU) | 1024 (2 GPUs) | 2048 (4 GPUs) | 4096 (8 GPUs)
+        adamw     | 97 / 291.6  | –             | –             | –
+        kfac      | 42 / 138.6  | 49 / 76.7     | 57 / 46.0     | 87 / 45.3
+        fop       | 44 / 158.9  | 41 / 67.3     | 48 / 42.3     | 49 / 27.8
+        """,
         target=0.806,
-        unit=(60.0, "minutes"),
-        gpus=(1, 2, 4, 8),
+        unit=60.0,
     ),
     "imagenet1k-resnet50": PaperTable(
-        number=3,
-        title="ImageNet-1K, ResNet-50, epochs / minutes to 75.9 %",
-        columns=(1024, 2048, 4096, 8192),
-        values={
-            "sgd": ((71, 2511.1), None, None, None),
-            "shampoo": ((65, 2523.1), None, None, None),
-            "lamb": ((67, 2492.7), None, None, None),
-            "kfac": ((35, 1336.5), None, None, None),
-            "fop": ((32, 1306.1), (33, 999.5), (34, 514.9), (40, 335.1)),
-        },
+        3,
+        "ImageNet-1K, ResNet-50, epochs / minutes to 75.9 %",
+        """
+        optimizer | 1024 (1 GPU) | 2048 (2 GPUs) | 4096 (4 GPUs) | 8192 (8 GPUs)
+        sgd       | 71 / 2511.1  | –             | –             | –
+        shampoo   | 65 / 2523.1  | –             | –             | –
+        lamb      | 67 / 2492.7  | –             | –             | –
+        kfac      | 35 / 1336.5  | –             | –             | –
+        fop       | 32 / 1306.1  | 33 / 999.5    | 34 / 514.9    | 40 / 335.1
+        """,
         target=0.759,
-        unit=(60.0, "minutes"),
-        gpus=(1, 2, 4, 8),
+        unit=60.0,
     ),
     "cifar-lt-resnet32": PaperTable(
-        number=4,
-        title="CIFAR-LT, ResNet-32, top-1 error %",
-        columns=("CIFAR-10-LT 100", "CIFAR-10-LT 50", "CIFAR-100-LT 100", "CIFAR-100-LT 50"),
-        values={
-            "sgd": (28.05, 23.55, 62.27, 56.22),
-            "kfac": (28.59, 22.29, 61.78, 55.02),
-            "fop": (26.65, 20.55, 58.97, 53.67),
-        },
+        4,
+        "CIFAR-LT, ResNet-32, top-1 error %",
+        """
+        optimizer | CIFAR-10-LT 100 | CIFAR-10-LT 50 | CIFAR-100-LT 100 | CIFAR-100-LT 50
+        sgd       | 28.05           | 23.55          | 62.27            | 56.22
+        kfac      | 28.59           | 22.29          | 61.78            | 55.02
+        fop       | 26.65           | 20.55          | 58.97            | 53.67
+        """,
     ),
 }
+
+NOT_RUN = "not run yet"
+# These change the optimizers, or map them: no contender in them is the one that the paper's table means.
+ELSEWHERE = ("map", "ablation", "formula")
+
+
+def paper_page(folders: Sequence[Path], commit: str | None = None) -> str:
+    """Return the paper's four tables as Markdown, with what the runs in these folders say beside every cell.
+
+    Raises ValueError for a folder without runs, a broken line, or runs that no report may mix.
+    """
+    runs = of_one_commit([run for folder in folders for run in read_runs(folder)], commit)
+    parts = [
+        "# The paper's tables, and ours",
+        "Lu & Armour, arXiv:2508.13898. Each cell: the paper's number (–: it reports none, the target was "
+        "not reached), then ours as mean ± standard deviation over n seeds. Epochs and errors can be "
+        "compared; times only on the same device, which is named below each table.",
+    ]
+    for recipe, table in PAPER_TABLES.items():
+        parts += [f"## Table {table.number}: {table.title}", *paper_section(recipe, runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def paper_section(recipe: str, runs: Sequence[Run]) -> list[str]:
+    """Return the paper's table of a recipe with the runs' results, and what must be known about them."""
+    table = PAPER_TABLES[recipe]
+    # Of a contender the group of the comparison, or of the first other study that it is in.
+    groups: dict[tuple[str, int, str], list[Run]] = {}
+    for study in studies([run for run in runs if run["recipe"] == recipe]):
+        if not study.name.startswith(ELSEWHERE):
+            for (size, name), group in study.groups().items():
+                groups.setdefault((name, size, study.task), list(group["run"]))
+    used = [run for group in groups.values() for run in group]
+
+    shown = table.cells
+    for down in shown.index:
+        for across in shown.columns:
+            contender, place = (across, down) if shown.index.name == "batch" else (down, across)
+            found = {}
+            for (name, size, task), group in groups.items():
+                # A place is a batch size, with its GPUs, or, in the table of errors, a task.
+                at, other = (task, f"batch {size}") if table.target is None else (str(size), task)
+                if name == contender and place.partition(" (")[0] == at:
+                    found[other] = _measured(table, group)
+            several = (f"{ours}, {which}" if len(found) > 1 else ours for which, ours in found.items())
+            ours = f"ours {'; '.join(several)}" if found else NOT_RUN
+            shown.loc[down, across] = f"paper {shown.loc[down, across]} · {ours}"
+    shown = shown.rename(index=LABELS, columns=LABELS).reset_index()
+    return [markdown_table(shown, shown.to_numpy()), _about(recipe, table, used)]
+
+
+def _measured(table: PaperTable, group: Sequence[Run]) -> str:
+    n, diverged = len(group), sum(run["diverged"] for run in group)
+    lost = f", {diverged} diverged" if diverged else ""
+    if table.target is None:
+        errors = statistic(1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"])
+        return f"{plus_minus(errors, 2, scale=100.0)} (n={n}{lost})"
+    # The paper's target, whatever the recipe's own is.
+    times = [reached(run, "accuracy", table.target) for run in group]
+    epochs, seconds = (statistic(each) for each in zip(*times, strict=True))
+    if epochs is None:
+        return f"not reached (0 of {n}{lost})"
+    share = f"n={n}" if epochs.n == n else f"reached by {epochs.n} of {n}{lost}"
+    return f"{plus_minus(epochs, 1)} / {plus_minus(seconds, 1, scale=1 / table.unit)} ({share})"
+
+
+def _about(recipe: str, table: PaperTable, runs: Sequence[Run]) -> str:
+    if not runs:
+        return f"None of it is measured yet; to run it: `fop-bench run {recipe}`."
+    devices = sorted({str(run["environment"]["device"]) for run in runs})
+    data = sorted({str(run["data"]) for run in runs})
+    lines = [f"Ours: `fop-bench run {recipe}` on {', '.join(devices)}; data: {', '.join(data)}"]
+    if table.target is not None:
+        epochs = {run["batch_size"]: run["epochs"] for run in runs}
+        trained = ", ".join(f"{number} at batch {size}" for size, number in sorted(epochs.items()))
+        lines.append(f"epochs of a whole run: {trained}")
+        if any(run["environment"]["processor"] == "cpu" for run in runs):
+            lines.append("times are processor time")
+    return "; ".join(lines) + "."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -13,28 +12,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fop_bench.workloads import Trainer
 
-BACKWARD = "backward"
-INVERSION = "fop::inversion"
-REDUCE = "gloo:reduce"
-
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of the reduces to the owners lies inside the backward pass, on one rank.
-
-    Attributes:
-        reduces: their number.
-        started_inside: those that started before the backward pass ended.
-        seconds: in which at least one of them was under way.
-        seconds_inside: the part of these inside the backward pass.
-    """
+    """How much of the reduces to the owners lies inside the backward pass, on one rank."""
 
     reduces: int
-    started_inside: int
-    seconds: float
-    seconds_inside: float
+    started_inside: int  # before the backward pass ended
+    seconds: float  # in which at least one of them was under way
+    seconds_inside: float  # the part of these inside the backward pass
 
 
 @dataclass(frozen=True)
@@ -54,17 +42,20 @@ def profiled_step(trainer: Trainer, trace: Path | None) -> ProfiledStep:
         trainer.optimizer.zero_grad(set_to_none=True)
         with record_function("forward"):
             loss = cross_entropy(trainer.model(trainer.inputs), trainer.targets)
-        with record_function(BACKWARD):
+        with record_function("backward"):
             loss.backward()
         with record_function("step"):
             trainer.optimizer.step()
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
-    events = list(profiler.events())
-    inversion = sum(end - start for start, end in _spans(events, INVERSION))
-    (backward,) = _spans(events, BACKWARD)
-    return ProfiledStep(inversion, overlap(_spans(events, REDUCE), backward))
+    spans: dict[str, list[Span]] = {"fop::inversion": [], "backward": [], "gloo:reduce": []}
+    for event in profiler.events():
+        if event.name in spans:
+            spans[event.name].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+    inversion = sum(end - start for start, end in spans["fop::inversion"])
+    (backward,) = spans["backward"]
+    return ProfiledStep(inversion, overlap(spans["gloo:reduce"], backward))
 
 
 def overlap(reduces: list[Span], backward: Span) -> Overlap | None:
@@ -72,25 +63,16 @@ def overlap(reduces: list[Span], backward: Span) -> Overlap | None:
     if not reduces:
         return None
     start, end = backward
-    under_way = _union(reduces)
+    inside = [(max(a, start), min(b, end)) for a, b in reduces if a < end and b > start]
     return Overlap(
-        reduces=len(reduces),
-        started_inside=sum(start <= each[0] < end for each in reduces),
-        seconds=sum(b - a for a, b in under_way),
-        seconds_inside=sum(max(0.0, min(b, end) - max(a, start)) for a, b in under_way),
+        len(reduces), sum(start <= a < end for a, _ in reduces), _covered(reduces), _covered(inside)
     )
 
 
-def _spans(events: Iterable[Any], name: str) -> list[Span]:
-    ranges = [event.time_range for event in events if event.name == name]
-    return [(each.start / 1e6, each.end / 1e6) for each in ranges]
-
-
-def _union(spans: list[Span]) -> list[Span]:
-    joined: list[Span] = []
+def _covered(spans: Iterable[Span]) -> float:
+    """Return the time that at least one span covers."""
+    total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end)
-        else:
-            joined.append((start, end))
-    return joined
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total

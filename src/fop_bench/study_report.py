@@ -4,50 +4,37 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from fop_bench.defaults_report import markdown_table
-from fop_bench.paper import PAPER_TABLES
-from fop_bench.paper_report import paper_section
-from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
-from fop_bench.study_groups import Study, clock, studies
-from fop_bench.study_maps import map_sentence, map_table, maps
-from fop_bench.study_plots import (
-    layered_runs,
-    plot_curves,
-    plot_layers,
-    plot_maps,
-    plot_speed_up,
-    speed_up_reference,
-)
-from fop_bench.study_tables import (
-    comparison_table,
-    options_table,
-    ratio_table,
-    tuning_counts,
-    tuning_table,
-    unfair,
-)
-from fop_bench.study_words import in_words
+import pandas as pd
 
-TIME_ON_A_CPU = (
-    "Seconds are processor time of the training, without evaluation: the runs shared the machine, and with "
-    "one thread this is the time on an idle one."
+from fop_bench.paper import PAPER_TABLES, paper_section
+from fop_bench.report import markdown_table, write_page
+from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
+from fop_bench.study import Study, comparison_table, fop_table, options_table, studies, tuning_table, unfair
+from fop_bench.study_maps import map_sentence, map_table, maps
+from fop_bench.study_plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
+from fop_bench.study_plots import speed_up_reference as reference_of
+
+TIMES = {
+    True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
+    "with one thread this is the time on an idle one.",
+    False: "Seconds are wall time of the training, without evaluation.",
+}
+AGAINST = (
+    "FOP against the others: how many times fewer epochs and seconds it takes (the other's mean over FOP's, "
+    "± from both standard deviations), where both reached the target with every seed. *Ahead* and *behind*: "
+    "the means differ by more than the pooled standard deviation over the seeds; *within the spread*: they "
+    "do not. That is no test of significance, and nothing is claimed from single runs."
 )
-TIME_ON_A_GPU = "Seconds are wall time of the training, without evaluation."
 
 
 def write_report(folder: Path, commit: str | None = None) -> Path:
-    """Write ``folder``/README.md and its plots from the JSON lines in ``folder``; return its path.
+    """Write ``folder``/README.md and its plots from the JSON lines in there; return its path.
 
-    Args:
-        folder: holds the lines, and gets the report.
-        commit: the one to report where a study has runs of several; its first characters are enough.
-
-    Raises:
-        ValueError: no runs, a broken line, or runs that no report may mix.
+    ``commit``, or its first characters, is the one to report where a study has runs of several. Raises
+    ValueError if there are no runs, a line is broken, or runs are there that no report may mix.
     """
     read = read_runs(folder)
     runs = of_one_commit(read, commit)
@@ -62,74 +49,49 @@ def write_report(folder: Path, commit: str | None = None) -> Path:
         parts.append(f"**{len(read) - len(runs)} runs of other commits than {commit} are left out.**")
     for recipe, of_recipe in groupby(studies(runs), key=lambda study: study.recipe):
         for task, of_task in groupby(of_recipe, key=lambda study: study.task):
-            parts += _task(list(of_task), task, folder)
+            each = list(of_task)
+            lines = [run for study in each for run in study.runs["run"]]
+            parts += [f"## {recipe}, {task}: {lines[0]['title']}", *_how_to_repeat(lines)]
+            for study in each:
+                parts += _map(study, folder) if study.name.startswith("map") else _comparison(study, folder)
         if recipe in PAPER_TABLES:
             table = PAPER_TABLES[recipe]
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
-    report = folder / "README.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
+    return write_page(folder, parts)
 
 
-def _task(of_task: Sequence[Study], task: str, folder: Path) -> list[str]:
-    runs = [run for study in of_task for run in study.runs]
-    parts = [f"## {of_task[0].recipe}, {task}: {runs[0]['title']}", *_how_to_repeat(runs)]
-    for study in of_task:
-        parts += _map(study, folder) if study.name.startswith("map") else _comparison(study, folder)
-    return parts
+def _how_to_repeat(runs: list[Run]) -> list[str]:
+    def listed(template: str) -> str:
+        return ", ".join(sorted({template.format(**run) for run in runs}))
 
-
-# What was run, and where
-
-
-def _how_to_repeat(runs: Sequence[Run]) -> list[str]:
     commands = sorted({str(run["environment"]["command"]) for run in runs})
-    data = sorted({str(run["data"]) for run in runs})
-    judged = sorted(
-        {f"{run['evaluated_samples']} {run['evaluated_on']} samples ({run['phase']})" for run in runs}
-    )
-    sizes = sorted({f"{run['train_samples']} ({run['phase']})" for run in runs})
-    parameters = sorted({f"{run['parameters']:,}" for run in runs})
-    warned = Counter(str(each) for run in runs for each in run["warnings"])
     parts = [
         "### How to repeat",
-        "```\n" + "\n".join(commands) + "\n```",
-        f"{len(runs)} runs, {sum(run['diverged'] for run in runs)} diverged. Data: {', '.join(data)}; "
-        f"trained on {', '.join(sizes)} samples, judged by {', '.join(judged)}. "
-        f"Parameters: {', '.join(parameters)}.",
+        "\n".join(["```", *commands, "```"]),
+        f"{len(runs)} runs, {sum(run['diverged'] for run in runs)} diverged. Data: {listed('{data}')}; "
+        f"trained on {listed('{train_samples} ({phase})')} samples, judged by "
+        f"{listed('{evaluated_samples} {evaluated_on} samples ({phase})')}. "
+        f"Parameters: {listed('{parameters:,}')}.",
         _environments(runs),
     ]
+    warned = Counter(" ".join(str(each).split()) for run in runs for each in run["warnings"])
     if warned:
-        rows = [
-            [" ".join(text.split()).replace("|", "\\|"), str(count)] for text, count in warned.most_common()
-        ]
+        rows = [[text.replace("|", "\\|"), count] for text, count in warned.most_common()]
         parts.append(_folded("Warnings during the runs", markdown_table(["warning", "times"], rows)))
     return parts
 
 
-def _environments(runs: Sequence[Run]) -> str:
-    counts: Counter[tuple[str, ...]] = Counter()
-    days: dict[tuple[str, ...], set[str]] = {}
-    for run in runs:
-        where = run["environment"]
-        row = (
-            str(where["device"]),
-            str(where["processor"]),
-            str(where["threads"]),
-            str(where["torch"]),
-            str(where["python"]),
-            str(where["fop"]),
-            _source(run),
-        )
-        counts[row] += 1
-        days.setdefault(row, set()).add(str(where["date"])[:10])
-    head = ["device", "kind", "threads", "torch", "Python", "fop", "commit", "days", "runs"]
-    rows = [
-        [*row, " to ".join(dict.fromkeys((min(days[row]), max(days[row])))), str(count)]
-        for row, count in sorted(counts.items())
-    ]
-    return markdown_table(head, rows)
+def _environments(runs: list[Run]) -> str:
+    names = {"device": "device", "processor": "kind", "threads": "threads", "torch": "torch"}
+    names |= {"python": "Python", "fop": "fop"}
+    table = pd.DataFrame([{head: run["environment"][key] for key, head in names.items()} for run in runs])
+    table["commit"] = [_source(run) for run in runs]
+    days = pd.Series([str(run["environment"]["date"])[:10] for run in runs])
+    rows = []
+    for key, of_key in days.groupby([table[name] for name in table]):
+        rows.append([*key, " to ".join(dict.fromkeys((of_key.min(), of_key.max()))), len(of_key)])
+    return markdown_table([*table, "days", "runs"], rows)
 
 
 def _source(run: Run) -> str:
@@ -143,40 +105,27 @@ def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
-# Studies
-
-
 def _comparison(study: Study, folder: Path) -> list[str]:
     parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in unfair(study))]
-    final = study.phase("final")
-    if final:
-        parts += [comparison_table(study), _about_time(study)]
-        ratios = ratio_table(study)
-        if ratios is not None:
-            parts += [
-                "How many times fewer epochs and seconds FOP takes (the other's mean over FOP's, ± from both "
-                "standard deviations), where both reached the target with every seed:",
-                ratios,
-            ]
-        parts += ["#### In words", *in_words(study), *_plots(study, folder)]
-    else:
+    if study.phase("final").empty:
         parts.append("No final run yet.")
-    return [*parts, *_tuning(study)]
-
-
-def _about_time(study: Study) -> str:
-    on_cpu = {clock(run) == "processor_seconds" for run in study.runs}
-    return " ".join(text for cpu, text in ((True, TIME_ON_A_CPU), (False, TIME_ON_A_GPU)) if cpu in on_cpu)
-
-
-def _tuning(study: Study) -> list[str]:
-    options = options_table(study)
-    parts = [] if options is None else [_folded("All options of the final runs", options)]
-    if not study.phase("tuning"):
+    else:
+        on_cpu = {run["environment"]["processor"] == "cpu" for run in study.runs["run"]}
+        times = " ".join(text for cpu, text in TIMES.items() if cpu in on_cpu)
+        parts += [comparison_table(study), f"Bold: the best at its batch size. {times}"]
+        if table := fop_table(study):
+            label = study.labels["fop"]
+            parts += [AGAINST if label == "FOP" else f"{AGAINST} FOP is here “{label}”.", table]
+        parts += _plots(study, folder)
+    if options := options_table(study):
+        parts.append(_folded("All options of the final runs", options))
+    tuning = study.phase("tuning")
+    if tuning.empty:
         return [*parts, "There are no tuning runs of this study."]
-    summary = f"All {len(study.phase('tuning'))} tuning runs"
+    counts = sorted(set(tuning.groupby(["batch_size", "contender"], observed=True).size()))
+    parts.append(f"Tuning runs of an optimizer at a batch size: {'/'.join(map(str, counts))}.")
     note = "The options with the highest mean accuracy over the epochs go into the final runs."
-    return [*parts, tuning_counts(study), _folded(summary, f"{note}\n\n{tuning_table(study)}")]
+    return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tuning_table(study)}")]
 
 
 def _plots(study: Study, folder: Path) -> list[str]:
@@ -186,54 +135,44 @@ def _plots(study: Study, folder: Path) -> list[str]:
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
-    reference = speed_up_reference(study)
-    if reference is not None:
+    if (reference := reference_of(study)) is not None:
         plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
-            f"Speed-up: the mean epochs (seconds) to the target of {reference.label} at batch "
-            f"{reference.batch_size}, the smallest, over a contender's at each batch size. A point is there "
+            f"Speed-up: the mean epochs (seconds) to the target of {study.labels[reference[1]]} at batch "
+            f"{reference[0]}, the smallest, over a contender's at each batch size. A point is there "
             "only if every seed reached the target.",
         ]
-    elif len({run["batch_size"] for run in study.phase("final")}) > 1:
+    elif study.phase("final")["batch_size"].nunique() > 1:
         parts.append(
             "No plot of the speed-up: neither SGD, K-FAC nor FOP reached every target with every seed at the "
             "smallest batch size."
         )
-    layered = layered_runs(study)
-    if layered:
+    if layered := layered_runs(study):
         plot_layers(layered, folder / f"{stem}-layers.png")
-        parts += [
-            f"![Layers]({stem}-layers.png)",
-            "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches.",
-        ]
+        note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
+        parts += [f"![Layers]({stem}-layers.png)", note]
     return parts
 
 
 def _map(study: Study, folder: Path) -> list[str]:
-    parts = [
-        f"### Study {study.name}",
-        "Every point of the grid was run with every seed; nothing is selected.",
-    ]
-    for size in study.batch_sizes:
+    note = "Every point of the grid was run with every seed; nothing is selected."
+    parts = [f"### Study {study.name}", note]
+    for size, runs in study.runs.groupby("batch_size"):
         grids = maps(study, size)
         if not grids:
             parts.append(f"No run of FOP or K-FAC at batch {size}.")
             continue
         image = f"{_stem(study)}-batch-{size}.png"
-        title = f"{study.recipe}, {study.task}, {study.name}: batch {size}"
-        plot_maps(grids, title, folder / image)
-        epochs = "/".join(
-            map(str, sorted({run["epochs"] for run in study.runs if run["batch_size"] == size}))
-        )
+        plot_maps(grids, f"{study.recipe}, {study.task}, {study.name}: batch {size}", folder / image)
         parts += [
-            f"#### Batch {size}, {epochs} epochs",
+            f"#### Batch {size}, {'/'.join(map(str, sorted(set(runs['epochs']))))} epochs",
             f"![Map]({image})",
-            "Red: FOP ends better, blue: K-FAC does. Hatched: a run diverged, and whose. Accuracy in "
+            "Red: FOP ends better, blue: K-FAC does. Grey: a run diverged, and whose. Accuracy in "
             "percentage points; loss as the binary logarithm of K-FAC's over FOP's: 1 is half the loss.",
         ]
-        for grid in grids:
-            parts += [map_sentence(grid), _folded(f"Batch {size}, {grid.title}", map_table(grid))]
+        for title, points in grids.items():
+            parts += [map_sentence(title, points), _folded(f"Batch {size}, {title}", map_table(points))]
     return [*parts, "Differences ± their standard error, from the standard deviations over n seeds of each."]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from fop_bench.training import Epoch, Run
+from fop_bench.training import Run
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,38 @@ class Statistic:
     mean: float
     std: float | None
     n: int
+
+
+def statistic(values: Iterable[float]) -> Statistic | None:
+    """Return mean and standard deviation of the values that are not NaN, or None if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return None
+    return Statistic(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+def plus_minus(value: Statistic | None, digits: int, scale: float = 1.0) -> str:
+    """Format a statistic as mean ± std, as the mean alone for a single value, or as a dash."""
+    if value is None:
+        return "–"
+    mean = f"{value.mean * scale:.{digits}f}"
+    return mean if value.std is None else f"{mean} ± {value.std * scale:.{digits}f}"
+
+
+def compare(
+    ours: Statistic | None, theirs: Statistic | None, *, low: bool
+) -> Literal["ahead", "behind", "within the spread"] | None:
+    """Compare two means by their pooled standard deviation; None, no claim, for single or missing values.
+
+    With ``low`` the lower mean is ahead.
+    """
+    if ours is None or theirs is None or ours.std is None or theirs.std is None:
+        return None
+    squares = (ours.n - 1) * ours.std**2 + (theirs.n - 1) * theirs.std**2
+    gain = theirs.mean - ours.mean if low else ours.mean - theirs.mean
+    if abs(gain) <= math.sqrt(squares / (ours.n + theirs.n - 2)):
+        return "within the spread"
+    return "ahead" if gain > 0 else "behind"
 
 
 @dataclass(frozen=True)
@@ -30,28 +64,16 @@ class Summary:
     final_accuracy: Statistic | None
 
 
-def statistic(values: Sequence[float]) -> Statistic | None:
-    """Give mean and standard deviation of the values, or None if there are none."""
-    if not values:
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return Statistic(statistics.fmean(values), std, len(values))
-
-
-def first_at(run: Run, target: float) -> Epoch | None:
-    """Give the first epoch whose accuracy is at least the target, or None if there is none."""
-    return next((epoch for epoch in run.curve if epoch.accuracy >= target), None)
-
-
 def summarise(runs: Sequence[Run], target: float) -> Summary:
     """Sum runs up; a diverged run counts neither as reaching the target nor in the final accuracy."""
-    finished = [run for run in runs if not run.diverged]
-    hits = [hit for hit in (first_at(run, target) for run in finished) if hit is not None]
+    finished = [run.curve for run in runs if not run.diverged]
+    hits = [next((epoch for epoch in curve if epoch.accuracy >= target), None) for curve in finished]
+    reached = [hit for hit in hits if hit is not None]
     return Summary(
         runs=len(runs),
         diverged=len(runs) - len(finished),
-        reached=len(hits),
-        epochs=statistic([hit.epoch for hit in hits]),
-        seconds=statistic([hit.seconds for hit in hits]),
-        final_accuracy=statistic([run.curve[-1].accuracy for run in finished]),
+        reached=len(reached),
+        epochs=statistic(hit.epoch for hit in reached),
+        seconds=statistic(hit.seconds for hit in reached),
+        final_accuracy=statistic(curve[-1].accuracy for curve in finished),
     )

@@ -40,6 +40,7 @@ STEPS = {
     "fop_rows": "FOP as in training, halves by layer rows",
 }
 PARTS = ("whole", "first", "second")
+Done = Callable[[], None]
 # A backward pass: inside what, over which samples, and by what its mean loss is multiplied.
 Pass = tuple[AbstractContextManager[None], slice, float]
 MARGIN = 0.35  # of the side that holds all steps, free on each side of it
@@ -59,29 +60,17 @@ BARE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Question:
-    """Which point, which batch and which steps.
-
-    Attributes:
-        recipe: name.
-        task: name within the recipe.
-        data: folder or hub name; None for the recipe's own.
-        batch_size: N of the training and of the one batch of the picture; even.
-        epochs: of training with FOP before the steps, at a constant learning rate.
-        lr: learning rate of the training and of the steps.
-        damping: λ of both.
-        seed: of weights, order and augmentation, and of the choice of the batch.
-        points: M.
-    """
+    """Which point, which batch and which steps."""
 
     recipe: str
-    task: str
-    data: str | None
-    batch_size: int
-    epochs: int
-    lr: float
-    damping: float
-    seed: int
-    points: int
+    task: str | None  # within the recipe; None for its first
+    data: str | None  # folder or hub name; None for the recipe's own
+    batch_size: int  # N of the training and of the one batch of the picture; even
+    epochs: int  # of training with FOP before the steps, at a constant learning rate
+    lr: float  # of the training and of the steps
+    damping: float  # λ of both
+    seed: int  # of weights, order and augmentation, and of the choice of the batch
+    points: int  # M
 
 
 @dataclass(frozen=True)
@@ -105,7 +94,7 @@ class FixedBatch:
         self.halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, len(labels)))
 
     def losses(self, model: nn.Module) -> Tensor:
-        """Give the loss of every sample, (N,); the model's mode and running averages change."""
+        """Return the loss of every sample, (N,); the model's mode and running averages change."""
         model.eval()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -113,33 +102,22 @@ class FixedBatch:
         return cross_entropy(model(self.inputs), self.labels, reduction="none")
 
     @torch.no_grad()
-    def parts(self, model: nn.Module) -> list[float | None]:
-        """Give the mean losses of `PARTS`, None for one that is not finite; the model changes likewise."""
+    def parts(self, model: nn.Module) -> dict[str, float | None]:
+        """Return the mean losses of `PARTS`, None for one that is not finite; the model changes likewise."""
         each = self.losses(model).double()
-        means = [each.mean().item(), *(each[half].mean().item() for half in self.halves)]
-        return [float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means]
+        means = (each[part].mean().item() for part in (slice(None), *self.halves))
+        rounded = (float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means)
+        return dict(zip(PARTS, rounded, strict=True))
 
 
 class Plane:
     """The plane of the picture, spanned by filter-normalised directions (Li et al. 2018).
 
-    u is the direction of the step of the whole batch, v of the difference of the halves' steps, both
-    filter-normalised. After that, v loses its component along u, ⟨u, v⟩/⟨u, u⟩·u in the plain inner product
-    over all parameters, and gets the length of u. So 1 along u is the norm of every filter; along v it is
-    that as a root mean square over the filters.
-
-    Args:
-        weights: parameters at the origin.
-        along_u: (P,).
-        along_v: (P,).
-
-    Attributes:
-        u: (P,).
-        v: (P,), orthogonal to u and as long.
-        cosine: of the angle between the two before they were made orthogonal.
-
-    Raises:
-        ValueError: the directions span no plane.
+    u (P,) is the direction of the step of the whole batch, v (P,) of the difference of the halves' steps,
+    both filter-normalised. After that, v loses its component along u, in the plain inner product over all
+    parameters, and gets the length of u. So 1 along u is the norm of every filter; along v it is that as a
+    root mean square over the filters. `cosine` is that of their angle before they were made orthogonal.
+    Raises ValueError if the directions span no plane.
     """
 
     def __init__(self, weights: Sequence[Tensor], along_u: Tensor, along_v: Tensor) -> None:
@@ -154,20 +132,20 @@ class Plane:
         self.v = v * (self.u.norm() / v.norm())
 
     def place(self, step: Tensor) -> tuple[float, float, float]:
-        """Give the least-squares coordinates (x, y) of a step (P,), and how much of its norm they hold."""
+        """Return the least-squares coordinates (x, y) of a step (P,), and how much of its norm they hold."""
         square = self.u @ self.u  # the axes are orthogonal and of one length
         x, y = self.u @ step / square, self.v @ step / square
         share = (x * x + y * y).sqrt() * square.sqrt() / step.norm().clamp(min=1e-300)
         return x.item(), y.item(), share.item()
 
     def at(self, x: float, y: float) -> Tensor:
-        """Give the vector (P,) of coordinates."""
+        """Return the vector (P,) of coordinates."""
         vector: Tensor = x * self.u + y * self.v
         return vector
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Give tensors of any shapes as one row (P,) of float64."""
+    """Return tensors of any shapes as one row (P,) of float64."""
     return torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
 
 
@@ -187,7 +165,7 @@ def filter_normalised(direction: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float], list[float]]:
-    """Give x and y, M each, of a square window with a margin around all places."""
+    """Return x and y, M each, of a square window with a margin around all places."""
     middles = [(min(values) + max(values)) / 2 for values in zip(*places, strict=True)]
     reach = max(max(values) - min(values) for values in zip(*places, strict=True)) * (0.5 + MARGIN)
     x, y = (torch.linspace(m - reach, m + reach, points, dtype=torch.float64).tolist() for m in middles)
@@ -195,32 +173,22 @@ def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float
 
 
 def surface(
-    asked: Question,
-    device: torch.device,
-    *,
-    on_epoch: Callable[[], None] = lambda: None,
-    on_row: Callable[[], None] = lambda: None,
+    asked: Question, device: torch.device, *, on_epoch: Done = lambda: None, on_row: Done = lambda: None
 ) -> dict[str, Any]:
-    """Train to the point, take the steps and measure the loss on the plane; give all that the plot needs.
+    """Train to the point, take the steps and measure the loss on the plane; return all that the plot needs.
 
-    Args:
-        asked: what.
-        device: where.
-        on_epoch: called after every epoch of the training.
-        on_row: called after every one of the M rows of the grid.
-
-    Raises:
-        ValueError: an unknown recipe or task, a batch that cannot be had, a training that diverged.
-        FileNotFoundError: the data set is not there.
+    Raises ValueError for an unknown recipe or task, a batch that cannot be had, and a training that diverged,
+    FileNotFoundError if the data set is not there.
     """
     plan = recipe(asked.recipe)
-    if asked.task not in plan.tasks:
-        raise ValueError(f"unknown data set {asked.task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
-    train = plan.tasks[asked.task].load(asked.data).training(final=True)
+    task = asked.task or next(iter(plan.tasks))
+    if task not in plan.tasks:
+        raise ValueError(f"unknown data set {task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
+    train = plan.tasks[task].load(asked.data).training(final=True)
     if asked.batch_size % 2 or not 2 <= asked.batch_size <= len(train):
         raise ValueError(
             f"batch size {asked.batch_size} must be even, so that its halves are alike, and from 2 to the "
-            f"{len(train)} training images of {asked.task}"
+            f"{len(train)} training images of {task}"
         )
     normalise = Normaliser(train.pixels)
     with warnings.catch_warnings(record=True) as caught:
@@ -231,6 +199,7 @@ def surface(
         picture = picture_of(point, FixedBatch(normalise(chosen.pixels), chosen.labels), asked.points, on_row)
     return {
         **asdict(asked),
+        "task": task,
         "title": plan.title,
         "train_samples": len(train),
         "training": {"options": dict(point.options), "schedule": "constant", "train_loss": losses},
@@ -241,14 +210,9 @@ def surface(
 
 
 def _trained(
-    plan: Recipe,
-    asked: Question,
-    train: Images,
-    normalise: Normaliser,
-    device: torch.device,
-    on_epoch: Callable[[], None],
+    plan: Recipe, asked: Question, train: Images, normalise: Normaliser, device: torch.device, on_epoch: Done
 ) -> tuple[Point, list[float]]:
-    """Train the recipe's network with the recipe's options of FOP; give the mean loss of every epoch too."""
+    """Train the recipe's network with the recipe's options of FOP; return every epoch's mean loss too."""
     torch.manual_seed(asked.seed)
     draw = torch.Generator(device).manual_seed(asked.seed)
     model = plan.model(len(train.classes)).to(device)
@@ -282,7 +246,7 @@ def _trained(
 
 
 def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
-    """Give the fixed options of the recipe's first contender that is FOP as in the paper."""
+    """Return the fixed options of the recipe's first contender that is FOP as in the paper."""
     for study in plan.studies.values():
         for contender in study.contenders.values():
             if contender.optimizer == "fop" and contender.formula == "paper":
@@ -290,43 +254,36 @@ def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
     return {}
 
 
-def picture_of(
-    point: Point, batch: FixedBatch, points: int, on_row: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays as it is.
-
-    Raises:
-        ValueError: the steps span no plane, as when both halves hold the same samples.
-    """
-    weights = list(point.model.parameters())
+def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lambda: None) -> dict[str, Any]:
+    """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays."""
+    names, weights = zip(*point.model.named_parameters(), strict=True)
+    sizes = [weight.numel() for weight in weights]
     taken = {name: single_step(point, batch, name) for name in STEPS}
     steps = {name: step for name, (step, _) in taken.items()}
     plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
     places = {name: plane.place(step) for name, step in steps.items()}
     x, y = grid([(0.0, 0.0), *(place[:2] for place in places.values())], points)
-    model = deepcopy(point.model)
+    model, here = deepcopy(point.model), flat(weights)
 
-    def losses(vector: Tensor) -> list[float | None]:
-        _move(model, flat(weights) + vector)
+    @torch.no_grad()
+    def losses(vector: Tensor) -> dict[str, float | None]:
+        for parameter, part in zip(model.parameters(), (here + vector).split(sizes), strict=True):
+            parameter.copy_(part.view(parameter.shape))
         return batch.parts(model)
-
-    def named(vector: Tensor) -> dict[str, float | None]:
-        return dict(zip(PARTS, losses(vector), strict=True))
 
     rows = []
     for along_v in y:
         rows.append([losses(plane.at(along_u, along_v)) for along_u in x])
         on_row()
-    moved = [bool(part.any()) for part in steps["average"].split([w.numel() for w in weights])]
-    names = [name for name, _ in point.model.named_parameters()]
+    moved = {name: bool(part.any()) for name, part in zip(names, steps["average"].split(sizes), strict=True)}
     return {
         "step_options": {"lr": point.options["lr"], "damping": point.options["damping"], **BARE},
-        "parameters_shown": [name for name, shown in zip(names, moved, strict=True) if shown],
-        "parameters_kept": [name for name, shown in zip(names, moved, strict=True) if not shown],
+        "parameters_shown": [name for name in names if moved[name]],
+        "parameters_kept": [name for name in names if not moved[name]],
         "norm_of_axes": plane.u.norm().item(),
         "cosine_before_orthogonalisation": plane.cosine,
         "layers": {name: asdict(each) for name, each in taken["fop"][1].diagnostics().layers.items()},
-        "origin": named(torch.zeros_like(plane.u)),
+        "origin": losses(torch.zeros_like(plane.u)),
         "steps": {
             name: {
                 "what": STEPS[name],
@@ -335,29 +292,24 @@ def picture_of(
                 "norm": step.norm().item(),
                 "cosine_to_average": cosine_similarity(step, steps["average"], dim=0).item(),
                 "share_in_plane": places[name][2],
-                "losses_at_end": named(step),
-                "losses_in_plane": named(plane.at(*places[name][:2])),
+                "losses_at_end": losses(step),
+                "losses_in_plane": losses(plane.at(*places[name][:2])),
             }
             for name, step in steps.items()
         },
         "x": x,
         "y": y,
-        "losses": {part: [[cell[i] for cell in row] for row in rows] for i, part in enumerate(PARTS)},
+        "losses": {part: [[cell[part] for cell in row] for row in rows] for part in PARTS},
     }
 
 
 def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> tuple[Tensor, FOP]:
-    """Take one step on deep copies; give the change of the parameters (P,) and the optimizer that made it.
+    """Take one step on deep copies; return the change of the parameters (P,) and the optimizer that made it.
 
     The pair of "fop" is the gradients of the two halves' losses, those of "first" and "second". The pair of
     "fop_rows" is each layer's gradient summed over its rows of either half, as in a training that labels no
-    passes. They are the same unless BatchNorm ties the samples of a batch together.
-
-    Args:
-        point: where from.
-        batch: whose gradients.
-        name: key of `STEPS`.
-        changes: options of the optimizer in place of the point's.
+    passes. They are the same unless BatchNorm ties the samples of a batch together. ``changes`` are options
+    of the optimizer in place of the point's.
     """
     model, kind = deepcopy(point.model), FOP if name in ("fop", "fop_rows") else KFAC
     adaptive = () if kind is FOP else ("beta", "eta")
@@ -371,7 +323,6 @@ def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> t
         "second": [(nullcontext(), second, 1.0)],
         "fop": [(optimizer.sub_batch(0), first, 0.5), (optimizer.sub_batch(1), second, 0.5)],
     }
-    optimizer.zero_grad()
     for label, part, weight in passes.get(name, [whole]):
         with label:
             (weight * batch.losses(model)[part].mean()).backward()
@@ -380,7 +331,7 @@ def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> t
 
 
 def _with_curvature(fresh: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the trained state under a fresh optimizer's options, without new curvature in the next step."""
+    """Return the trained state under a fresh optimizer's options, without new curvature in the next step."""
     pairs = zip(fresh["param_groups"], trained["param_groups"], strict=True)
     groups = [{**new, "step": old["step"]} for new, old in pairs]
     later = groups[0]["step"] + BARE["curvature_interval"]
@@ -389,10 +340,3 @@ def _with_curvature(fresh: Mapping[str, Any], trained: Mapping[str, Any]) -> dic
         for key, entries in trained["state"].items()
     }
     return {"state": state, "param_groups": groups}
-
-
-@torch.no_grad()
-def _move(model: nn.Module, to: Tensor) -> None:
-    parameters = list(model.parameters())
-    for parameter, part in zip(parameters, to.split([p.numel() for p in parameters]), strict=True):
-        parameter.copy_(part.view(parameter.shape))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fop_bench import study_report
-from fop_bench.paper_report import paper_page
+from fop_bench import defaults_report, study_report
+from fop_bench.paper import paper_page
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "records" / "cifar10-small"
@@ -29,6 +29,14 @@ def test_the_committed_report_is_made_from_the_committed_lines(
     pictures = re.findall(r"\]\(([^)]+\.png)\)", written)
     assert pictures
     assert {file.name for file in RECORD.glob("*.png")} == set(pictures)
+
+
+def test_the_page_of_the_defaults_is_made_from_the_committed_lines(tmp_path: Path) -> None:
+    record = ROOT / "records" / "defaults"
+    for file in record.glob("*.jsonl"):
+        (tmp_path / file.name).symlink_to(file)
+    made = defaults_report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert made == (record / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_papers_tables_are_made_from_the_committed_lines() -> None:

@@ -14,41 +14,42 @@ from torch.nn.functional import cross_entropy
 
 from fop import FOP
 from fop_bench import surface as module
-from fop_bench import surface_plot
 from fop_bench.images import Source
 from fop_bench.recipe import Contender, ImageTask, Recipe, Study
 from fop_bench.recipes import RECIPES
 from fop_bench.surface import PARTS, STEPS, FixedBatch, Plane, Point, picture_of, single_step
 from fop_bench.surface_cli import surface
-from fop_bench.surface_plot import plot_surface
+from fop_bench.surface_plot import ARROWS, plot_surface
 
 SIZE, CLASSES = 6, 3
 
 
-def network(classes=CLASSES):
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(4 * SIZE * SIZE, classes),
+def network(classes=CLASSES, norm=True, bias=0.0):
+    middle = (
+        [nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5)] if norm else [nn.Tanh(), nn.Flatten()]
     )
-
-
-def infinite(classes):
-    model = network(classes)
-    nn.init.constant_(model[5].bias, math.inf)
-    return model
+    head = nn.Linear(4 * SIZE * SIZE, classes)
+    nn.init.constant_(head.bias, bias)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *middle, head)
 
 
 def without_batch_norm():
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * SIZE * SIZE, CLASSES)
-    )
+    return network(norm=False)
 
 
-def fixed_batch(samples=24):
+def point_of(build):
+    torch.manual_seed(0)
+    model = build()
+    options = {"lr": 0.05, "damping": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
+    optimizer = FOP(model, **options)
+    for _ in range(4):
+        optimizer.zero_grad()
+        cross_entropy(model(BATCH.inputs), BATCH.labels).backward()
+        optimizer.step()
+    return Point(model, optimizer.state_dict(), options)
+
+
+def random_batch(samples=24):
     draw = torch.Generator().manual_seed(1)
     labels = torch.randint(CLASSES, (samples,), generator=draw)
     return FixedBatch(
@@ -56,17 +57,7 @@ def fixed_batch(samples=24):
     )
 
 
-def point_of(build, **options):
-    torch.manual_seed(0)
-    model = build()
-    options = {"lr": 0.05, "damping": 1e-2, "momentum": 0.9, "weight_decay": 0.1, **options}
-    optimizer = FOP(model, **options)
-    batch = fixed_batch()
-    for _ in range(4):
-        optimizer.zero_grad()
-        cross_entropy(model(batch.inputs), batch.labels).backward()
-        optimizer.step()
-    return Point(model, optimizer.state_dict(), options)
+BATCH = random_batch()
 
 
 @pytest.fixture
@@ -74,48 +65,44 @@ def point():
     return point_of(network)
 
 
-def row(*arrays):
-    return np.concatenate([np.asarray(each, dtype=np.float64).reshape(-1) for each in arrays])
+def steps_of(point, *names, **changes):
+    return [single_step(point, BATCH, name, **changes)[0] for name in names]
 
 
 def close(one, other, tolerance=1e-5):
     return float((one - other).norm()) <= tolerance * float(other.norm())
 
 
-# Geometry
+# --- geometry
+
+
+def row(arrays):
+    return np.concatenate([np.asarray(each, dtype=np.float64).reshape(-1) for each in arrays])
 
 
 def scaled_by_numpy(direction, weight):
-    out = np.zeros_like(direction)
-    filters = [...] if weight.ndim == 1 else range(len(weight))
-    for i in filters:
-        length = np.sqrt((direction[i] ** 2).sum())
-        out[i] = 0 if length == 0 else direction[i] / length * np.sqrt((weight[i] ** 2).sum())
-    return out
+    """Every filter of a direction at the length of the weight's; a bias is one filter."""
+    if weight.ndim == 1:
+        return direction / np.linalg.norm(direction) * np.linalg.norm(weight)
+    lengths = [np.linalg.norm(each) for each in direction]
+    return np.stack(
+        [d / n * np.linalg.norm(w) if n else d for d, n, w in zip(direction, lengths, weight, strict=True)]
+    )
 
 
-def geometry():
+def test_plane_of_filter_normalised_directions_and_least_squares():
     draw = np.random.default_rng(0)
     weights = [draw.normal(size=shape) for shape in ((4, 3, 2, 2), (4,), (5, 7))]
-    u, v = ([draw.normal(size=w.shape) for w in weights] for _ in range(2))
-    u[0][2] = 0  # a dead filter
-    return weights, u, v, draw
-
-
-def test_filters_get_the_norms_of_the_weights():
-    weights, direction, _, _ = geometry()
-    found = module.filter_normalised(torch.tensor(row(*direction)), [torch.tensor(w) for w in weights])
-    expected = row(*(scaled_by_numpy(d, w) for d, w in zip(direction, weights, strict=True)))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
-
-
-def test_plane_and_coordinates_are_those_of_least_squares():
-    weights, along_u, along_v, draw = geometry()
-    plane = Plane([torch.tensor(w) for w in weights], *(torch.tensor(row(*d)) for d in (along_u, along_v)))
+    along_u, along_v = ([draw.normal(size=w.shape) for w in weights] for _ in range(2))
+    along_u[0][2] = 0  # a dead filter
     u, v = (
-        row(*(scaled_by_numpy(d, w) for d, w in zip(directions, weights, strict=True)))
+        row(scaled_by_numpy(d, w) for d, w in zip(directions, weights, strict=True))
         for directions in (along_u, along_v)
     )
+    tensors = [torch.tensor(w) for w in weights]
+    found = module.filter_normalised(torch.tensor(row(along_u)), tensors)
+    np.testing.assert_allclose(found.numpy(), u, rtol=1e-12)
+    plane = Plane(tensors, torch.tensor(row(along_u)), torch.tensor(row(along_v)))
     assert plane.cosine == pytest.approx(u @ v / np.linalg.norm(u) / np.linalg.norm(v))
     # The second axis lies in the plane of both, across the first, and is as long.
     v = v - (u @ v) / (u @ u) * u
@@ -129,17 +116,14 @@ def test_plane_and_coordinates_are_those_of_least_squares():
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     assert share == pytest.approx(np.linalg.norm(axes @ expected) / np.linalg.norm(step))
     np.testing.assert_allclose(plane.at(*found), axes @ expected, rtol=1e-10)
-    x, y, share = plane.place(plane.at(0.3, -0.2))
-    assert (x, y, share) == (pytest.approx(0.3), pytest.approx(-0.2), pytest.approx(1.0))
+    assert plane.place(plane.at(0.3, -0.2)) == pytest.approx((0.3, -0.2, 1.0))
 
 
-def test_no_plane_is_an_error():
-    weight, direction = torch.ones(2, 2), torch.arange(1.0, 5.0).double()
-    for other in (torch.zeros(4).double(), 2 * direction):
-        with pytest.raises(ValueError, match="span no plane"):
-            Plane([weight], direction, other)
+@pytest.mark.parametrize(("one", "other"), [(1.0, 0.0), (1.0, 2.0), (0.0, 1.0)])
+def test_no_plane_is_an_error(one, other):
+    direction = torch.arange(1.0, 5.0).double()
     with pytest.raises(ValueError, match="span no plane"):
-        Plane([weight], torch.zeros(4).double(), direction)
+        Plane([torch.ones(2, 2)], one * direction, other * direction)
 
 
 def test_window_is_square_and_holds_all_places_with_a_margin():
@@ -150,22 +134,20 @@ def test_window_is_square_and_holds_all_places_with_a_margin():
     assert all(x[0] < px < x[-1] and y[0] < py < y[-1] for px, py in places)
 
 
-# Steps
+# --- steps
 
 
 def test_step_of_the_whole_batch_is_the_mean_of_the_halves_steps(point):
-    batch = fixed_batch()
-    first, second, average = (single_step(point, batch, name)[0] for name in ("first", "second", "average"))
+    first, second, average = steps_of(point, "first", "second", "average")
     assert not close(first, second, 0.1)
     assert close((first + second) / 2, average)
 
 
 @pytest.mark.parametrize("name", ["fop", "fop_rows"])
 def test_fop_without_mixing_and_scaling_is_kfac(point, name):
-    batch = fixed_batch()
-    average, _ = single_step(point, batch, "average")
-    plain, _ = single_step(point, batch, name, beta=0.0, eta=1.0)
-    full, optimizer = single_step(point, batch, name)
+    (average,) = steps_of(point, "average")
+    (plain,) = steps_of(point, name, beta=0.0, eta=1.0)
+    full, optimizer = single_step(point, BATCH, name)
     assert close(plain, average)
     assert not close(full, average, 1e-2)
     assert all(each.why_kfac is None and each.beta != 0 for each in optimizer.diagnostics().layers.values())
@@ -173,21 +155,16 @@ def test_fop_without_mixing_and_scaling_is_kfac(point, name):
 
 @pytest.mark.parametrize(("build", "same"), [(network, False), (without_batch_norm, True)])
 def test_the_two_pairs_of_fop_differ_by_batch_norm_alone(build, same):
-    point, batch = point_of(build), fixed_batch()
-    labelled, by_rows = (single_step(point, batch, name)[0] for name in ("fop", "fop_rows"))
-    assert close(labelled, by_rows, 1e-3) is same
+    assert close(*steps_of(point_of(build), "fop", "fop_rows"), 1e-3) is same
 
 
 def test_fop_step_follows_from_the_steps_of_the_halves():
     """F̂⁻¹·Ga and F̂⁻¹·Gd are known from K-FAC's steps; with fixed β and η FOP's is a sum of them, a layer."""
-    point, batch = point_of(without_batch_norm), fixed_batch()
-    first, second, average = (single_step(point, batch, name)[0] for name in ("first", "second", "average"))
-    fop_step, _ = single_step(point, batch, "fop", beta=0.3, eta=0.7)
-    start = 0
-    for layer in (point.model[0], point.model[3]):
-        size = sum(p.numel() for p in layer.parameters())
-        of = slice(start, start + size)
-        start += size
+    point = point_of(without_batch_norm)
+    first, second, average = steps_of(point, "first", "second", "average")
+    (fop_step,) = steps_of(point, "fop", beta=0.3, eta=0.7)
+    ends = np.cumsum([0] + [sum(p.numel() for p in point.model[at].parameters()) for at in (0, 3)])
+    for of in map(slice, ends[:-1], ends[1:]):
         axes = np.stack([average[of], (first - second)[of]], axis=1)
         (along, across), rest, *_ = np.linalg.lstsq(axes, fop_step[of].numpy(), rcond=None)
         assert across == pytest.approx(0.7 * 0.3, rel=1e-3)
@@ -195,75 +172,61 @@ def test_fop_step_follows_from_the_steps_of_the_halves():
         assert math.sqrt(rest[0]) < 1e-4 * float(fop_step[of].norm())
 
 
-def test_step_keeps_curvature_and_the_adamw_path_and_scales_with_the_rate(point):
-    batch = fixed_batch()
-    for name in STEPS:
-        step, optimizer = single_step(point, batch, name)
-        norm = slice(*np.cumsum([p.numel() for p in point.model.parameters()])[[1, 3]])
-        assert not step[norm].any()  # BatchNorm's gain and offset
-        for key, entries in optimizer.state_dict()["state"].items():
-            for factor in ("A", "G", "A_inv", "G_inv"):
-                if factor in entries:
-                    assert torch.equal(entries[factor], point.state["state"][key][factor])
-        double, _ = single_step(point, batch, name, lr=0.1)
-        assert close(double, 2 * step)
+@pytest.mark.parametrize("name", STEPS)
+def test_step_keeps_curvature_and_the_adamw_path_and_scales_with_the_rate(point, name):
+    step, optimizer = single_step(point, BATCH, name)
+    norm = slice(*np.cumsum([p.numel() for p in point.model.parameters()])[[1, 3]])
+    assert not step[norm].any()  # BatchNorm's gain and offset
+    for key, entries in optimizer.state_dict()["state"].items():
+        for factor in {"A", "G", "A_inv", "G_inv"} & set(entries):
+            assert torch.equal(entries[factor], point.state["state"][key][factor])
+    (double,) = steps_of(point, name, lr=0.1)
+    assert close(double, 2 * step)
 
 
-# The picture
+# --- the picture
 
 
-def test_picture_leaves_the_point_alone_and_says_its_losses(point):
-    batch = fixed_batch()
+def test_picture_holds_the_losses_of_the_model_there_and_leaves_the_point_alone(point):
     before = {key: value.clone() for key, value in point.model.state_dict().items()}
     modes = [each.training for each in point.model.modules()]
     state = json.dumps(point.state, default=lambda tensor: tensor.tolist())
     rows = []
-    picture = picture_of(point, batch, 3, lambda: rows.append(1))
+    picture = picture_of(point, BATCH, 3, lambda: rows.append(1))
     assert len(rows) == 3
     assert all(torch.equal(value, before[key]) for key, value in point.model.state_dict().items())
     assert [each.training for each in point.model.modules()] == modes
     assert json.dumps(point.state, default=lambda tensor: tensor.tolist()) == state
     assert picture["parameters_kept"] == ["1.weight", "1.bias"]
-    # Last, because it moves the running averages.
-    point.model.train()[4].eval()
-    with torch.no_grad():
-        logits = point.model(batch.inputs)
-    losses = [cross_entropy(logits[of], batch.labels[of]).item() for of in (slice(None), *batch.halves)]
-    assert list(picture["origin"].values()) == pytest.approx(losses, rel=1e-5)
-    assert list(picture["origin"]) == list(PARTS)
 
-
-def test_grid_and_ends_are_losses_of_the_model_there(point):
-    batch = fixed_batch()
-    picture = picture_of(point, batch, 3)
-    steps = {name: single_step(point, batch, name)[0] for name in STEPS}
+    steps = dict(zip(STEPS, steps_of(point, *STEPS), strict=True))
     weights = list(point.model.parameters())
     plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
 
-    def loss_at(vector):
+    def losses_at(vector):
         model = network()
-        model.load_state_dict(point.model.state_dict())
+        model.load_state_dict(before)
         model.train()[4].eval()
         nn.utils.vector_to_parameters((module.flat(weights) + vector).float(), model.parameters())
         with torch.no_grad():
-            return cross_entropy(model(batch.inputs), batch.labels).item()
+            logits = model(BATCH.inputs)
+        parts = (slice(None), *BATCH.halves)
+        losses = [cross_entropy(logits[of], BATCH.labels[of]).item() for of in parts]
+        return pytest.approx(dict(zip(PARTS, losses, strict=True)), rel=1e-4)
 
+    assert picture["origin"] == losses_at(torch.zeros_like(plane.u))
     for name, step in steps.items():
         found = picture["steps"][name]
-        assert found["losses_at_end"]["whole"] == pytest.approx(loss_at(step), rel=1e-4)
-        there = plane.at(found["x"], found["y"])
-        assert found["losses_in_plane"]["whole"] == pytest.approx(loss_at(there), rel=1e-4)
+        assert found["losses_at_end"] == losses_at(step)
+        assert found["losses_in_plane"] == losses_at(plane.at(found["x"], found["y"]))
         assert picture["x"][0] < found["x"] < picture["x"][-1]
         assert picture["y"][0] < found["y"] < picture["y"][-1]
-    corner = plane.at(picture["x"][2], picture["y"][0])
-    assert picture["losses"]["whole"][0][2] == pytest.approx(loss_at(corner), rel=1e-4)
-    halves = [np.array(picture["losses"][part]) for part in ("first", "second")]
-    np.testing.assert_allclose(np.mean(halves, axis=0), picture["losses"]["whole"], rtol=1e-4)
+    corner = {part: picture["losses"][part][0][2] for part in PARTS}
+    assert corner == losses_at(plane.at(picture["x"][2], picture["y"][0]))
 
 
 def test_what_is_not_finite_is_none_and_still_drawn(point, tmp_path):
-    batch = fixed_batch()
-    picture = picture_of(point, batch, 3)
+    picture = picture_of(point, BATCH, 3)
     picture["losses"]["whole"][0][0] = None
     picture["steps"]["first"]["losses_at_end"]["whole"] = None
     words = {"title": "t", "batch_size": 24, "epochs": 1, "lr": 0.1, "damping": 1e-3, "seed": 1}
@@ -274,35 +237,37 @@ def test_what_is_not_finite_is_none_and_still_drawn(point, tmp_path):
         plot_surface(picture | words, tmp_path / "s.png")
     with torch.no_grad():
         point.model[5].bias.fill_(math.inf)
-    assert batch.parts(point.model) == [None, None, None]
+    assert set(BATCH.parts(point.model).values()) == {None}
+    assert set(ARROWS) == set(STEPS)
 
 
-# The command
+# --- the command
 
+CONTENDERS = {
+    "sgd": Contender("sgd", {"lr": (0.1,)}),
+    "damped": Contender("fop", {}, lambda _: {"momentum": 0.3}, formula="damped projection"),
+    "fop": Contender("fop", {"lr": (0.1,)}, lambda batch: {"curvature_interval": batch}),
+}
 TINY = Recipe(
     name="tiny",
     title="Tiny images",
     tasks={"images": ImageTask(Source("nobody/none", size=SIZE), held_out=0.25)},
     model=network,
-    studies={
-        "comparison": Study(
-            {
-                "sgd": Contender("sgd", {"lr": (0.1,)}),
-                "damped": Contender("fop", {}, lambda _: {"momentum": 0.3}, formula="damped projection"),
-                "fop": Contender("fop", {"lr": (0.1,)}, lambda batch: {"curvature_interval": batch}),
-            },
-            {8: 1},
-            seeds=(1,),
-        )
-    },
+    studies={"comparison": Study(CONTENDERS, {8: 1}, seeds=(1,))},
     targets={"accuracy": 0.5},
 )
+
+
+def test_options_are_those_of_the_recipes_fop():
+    assert module._fop_options(TINY, 8) == {"curvature_interval": 8}
+    study = Study({"sgd": CONTENDERS["sgd"]}, {8: 1}, seeds=(1,))
+    assert module._fop_options(replace(TINY, studies={"comparison": study}), 8) == {}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny", TINY)
-    monkeypatch.setitem(RECIPES, "diverging", replace(TINY, model=infinite))
+    monkeypatch.setitem(RECIPES, "diverging", replace(TINY, model=lambda n: network(n, bias=math.inf)))
     draw = np.random.default_rng(0)
     for part, count in (("train", 8), ("test", 2)):
         for label in range(CLASSES):
@@ -368,12 +333,3 @@ def test_missing_images_are_named(folder):
     result = invoke(folder, "tiny", "--batch", "12")
     assert result.exit_code == 1
     assert "no images" in result.output
-
-
-def test_recipe_without_fop_trains_with_the_defaults():
-    study = replace(TINY.studies["comparison"], contenders={"sgd": Contender("sgd", {"lr": (0.1,)})})
-    assert module._fop_options(replace(TINY, studies={"comparison": study}), 8) == {}
-
-
-def test_every_step_has_an_arrow():
-    assert list(surface_plot.ARROWS) == list(STEPS)

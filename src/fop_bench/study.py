@@ -1,0 +1,255 @@
+"""The runs of `fop-bench run` as studies of a data frame, and the tables of a study."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from fop_bench.report import markdown_table
+from fop_bench.run_records import Run
+from fop_bench.summary import compare, plus_minus, statistic
+
+# Known contenders stand in this order, the others behind them.
+ORDER = ("sgd", "adamw", "lamb", "shampoo", "soap", "muon", "kfac", "fop")
+KEYS = ("recipe", "task", "study", "phase", "contender", "label", "batch_size", "epochs", "seed", "diverged")
+UNITS = ("epochs", "seconds")
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Study:
+    """All runs of one study of a recipe on a task, one row of ``runs`` each.
+
+    Columns: `KEYS`, the options as text, and what came out, NaN for a diverged run: final, best and mean
+    ``accuracy``, final ``train_loss``, and by target "accuracy epochs", "accuracy seconds" and so on, NaN
+    for a target that was missed; "run" is the whole record.
+    """
+
+    recipe: str
+    task: str
+    name: str
+    runs: pd.DataFrame
+
+    @property
+    def where(self) -> str:
+        """Names it in an error."""
+        return f"{self.recipe}, task {self.task}, study {self.name}"
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """What its runs are to reach: at least an ``accuracy``, at most a ``train_loss``."""
+        return dict(self.runs["run"].iloc[0]["targets"])
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels by contender, in the order of tables."""
+        found = self.runs.sort_values("contender").drop_duplicates("contender")
+        return dict(zip(found["contender"], found["label"], strict=True))
+
+    def phase(self, phase: str) -> pd.DataFrame:
+        """Return the runs of a phase."""
+        return self.runs[self.runs["phase"] == phase]
+
+    def groups(self) -> dict[tuple[int, str], pd.DataFrame]:
+        """Return the final runs by batch size and contender; ValueError if a group has several options."""
+        found = dict(tuple(self.phase("final").groupby(["batch_size", "contender"], observed=True)))
+        for (size, contender), group in found.items():
+            one_setting(group, f"{self.where}: {contender} at batch {size}")
+        return found
+
+
+def studies(runs: Sequence[Run]) -> list[Study]:
+    """Sort runs into studies, comparisons first; raises ValueError if runs of one have different targets."""
+    if not runs:
+        return []
+    table = pd.DataFrame([_row(run) for run in runs])
+    others = sorted(set(table["contender"]) - set(ORDER))
+    table["contender"] = pd.Categorical(table["contender"], [*ORDER, *others], ordered=True)
+    by_name = table.groupby(["recipe", "task", "study"])
+    found = [Study(recipe, task, name, each) for (recipe, task, name), each in by_name]
+    for study in found:
+        targets = sorted({json.dumps(run["targets"], sort_keys=True) for run in study.runs["run"]})
+        if len(targets) > 1:
+            raise ValueError(
+                f"runs of {study.where} have different targets, {' and '.join(targets)}; "
+                "keep those of one only"
+            )
+    return sorted(found, key=lambda each: (each.recipe, each.task, each.name != "comparison", each.name))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    curve = [] if run["diverged"] else run["curve"]
+    accuracies = [epoch["accuracy"] for epoch in curve]
+    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run, "train_loss": NAN}
+    row |= dict.fromkeys(("accuracy", "best", "mean"), NAN)
+    if curve:
+        row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
+        row["train_loss"] = curve[-1]["train_loss"]
+    for kind, value in run["targets"].items():
+        row |= {f"{kind} {unit}": each for unit, each in zip(UNITS, reached(run, kind, value), strict=True)}
+    return row
+
+
+def reached(run: Run, kind: str, target: float) -> tuple[float, float]:
+    """Return the epochs and seconds until a run reached a target; NaN if it never did, or diverged."""
+    for epoch in () if run["diverged"] else run["curve"]:
+        if epoch[kind] >= target if kind == "accuracy" else epoch[kind] <= target:
+            return float(epoch["epoch"]), float(epoch[clock(run)])
+    return NAN, NAN
+
+
+def clock(run: Run) -> str:
+    """Name the time of a run: that of the processor on a CPU, which other runs share, else the wall's."""
+    return "processor_seconds" if run["environment"]["processor"] == "cpu" else "seconds"
+
+
+def options_text(run: Run) -> str:
+    """Write a run's options, and its halves if they are not the usual random ones."""
+    options = run["options"] | ({} if run["halves"] == "random" else {"halves": run["halves"]})
+    return ", ".join(
+        f"{key}={value:g}" if type(value) in (int, float) else f"{key}={value}"
+        for key, value in options.items()
+    )
+
+
+def one_setting(group: pd.DataFrame, who: str) -> None:
+    """Raise ValueError if runs that should differ in their seed only have several options."""
+    options = sorted(set(group["options"]))
+    if len(options) > 1:
+        raise ValueError(
+            f"{who} has final runs with several options: {'; '.join(options)}; keep those of one only"
+        )
+
+
+def target_label(kind: str, value: float) -> str:
+    """Name a target as tables do."""
+    return f"accuracy ≥ {100 * value:g} %" if kind == "accuracy" else f"loss ≤ {value:g}"
+
+
+# Final runs
+
+
+def comparison_table(study: Study) -> str:
+    """Return one row for every batch size and contender with final runs; the best of a batch size is bold.
+
+    Only the mean of at least two runs can be the best; of epochs and seconds only if every run has them.
+    """
+    head = ["batch", "optimizer", "options", "n", "diverged"]
+    for kind, value in study.targets.items():
+        head += [f"{target_label(kind, value)}: reached", *UNITS]
+    head += ["final accuracy %", "best accuracy %", "final train loss"]
+    texts, scores = [], []
+    for (size, _), group in study.groups().items():
+        first, n = group.iloc[0], len(group)
+        text: list[object] = [size, first["label"], first["options"], n, group["diverged"].sum()]
+        score = [NAN] * len(text)
+        for kind in study.targets:
+            epochs, seconds = (statistic(group[f"{kind} {unit}"]) for unit in UNITS)
+            count = epochs.n if epochs else 0
+            digits = 2 if seconds and seconds.mean < 10 else 1
+            text += [f"{count} of {n}", plus_minus(epochs, 1), plus_minus(seconds, digits)]
+            score += [NAN, *(each.mean if each and count == n > 1 else NAN for each in (epochs, seconds))]
+        final, best, loss = (statistic(group[name]) for name in ("accuracy", "best", "train_loss"))
+        text += [plus_minus(final, 2, 100.0), plus_minus(best, 2, 100.0), plus_minus(loss, 4)]
+        score += [-final.mean if final and final.n > 1 else NAN, NAN, NAN]
+        texts.append(text)
+        scores.append(score)
+    cells, ranks = pd.DataFrame(texts).astype(str), pd.DataFrame(scores)
+    best_of_all = ranks == ranks.groupby(cells[0]).transform("min")
+    return markdown_table(head, cells.mask(best_of_all, "**" + cells + "**").to_numpy())
+
+
+def fop_table(study: Study) -> str | None:
+    """Say how many times fewer epochs and seconds FOP takes than every other; None without it or others."""
+    groups, rows = study.groups(), []
+    for (size, name), other in groups.items():
+        fop = groups.get((size, "fop"))
+        if fop is None or name == "fop":
+            continue
+        columns = [f"{kind} {unit}" for kind in study.targets for unit in UNITS]
+        final = compare(statistic(fop["accuracy"]), statistic(other["accuracy"]), low=False)
+        ratios = (_ratio(fop[column], other[column]) for column in columns)
+        rows.append([size, other["label"].iloc[0], *ratios, final or "–"])
+    labels = [target_label(kind, value) for kind, value in study.targets.items()]
+    head = [heading for label in labels for heading in (f"{label}: epochs", "seconds")]
+    return markdown_table(["batch", "against", *head, "final accuracy"], rows) if rows else None
+
+
+def _ratio(ours: pd.Series, theirs: pd.Series) -> str:
+    below, above = statistic(ours), statistic(theirs)
+    if below is None or above is None or ours.isna().any() or theirs.isna().any():
+        return f"– (FOP {ours.count()} of {len(ours)}, it {theirs.count()} of {len(theirs)})"
+    ratio = above.mean / below.mean
+    if above.std is None or below.std is None:
+        return f"{ratio:.2f} (single runs)"
+    # The two vary independently of each other, by seeds of their own.
+    error = ratio * math.hypot(above.std / above.mean, below.std / below.mean)
+    return f"{ratio:.2f} ± {error:.2f}, {compare(below, above, low=True)}"
+
+
+def options_table(study: Study) -> str | None:
+    """Return all options of the final runs, the fixed ones too; None where the lines do not hold them."""
+    rows = []
+    for (size, _), group in study.groups().items():
+        if (options := group["run"].iloc[0].get("all_options")) is not None:
+            text = ", ".join(f"`{key}={value}`" for key, value in options.items()) or "–"
+            rows.append([size, group["label"].iloc[0], text])
+    return markdown_table(["batch", "optimizer", "all options given"], rows) if rows else None
+
+
+# Tuning, and whether it is a fair comparison
+
+
+def tuning_table(study: Study) -> str:
+    """Return every tuning run, and which options went into the final runs."""
+    chosen = {key: group["options"].iloc[0] for key, group in study.groups().items()}
+    rows = []
+    for _, run in study.phase("tuning").sort_values(["batch_size", "contender"], kind="stable").iterrows():
+        used = chosen.get((run["batch_size"], run["contender"])) == run["options"]
+        what = [run["batch_size"], run["label"], run["options"], run["seed"]]
+        accuracies = ("–" if run["diverged"] else f"{100 * run[key]:.2f}" for key in ("mean", "accuracy"))
+        rows.append([*what, *accuracies, "yes" if run["diverged"] else "no", "chosen" if used else ""])
+    head = ["batch", "optimizer", "options", "seed", "mean accuracy %", "final accuracy %", "diverged", ""]
+    return markdown_table(head, rows)
+
+
+def unfair(study: Study) -> list[str]:
+    """Say, loudly, everything in which contenders of a study were not treated alike."""
+    found = []
+
+    def listed(runs: pd.DataFrame, column: str) -> list[str]:
+        each = (runs[column][runs["contender"] == name] for name in study.labels)
+        return ["/".join(map(str, sorted(values))) or "none" for values in each]
+
+    for size, runs in study.runs.groupby("batch_size"):
+        tuning, final = (runs[runs["phase"] == phase] for phase in ("tuning", "final"))
+        treatments = {
+            "TUNING: tuning runs": [str((tuning["contender"] == name).sum()) for name in study.labels],
+            "SEEDS: seeds of the final runs": listed(final, "seed"),
+            "EPOCHS: epochs": listed(runs.drop_duplicates(["contender", "epochs"]), "epochs"),
+        }
+        for what, values in treatments.items():
+            if len(set(values)) > 1:
+                each = map(" ".join, zip(study.labels.values(), values, strict=True))
+                found.append(f"UNEQUAL {what} at batch {size}: {', '.join(each)}.")
+    for (size, contender), group in study.groups().items():
+        tuning = study.phase("tuning")
+        tuning = tuning[(tuning["batch_size"] == size) & (tuning["contender"] == contender)]
+        best = tuning["options"][tuning["mean"] == tuning["mean"].max()]
+        who = f"{group['label'].iloc[0]} at batch {size}"
+        if len(tuning) and tuning["diverged"].all():
+            found.append(f"NOTHING TO CHOOSE: all {len(tuning)} tuning runs of {who} diverged.")
+        elif len(tuning) and (used := group["options"].iloc[0]) not in set(best):
+            found.append(f"NOT THE BEST OF ITS TUNING: the final runs of {who} have {used}.")
+    where = [run["environment"] for run in study.runs["run"]]
+    if len(devices := {each["device"] for each in where}) > 1:
+        found.append(f"SEVERAL DEVICES: {', '.join(sorted(devices))}; seconds are not of one machine.")
+    if any(each["processor"] == "cpu" and each["threads"] != 1 for each in where):
+        found.append("SEVERAL THREADS: processor seconds are the sum over the threads, not a run's time.")
+    return found
