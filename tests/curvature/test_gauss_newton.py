@@ -9,12 +9,16 @@ designs below give it exactly.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
 import reference
+from fop import FOP, KFAC
 from reference import half_squared_error
 
 DTYPE = torch.float64
@@ -55,25 +59,25 @@ def exact_gauss_newton(model: nn.Sequential, x: Tensor) -> dict[str, Tensor]:
     return {name: J.T @ J / len(x) for name, J in blocks(model, jacobian).items()}
 
 
-def library_block(model: nn.Sequential, x: Tensor, y: Tensor, library: str) -> dict[str, Tensor]:
+def library_block(model: nn.Sequential, x: Tensor, y: Tensor, library: type[FOP]) -> dict[str, Tensor]:
     """A ⊗ G of each layer from the state that one step of the library leaves."""
-    import fop
-
     # The state is that of the weights before the step, so the step may go anywhere.
-    optimizer = getattr(fop, library)(model, lr=0.1, curvature_interval=1)
+    optimizer = library(model, lr=0.1, curvature_interval=1)
     half_squared_error(model(x), y).backward()
     optimizer.step()
-    result = {}
-    for name, layer in reference.layers_of(model).items():
-        A, G = optimizer.state[layer.weight]["A"], optimizer.state[layer.weight]["G"]
-        assert A.shape[0] == G.shape[0] == 1, "one group"
-        result[name] = reference.dense_fisher(A, G)
-    return result
+    held = {name: optimizer.state[layer.weight] for name, layer in reference.layers_of(model).items()}
+    return {name: reference.dense_fisher(state["A"], state["G"]) for name, state in held.items()}
+
+
+def observed(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, reference.Block]:
+    twin = copy.deepcopy(model)
+    blocks = reference.observe(twin, reference.Tape(twin), (x,), y, half_squared_error)
+    return {block.weight.removesuffix(".weight"): block for block in blocks.values()}
 
 
 def oracle_block(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    samples = reference.per_sample(model, x, y, half_squared_error)
-    return {name: reference.dense_fisher(*reference.factors(rows)) for name, rows in samples.items()}
+    held = {name: reference.estimate(block) for name, block in observed(model, x, y).items()}
+    return {name: reference.dense_fisher(state["A"], state["G"]) for name, state in held.items()}
 
 
 def linear_model(bias: bool) -> nn.Sequential:
@@ -84,6 +88,13 @@ def linear_model(bias: bool) -> nn.Sequential:
 def deep_linear_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(IN, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, OUT)).to(DTYPE)
+
+
+MODELS = {
+    "bias": lambda: linear_model(True),
+    "no-bias": lambda: linear_model(False),
+    "deep": deep_linear_model,
+}
 
 
 def design(model: nn.Sequential) -> tuple[Tensor, Tensor]:
@@ -118,29 +129,15 @@ def test_exact_matrix_is_the_hessian_and_factors(bias: bool) -> None:
     torch.testing.assert_close(hessian(loss)(vector), exact)
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_oracle_block_is_gauss_newton(bias: bool) -> None:
-    model = linear_model(bias)
-    x, y = design(model)
-    assert_blocks_equal(oracle_block(model, x, y), exact_gauss_newton(model, x))
-
-
-@pytest.mark.parametrize("library", ["KFAC", "FOP"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_library_block_is_gauss_newton(bias: bool, library: str) -> None:
-    model = linear_model(bias)
-    x, y = design(model)
-    exact = exact_gauss_newton(model, x)
-    assert_blocks_equal(library_block(model, x, y, library), exact)
-
-
-def test_deep_linear_blocks_are_gauss_newton() -> None:
-    """The Jacobian from a hidden layer to the output does not depend on x: the same holds layer by layer."""
-    model = deep_linear_model()
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_blocks_are_gauss_newton(build: Callable[[], nn.Sequential]) -> None:
+    """In a deep linear net layer by layer: the Jacobian from a hidden layer to the output is a constant."""
+    model = build()
     x, y = design(model)
     exact = exact_gauss_newton(model, x)
     assert_blocks_equal(oracle_block(model, x, y), exact)
-    assert_blocks_equal(library_block(model, x, y, "KFAC"), exact)
+    for library in (FOP, KFAC):
+        assert_blocks_equal(library_block(build(), x, y, library), exact)
 
 
 def test_paired_design_makes_the_empirical_fisher_exact_too() -> None:
@@ -149,10 +146,10 @@ def test_paired_design_makes_the_empirical_fisher_exact_too() -> None:
     x, y = design(model)
 
     def error(y: Tensor) -> Tensor:
-        samples = reference.per_sample(model, x, y, half_squared_error)["0"]
-        g = torch.stack([reference.vec(sample.gradient) for sample in samples])
-        block = oracle_block(model, x, y)["0"]
-        return (g.T @ g / len(g) - block).norm() / block.norm()
+        block = observed(model, x, y)["0"]
+        g = torch.stack([reference.vec(block.sample_gradient(n)) for n in range(len(x))])
+        factored = oracle_block(model, x, y)["0"]
+        return (g.T @ g / len(g) - factored).norm() / factored.norm()
 
     assert error(y) < 1e-10
     residuals = whitened(model(x).detach() * x[:, :1])  # white still, but they know about x
@@ -176,7 +173,7 @@ def test_sampled_targets_approach_gauss_newton() -> None:
         x = torch.randn(N, IN, dtype=DTYPE)
         y = model(x).detach() + torch.randn(N, OUT, dtype=DTYPE)
         exact = exact_gauss_newton_linear(x)
-        errors.append(float((library_block(model, x, y, "KFAC")["0"] - exact).norm() / exact.norm()))
+        errors.append(float((library_block(model, x, y, KFAC)["0"] - exact).norm() / exact.norm()))
     # One draw of a 3×3 sample covariance: its relative error is √(out+1)/√N = 0.1 and 0.01 on average.
     assert errors[0] < 0.3
     assert errors[1] < 0.03
@@ -204,8 +201,6 @@ def test_one_newton_step_solves_least_squares(bias: bool, optimizer_name: str) -
         oracle.step(x, y, half_squared_error)
         model = oracle.model
     else:
-        from fop import KFAC
-
         optimizer = KFAC(model, 1.0, momentum=0.0, weight_decay=0.0, damping=damping, kl_clip=None)
         half_squared_error(model(x), y).backward()
         optimizer.step()
