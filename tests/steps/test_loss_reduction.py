@@ -79,8 +79,9 @@ def check_same(left: tuple[nn.Module, FOP], right: tuple[nn.Module, FOP]) -> Non
             )
 
 
-@pytest.mark.parametrize("library", [FOP, KFAC])
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize(
+    ("case", "library"), [*((case, FOP) for case in MODELS), ("mlp", KFAC), ("attentive-norms", KFAC)]
+)
 def test_sum_trains_as_mean(case: str, library: type[FOP]) -> None:
     """With and without statistics; in batches of changing size unless AdamW takes part, which knows no N."""
     build, data, choice = MODELS[case]
@@ -90,7 +91,7 @@ def test_sum_trains_as_mean(case: str, library: type[FOP]) -> None:
         model = build()
         optimizer = library(model, loss_reduction=reduction, layer_options=choice, **OPTIONS)
         scales = []
-        for step in range(14):
+        for step in range(12):
             optimizer.zero_grad()
             x, y = data(sizes[step % len(sizes)], step)
             (loss_of if reduction == "mean" else summed)(model, x, y).backward()
@@ -116,39 +117,31 @@ def test_the_reduction_matters() -> None:
         assert float((value - results[1][name]).norm() / value.norm()) > 1e-3, name
 
 
-def joined(batches: Sequence[Batch], order: Callable[[Tensor], Sequence[Tensor]]) -> Batch:
+def joined(batches: Sequence[Batch], halved: bool) -> Batch:
     """One batch of the same samples, those of the first half of the pair in front."""
-    x, y = (
-        torch.cat(
-            [
-                order(each[part])[half]
-                for half in range(2)
-                for each in batches
-                if len(order(each[part])) > half
-            ]
-        )
-        for part in range(2)
-    )
+    if not halved:
+        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return x, y
+    fronts = [[part[: len(part) // 2] for part in each] for each in batches]
+    backs = [[part[len(part) // 2 :] for part in each] for each in batches]
+    x, y = (torch.cat(parts) for parts in zip(*fronts, *backs, strict=True))
     return x, y
 
 
-def halved(values: Tensor) -> Sequence[Tensor]:
-    h = len(values) // 2
-    return values[:h], values[h:]
-
-
-def whole(values: Tensor) -> Sequence[Tensor]:
-    return (values,)
-
-
 @pytest.mark.parametrize(
-    ("sizes", "order"),
-    [((6,), halved), ((4, 4), halved), ((6, 4, 2), halved), ((4, 5), whole), ((1, 1), whole)],
+    ("case", "library", "sizes", "halved"),
+    [
+        ("mlp", FOP, (6, 4, 2), True),
+        ("mlp", KFAC, (4, 5), False),
+        ("conv-net", FOP, (4, 5), False),
+        ("attentive", FOP, (4, 4), True),
+        ("attentive-norms", FOP, (1, 1), False),
+        ("attentive-reduce", KFAC, (6,), True),
+        ("attentive-diagonal", FOP, (6, 4, 2), True),
+    ],
 )
-@pytest.mark.parametrize("library", [FOP, KFAC])
-@pytest.mark.parametrize("case", MODELS)
 def test_accumulated_sum_is_the_mean_of_one_batch(
-    case: str, library: type[FOP], sizes: tuple[int, ...], order: Callable[[Tensor], Sequence[Tensor]]
+    case: str, library: type[FOP], sizes: tuple[int, ...], halved: bool
 ) -> None:
     """A sum needs no division by the number of passes, nor by their sizes."""
     build, data, choice = MODELS[case]
@@ -161,7 +154,7 @@ def test_accumulated_sum_is_the_mean_of_one_batch(
         for x, y in batches:
             summed(model, x, y).backward()
         optimizer.step()
-        train_step(plain, other, *joined(batches, order))
+        train_step(plain, other, *joined(batches, halved))
     check_same((model, optimizer), (plain, other))
 
 
