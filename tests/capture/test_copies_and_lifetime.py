@@ -1,4 +1,4 @@
-"""Copies of a model work anywhere and never feed the optimizer; what a dropped optimizer leaves behind."""
+"""Copies of a model work anywhere and never feed the optimizer; what is kept alive, and what is left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from fop import FOP, KFAC
-from models import assert_differs, assert_equal, snapshot, weights
+from internals import ConvLayer, Layer, Layout, LinearLayer
+from models import assert_differs, assert_equal, batch, conv_net, mlp, snapshot, train_step, weights
+from reference import half_squared_error
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 1e-2, "curvature_interval": 3}
 
@@ -102,8 +104,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {"deepcopy": copy.deepcopy
 
 
 @models
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(("way", "bare"), [("deepcopy", False), ("deepcopy", True), ("pickle", True)])
 def test_copy_never_feeds_the_optimizer(kind: str, way: str, bare: bool) -> None:
     """Copies made before, between and after forward and backward train on, in the middle of every step."""
 
@@ -156,73 +157,49 @@ def test_copy_gives_what_the_model_gives(kind: str) -> None:
         assert len(list(twin.parameters())) == len(list(model.parameters()))
 
 
-# --- averages ----------------------------------------------------------------------------------------------
-
-
 @models
-def test_exponential_average_by_hand(kind: str) -> None:
-    """The loop of many scripts: a deep copy that follows, evaluated between the steps."""
+@pytest.mark.parametrize("average", ["by hand", "mean", "ema"])
+def test_averages(kind: str, average: str) -> None:
+    """`AveragedModel` with its learning rate, or the loop of many scripts; evaluated between the steps."""
 
-    def run(averaged: bool) -> tuple[nn.Module, nn.Module, list[dict[str, Tensor]]]:
+    def run(averaged: bool) -> tuple[nn.Module, Any, list[dict[str, Tensor]]]:
         model = make(kind)
         optimizer = FOP(model, **OPTIONS)
         train(model, optimizer, kind, [50])
-        ema = copy.deepcopy(model).eval().requires_grad_(False)
-        path = [weights(model)]
-        for seed in range(5):
-            train(model, optimizer, kind, [seed])
+        path, follower = [], None
+        if averaged and average == "by hand":
+            follower = copy.deepcopy(model).eval().requires_grad_(False)
             path.append(weights(model))
-            if averaged:
-                with torch.no_grad():
-                    for mean, param in zip(ema.parameters(), model.parameters(), strict=True):
-                        mean.lerp_(param, 0.1)
-                    ema(inputs(kind, seed + 60))
-        return model, ema, path
-
-    (model, ema, path), (other, _, _) = run(averaged=True), run(averaged=False)
-    assert_equal(weights(model), weights(other))
-    for name, mean in ema.named_parameters():
-        expected = path[0][name]
-        for step in path[1:]:
-            expected = 0.9 * expected + 0.1 * step[name]
-        torch.testing.assert_close(mean.detach(), expected)
-
-
-@models
-@pytest.mark.parametrize("multi_avg", [None, get_ema_multi_avg_fn(0.9)], ids=["mean", "ema"])
-def test_averaged_model(kind: str, multi_avg: Any) -> None:
-    """`AveragedModel` with its learning rate; batch norms are brought up to date at the end."""
-
-    def run(averaged: bool) -> tuple[nn.Module, AveragedModel | None, list[dict[str, Tensor]]]:
-        model = make(kind)
-        optimizer = FOP(model, **OPTIONS)
-        swa = AveragedModel(model, multi_avg_fn=multi_avg) if averaged else None
+        elif averaged:
+            function = None if average == "mean" else get_ema_multi_avg_fn(0.9)
+            follower = AveragedModel(model, multi_avg_fn=function)
         schedule = SWALR(optimizer, swa_lr=0.02, anneal_epochs=2)
-        path = []
         for seed in range(4):
             train(model, optimizer, kind, [seed])
             path.append(weights(model))
-            if swa is not None:
-                swa.update_parameters(model)
-                swa(inputs(kind, seed + 60)).sum().backward()
+            if isinstance(follower, AveragedModel):
+                follower.update_parameters(model)
+                follower(inputs(kind, seed + 60)).sum().backward()
+            elif follower is not None:
+                with torch.no_grad():
+                    for mean, param in zip(follower.parameters(), model.parameters(), strict=True):
+                        mean.lerp_(param, 0.1)
+                    follower(inputs(kind, seed + 60))
             schedule.step()
-        if swa is not None:
-            update_bn([inputs(kind, seed) for seed in range(3)], swa)
+        if isinstance(follower, AveragedModel):
+            update_bn([inputs(kind, seed) for seed in range(3)], follower)
         train(model, optimizer, kind, [5])
-        return model, swa, path
+        return model, follower, path
 
-    (model, swa, path), (other, _, _) = run(averaged=True), run(averaged=False)
+    (model, follower, path), (other, _, _) = run(averaged=True), run(averaged=False)
     assert_equal(weights(model), weights(other))
-    assert swa is not None
-    for name, mean in swa.module.named_parameters():
-        if multi_avg is None:
-            expected = torch.stack([step[name] for step in path]).mean(0)
-        else:
-            expected = path[0][name]
-            for step in path[1:]:
-                expected = 0.9 * expected + 0.1 * step[name]
+    for name, mean in getattr(follower, "module", follower).named_parameters():
+        expected = path[0][name]
+        for count, step in enumerate(path[1:], start=2):
+            share = 1 / count if average == "mean" else 0.1
+            expected = (1 - share) * expected + share * step[name]
         torch.testing.assert_close(mean.detach(), expected)
-    assert torch.isfinite(swa.eval()(inputs(kind, 70))).all()
+    assert torch.isfinite(follower.eval()(inputs(kind, 70))).all()
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -262,7 +239,6 @@ def test_saved_model_needs_no_library(tmp_path: Path) -> None:
         [sys.executable, "-c", LOADS, *sorted(map(str, tmp_path.iterdir()))],
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -312,6 +288,9 @@ def test_dropping_the_optimizer_frees_everything(
         optimizer = library(model.parameters() if bare else model, **OPTIONS)
         train(model, optimizer, kind, range(steps))
         assert hooks_of(model) != before
+        if steps:  # all owners are known
+            found = hooks_of(model)
+            assert not any(found[key] != before[key] for key in found if key.startswith("_global"))
         tensors = [
             weakref.ref(value)
             for state in optimizer.state.values()
@@ -375,3 +354,125 @@ def test_model_dies_before_its_optimizer(kind: str) -> None:
     optimizer.step()
     assert all(torch.isfinite(param).all() for param in held)
     assert not any(torch.equal(param, old) for param, old in zip(held, before, strict=True))
+
+
+# --- activations -------------------------------------------------------------------------------------------
+
+
+class Buffer(bytearray):
+    """Memory of a tensor that a weak reference can watch: alive for as long as the tensor's storage."""
+
+
+class Rehouse(torch.autograd.Function):
+    """Moves an activation into a watched buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: list[weakref.ref[Buffer]]) -> Tensor:
+        buffer = Buffer(bytes(x.contiguous().view(torch.uint8).flatten().tolist()))
+        seen.append(weakref.ref(buffer))
+        return torch.frombuffer(buffer, dtype=x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class Watched(nn.Module):
+    def __init__(self, seen: list[weakref.ref[Buffer]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Rehouse.apply(x, self.seen)
+        return out
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None]
+        out: Tensor = self.attention(x, x, x, need_weights=False)[0][:, 0]
+        return out
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Reference counts alone must do."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("library", [FOP, KFAC])
+def test_activations_die_with_the_backward_pass(library: type[FOP]) -> None:
+    seen: list[weakref.ref[Buffer]] = []
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3), nn.Flatten(), Watched(seen), nn.Linear(36, 4), Watched(seen)]
+    layers += [SelfAttention(), Watched(seen), nn.LayerNorm(4), nn.Linear(4, 3)]
+    model = nn.Sequential(Watched(seen), *layers).double()
+    optimizer = library(model, layer_options={nn.LayerNorm: {"path": "fop"}})
+    for _ in range(2):
+        x, y = batch(shape=(2, 5, 6))
+        out = model(x.requires_grad_())
+        loss = half_squared_error(out, y)
+        assert [ref() is not None for ref in seen] == [True] * 4, "the test cannot fail"
+        loss.backward()
+        # out and loss are still held here, and so is their (freed) graph.
+        assert [ref() for ref in seen] == [None] * 4
+        del out, loss
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.clear()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_graph_without_backward_dies_with_its_output() -> None:
+    seen: list[weakref.ref[Buffer]] = []
+    model = nn.Sequential(Watched(seen), *mlp())
+    optimizer = FOP(model)
+    out = model(batch()[0].requires_grad_())
+    assert seen[0]() is not None
+    del out
+    assert seen[0]() is None
+    train_step(model, optimizer, *batch())
+
+
+# --- statistics only when due ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [FOP, KFAC])
+def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"factor_sums": 0, "gradient": 0, "batched": 0}
+
+    def count(kind: type[Layer] | type[Layout], name: str) -> None:
+        original = getattr(kind, name)
+
+        def counted(self: Any, *args: Tensor) -> Any:
+            calls[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    for kind in (LinearLayer, ConvLayer):
+        count(kind, "factor_sums")
+        count(kind, "gradient")
+    count(Layout, "batched")
+    model = conv_net()
+    optimizer = library(model, curvature_interval=4)
+    due_steps = 0
+    for seed in range(40):
+        due = optimizer.curvature_due
+        due_steps += due
+        before = dict(calls)
+        train_step(model, optimizer, *batch(6, seed, (2, 5, 6)))
+        did = {name: calls[name] - before[name] for name in calls}
+        pair = library is FOP
+        # With statistics the second half is computed too, to compare the sum with p.grad.
+        gradients = 3 * pair * (1 + due)
+        assert did == {"factor_sums": 3 * due, "gradient": gradients, "batched": 6 * (due or pair)}
+    assert 10 < due_steps < 30
