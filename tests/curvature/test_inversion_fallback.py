@@ -131,3 +131,18 @@ def test_each_rung_and_each_layer_is_warned_of_once() -> None:
     ]
     for layer in optimizer.diagnostics().layers.values():
         assert (layer.rescues["kept"], layer.rescues["damping"]) == (2, 4)
+
+
+def test_tiny_gradients_need_no_fallback() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = FOP(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.zero_grad()
+            (1e-20 * model(torch.randn(6, 5))).sum().backward()
+            optimizer.step()
+    for layer in optimizer.diagnostics().layers.values():
+        assert layer.steps_since_curvature is not None and not sum(layer.rescues.values())
+    assert all(p.isfinite().all() for p in model.parameters())

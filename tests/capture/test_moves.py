@@ -19,8 +19,11 @@ from models import (
     assert_differs,
     assert_equal,
     batch,
+    check_kept_pair,
+    check_lost_pair,
     check_step,
     halves,
+    kfac,
     mlp,
     snapshot,
     train_step,
@@ -289,16 +292,12 @@ def test_step_without_hooks_is_a_kfac_step_and_counted() -> None:
     model.apply(CLEARED["all"])
     twin = copy.deepcopy(model)
     train_step(model, optimizer, *batch(6, 1))
-    kfac = {name: (Ga, None) for name, (Ga, _) in halves(twin, *batch(6, 1)).items()}
-    check_step(model, twin, optimizer, kfac)
-    layers = optimizer.diagnostics().layers
-    assert {layer.kfac_steps for layer in layers.values()} == {1}
-    assert all(layer.why_kfac for layer in layers.values())
+    check_step(model, twin, optimizer, kfac(halves(twin, *batch(6, 1))))
+    check_lost_pair(optimizer)
     twin.load_state_dict(model.state_dict())
     train_step(model, optimizer, *batch(6, 2))
     check_step(model, twin, optimizer, halves(twin, *batch(6, 2)))
-    # The count goes on.
-    assert {layer.kfac_steps for layer in optimizer.diagnostics().layers.values()} == {1}
+    check_kept_pair(optimizer, steps=1)
 
 
 # --- parametrizations --------------------------------------------------------------------------------------
@@ -310,10 +309,6 @@ class Doubled(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight / 2
-
-
-def paths(optimizer: FOP) -> dict[str, tuple[str, str]]:
-    return {row.name: (row.path, row.reason) for row in optimizer.summary().rows}
 
 
 def test_parametrization_after_construction() -> None:
@@ -348,7 +343,7 @@ def test_parametrization_after_construction() -> None:
     twin.load_state_dict(model.state_dict())
     train_step(model, optimizer, *batch(6, 3))
     check_step(model, twin, optimizer, halves(twin, *batch(6, 3)))
-    assert paths(optimizer)["0.weight"][0] == "FOP"
+    assert {row.name: row.path for row in optimizer.summary().rows}["0.weight"] == "FOP"
 
 
 @both
@@ -372,17 +367,29 @@ def test_weight_norm_after_construction(bare: bool) -> None:
 # --- modules replaced --------------------------------------------------------------------------------------
 
 
-@both
-@pytest.mark.parametrize("alive", [False, True])
-@pytest.mark.parametrize("way", ["new", "copy"])
+@pytest.mark.parametrize(
+    ("way", "alive", "bare"),
+    [
+        ("new", True, False),
+        ("new", False, True),
+        ("copy", False, False),
+        ("copy", True, True),
+        ("hooks too", True, False),
+    ],
+)
 def test_module_replaced_by_another_with_the_same_parameters(way: str, alive: bool, bare: bool) -> None:
-    """Whether or not somebody still holds the old one: from the second step on the new one is watched."""
+    """Whether or not somebody still holds the old one: from the second step on the new one is watched.
+
+    Quantisation-aware training puts the hooks of the modules that it swaps on the new ones, without keywords.
+    """
     model = mlp()
     optimizer = FOP(model.parameters() if bare else model, **PLAIN)
     train_step(model, optimizer, *batch(6, 0))
     old = model[0]
     new = copy.copy(old) if way == "copy" else nn.Linear(5, 6)
     new.weight, new.bias = old.weight, old.bias
+    for hook in old._forward_hooks.values() if way == "hooks too" else ():
+        new.register_forward_hook(hook)
     model[0] = new
     keep = [old] if alive else []
     del old, new
@@ -397,3 +404,15 @@ def test_module_replaced_by_another_with_the_same_parameters(way: str, alive: bo
     assert layers.keys() == {"0", "2"}
     assert {layer.why_kfac for layer in layers.values()} == {None}
     assert len(keep) == alive
+
+
+def test_module_replaced_by_one_with_new_parameters() -> None:
+    model = mlp()
+    optimizer = FOP(model, **PLAIN)
+    train_step(model, optimizer, *batch())
+    model[0] = nn.Linear(5, 6).double()
+    for _ in range(2):
+        train_step(model, optimizer, *batch())
+    rows = optimizer.summary().rows
+    assert [row.reason for row in rows[:2]] == ["belongs to no module any more"] * 2
+    assert [row.path for row in rows[2:]] == ["FOP", "FOP"]
