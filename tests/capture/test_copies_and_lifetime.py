@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import pickletools
 import subprocess
 import sys
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,23 @@ assert not [name for name in sys.modules if name.split(".")[0] == "fop"]
 """
 
 
+@models
+def test_saved_model_names_no_class_of_the_library(kind: str, tmp_path: Path) -> None:
+    """So it can be loaded where fop is not installed; `test_saved_model_needs_no_library` does it."""
+    model = make(kind)
+    optimizer = FOP(model.parameters(), **OPTIONS)
+    train(model, optimizer, kind, range(2))
+    torch.save(model, tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as file:
+        (name,) = (name for name in file.namelist() if name.endswith("data.pkl"))
+        named = {
+            str(arg).split(" ")[0] for _, arg, _ in pickletools.genops(file.read(name)) if arg is not None
+        }
+    assert "torch.nn.modules.container" in named
+    assert not [module for module in named if module.split(".")[0] == "fop"]
+
+
+@pytest.mark.slow
 def test_saved_model_needs_no_library(tmp_path: Path) -> None:
     """It is loaded, run, trained and saved again where fop cannot be imported; and then used here."""
     cases = [(kind, bare) for kind in MODELS for bare in (False, True)]
