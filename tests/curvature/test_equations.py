@@ -25,10 +25,8 @@ from internals import (
 )
 from models import weights
 
-# Derandomized: a run today and a run tomorrow see the same examples. They are small as they are: no shrinking.
-thorough = settings(
-    derandomize=True, deadline=None, max_examples=40, database=None, phases=[Phase.generate]
-)
+# Derandomized: a run today and a run tomorrow see the same examples. They are small: nothing to shrink.
+thorough = settings(derandomize=True, deadline=None, max_examples=40, database=None, phases=[Phase.generate])
 # Few, as they build and train models.
 brief = settings(thorough, max_examples=10)
 SCALES = [1e-8, 1e-3, 0.5, 3.0, 1e8]
