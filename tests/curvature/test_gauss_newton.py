@@ -156,36 +156,6 @@ def test_paired_design_makes_the_empirical_fisher_exact_too() -> None:
     assert error(model(x).detach() - residuals) > 0.1
 
 
-def test_coloured_residuals_are_not_gauss_newton() -> None:
-    """The condition is needed: residuals that are not white leave A ⊗ G elsewhere."""
-    model = linear_model(bias=True)
-    x, y = design(model)
-    exact = exact_gauss_newton(model, x)["0"]
-    coloured = model(x).detach() + (y - model(x).detach()) * torch.tensor([2.0, 1.0, 0.5], dtype=DTYPE)
-    assert (oracle_block(model, x, coloured)["0"] - exact).norm() > 0.5 * exact.norm()
-
-
-def test_sampled_targets_approach_gauss_newton() -> None:
-    """Targets from the model's unit Gaussian: the error of A ⊗ G falls as 1/√N."""
-    errors = []
-    for N in (400, 40_000):
-        model = linear_model(bias=True)
-        x = torch.randn(N, IN, dtype=DTYPE)
-        y = model(x).detach() + torch.randn(N, OUT, dtype=DTYPE)
-        exact = exact_gauss_newton_linear(x)
-        errors.append(float((library_block(model, x, y, KFAC)["0"] - exact).norm() / exact.norm()))
-    # One draw of a 3×3 sample covariance: its relative error is √(out+1)/√N = 0.1 and 0.01 on average.
-    assert errors[0] < 0.3
-    assert errors[1] < 0.03
-    assert errors[1] < errors[0] / 3
-
-
-def exact_gauss_newton_linear(x: Tensor) -> Tensor:
-    """(1/N Σ ā āᵀ) ⊗ I in closed form, for batches too large for Jacobians."""
-    a = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    return torch.kron(a.T @ a / len(x), torch.eye(OUT, dtype=x.dtype))
-
-
 @pytest.mark.parametrize("optimizer_name", ["oracle", "KFAC"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_one_newton_step_solves_least_squares(bias: bool, optimizer_name: str) -> None:

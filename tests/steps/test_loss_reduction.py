@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from models import (
     sentences,
     snapshot,
     tokens,
-    train_step,
     weights,
 )
 
@@ -115,47 +114,6 @@ def test_the_reduction_matters() -> None:
         results.append(weights(model))
     for name, value in results[0].items():
         assert float((value - results[1][name]).norm() / value.norm()) > 1e-3, name
-
-
-def joined(batches: Sequence[Batch], halved: bool) -> Batch:
-    """One batch of the same samples, those of the first half of the pair in front."""
-    if not halved:
-        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        return x, y
-    fronts = [[part[: len(part) // 2] for part in each] for each in batches]
-    backs = [[part[len(part) // 2 :] for part in each] for each in batches]
-    x, y = (torch.cat(parts) for parts in zip(*fronts, *backs, strict=True))
-    return x, y
-
-
-@pytest.mark.parametrize(
-    ("case", "library", "sizes", "halved"),
-    [
-        ("mlp", FOP, (6, 4, 2), True),
-        ("mlp", KFAC, (4, 5), False),
-        ("conv-net", FOP, (4, 5), False),
-        ("attentive", FOP, (4, 4), True),
-        ("attentive-norms", FOP, (1, 1), False),
-        ("attentive-reduce", KFAC, (6,), True),
-        ("attentive-diagonal", FOP, (6, 4, 2), True),
-    ],
-)
-def test_accumulated_sum_is_the_mean_of_one_batch(
-    case: str, library: type[FOP], sizes: tuple[int, ...], halved: bool
-) -> None:
-    """A sum needs no division by the number of passes, nor by their sizes."""
-    build, data, choice = MODELS[case]
-    model, plain = build(), build()
-    optimizer = library(model, loss_reduction="sum", layer_options=choice, **OPTIONS)
-    other = library(plain, layer_options=choice, **OPTIONS)
-    for step in range(7):
-        batches = [data(n, 10 * step + index) for index, n in enumerate(sizes)]
-        optimizer.zero_grad()
-        for x, y in batches:
-            summed(model, x, y).backward()
-        optimizer.step()
-        train_step(plain, other, *joined(batches, halved))
-    check_same((model, optimizer), (plain, other))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
