@@ -15,7 +15,6 @@ from fop.algebra import (
     kronecker_product,
     mean_eigenvalue,
 )
-from fop.capture import ForwardUse, LayerCapture, ModelWatch, SubBatch
 from fop.capture.batch import Layout
 from fop.layers import Layer, LayerOptions, conv, describe
 from fop.layers.conv import ConvLayer
@@ -27,18 +26,14 @@ __all__ = [
     "Curvature",
     "DiagonalBlock",
     "Direction",
-    "ForwardUse",
     "Inversion",
     "KroneckerBlock",
     "Layer",
-    "LayerCapture",
     "LayerOptions",
     "Layout",
     "LinearLayer",
-    "ModelWatch",
     "Refusals",
     "Rung",
-    "SubBatch",
     "conv",
     "damped_diagonal",
     "damped_inverses",
