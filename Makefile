@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEGRATIONS := $(VENV)/.installed-integrations
 
-.PHONY: demo test lint build clean
+.PHONY: demo test test-all lint build clean
 
 $(STAMP): requirements/pins.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ demo: $(STAMP)
 	$(BIN)/fop-bench demo
 
 test: $(INTEGRATIONS)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INTEGRATIONS)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
