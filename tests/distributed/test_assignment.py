@@ -21,9 +21,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import gpt, resnet50, vit_b
-from fop.algebra import KroneckerBlock, fop_direction
-from fop.distributed.plan import LayerSize, Plan, make_plan
-from fop.layers import Layer, LayerOptions, describe
+from distributed_internals import (
+    KroneckerBlock,
+    Layer,
+    LayerOptions,
+    LayerSize,
+    Plan,
+    describe,
+    fop_direction,
+    make_plan,
+)
 
 thorough = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -289,14 +296,14 @@ def test_inversions_weigh_less_the_rarer_they_are() -> None:
 PLANS = """
 import json
 from architectures import gpt, resnet50
-from fop.distributed.plan import make_plan
+from distributed_internals import make_plan
 plans = [make_plan(layers, 8, ranks_per_node=n) for layers in (resnet50(), gpt(3, 64, 99)) for n in (None, 2)]
 print(json.dumps([[plan.owners, plan.loads] for plan in plans]))
 """
 
 
 def test_every_process_makes_the_same_plan() -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
     printed = []
     for seed in ("1", "2"):
         done = subprocess.run(

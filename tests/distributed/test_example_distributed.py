@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fop import FOP
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "digits_distributed.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "digits_distributed.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 # Limit for one run; alone on two cores it takes about 8 s.
 SECONDS = 120.0
