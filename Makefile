@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEGRATIONS := $(VENV)/.installed-integrations
 
-.PHONY: demo test lint build clean
+.PHONY: demo test test-all lint build clean
 
 $(STAMP): requirements/pins.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +22,15 @@ $(INTEGRATIONS): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/fop-bench demo
 
-test: $(INTEGRATIONS)
-	$(BIN)/python -m pytest
+# Two at a time; OMP_NUM_THREADS keeps each to one core.
+test test-all: export OMP_NUM_THREADS = 1
+
+# Without what is marked slow, and without Trainer, accelerate and Lightning, whose imports alone take long.
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/integrations
+
+test-all: $(INTEGRATIONS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

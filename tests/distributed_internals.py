@@ -5,12 +5,23 @@ that all ranks add up on one of them; `Channel` counts the bytes of collectives.
 """
 
 from fop.algebra import KroneckerBlock, fop_direction
-from fop.distributed import Channel, LayerSize, Plan, comm, make_plan
+from fop.distributed import (
+    Channel,
+    LayerSize,
+    Plan,
+    comm,
+    difference_weight,
+    make_plan,
+    pack_symmetric,
+    packed_shape,
+    representative,
+    scale_between,
+    side_of,
+    sketch,
+    unpack_symmetric,
+)
 from fop.distributed import Outbox as Bucketed
 from fop.distributed import Parcel as Message
-from fop.distributed import difference_weight, representative, side_of
-from fop.distributed import pack_symmetric, packed_shape, unpack_symmetric
-from fop.distributed import scale_between, sketch
 from fop.layers import Layer, LayerOptions, describe
 
 # The module whose BUCKET_BYTES is the size of a bucket.

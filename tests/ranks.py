@@ -22,6 +22,8 @@ IMPORTED = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
+    "sklearn.datasets",
+    "sklearn.model_selection",
     "pytest",
     "fop",
 ]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import OPTIONS, Weights, steps, whole, wrapped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cases import OPTIONS, Weights, steps, whole, wrapped
 from fop import FOP
 from models import batch, loss_of, mlp, weights
 from ranks import run_ranks
@@ -168,7 +168,7 @@ def refused(rank: int) -> list[str]:
     for param in split.values():
         param.grad = torch.ones_like(param)
     with pytest.raises(
-        ValueError, match="stem is on cpu and head on meta: between .* give distributed=False"
+        ValueError, match=r"stem is on cpu and head on meta: between .* give distributed=False"
     ):
         FOP(split).step()
 

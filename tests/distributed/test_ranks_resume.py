@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from cases import OPTIONS, Weights, whole, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from cases import OPTIONS, Weights, whole, wrapped
 from fop import FOP
 from models import batch, loss_of, mlp, weights
 from ranks import run_ranks

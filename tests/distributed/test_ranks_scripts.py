@@ -1,4 +1,4 @@
-"""Scripts of several ranks beyond the plain loop; each was a bug once. All ranks end with the same weights."""
+"""Scripts of several ranks beyond the plain loop, each a bug once: all ranks end with the same weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from cases import OPTIONS, Weights, steps, whole
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cases import OPTIONS, Weights, steps, whole
 from fop import FOP, KFAC
 from models import batch, loss_of, mlp, weights
 from ranks import run_ranks

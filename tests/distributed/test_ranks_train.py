@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cases import CASES, train_alone, train_together
+
 from ranks import run_ranks
 
 THREE = [
@@ -26,7 +26,7 @@ EACH = [*((2, name) for name in CASES), *((3, name) for name in THREE), *((4, na
 
 @pytest.mark.parametrize(("ranks", "name"), EACH)
 def test_ranks_train_as_one_process(ranks: int, name: str) -> None:
-    """All ranks hold the same weights bit for bit, and those that one process would; every layer had its pair."""
+    """All ranks hold the same weights bit for bit, those of one process; every layer had its pair."""
     first, *others = run_ranks(train_together, ranks, name)
     for other in others:
         for key, value in first[0].items():

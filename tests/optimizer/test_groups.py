@@ -1,17 +1,32 @@
-"""Frozen parameters, groups with options of their own, and options that are functions of the step."""
+"""Parameter groups, frozen and unused layers: for any optimizer, and against the dense equations."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from contract import LR, Make, every, train
 from fop import FOP
-from models import PLAIN, assert_equal, weights
+from models import (
+    PLAIN,
+    Mixed,
+    assert_differs,
+    assert_equal,
+    conv_net,
+    direction,
+    halves,
+    loss_of,
+    mlp,
+    tokens,
+    train_step,
+    weights,
+)
+from models import batch as pair_of
 from reference import (
     Tape,
     correct,
@@ -24,6 +39,129 @@ from reference import (
     unvec,
     vec,
 )
+
+# --- any optimizer -----------------------------------------------------------------------------------------
+
+
+def by_layer(model: Mixed) -> tuple[list[Tensor], list[Tensor]]:
+    layer = list(model.first.parameters())
+    return layer, [p for p in model.parameters() if all(p is not own for own in layer)]
+
+
+@every
+def test_every_group_has_its_own_learning_rate(make: Make) -> None:
+    model = Mixed()
+    still, moving = by_layer(model)
+    optimizer = make([{"params": still, "lr": 0.0}, {"params": moving}], weight_decay=0.1)
+    before = weights(model)
+    train(model, optimizer, range(3))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("first")
+    for group in optimizer.param_groups:
+        group["lr"] = LR - group["lr"]
+    before = weights(model)
+    train(model, optimizer, range(3))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("first")
+
+
+@every
+def test_every_group_has_its_own_weight_decay(make: Make) -> None:
+    """Without a gradient to speak of, only the decay is left."""
+    model = Mixed()
+    still, shrinking = by_layer(model)
+    optimizer = make([{"params": still}, {"params": shrinking, "weight_decay": 0.5}])
+    (0 * loss_of(model, *tokens())).backward()
+    before = weights(model)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name.startswith("first"):
+            assert torch.equal(p, before[name])
+        elif before[name].any():
+            assert p.norm() < before[name].norm()
+
+
+@every
+@pytest.mark.parametrize("named", [False, True])
+def test_add_param_group_in_mid_training(make: Make, named: bool) -> None:
+    model, extra = Mixed(), nn.Linear(3, 3).double()
+    optimizer = make(model.named_parameters() if named else model.parameters(), weight_decay=0.1)
+    train(model, optimizer, range(3))
+    given = extra.named_parameters() if named else extra.parameters()
+    optimizer.add_param_group({"params": given, "lr": 0.01})
+    group = optimizer.param_groups[1]
+    assert group["params"] == [extra.weight, extra.bias]
+    assert (group["lr"], group["weight_decay"]) == (0.01, 0.1)
+    whole = nn.Sequential(model, extra)
+    before = weights(whole)
+    for seed in range(2):
+        train_step(whole, optimizer, *tokens(6, seed))
+    assert_differs(weights(whole), before)
+    assert len(optimizer.state_dict()["state"]) == 9
+
+
+@every
+def test_two_optimizers_over_two_parts_of_a_model(make: Make) -> None:
+    """Each steps its own part at its own time (GAN, actor and critic)."""
+    model = Mixed()
+    optimizers = [make(part) for part in by_layer(model)]
+    for seed in range(4):
+        before = weights(model)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, *tokens(6, seed)).backward()
+        optimizers[seed % 2].step()
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == (name.startswith("first") == bool(seed % 2))
+
+
+@every
+@pytest.mark.parametrize("start", ["frozen", "thawed"])
+def test_frozen_layer_stays_and_moves_again_when_thawed(make: Make, start: str) -> None:
+    model = Mixed()
+    layer = model.first.requires_grad_(start == "thawed")
+    optimizer = make(model.parameters(), weight_decay=0.1)
+    if start == "thawed":
+        train(model, optimizer, range(3))
+        optimizer.zero_grad()
+        layer.requires_grad_(False)
+    frozen, others = weights(layer), weights(model.second)
+    state = copy.deepcopy(optimizer.state[layer.weight])
+    train(model, optimizer, range(3, 6))
+    assert_equal(weights(layer), frozen)
+    assert_equal(optimizer.state[layer.weight], state)
+    assert_differs(weights(model.second), others)
+    layer.requires_grad_(True)
+    train(model, optimizer, range(6, 8))
+    assert_differs(weights(layer), frozen)
+
+
+class Branches(nn.Module):
+    """Two layers of which a forward pass uses one, as in a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = Mixed()
+        self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(2)).double()
+        self.chosen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.experts[self.chosen](self.base(x))
+        return out
+
+
+@every
+def test_layer_that_the_forward_pass_leaves_out_keeps_its_value(make: Make) -> None:
+    model = Branches()
+    optimizer = make(model.parameters(), weight_decay=0.1)
+    for seed, model.chosen in enumerate([0, 0, 1, 1, 0]):
+        before = weights(model)
+        train_step(model, optimizer, *tokens(6, seed))
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == name.startswith(f"experts.{1 - model.chosen}")
+
+
+# --- steps by the dense equations --------------------------------------------------------------------------
 
 L = 4
 BLOCKS = {"embed", "attention.in_proj", "attention.out_proj", "conv", "head"}
@@ -56,7 +194,7 @@ def batch(seed: int, n: int = 6) -> tuple[Tensor, Tensor]:
     return ids, torch.randn(n, L + 1, 2, dtype=torch.float64, generator=generator)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, *seeds: int) -> None:
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, *seeds: int) -> None:
     for seed in seeds:
         ids, y = batch(seed)
         optimizer.zero_grad()
@@ -101,36 +239,36 @@ def check(model: nn.Module, old: nn.Module, optimizer: FOP, seed: int, *frozen: 
         assert abs(mixed.beta) * mixed.perpendicular.norm() > 1e-4 * Ga.norm(), "the case cannot fail"
 
 
-# --- freezing ----------------------------------------------------------------------------------------------
+# --- frozen parameters -------------------------------------------------------------------------------------
 
 
 def paths(optimizer: FOP) -> dict[str, str]:
     return {row.name: row.path for row in optimizer.summary().rows}
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "before-bare", "after"])
 @pytest.mark.parametrize("name", [name for name, _ in Net().named_parameters()])
 def test_one_parameter_frozen_and_thawed(name: str, when: str) -> None:
     """Before the optimizer is made or in mid-training: it and its state stay, the others do their step."""
     model = Net()
     frozen = model.get_parameter(name)
-    if when == "before":
+    if when != "after":
         frozen.requires_grad_(False)
-    optimizer = FOP(model, **PLAIN)
+    optimizer = FOP(model.parameters() if when == "before-bare" else model, **PLAIN)
     if when == "after":
-        train(model, optimizer, 0)
+        steps(model, optimizer, 0)
     frozen.grad = None
     frozen.requires_grad_(False)
     state = copy.deepcopy(optimizer.state[frozen]) if name.endswith("weight") else {}
     old = copy.deepcopy(model)
-    train(model, optimizer, 1)
+    steps(model, optimizer, 1)
     check(model, old, optimizer, 1, name)
     assert frozen.grad is None
     if name.endswith("weight"):
         assert_equal(copy.deepcopy(optimizer.state[frozen]), state)
     frozen.requires_grad_(True)
     old = copy.deepcopy(model)
-    train(model, optimizer, 2)
+    steps(model, optimizer, 2)
     check(model, old, optimizer, 2)
     assert not torch.equal(frozen, old.get_parameter(name))
 
@@ -144,8 +282,8 @@ def test_only_biases_train() -> None:
     biases = {name for name, param in model.named_parameters() if param.requires_grad}
     optimizer = FOP(model, **PLAIN, adamw_lr=0.01)
     adamw = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
-    train(model, optimizer, 0, 1, 2)
-    train(twin, adamw, 0, 1, 2)
+    steps(model, optimizer, 0, 1, 2)
+    steps(twin, adamw, 0, 1, 2)
     for (name, param), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(param, other, msg=name)
     rows = {row.name: row for row in optimizer.summary().rows}
@@ -155,20 +293,8 @@ def test_only_biases_train() -> None:
     for param in model.parameters():
         param.requires_grad_(True)
     old = copy.deepcopy(model)
-    train(model, optimizer, 3)
+    steps(model, optimizer, 3)
     check(model, old, optimizer, 3)
-
-
-def test_everything_frozen() -> None:
-    model = Net()
-    optimizer = FOP(model, **PLAIN)
-    train(model, optimizer, 0)
-    model.requires_grad_(False)
-    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
-    optimizer.zero_grad()
-    optimizer.step()
-    assert_equal(weights(model), before)
-    assert_equal(copy.deepcopy(optimizer.state_dict()["state"]), state)
 
 
 def test_gradual_unfreezing_by_groups() -> None:
@@ -185,7 +311,7 @@ def test_gradual_unfreezing_by_groups() -> None:
             known.append(part)
         for step in range(2):
             old = copy.deepcopy(model)
-            train(model, optimizer, 10 * seed + step)
+            steps(model, optimizer, 10 * seed + step)
             frozen = [name for name, _ in model.named_parameters() if name.split(".")[0] not in known]
             check(model, old, optimizer, 10 * seed + step, *frozen)
     assert optimizer.diagnostics().layers.keys() == BLOCKS
@@ -204,7 +330,7 @@ def test_decay_and_no_decay() -> None:
     optimizer = FOP(groups, **{key: value for key, value in PLAIN.items() if key != "weight_decay"})
     for seed in range(3):
         old = copy.deepcopy(model)
-        train(model, optimizer, seed)
+        steps(model, optimizer, seed)
         check(model, old, optimizer, seed)
     assert optimizer.diagnostics().layers.keys() == BLOCKS
 
@@ -231,8 +357,9 @@ def test_groups_with_all_options_of_their_own() -> None:
     optimizer = FOP(layerwise(model), **PLAIN)
     for seed in range(4):
         old = copy.deepcopy(model)
-        train(model, optimizer, seed)
+        steps(model, optimizer, seed)
         check(model, old, optimizer, seed)
+    assert optimizer.diagnostics().layers["conv"].beta == 0.25
 
 
 def refreshes(step: int, interval: int) -> int:
@@ -273,7 +400,7 @@ def test_every_group_renews_its_curvature_in_its_own_time(
                 fresh, decay = estimate(block), group["stat_decay"]
                 old = held.get(names[param], fresh)
                 held[names[param]] = {key: decay * old[key] + (1 - decay) * fresh[key] for key in fresh}
-        train(model, optimizer, step)
+        steps(model, optimizer, step)
         for param, name in names.items():
             for key, value in held.get(name, {}).items():
                 torch.testing.assert_close(optimizer.state[param][key], value, rtol=1e-9, atol=1e-12)
@@ -281,32 +408,90 @@ def test_every_group_renews_its_curvature_in_its_own_time(
     assert renewed[0] != renewed[1]
 
 
-def test_group_with_a_rate_of_zero() -> None:
-    model = Net()
-    still = [*model.attention.parameters(), *model.norm.parameters()]
-    moving = [*model.embed.parameters(), *model.conv.parameters(), *model.head.parameters()]
-    optimizer = FOP([{"params": still, "lr": 0.0}, {"params": moving}], **PLAIN)
-    before = weights(model)
-    train(model, optimizer, 0, 1)
-    for name, param in model.named_parameters():
-        assert torch.equal(param, before[name]) is name.startswith(("attention", "norm")), name
-
-
 def test_new_head_in_mid_training() -> None:
     """Transfer: the old head is taken out of the model, the new one comes with a group and options."""
     model = Net()
     optimizer = FOP(model, **PLAIN)
-    train(model, optimizer, 0, 1)
+    steps(model, optimizer, 0, 1)
     gone = model.head
     before = copy.deepcopy(gone)
     model.head = nn.Linear(4, 2).double()
     optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.25, "damping": 0.5})
     for seed in (2, 3):
         old = copy.deepcopy(model)
-        train(model, optimizer, seed)
+        steps(model, optimizer, seed)
         check(model, old, optimizer, seed)
         assert not torch.equal(model.head.weight, old.head.weight)
     assert torch.equal(gone.weight, before.weight)
+
+
+def test_many_groups_added_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradual unfreezing: each group costs one look at the model, not one more for every group before."""
+    model = mlp()
+    walk, looks = nn.Module.named_modules, 0
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal looks
+        looks += module is model
+        return walk(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    optimizer = FOP(model)
+    assert looks > 0
+    counts = []
+    for _ in range(8):
+        before = looks
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+        counts.append(looks - before)
+    assert set(counts) == {counts[0]}, counts
+
+
+def test_weight_without_its_bias() -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    x, y = pair_of()
+    optimizer = FOP([model[0].weight, model[2].weight], **PLAIN)
+    (average, difference) = halves(twin, x, y)["0"]
+    train_step(model, optimizer, x, y)
+    state = optimizer.state[model[0].weight]
+    torch.testing.assert_close(state["A"][0], x.T @ x / 6)
+    full = direction(optimizer, model[0].weight, average[..., :-1], difference[..., :-1])
+    taken = (twin[0].weight - model[0].weight).detach() / 0.5
+    torch.testing.assert_close(taken, full[0], rtol=1e-9, atol=1e-10)
+    assert torch.equal(model[0].bias, twin[0].bias)
+
+
+def test_bias_without_its_weight_takes_adamw() -> None:
+    model = mlp()
+    before = weights(model)
+    optimizer = FOP([model[0].bias])
+    train_step(model, optimizer, *pair_of())
+    rows = optimizer.summary().rows
+    assert [(row.name, row.path) for row in rows] == [("0.bias", "AdamW")]
+    assert "weight" in rows[0].reason
+    # The first step of Adam is lr times the sign of the gradient.
+    torch.testing.assert_close((model[0].bias - before["0.bias"]).abs(), torch.full((6,), 1e-3).double())
+
+
+def test_bare_layers_and_conv_groups_reach_the_same_end() -> None:
+    """Two optimizers on disjoint parts of one model do what one with two groups does, without a KL clip."""
+    results = []
+    for split in (False, True):
+        model = conv_net()
+        parts = [list(model[0].parameters()), [*model[2].parameters(), *model[4].parameters()]]
+        options = {**PLAIN, "momentum": 0.9}
+        if split:
+            optimizers = [FOP(part, **options) for part in parts]
+        else:
+            optimizers = [FOP([{"params": part} for part in parts], **options)]
+        for seed in range(4):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss_of(model, *pair_of(6, seed, (2, 5, 6))).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append(weights(model))
+    assert_equal(*results)
 
 
 # --- functions of the step ---------------------------------------------------------------------------------
@@ -327,7 +512,7 @@ def test_damping_of_a_group_as_a_function() -> None:
     optimizer = FOP(groups, **{**PLAIN, "damping": falling})
     for step in range(4):
         old = copy.deepcopy(model)
-        train(model, optimizer, step)
+        steps(model, optimizer, step)
         used = [group["damping"] for group in optimizer.param_groups]
         assert used == [1.0, rising(step), 50.0, 0.7, falling(step)]
         # `check` reads the damping from the groups.
@@ -340,58 +525,11 @@ def test_group_added_later_has_a_function_too() -> None:
     head = list(model.head.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("head")]
     optimizer = FOP(rest, **{**PLAIN, "damping": falling})
-    train(model, optimizer, 0, 1)
+    steps(model, optimizer, 0, 1)
     optimizer.add_param_group({"params": head, "damping": rising})
     optimizer.zero_grad()
     for step in (2, 3):
         old = copy.deepcopy(model)
-        train(model, optimizer, step)
+        steps(model, optimizer, step)
         assert [group["damping"] for group in optimizer.param_groups] == [falling(step), rising(step)]
         check(model, old, optimizer, step)
-
-
-def test_functions_go_on_after_loading() -> None:
-    """A state dict has numbers only; the optimizer that loads it has functions of its own."""
-    model = Net()
-    optimizer = FOP(model, **{**PLAIN, "damping": falling, "curvature_interval": lambda step: 2 + step})
-    train(model, optimizer, 0, 1)
-    saved = copy.deepcopy(optimizer.state_dict())
-
-    def leaves(value: Any) -> Iterator[Any]:
-        if isinstance(value, dict | list | tuple):
-            for each in value.values() if isinstance(value, dict) else value:
-                yield from leaves(each)
-        else:
-            yield value
-
-    assert not any(callable(value) for value in leaves(saved))
-    resumed = Net()
-    resumed.load_state_dict(model.state_dict())
-    other = FOP(resumed, **{**PLAIN, "damping": falling, "curvature_interval": lambda step: 2 + step})
-    other.load_state_dict(saved)
-    for step in (2, 3, 4):
-        train(model, optimizer, step)
-        train(resumed, other, step)
-        assert other.param_groups[0]["damping"] == falling(step)
-    assert_equal(weights(resumed), weights(model))
-
-
-@pytest.mark.parametrize(
-    ("option", "error"),
-    [
-        ({"damping": lambda step: -1.0 if step == 2 else 0.1}, ValueError),
-        ({"damping": lambda step: None if step == 2 else 0.1}, TypeError),
-        ({"curvature_interval": lambda step: 0 if step == 2 else 1}, ValueError),
-        ({"curvature_interval": lambda step: 1.5 if step == 2 else 1}, TypeError),
-    ],
-)
-def test_function_with_a_value_out_of_range(option: dict[str, Any], error: type[Exception]) -> None:
-    """The step that asks for it raises, names the option and has changed nothing."""
-    model = Net()
-    optimizer = FOP(model, **{**PLAIN, **option})
-    train(model, optimizer, 0, 1)
-    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(error, match=next(iter(option))):
-        train(model, optimizer, 2)
-    assert_equal(weights(model), before)
-    assert_equal(copy.deepcopy(optimizer.state_dict()), state)

@@ -1,9 +1,7 @@
-"""`layer_options`: who is meant, what it changes, and what is refused."""
+"""`layer_options`: who is meant, what it changes, and what is refused; weights that modules share."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -210,22 +208,6 @@ def test_kfac_takes_them_too() -> None:
     assert {"K-FAC", "AdamW"} == set(paths(optimizer).values())
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
-)
-def test_copies_keep_them(copied: Callable[[Any], Any]) -> None:
-    model = Attentive()
-    optimizer = FOP(model, layer_options=CHOICE)
-    train_step(model, optimizer, *sentences())
-    twin, other = copied((model, optimizer))
-    for seed in range(3):
-        train_step(model, optimizer, *sentences(6, seed))
-        train_step(twin, other, *sentences(6, seed))
-    assert_equal(weights(twin), weights(model))
-    assert_equal(snapshot(other), snapshot(optimizer))
-    assert paths(other) == paths(optimizer)
-
-
 def test_layer_on_the_adamw_path_steps_as_adamw() -> None:
     model = Mixed()
     twins = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
@@ -321,18 +303,25 @@ def test_batch_dimension_that_an_input_does_not_have() -> None:
 # --- one weight, several modules ---------------------------------------------------------------------------
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
+class Tied(nn.Module):
+    """One weight in two modules; the second is a layer that takes the FOP step, or one that does not."""
+
+    def __init__(self, second: Callable[[], nn.Module], bias: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        self.a, self.b, self.head = nn.Linear(5, 5, bias=bias), second(), nn.Linear(5, 3)
         self.b.weight = self.a.weight
-        self.head = nn.Linear(5, 3)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
-        return out
+        hidden = torch.tanh(self.a(x))
+        if isinstance(self.b, nn.EmbeddingBag):
+            return self.head(hidden + self.b(x.argmax(1, keepdim=True)))  # type: ignore[no-any-return]
+        return self.head(torch.tanh(self.b(hidden)))  # type: ignore[no-any-return]
+
+
+def shared() -> nn.Module:
+    return Tied(lambda: nn.Linear(5, 5, bias=False), bias=False)
 
 
 class TiedLanguage(nn.Module):
@@ -353,7 +342,7 @@ class TiedLanguage(nn.Module):
     "option", [{"max_factor_dim": 2}, {"max_factor_dim": 6}, {"weight_sharing": "reduce"}]
 )
 @pytest.mark.parametrize("which", ["a", "b", "?"])
-@pytest.mark.parametrize("build", [Shared, TiedLanguage])
+@pytest.mark.parametrize("build", [shared, TiedLanguage])
 @pytest.mark.filterwarnings("error")
 def test_options_for_one_of_the_modules_that_share_a_weight(
     build: Callable[[], nn.Module], which: str, option: dict[str, Any]
@@ -362,7 +351,7 @@ def test_options_for_one_of_the_modules_that_share_a_weight(
     model = build()
     optimizer = FOP(model, layer_options={which: option})
     for seed in range(3):
-        train_step(model, optimizer, *(batch(6, seed) if build is Shared else tokens(6, seed)))
+        train_step(model, optimizer, *(batch(6, seed) if build is shared else tokens(6, seed)))
     state = optimizer.state[model.a.weight]  # type: ignore[union-attr, index]
     for key in ("A", "G"):
         factor = state[key]
@@ -371,7 +360,74 @@ def test_options_for_one_of_the_modules_that_share_a_weight(
         # An embedding alone has a diagonal in place of a dense A, tied to an output layer it has none.
         side = factor.shape[-1]
         assert (factor.dim() == 2) == (side > option.get("max_factor_dim", 8192))
-    assert optimizer.diagnostics().layers.keys() == {"a" if build is Shared else "b", "head"}
+    assert optimizer.diagnostics().layers.keys() == {"a" if build is shared else "b", "head"}
     before = snapshot(optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     assert_equal(snapshot(optimizer), before)
+
+
+class Conv1D(nn.Module):
+    """As in `transformers.pytorch_utils`: a linear layer with its weight as (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_tied_weights_are_one_block_visibly(bare: bool) -> None:
+    model = Tied(lambda: nn.Linear(5, 5))
+    before = weights(model)
+    optimizer = FOP(model.parameters() if bare else model, weight_decay=0.0, adamw_lr=1e-3)
+    train_step(model, optimizer, *batch())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    assert (rows["a.weight"].path, rows["a.weight"].reason) == ("FOP", "Linear, shared by a, b")
+    assert (rows["head.weight"].path, rows["head.weight"].reason) == ("FOP", "Linear")
+    assert optimizer.diagnostics().layers.keys() == {"a", "head"}
+    for name in ("a.bias", "b.bias"):
+        assert (rows[name].path, rows[name].reason) == ("AdamW", "its weight is shared, with other biases")
+        step = (dict(model.named_parameters())[name] - before[name]).abs()
+        torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("case", ["option", "kind", "layout"])
+def test_tied_weights_that_fit_no_block_take_adamw_visibly(case: str, bare: bool) -> None:
+    seconds: dict[str, tuple[Callable[[], nn.Module], str]] = {
+        "option": (lambda: nn.Linear(5, 5), "shared with b.weight, which takes no FOP step"),
+        "kind": (lambda: nn.EmbeddingBag(5, 5), "shared with b.weight, which takes no FOP step"),
+        "layout": (lambda: Conv1D(5, 5), "shared by a, b, whose curvatures do not fit together"),
+    }
+    second, reason = seconds[case]
+    model = Tied(second)
+    before = weights(model)
+    choice = {"b": {"path": "adamw"}} if case == "option" else None
+    optimizer = FOP(
+        model.parameters() if bare else model, weight_decay=0.0, adamw_lr=1e-3, layer_options=choice
+    )
+    train_step(model, optimizer, *batch())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    assert (rows["a.weight"].path, rows["a.weight"].reason) == ("AdamW", reason)
+    assert rows["head.weight"].path == "FOP"
+    assert all(row.path == "FOP" or row.reason for row in rows.values())
+    step = (model.a.weight - before["a.weight"]).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-4, atol=0)
+    assert rows["a.bias"].path == "AdamW"
+
+
+def test_weight_that_no_module_call_reaches_takes_adamw_visibly() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    for seed in range(2):
+        x, y = batch(6, seed)
+        optimizer.zero_grad()
+        hidden = nn.functional.linear(x, model[0].weight, model[0].bias)
+        half_squared_error(model[2](hidden), y).backward()
+        optimizer.step()
+    assert paths(optimizer)["2.weight"] == "FOP"
+    row = optimizer.summary().rows[0]
+    assert (row.name, row.path) == ("0.weight", "AdamW")
