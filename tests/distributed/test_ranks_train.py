@@ -8,23 +8,16 @@ from cases import CASES, train_alone, train_together
 
 from ranks import run_ranks
 
-THREE = [
-    "ddp",
-    "lean",
-    "plain",
-    "fsdp",
-    "kfac",
-    "sum",
-    "accumulated",
-    "accumulated-fsdp",
-    "synced-lean",
-    "labels",
-]
-FOUR = ["ddp", "lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"]
-EACH = [*((2, name) for name in CASES), *((3, name) for name in THREE), *((4, name) for name in FOUR)]
+THREE = ["lean", "accumulated"]
+FOUR = ["ddp"]
+QUICK = [*((2, name) for name in CASES), *((3, name) for name in THREE), *((4, name) for name in FOUR)]
+THREE_MORE = ["ddp", "plain", "fsdp", "kfac", "sum", "accumulated-fsdp", "synced-lean", "labels"]
+FOUR_MORE = ["lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"]
+MORE = [*((3, name) for name in THREE_MORE), *((4, name) for name in FOUR_MORE)]
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
 
 
-@pytest.mark.parametrize(("ranks", "name"), EACH)
+@pytest.mark.parametrize(("ranks", "name"), [*QUICK, *SLOW])
 def test_ranks_train_as_one_process(ranks: int, name: str) -> None:
     """All ranks hold the same weights bit for bit, those of one process; every layer had its pair."""
     first, *others = run_ranks(train_together, ranks, name)
