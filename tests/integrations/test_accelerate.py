@@ -130,21 +130,6 @@ def test_loaded_state_goes_on_as_if_never_stopped(way: str) -> None:
     assert_same_weights(weights(objects[0]), expected)
 
 
-def test_loss_falls() -> None:
-    model = net()
-    run = accelerator()
-    optimizer = FOP(model, lr=0.05)
-    model, wrapped, batches, schedule = run.prepare(model, optimizer, loader(11), cosine(optimizer))
-    everything = next(iter(loader(44)))
-    before = loss_of(model, everything).item()
-    train(run, model, wrapped, batches, schedule, epochs=7)
-    assert loss_of(model, everything).item() < before / 2
-    paths = {row.name: row.path for row in wrapped.optimizer.summary().rows}
-    assert {name for name, path in paths.items() if path == "FOP"} == {
-        f"{layer}.{part}" for layer in (0, 4) for part in ("weight", "bias")
-    }
-
-
 def test_script_of_the_docs() -> None:
     model = net()
     initial = weights(model)

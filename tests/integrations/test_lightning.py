@@ -275,14 +275,6 @@ def test_averaged_copy_does_not_feed_the_optimizer() -> None:
     assert_same_weights(weights(model.net), weights(average.module))
 
 
-def test_loss_falls() -> None:
-    model = Automatic()
-    everything = next(iter(loader(44)))
-    before = loss_of(model.net, everything).item()
-    trainer(max_epochs=7).fit(model, loader(11))
-    assert loss_of(model.net, everything).item() < before / 2
-
-
 def test_script_of_the_docs() -> None:
     names = run_block("Lightning", loader=loader(), net=net())
     model = names["model"]
