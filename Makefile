@@ -22,11 +22,15 @@ $(INTEGRATIONS): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/fop-bench demo
 
-test: $(INTEGRATIONS)
-	$(BIN)/python -m pytest -m "not slow"
+# Two at a time; OMP_NUM_THREADS keeps each to one core.
+test test-all: export OMP_NUM_THREADS = 1
+
+# Without what is marked slow, and without Trainer, accelerate and Lightning, whose imports alone take long.
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/integrations
 
 test-all: $(INTEGRATIONS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

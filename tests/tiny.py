@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fop import FOP
+
 DOCS = Path(__file__).parents[1] / "docs" / "integrations.md"
 
 # With these the curvature of step 10 is renewed in step 12: after 11 steps a run is between two updates.
 STEPS_BETWEEN_UPDATES = 11
+EPOCHS = 2
 OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.01, "damping": 1e-2}
 
 
@@ -44,6 +47,32 @@ def windows(batches: Iterable[Any], size: int) -> list[list[Any]]:
     """Cut the batches of an epoch into windows of accumulation; the last may be shorter."""
     every = list(batches)
     return [every[start : start + size] for start in range(0, len(every), size)]
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+
+
+def by_hand(
+    model: nn.Module,
+    optimizer: FOP,
+    accumulate: int = 1,
+    bf16: bool = False,
+    epochs: int = EPOCHS,
+    left_out: Collection[int] = (),
+) -> None:
+    """The loop that accelerate and Lightning run, written out; batches ``left_out`` make no gradients."""
+    schedule = cosine(optimizer)
+    for _ in range(epochs):
+        for index, window in enumerate(windows(loader(), accumulate)):
+            for batch in window if index not in left_out else ():
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = loss_of(model, batch)
+                (loss / accumulate).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
 
 class Sentences(Dataset[dict[str, Tensor]]):

@@ -11,31 +11,22 @@ from torch import nn
 
 from fop import FOP
 from tiny import (
+    EPOCHS,
     OPTIONS,
     STEPS_BETWEEN_UPDATES,
     assert_same_weights,
     assert_trained,
+    by_hand,
+    cosine,
     distance,
     loader,
     loss_of,
     net,
     run_block,
     weights,
-    windows,
 )
 
 accelerate = pytest.importorskip("accelerate")
-
-# A warning of FOP's is a RuntimeWarning: nothing here gives it a reason for one.
-pytestmark = pytest.mark.filterwarnings(
-    "error::RuntimeWarning", "ignore::UserWarning", "ignore::FutureWarning"
-)
-
-EPOCHS = 2
-
-
-def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
 
 
 def accelerator(**options: Any) -> Any:
@@ -53,21 +44,6 @@ def train(accelerator: Any, model: Any, optimizer: Any, batches: Any, schedule: 
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-
-
-def by_hand(model: nn.Module, optimizer: FOP, accumulate: int = 1, bf16: bool = False) -> None:
-    schedule = cosine(optimizer)
-    for _ in range(EPOCHS):
-        for window in windows(loader(), accumulate):
-            for batch in window:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    logits = model(batch[0])
-                loss = nn.functional.cross_entropy(logits.float(), batch[1])
-                (loss / accumulate).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
 
 
 WAYS: dict[str, Callable[[nn.Module], FOP]] = {
@@ -152,21 +128,6 @@ def test_loaded_state_goes_on_as_if_never_stopped(way: str) -> None:
     run.load_state("state/saved")
     train(run, *objects, epochs=1)
     assert_same_weights(weights(objects[0]), expected)
-
-
-def test_loss_falls() -> None:
-    model = net()
-    run = accelerator()
-    optimizer = FOP(model, lr=0.05)
-    model, wrapped, batches, schedule = run.prepare(model, optimizer, loader(11), cosine(optimizer))
-    everything = next(iter(loader(44)))
-    before = loss_of(model, everything).item()
-    train(run, model, wrapped, batches, schedule, epochs=7)
-    assert loss_of(model, everything).item() < before / 2
-    paths = {row.name: row.path for row in wrapped.optimizer.summary().rows}
-    assert {name for name, path in paths.items() if path == "FOP"} == {
-        f"{layer}.{part}" for layer in (0, 4) for part in ("weight", "bias")
-    }
 
 
 def test_script_of_the_docs() -> None:

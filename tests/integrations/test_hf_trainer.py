@@ -24,10 +24,6 @@ from tiny import (
 
 transformers = pytest.importorskip("transformers")
 
-# A warning of FOP's is a RuntimeWarning: nothing here gives it a reason for one.
-pytestmark = pytest.mark.filterwarnings(
-    "error::RuntimeWarning", "ignore::UserWarning", "ignore::FutureWarning"
-)
 
 SIZES = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 0}
 

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from fop import FOP
 from tiny import (
+    EPOCHS,
     OPTIONS,
     STEPS_BETWEEN_UPDATES,
     assert_same_weights,
     assert_trained,
+    by_hand,
+    cosine,
     loader,
     loss_of,
     net,
@@ -26,17 +29,6 @@ from tiny import (
 lightning = pytest.importorskip("lightning")
 callbacks = pytest.importorskip("lightning.pytorch.callbacks")
 precision_plugins = pytest.importorskip("lightning.pytorch.plugins.precision")
-
-# A warning of FOP's is a RuntimeWarning: nothing here gives it a reason for one.
-pytestmark = pytest.mark.filterwarnings(
-    "error::RuntimeWarning", "ignore::UserWarning", "ignore::FutureWarning"
-)
-
-EPOCHS = 2
-
-
-def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
 
 
 class Automatic(lightning.LightningModule):
@@ -132,20 +124,6 @@ def trainer(**options: Any) -> Any:
             **options,
         }
     )
-
-
-def by_hand(model: nn.Module, optimizer: FOP, accumulate: int = 1, bf16: bool = False) -> None:
-    schedule = cosine(optimizer)
-    for _ in range(EPOCHS):
-        for window in windows(loader(), accumulate):
-            for batch in window:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    loss = loss_of(model, batch)
-                (loss / accumulate).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("way", ["module", "parameters"])
@@ -258,15 +236,7 @@ def test_a_batch_left_out_changes_nothing() -> None:
     model, expected = Automatic(), net()
     model.left_out = {0, 3}
     trainer(max_epochs=1, gradient_clip_val=0.5).fit(model, loader())
-    optimizer = FOP(expected, **OPTIONS)
-    schedule = cosine(optimizer)
-    for index, batch in enumerate(loader()):
-        optimizer.zero_grad()
-        if index not in model.left_out:
-            loss_of(expected, batch).backward()
-            nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
-        optimizer.step()
-        schedule.step()
+    by_hand(expected, FOP(expected, **OPTIONS), epochs=1, left_out=model.left_out)
     assert_same_weights(weights(model.net), weights(expected))
 
 
@@ -303,14 +273,6 @@ def test_averaged_copy_does_not_feed_the_optimizer() -> None:
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(expected))
     by_hand(expected, optimizer)
     assert_same_weights(weights(model.net), weights(average.module))
-
-
-def test_loss_falls() -> None:
-    model = Automatic()
-    everything = next(iter(loader(44)))
-    before = loss_of(model.net, everything).item()
-    trainer(max_epochs=7).fit(model, loader(11))
-    assert loss_of(model.net, everything).item() < before / 2
 
 
 def test_script_of_the_docs() -> None:

@@ -1,17 +1,22 @@
-"""`summary()`: every parameter once, what its step is, and why."""
+"""`summary()`: every parameter once, its step and why. `diagnostics()`: true, and free unless asked for."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from contract import ours
 from fop import FOP, KFAC
-from models import Attentive, Mixed, batch, conv_net, mlp, sentences, tokens, train_step
-from reference import half_squared_error
+from models import Attentive, Mixed, batch, conv_net, loss_of, mlp, sentences, tokens, train_step
+from reference import ReferenceFOP, half_squared_error
 
 IMAGE = (2, 5, 6)
 
@@ -34,7 +39,7 @@ NORM = "LayerNorm; a diagonal Fisher with path='fop' in layer_options"
 # --- summary -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("library", [FOP, KFAC])
+@ours
 @pytest.mark.parametrize("way", ["module", "bare", "named", "groups"])
 def test_summary_covers_every_parameter_once(way: str, library: type[FOP]) -> None:
     model = Mixed()
@@ -225,3 +230,217 @@ def test_summary_of_frozen_and_unused_layers() -> None:
     assert "frozen" in rows["0.weight"].reason
     assert "frozen" in rows["0.bias"].reason
     assert rows["2.weight"].reason == "Linear"
+
+
+# --- diagnostics -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixing", [{}, {"beta": 0.1}, {"eta": 0.5}, {"beta": 0.1, "eta": 0.5}])
+def test_diagnostics_against_the_oracle(mixing: dict[str, float]) -> None:
+    model = conv_net()
+    options = {"lr": 0.1, "momentum": 0.9, "damping": 0.05, "stat_decay": 0.8, "kl_clip": 1e-3, **mixing}
+    oracle = ReferenceFOP(model, weight_decay=0.01, **options)
+    optimizer = FOP(model, weight_decay=0.01, curvature_interval=1, **options)
+    assert all(layer.beta is None for layer in optimizer.diagnostics().layers.values())
+    assert optimizer.diagnostics().kl_scale == 1.0
+    for seed in range(4):
+        x, y = batch(6, seed, IMAGE)
+        oracle.step(x, y, half_squared_error)
+        train_step(model, optimizer, x, y)
+        found = optimizer.diagnostics()
+        assert found.kl_scale == pytest.approx(oracle.kl_scale, rel=1e-8)
+        assert found.kl_scale < 1
+        assert list(found.layers) == ["0", "2", "4"]
+        for name, state in oracle.state.items():
+            layer = found.layers[name]
+            for key in ("beta", "eta", "rho"):
+                assert getattr(layer, key) == pytest.approx(getattr(state.correction, key), rel=1e-7), key
+            assert 0 < layer.rho < 1
+            assert layer.steps_since_curvature == 0
+            assert set(layer.rescues.values()) == {0}
+
+
+def test_damping_shares() -> None:
+    """The share of πγ in the mean eigenvalue of A + πγI, and of γ/π in that of G + γ/π I."""
+    model = mlp()
+    optimizer = FOP(model, damping=0.01)
+    train_step(model, optimizer, *batch())
+    for name, layer in optimizer.diagnostics().layers.items():
+        state = optimizer.state[model[int(name)].weight]
+        a = float(state["A"][0].trace()) / state["A"].shape[-1]
+        g = float(state["G"][0].trace()) / state["G"].shape[-1]
+        pi = math.sqrt(a / g)
+        assert layer.damping_A == pytest.approx(0.1 * pi / (a + 0.1 * pi), rel=1e-9)
+        assert layer.damping_G == pytest.approx(0.1 / pi / (g + 0.1 / pi), rel=1e-9)
+
+
+def test_diagnostics_of_a_kfac_step() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    train_step(model, optimizer, *batch())
+    assert all(layer.beta != 0 for layer in optimizer.diagnostics().layers.values())
+    train_step(model, optimizer, *batch(1))
+    for layer in optimizer.diagnostics().layers.values():
+        assert (layer.beta, layer.eta, layer.rho) == (0.0, 1.0, 0.0)
+    assert optimizer.diagnostics().kl_scale <= 1.0
+
+
+def test_rescues_are_counted_and_reported_once() -> None:
+    """Without damping, factors of rank one cannot be inverted: more damping is needed at every update."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = FOP(model, damping=0.0, curvature_interval=1)
+    x, y = torch.randn(1, 6).repeat(4, 1), torch.randn(1, 4).repeat(4, 1)
+    with pytest.warns(RuntimeWarning, match=r"more damping.*reported once") as caught:
+        for _ in range(3):
+            train_step(model, optimizer, x, y)
+    assert len({str(warning.message) for warning in caught}) == len(caught)
+    (layer,) = optimizer.diagnostics().layers.values()
+    assert sum(layer.rescues.values()) == 6, "two factors at each of three updates"
+    assert torch.isfinite(model.weight).all()
+
+
+def test_factor_that_no_damping_can_invert() -> None:
+    """All inputs are zero and damping is zero: no curvature, no crash, no NaN, and it is reported."""
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = FOP(model, damping=0.0)
+    with pytest.warns(RuntimeWarning, match="inversion of a curvature factor"):
+        for _ in range(2):
+            train_step(model, optimizer, torch.zeros(4, 6), torch.ones(4, 4))
+    assert torch.isfinite(model.weight).all()
+    assert optimizer.summary().rows[0].path != "FOP" or "no curvature" in optimizer.summary().rows[0].reason
+
+
+# --- steps without a pair ----------------------------------------------------------------------------------
+
+
+def without_pair(optimizer: FOP) -> dict[str, tuple[int, str | None]]:
+    layers = optimizer.diagnostics().layers
+    return {name: (layer.kfac_steps, layer.why_kfac) for name, layer in layers.items()}
+
+
+def one_sample(model: nn.Sequential, optimizer: FOP) -> None:
+    loss_of(model, *batch(1)).backward()
+
+
+def no_sample(model: nn.Sequential, optimizer: FOP) -> None:
+    model(batch(0)[0]).sum().backward()
+
+
+def other_sizes(model: nn.Sequential, optimizer: FOP) -> None:
+    hidden = model[0](batch(6)[0])
+    (model[2](hidden).mean() + model[2](hidden[:4]).mean() + model[0](batch(2)[0]).mean()).backward()
+
+
+def changed_in_place(model: nn.Sequential, optimizer: FOP) -> None:
+    loss_of(model, *batch()).backward()
+    for p in model.parameters():
+        p.grad.clamp_(-0.01, 0.01)  # type: ignore[union-attr]
+
+
+def added_to(model: nn.Sequential, optimizer: FOP) -> None:
+    loss_of(model, *batch()).backward()
+    for p in model.parameters():
+        p.grad.add_(1.0)  # type: ignore[union-attr]
+    loss_of(model, *batch()).backward()
+
+
+def penalised(model: nn.Sequential, optimizer: FOP) -> None:
+    optimizer.request_curvature()
+    (loss_of(model, *batch()) + sum(p.square().sum() for p in model.parameters())).backward()
+
+
+def as_a_function(model: nn.Sequential, optimizer: FOP) -> None:
+    x, y = batch()
+    hidden = nn.functional.linear(x, model[0].weight, model[0].bias)  # type: ignore[arg-type]
+    half_squared_error(nn.functional.linear(hidden, model[2].weight, model[2].bias), y).backward()  # type: ignore[arg-type]
+
+
+def one_label(model: nn.Sequential, optimizer: FOP) -> None:
+    with optimizer.sub_batch(1):
+        loss_of(model, *batch()).backward()
+
+
+CHANGED = "p.grad is not what the layer's own backward pass gave"
+NO_PAIR: dict[Callable[[nn.Sequential, FOP], None], str] = {
+    one_sample: "a batch of 1 has no halves",
+    no_sample: "its batch is empty",
+    # "its uses have batches of …", or "its input is (…) for a batch of …" after an earlier call.
+    other_sizes: "batch",
+    changed_in_place: CHANGED,
+    added_to: CHANGED,
+    penalised: CHANGED,
+    as_a_function: "its gradient came by a path that no hook saw",
+    one_label: "its backward passes were all of one sub-batch",
+}
+
+
+@pytest.mark.parametrize("backward", NO_PAIR)
+def test_steps_without_a_pair_are_counted_and_explained(
+    backward: Callable[[nn.Sequential, FOP], None],
+) -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    train_step(model, optimizer, *batch())
+    assert without_pair(optimizer) == {"0": (0, None), "2": (0, None)}
+    assert "took K-FAC's step" not in str(optimizer.diagnostics())
+    for count in (1, 2):
+        optimizer.zero_grad()
+        backward(model, optimizer)
+        optimizer.step()
+        for name, (steps, why) in without_pair(optimizer).items():
+            assert steps == count, name
+            assert why is not None
+            assert NO_PAIR[backward] in why
+            assert f"{name} took K-FAC's step: {why}" in str(optimizer.diagnostics())
+    optimizer.request_curvature()  # which also looks again for other paths into the gradient
+    train_step(model, optimizer, *batch())
+    assert without_pair(optimizer) == {"0": (2, None), "2": (2, None)}
+
+
+def test_only_the_layers_without_a_pair_are_counted() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    train_step(model, optimizer, *batch())
+    optimizer.zero_grad()
+    loss_of(model, *batch()).backward()
+    model[0].weight.grad.neg_()  # type: ignore[union-attr]
+    optimizer.step()
+    found = without_pair(optimizer)
+    assert (found["0"][0], found["2"]) == (1, (0, None))
+    # A layer that is left out takes no step of any kind.
+    optimizer.zero_grad()
+    half_squared_error(model[2](batch(6, shape=(6,))[0]), batch()[1]).backward()
+    optimizer.step()
+    assert without_pair(optimizer) == found
+
+
+def test_kfac_has_no_pairs_to_miss() -> None:
+    model = mlp()
+    optimizer = KFAC(model)
+    for n in (6, 1):
+        train_step(model, optimizer, *batch(n))
+    assert without_pair(optimizer) == {"0": (0, None), "2": (0, None)}
+
+
+# --- nothing is read before someone asks -------------------------------------------------------------------
+
+
+def test_reports_alone_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the meta device have no values: diagnostics() must fail on them, and a step must not."""
+    # autocast knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    model = conv_net()
+    optimizer = FOP(model, curvature_interval=100)
+    step = 0
+    while step < 12 or optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step, IMAGE))
+        step += 1
+    ghost = copy.deepcopy(model).to("meta")
+    other = FOP(ghost, curvature_interval=100)
+    other.load_state_dict(optimizer.state_dict())
+    loss_of(ghost, *(tensor.to("meta") for tensor in batch(6, step, IMAGE))).backward()
+    nn.utils.clip_grad_norm_(ghost.parameters(), 1.0)
+    other.step()
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        other.diagnostics()

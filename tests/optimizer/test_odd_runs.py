@@ -1,9 +1,8 @@
-"""Training loops: freezing, odd batches, the curvature schedule, dtypes and scales."""
+"""Odd batches, dtypes and scales of the loss."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from fop.optim.discovery import find_layers
 from models import (
     PLAIN,
     Attentive,
@@ -20,8 +18,6 @@ from models import (
     assert_equal,
     batch,
     check_step,
-    conv_net,
-    direction,
     gradients,
     halves,
     loss_of,
@@ -32,83 +28,6 @@ from models import (
     weights,
 )
 from reference import half_squared_error
-
-# --- freezing ----------------------------------------------------------------------------------------------
-
-
-def test_freezing_and_unfreezing_a_layer() -> None:
-    model = mlp()
-    twin = copy.deepcopy(model)
-    optimizer = FOP(model, **PLAIN)
-    train_step(model, optimizer, *batch())
-    model[0].requires_grad_(False)
-    frozen = weights(model)
-    for seed in range(2):
-        train_step(model, optimizer, *batch(6, seed))
-    assert torch.equal(model[0].weight, frozen["0.weight"])
-    assert torch.equal(model[0].bias, frozen["0.bias"])
-    assert not torch.equal(model[2].weight, frozen["2.weight"])
-    model[0].requires_grad_(True)
-    twin.load_state_dict(model.state_dict())
-    x, y = batch(6, seed=5)
-    pairs = halves(twin, x, y)
-    train_step(model, optimizer, x, y)
-    check_step(model, twin, optimizer, pairs)
-
-
-@pytest.mark.parametrize("bare", [False, True])
-def test_frozen_when_the_optimizer_is_made(bare: bool) -> None:
-    """Fine-tuning: the backbone is frozen first and thawed later; torch.optim takes both."""
-    model = mlp()
-    model[0].requires_grad_(False)
-    twin = copy.deepcopy(model).requires_grad_(True)
-    optimizer = FOP(model.parameters() if bare else model, **PLAIN)
-    train_step(model, optimizer, *batch())
-    assert torch.equal(model[0].weight, twin[0].weight)
-    assert not torch.equal(model[2].weight, twin[2].weight)
-    model[0].requires_grad_(True)
-    twin.load_state_dict(model.state_dict())
-    x, y = batch(6, seed=5)
-    pairs = halves(twin, x, y)
-    train_step(model, optimizer, x, y)
-    check_step(model, twin, optimizer, pairs)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_frozen_bias(when: str) -> None:
-    """A bias without gradient has no second gradient either: it must not enter g1 − g2."""
-    model = mlp()
-    twin = copy.deepcopy(model)
-    if when == "before":
-        model[0].bias.requires_grad_(False)
-    optimizer = FOP(model, **PLAIN)
-    model[0].bias.requires_grad_(False)
-    x, y = batch()
-    average, difference = halves(twin, x, y)["0"]
-    train_step(model, optimizer, x, y)
-    assert torch.equal(model[0].bias, twin[0].bias)
-    dim = optimizer.state[model[0].weight]["A"].shape[-1]
-    if dim == 5:
-        average, difference = average[..., :-1], difference[..., :-1]
-    else:
-        average[..., -1] = difference[..., -1] = 0
-    expected = direction(optimizer, model[0].weight, average, difference)[0, :, :5]
-    taken = (twin[0].weight - model[0].weight).detach() / 0.5
-    torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-10)
-
-
-def test_many_groups_added_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradual unfreezing: each group costs one look at the model, not one more for every group before."""
-    looks = []
-    monkeypatch.setattr(
-        "fop.optim.tracking.find_layers", lambda *args: looks.append(args) or find_layers(*args)
-    )
-    model = mlp()
-    optimizer = FOP(model)
-    for _ in range(8):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    assert len(looks) <= 9
-
 
 # --- odd batches -------------------------------------------------------------------------------------------
 
@@ -189,63 +108,6 @@ def test_parameters_without_elements(library: type[FOP]) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert_differs(weights(model.head), {"weight": before["head.weight"], "bias": before["head.bias"]})
     assert str(optimizer.summary())
-
-
-# --- the curvature schedule --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("interval", [1, 3, 7])
-def test_interval_grows_to_its_value(interval: int) -> None:
-    model = mlp()
-    optimizer = FOP(model, curvature_interval=interval)
-    refreshed = []
-    for step in range(120):
-        due = optimizer.curvature_due
-        train_step(model, optimizer, *batch(6, step))
-        age = optimizer.diagnostics().layers["0"].steps_since_curvature
-        assert (age == 0) == due
-        if age == 0:
-            refreshed.append(step)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(refreshed)]
-    assert refreshed[:2] == [0, 1], "a step-0 inverse is wrong by step 20"
-    assert gaps == sorted(gaps)
-    assert set(gaps) == set(range(1, interval + 1))
-    assert gaps[-3:] == [interval] * 3
-
-
-def test_layer_unused_at_its_due_step_refreshes_when_next_used() -> None:
-    model = mlp()
-    optimizer = FOP(model, curvature_interval=10)
-    step = 0
-    while step < 60 or not optimizer.curvature_due:
-        train_step(model, optimizer, *batch(6, step))
-        step += 1
-    for seed in range(3):  # the first layer sits out its due step and two more
-        optimizer.zero_grad()
-        half_squared_error(model[2](batch(6, seed, shape=(6,))[0]), batch(6, seed)[1]).backward()
-        optimizer.step()
-        assert optimizer.curvature_due
-    ages = {name: layer.steps_since_curvature for name, layer in optimizer.diagnostics().layers.items()}
-    assert ages == {"0": 12, "2": 2}
-    train_step(model, optimizer, *batch())
-    ages = {name: layer.steps_since_curvature for name, layer in optimizer.diagnostics().layers.items()}
-    assert ages == {"0": 0, "2": 3}
-    assert not optimizer.curvature_due
-
-
-def test_request_curvature() -> None:
-    model = conv_net()
-    optimizer = FOP(model, curvature_interval=50)
-    step = 0
-    while step < 30 or optimizer.curvature_due:
-        train_step(model, optimizer, *batch(6, step, (2, 5, 6)))
-        step += 1
-    optimizer.request_curvature()
-    assert optimizer.curvature_due
-    train_step(model, optimizer, *batch(6, step, (2, 5, 6)))
-    ages = [layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()]
-    assert ages == [0, 0, 0]
-    assert not optimizer.curvature_due
 
 
 # --- dtypes and scales -------------------------------------------------------------------------------------

@@ -1,16 +1,14 @@
-"""What scripts expect of any `torch.optim` optimizer: construction, gradients, the step and its hooks.
+"""What scripts expect of the step of any `torch.optim` optimizer: gradients, closure, hooks, lifetime.
 
 SGD and AdamW run through every test that applies to them, so that the contract is torch's and not ours. It
-was drawn from torch's documentation and its own tests (test/test_optim.py). The rest of the suite:
-`test_contract_groups.py` (parameter groups, freezing), `test_contract_state.py` (saving and loading),
-`test_contract_copies.py` (copies, moves, lifetime), `test_contract_schedules.py` (schedulers, GradScaler,
-clipping, averaging).
+was drawn from torch's documentation and its own tests (test/test_optim.py).
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,140 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from contract import LR, Make, every, train, trained
+from contract import Make, every, train, trained
 from models import Mixed, assert_differs, assert_equal, loss_of, snapshot, tokens, weights
-
-# --- construction ------------------------------------------------------------------------------------------
-
-FORMS: dict[str, Callable[[nn.Module], Any]] = {
-    "parameters": lambda model: model.parameters(),
-    "generator": lambda model: (p for p in model.parameters()),
-    "tuple": lambda model: tuple(model.parameters()),
-    "dict-values": lambda model: dict(model.named_parameters()).values(),
-    "named": lambda model: model.named_parameters(),
-    "one-group": lambda model: [{"params": model.parameters(), "lr": LR}],
-    "groups": lambda model: [{"params": list(model.parameters())[:3]}, {"params": [*model.parameters()][3:]}],
-    "named-groups": lambda model: [{"params": model.named_parameters()}],
-    "a-group-each": lambda model: [{"params": p} for p in model.parameters()],
-    "with-an-empty-group": lambda model: [{"params": []}, {"params": model.parameters()}],
-}
-
-
-@every
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_parameters_gives_the_same_run(make: Make, form: str) -> None:
-    expected, _ = trained(make)
-    model = Mixed()
-    optimizer = make(FORMS[form](model), lr=9.0 if form == "one-group" else LR)
-    assert isinstance(optimizer, Optimizer)
-    train(model, optimizer, range(3))
-    assert_equal(weights(model), weights(expected))
-
-
-@every
-def test_options_of_a_group_go_before_the_defaults(make: Make) -> None:
-    model = Mixed()
-    first, *rest = model.parameters()
-    optimizer = make([{"params": [first], "lr": 0.5, "weight_decay": 0.1, "tag": "mine"}, {"params": rest}])
-    one, two = optimizer.param_groups
-    assert (one["lr"], one["weight_decay"], one["tag"]) == (0.5, 0.1, "mine")
-    assert (two["lr"], two["weight_decay"]) == (LR, 0.0)
-    assert one["params"] == [first] and two["params"] == rest
-    assert optimizer.defaults["lr"] == LR
-
-
-@every
-def test_names_are_kept_in_the_groups(make: Make) -> None:
-    """Since torch 2.6: `named_parameters()` leaves its names in the groups and in the state."""
-    model = Mixed()
-    optimizer = make(model.named_parameters())
-    names = [name for name, _ in model.named_parameters()]
-    assert optimizer.param_groups[0]["param_names"] == names
-    assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
-    assert "param_names" not in make(Mixed().parameters()).param_groups[0]
-
-
-def leaf() -> nn.Parameter:
-    return nn.Parameter(torch.ones(2, 3))
-
-
-def used_up() -> Iterator[Tensor]:
-    params = iter([leaf()])
-    list(params)
-    return params
-
-
-def in_two_groups() -> list[dict[str, Any]]:
-    shared = leaf()
-    return [{"params": [shared]}, {"params": [leaf(), shared]}]
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
-    "tensor": (leaf, TypeError),
-    "empty": (list, ValueError),
-    "used-up": (used_up, ValueError),
-    "strings": (lambda: ["weight"], TypeError),
-    "set": (lambda: [{"params": {leaf(), leaf()}}], TypeError),
-    "not-a-leaf": (lambda: [leaf() * 2], ValueError),
-    "two-groups": (in_two_groups, ValueError),
-    "half-of-them-named": (lambda: [("weight", leaf()), leaf()], ValueError),
-    "group-without-names": (
-        lambda: [{"params": [("weight", leaf())]}, {"params": [leaf()]}],
-        ValueError,
-    ),
-}
-
-
-@every
-@pytest.mark.parametrize("case", REFUSED)
-def test_parameters_that_are_refused(make: Make, case: str) -> None:
-    given, error = REFUSED[case]
-    with pytest.raises(error):
-        make(given())
-
-
-@every
-def test_a_parameter_given_twice_is_pointed_out(make: Make) -> None:
-    """torch warns that this will be an error; ours is one."""
-    param = leaf()
-    with warnings.catch_warnings(), pytest.raises((UserWarning, ValueError), match=r"duplicate|2 times"):
-        warnings.simplefilter("error")
-        make([param, param])
-
-
-@every
-@pytest.mark.parametrize("option", ["lr", "weight_decay"])
-def test_negative_options_are_refused(make: Make, option: str) -> None:
-    with pytest.raises(ValueError, match=r"-1\.0"):
-        make([leaf()], **{option: -1.0})
-
-
-@every
-def test_bad_groups_added_later_are_refused_and_change_nothing(make: Make) -> None:
-    model, optimizer = trained(make)
-    before = snapshot(optimizer)
-    for group, error in (
-        ([leaf()], TypeError),
-        ({"params": {leaf()}}, TypeError),
-        ({"params": [leaf() * 2]}, ValueError),
-        ({"params": [model.shift]}, ValueError),
-        ({"params": ["weight"]}, TypeError),
-    ):
-        with pytest.raises(error):
-            optimizer.add_param_group(group)  # type: ignore[arg-type]
-    assert_equal(snapshot(optimizer), before)
-
-
-@every
-def test_repr_names_the_class_and_every_option(make: Make) -> None:
-    _, optimizer = trained(make, lr=0.125)
-    text = repr(optimizer)
-    assert text.startswith(f"{type(optimizer).__name__} (")
-    assert "Parameter Group 0" in text and "lr: 0.125" in text
-    for option in optimizer.defaults:
-        assert f" {option}: " in text
-    assert str(optimizer) == text
-
 
 # --- gradients ---------------------------------------------------------------------------------------------
 
@@ -364,3 +230,37 @@ def test_evaluation_in_between_changes_nothing(make: Make) -> None:
         with torch.no_grad():
             optimizer.step()
     assert_equal(weights(model), weights(expected))
+
+
+# --- lifetime ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Reference counts alone must do."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@every
+@pytest.mark.usefixtures("no_collector")
+def test_dropping_the_optimizer_frees_its_state(make: Make) -> None:
+    model, optimizer = trained(make)
+    held = [value for entry in optimizer.state.values() for value in entry.values()]
+    watched = [weakref.ref(value) for value in held if isinstance(value, Tensor)]
+    watched.append(weakref.ref(optimizer))  # type: ignore[arg-type]
+    assert len(watched) > 7
+    del held, optimizer
+    assert [ref() for ref in watched] == [None] * len(watched)
+    model(tokens()[0]).sum().backward()
+
+
+@every
+@pytest.mark.usefixtures("no_collector")
+def test_dropping_the_model_and_the_optimizer_frees_both(make: Make) -> None:
+    model, optimizer = trained(make)
+    watched = [weakref.ref(each) for each in (model, optimizer, *model.modules(), *model.parameters())]
+    del model, optimizer
+    assert [ref() for ref in watched] == [None] * len(watched)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fop.layers.conv
 from fop import FOP
 from models import PLAIN, batch, check_step, half_squared_error, halves, loss_of, mlp, train_step, weights
 from reference import full
@@ -256,7 +255,7 @@ CHUNK = 2**13
 
 def trained_on_images(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, int]:
     if chunk is not None:
-        monkeypatch.setattr(fop.layers.conv, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("fop.layers.conv.CHUNK_ELEMENTS", chunk)
     model = patches_net()
     optimizer = FOP(model, damping=1e-2, layer_options={"4": {"path": "adamw"}})
     with Largest() as largest:

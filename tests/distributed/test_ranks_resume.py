@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from cases import OPTIONS, Weights, whole, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed_cases import OPTIONS
 from fop import FOP
-from models import batch, loss_of
+from models import batch, loss_of, mlp, weights
 from ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(180)
 SEGMENT = 7
 RANKS = (4, 2, 3, 1)
 # After so many steps the curvature is one step old, and not due.
@@ -45,45 +43,40 @@ class Net(nn.Module):
         return out
 
 
-def shares(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """A rank's part of a batch of 24; the first halves of all ranks together are the first 12 samples."""
-    x, y = batch(24, step, (2, 5, 6))
-    h = 12 // ranks
-    own = torch.arange(rank * h, (rank + 1) * h)
-    index = torch.cat([own, 12 + own])
-    return x[index], y[index]
+def train(model: nn.Module, optimizer: FOP, steps: range, rank: int, ranks: int) -> None:
+    """Each rank has a part of a batch of 24; the first halves of all ranks are the first 12 samples."""
+    for step in steps:
+        x, y = batch(24, step, (2, 5, 6))
+        own = torch.arange(24).view(2, ranks, -1)[:, rank].flatten()
+        optimizer.zero_grad()
+        loss_of(model, x[own], y[own]).backward()
+        optimizer.step()
 
 
-def segment(
-    rank: int, ranks: int, folder: str, first: int, wrap: str, options: dict[str, Any]
-) -> dict[str, Tensor]:
+def save(folder: object, model: nn.Module, optimizer: FOP) -> None:
+    model_state, state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=str(folder))
+
+
+def load(folder: object, model: nn.Module, optimizer: FOP) -> None:
+    model_state, state = get_state_dict(model, optimizer)
+    loaded = {"model": model_state, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=str(folder))
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+
+
+def segment(rank: int, ranks: int, folder: str, first: int, wrap: str, options: dict[str, Any]) -> Weights:
     """Load what the ranks before have saved, train on, and save."""
     warnings.simplefilter("ignore")
-    model = Net()
-    if wrap == "fsdp" and ranks > 1:
-        fully_shard(model)
-    wrapped: nn.Module = DistributedDataParallel(model) if wrap == "ddp" and ranks > 1 else model
-    optimizer = FOP(wrapped, **{**OPTIONS, **options}, distributed={"pair": "halves"})
+    inner = Net()
+    model = wrapped(inner, wrap if ranks > 1 else "")
+    optimizer = FOP(model, **{**OPTIONS, **options}, distributed={"pair": "halves"})
     if first:
-        model_state, state = get_state_dict(wrapped, optimizer)
-        loaded = {"model": model_state, "optimizer": state}
-        dcp.load(loaded, checkpoint_id=folder)
-        set_state_dict(
-            wrapped, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
-        )
+        load(folder, model, optimizer)
         assert optimizer.param_groups[0]["step"] == first
-    for step in range(first, first + SEGMENT):
-        optimizer.zero_grad()
-        loss_of(wrapped, *shares(step, rank, ranks)).backward()
-        optimizer.step()
-    model_state, state = get_state_dict(wrapped, optimizer)
-    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=folder)
-    return {name: whole(param) for name, param in model.named_parameters()}
-
-
-def whole(param: Tensor) -> Tensor:
-    tensor = param.full_tensor() if hasattr(param, "full_tensor") else param
-    return tensor.detach()  # type: ignore[no-any-return]
+    train(model, optimizer, range(first, first + SEGMENT), rank, ranks)
+    save(folder, model, optimizer)
+    return whole(inner)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +86,11 @@ def whole(param: Tensor) -> Tensor:
 )
 def test_resumed_on_other_numbers_of_ranks(tmp_path: Path, wrap: str, options: dict[str, Any]) -> None:
     model = Net()
-    optimizer = FOP(model, **{**OPTIONS, **options})
-    for step in range(SEGMENT * len(RANKS)):
-        optimizer.zero_grad()
-        loss_of(model, *shares(step, 0, 1)).backward()
-        optimizer.step()
-    results: list[dict[str, Tensor]] = []
+    train(model, FOP(model, **{**OPTIONS, **options}), range(SEGMENT * len(RANKS)), 0, 1)
     for index, ranks in enumerate(RANKS):
         folder = str(tmp_path / "checkpoint")
         results = run_ranks(segment, ranks, ranks, folder, index * SEGMENT, wrap, options)
-    for name, param in model.named_parameters():
-        expected = param.detach()
+    for name, expected in weights(model).items():
         error = (results[0][name] - expected).norm() / expected.norm()
         assert error < 1e-10, f"{name} differs by {float(error):.1e}"
 
@@ -111,9 +98,8 @@ def test_resumed_on_other_numbers_of_ranks(tmp_path: Path, wrap: str, options: d
 def save_plainly(rank: int, ranks: int, path: str) -> list[list[str]]:
     """Rank 0 alone saves, as scripts for SGD do."""
     model = Net()
-    wrapped = DistributedDataParallel(model)
-    optimizer = FOP(wrapped, **OPTIONS)
-    train(wrapped, optimizer, range(STEPS), rank, ranks)
+    optimizer = FOP(model_of_ranks := DistributedDataParallel(model), **OPTIONS)
+    train(model_of_ranks, optimizer, range(STEPS), rank, ranks)
     if rank == 0:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     return [sorted(key for key in optimizer.state[p] if key in "AG") for p in model.parameters()]
@@ -123,20 +109,13 @@ def load_plainly(rank: int, ranks: int, path: str) -> tuple[list[int], list[bool
     model = Net()
     saved = torch.load(path)
     model.load_state_dict(saved["model"])
-    wrapped: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = FOP(wrapped.parameters(), **OPTIONS)
+    model_of_ranks = wrapped(model, "ddp" if ranks > 1 else "")
+    optimizer = FOP(model_of_ranks.parameters(), **OPTIONS)
     optimizer.load_state_dict(saved["optimizer"])
-    train(wrapped, optimizer, range(STEPS, STEPS + 1), rank, ranks)
+    train(model_of_ranks, optimizer, range(STEPS, STEPS + 1), rank, ranks)
     state = [optimizer.state[p] for p in model.parameters() if p.dim() > 1]
     finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
     return [entries["refreshed_at"] for entries in state], ["A" in entries for entries in state], finite
-
-
-def train(model: nn.Module, optimizer: FOP, steps: range, rank: int, ranks: int) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, *shares(step, rank, ranks)).backward()
-        optimizer.step()
 
 
 def test_what_rank_0_saves_alone_can_be_loaded_by_any_number_of_ranks(tmp_path: Path) -> None:
@@ -146,10 +125,33 @@ def test_what_rank_0_saves_alone_can_be_loaded_by_any_number_of_ranks(tmp_path: 
     assert any(missing)
     assert not all(missing)
     for ranks in (1, 3):
-        for result in (results := run_ranks(load_plainly, ranks, ranks, path)):
-            refreshed_at, _, finite = result
+        results = run_ranks(load_plainly, ranks, ranks, path)
+        for refreshed_at, _, finite in results:
             assert finite
             # What rank 0 did not own had to be estimated anew; the rest is as it was saved.
             assert [at == STEPS for at in refreshed_at] == missing
         owned = [sum(result[1][layer] for result in results) for layer in range(len(missing))]
         assert owned == [1] * len(missing)
+
+
+def test_a_checkpoint_of_torch_continues_bit_for_bit(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint keeps no strides, and reads only what is there to read into."""
+    warnings.simplefilter("ignore")
+
+    def train_float32(model: nn.Module, optimizer: FOP, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(model, *(t.float() for t in batch(6, step))).backward()
+            optimizer.step()
+
+    model, twin = mlp().float(), mlp(1).float()
+    optimizer, other = FOP(model, **OPTIONS), FOP(twin, **OPTIONS)
+    train_float32(model, optimizer, range(STEPS))
+    save(tmp_path, model, optimizer)
+    load(tmp_path, twin, other)
+    for param, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        assert optimizer.state[param].keys() == other.state[copied].keys()
+    for net, its in ((model, optimizer), (twin, other)):
+        train_float32(net, its, range(STEPS, 20))
+    for name, value in weights(model).items():
+        assert torch.equal(weights(twin)[name], value), name

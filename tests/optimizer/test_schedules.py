@@ -1,12 +1,9 @@
-"""What stands around an optimizer: schedulers, GradScaler, gradient clipping, averaged weights.
-
-Part of the conformance suite; see `test_contract.py`.
-"""
+"""What stands around an optimizer: schedules, GradScaler, gradient clipping, averaged weights."""
 
 from __future__ import annotations
 
 import inspect
-import io
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,34 +15,48 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
-from contract import LR, Make, every, train, trained
-from models import Mixed, assert_differs, assert_equal, loss_of, snapshot, tokens, weights
+from contract import FUNCTIONS, LR, Make, every, ours, saved, train, trained
+from fop import FOP
+from models import (
+    Mixed,
+    assert_differs,
+    assert_equal,
+    batch,
+    conv_net,
+    loss_of,
+    mlp,
+    snapshot,
+    tokens,
+    train_step,
+    weights,
+)
+from reference import half_squared_error
 
 STEPS = 12
 
 # --- schedulers --------------------------------------------------------------------------------------------
 
-SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: step / 10),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5, 9], 0.5),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.25, total_iters=4),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=8),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=10, power=2.0),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4, 2),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, LR / 10, LR, step_size_up=3),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, LR, total_steps=STEPS + 1),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+SCHEDULERS: dict[str, Callable[[Optimizer, float], LRScheduler]] = {
+    "LambdaLR": lambda o, top: lr_scheduler.LambdaLR(o, lambda step: step / 10),
+    "MultiplicativeLR": lambda o, top: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o, top: lr_scheduler.StepLR(o, 3, 0.5),
+    "MultiStepLR": lambda o, top: lr_scheduler.MultiStepLR(o, [2, 5, 9], 0.5),
+    "ConstantLR": lambda o, top: lr_scheduler.ConstantLR(o, 0.25, total_iters=4),
+    "LinearLR": lambda o, top: lr_scheduler.LinearLR(o, 0.1, total_iters=8),
+    "ExponentialLR": lambda o, top: lr_scheduler.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o, top: lr_scheduler.PolynomialLR(o, total_iters=10, power=2.0),
+    "CosineAnnealingLR": lambda o, top: lr_scheduler.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o, top: lr_scheduler.CosineAnnealingWarmRestarts(o, 4, 2),
+    "CyclicLR": lambda o, top: lr_scheduler.CyclicLR(o, top / 10, top, step_size_up=3),
+    "OneCycleLR": lambda o, top: lr_scheduler.OneCycleLR(o, top, total_steps=STEPS + 1),
+    "ReduceLROnPlateau": lambda o, top: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "SequentialLR": lambda o, top: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.8)], [4]
     ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+    "ChainedScheduler": lambda o, top: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(o, 0.5, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)], o
     ),
-    "SWALR": lambda o: SWALR(o, swa_lr=LR / 5, anneal_epochs=6),
+    "SWALR": lambda o, top: SWALR(o, swa_lr=top / 5, anneal_epochs=6),
 }
 
 every_scheduler = pytest.mark.parametrize("kind", SCHEDULERS)
@@ -87,7 +98,7 @@ def test_scheduler_drives_the_step(make: Make, kind: str) -> None:
     optimizer = make(model.parameters(), weight_decay=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        used = scheduled(model, optimizer, SCHEDULERS[kind](optimizer), range(STEPS))
+        used = scheduled(model, optimizer, SCHEDULERS[kind](optimizer, LR), range(STEPS))
     assert len({options["lr"] for options in used}) > 1
     by_hand = Mixed()
     other = make(by_hand.parameters(), weight_decay=0.1)
@@ -105,16 +116,13 @@ def test_scheduler_and_optimizer_continue_from_their_states(make: Make, kind: st
     def fresh() -> tuple[Mixed, Optimizer, LRScheduler]:
         model = Mixed()
         optimizer = make(model.parameters())
-        return model, optimizer, SCHEDULERS[kind](optimizer)
+        return model, optimizer, SCHEDULERS[kind](optimizer, LR)
 
     first, unbroken = fresh(), fresh()
     scheduled(*first, range(5))
     scheduled(*unbroken, range(STEPS))
-    file = io.BytesIO()
-    torch.save([each.state_dict() for each in first], file)
-    file.seek(0)
     second = fresh()
-    for each, state in zip(second, torch.load(file, weights_only=True), strict=True):
+    for each, state in zip(second, [saved(each.state_dict()) for each in first], strict=True):
         each.load_state_dict(state)
     scheduled(*second, range(5, STEPS))
     assert second[2].get_last_lr() == unbroken[2].get_last_lr()
@@ -146,6 +154,133 @@ def test_rate_of_zero_moves_nothing(make: Make) -> None:
     scheduler.step()
     train(model, optimizer, [5])
     assert_differs(weights(model), before)
+
+
+@every_scheduler
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_path_is_torch_adamw(kind: str, maximize: bool) -> None:
+    """Same gradients in, same weights out, with its own lr on the schedule of the group's lr."""
+    model = Mixed()
+    others = {
+        name: p for name, p in model.named_parameters() if name.split(".")[0] not in ("first", "second")
+    }
+    assert len(others) == 4
+    twins = {name: nn.Parameter(p.detach().clone()) for name, p in others.items()}
+    shared = {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "maximize": maximize}
+    # A table of tokens is the usual thing to be left to AdamW.
+    choice = {"embed": {"path": "adamw"}}
+    optimizer = FOP(model.parameters(), lr=0.2, adamw_lr=0.01, layer_options=choice, **shared)
+    adamw = torch.optim.AdamW(twins.values(), lr=0.01, **shared)
+    schedulers = [SCHEDULERS[kind](optimizer, 0.2), SCHEDULERS[kind](adamw, 0.01)]
+    rates = set()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, *tokens(6, step)).backward()
+        for name, p in others.items():
+            twins[name].grad = p.grad.clone()  # type: ignore[union-attr]
+        rates.add(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        adamw.step()
+        for scheduler in schedulers:
+            advance(scheduler)
+        for name, p in others.items():
+            torch.testing.assert_close(p.detach(), twins[name].detach(), rtol=1e-10, atol=1e-12)
+    assert len(rates) > 1
+
+
+# --- functions of the step ---------------------------------------------------------------------------------
+
+
+@ours
+@pytest.mark.parametrize("names", [["damping"], ["curvature_interval"], ["damping", "curvature_interval"]])
+def test_functions_are_values_set_by_hand(names: list[str], library: type[FOP]) -> None:
+    functions = {name: FUNCTIONS[name] for name in names}
+    first = {name: function(0) for name, function in functions.items()}
+    models = [mlp(), mlp(), mlp()]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    optimizer, by_hand, constant = (
+        library(model, **options, **chosen)
+        for model, chosen in zip(models, (functions, first, first), strict=True)
+    )
+    for step in range(30):
+        by_hand.param_groups[0].update({name: function(step) for name, function in functions.items()})
+        for model, each in zip(models, (optimizer, by_hand, constant), strict=True):
+            train_step(model, each, *batch(6, step))
+        assert {name: optimizer.param_groups[0][name] for name in functions} == {
+            name: function(step) for name, function in functions.items()
+        }
+        assert optimizer.diagnostics() == by_hand.diagnostics()
+    assert_equal(weights(models[0]), weights(models[1]))
+    assert_equal(snapshot(optimizer), snapshot(by_hand))
+    assert not torch.equal(models[2][0].weight, models[0][0].weight), "the functions had no effect"
+
+
+def test_a_function_is_asked_once_a_step_with_its_number() -> None:
+    asked: list[int] = []
+    model = mlp()
+    optimizer = FOP(model, damping=lambda step: asked.append(step) or 0.1)  # type: ignore[func-returns-value]
+    asked.clear()  # of the constructor, which checks a first value
+    for step in range(4):
+        train_step(model, optimizer, *batch(6, step))
+    assert asked == [0, 1, 2, 3]
+    assert all(type(step) is int for step in asked)
+
+
+# --- the curvature interval --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interval", [1, 3, 7])
+def test_interval_grows_to_its_value(interval: int) -> None:
+    model = mlp()
+    optimizer = FOP(model, curvature_interval=interval)
+    refreshed, age = [], -1
+    for step in range(120):
+        due = optimizer.curvature_due
+        train_step(model, optimizer, *batch(6, step))
+        age = 0 if due else age + 1
+        assert {layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()} == {age}
+        if age == 0:
+            refreshed.append(step)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(refreshed)]
+    assert refreshed[:2] == [0, 1], "a step-0 inverse is wrong by step 20"
+    assert gaps == sorted(gaps)
+    assert set(gaps) == set(range(1, interval + 1))
+    assert gaps[-3:] == [interval] * 3
+
+
+def test_layer_unused_at_its_due_step_refreshes_when_next_used() -> None:
+    model = mlp()
+    optimizer = FOP(model, curvature_interval=10)
+    step = 0
+    while step < 60 or not optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step))
+        step += 1
+    for seed in range(3):  # the first layer sits out its due step and two more
+        optimizer.zero_grad()
+        half_squared_error(model[2](batch(6, seed, shape=(6,))[0]), batch(6, seed)[1]).backward()
+        optimizer.step()
+        assert optimizer.curvature_due
+    ages = {name: layer.steps_since_curvature for name, layer in optimizer.diagnostics().layers.items()}
+    assert ages == {"0": 12, "2": 2}
+    train_step(model, optimizer, *batch())
+    ages = {name: layer.steps_since_curvature for name, layer in optimizer.diagnostics().layers.items()}
+    assert ages == {"0": 0, "2": 3}
+    assert not optimizer.curvature_due
+
+
+def test_request_curvature() -> None:
+    model = conv_net()
+    optimizer = FOP(model, curvature_interval=50)
+    step = 0
+    while step < 30 or optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step, (2, 5, 6)))
+        step += 1
+    optimizer.request_curvature()
+    assert optimizer.curvature_due
+    train_step(model, optimizer, *batch(6, step, (2, 5, 6)))
+    ages = [layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()]
+    assert ages == [0, 0, 0]
+    assert not optimizer.curvature_due
 
 
 # --- GradScaler --------------------------------------------------------------------------------------------

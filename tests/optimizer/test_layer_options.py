@@ -1,9 +1,7 @@
-"""`layer_options`: who is meant, what it changes, and what is refused."""
+"""`layer_options`: who is meant, what it changes, and what is refused; weights that modules share."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +18,6 @@ from models import (
     assert_equal,
     batch,
     half_squared_error,
-    loss_of,
     mlp,
     sentences,
     snapshot,
@@ -90,62 +87,50 @@ def test_they_are_no_option_of_a_group() -> None:
 # --- who is meant ------------------------------------------------------------------------------------------
 
 ADAMW, FOP_PATH = {"path": "adamw"}, {"path": "fop"}
-
-
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        (None, set()),
-        ({}, set()),
-        ({"body.first": ADAMW}, {"body.first"}),
-        ({"*.first": ADAMW}, {"body.first"}),
-        ({"*d*": ADAMW}, {"body", "body.embed", "body.norm", "body.first", "body.second", "head"}),
-        ({"body.[es]*": ADAMW}, {"body.embed", "body.second"}),
-        ({"first": ADAMW}, set()),
-        ({"BODY.FIRST": ADAMW}, set()),
-        ({nn.Linear: ADAMW}, {"body.first", "body.second", "head"}),
-        ({nn.Linear: ADAMW, "head": FOP_PATH}, {"body.first", "body.second"}),
-        ({"head": FOP_PATH, nn.Linear: ADAMW}, {"body.first", "body.second", "head"}),
-        ({nn.Module: ADAMW, "*.?*": FOP_PATH}, {"body", "head"}),
-        ({"*": ADAMW, nn.Embedding: FOP_PATH}, {"body", "body.norm", "body.first", "body.second", "head"}),
-        # Options of another kind are joined with those given before.
-        ({"head": ADAMW, "h*": {"max_factor_dim": 3}}, {"head"}),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:layer_options")
-def test_patterns_and_types_in_their_order(choice: Any, expected: set[str]) -> None:
-    model = nn.Sequential()
-    model.body, model.head = Mixed(), Headed(3, 3)
-    assert taking_adamw(model, choice) == expected
+PARTS = {f"body.{name}" for name in ("embed", "norm", "first", "second")}
 
 
 class Headed(nn.Linear):
     """A type of the user's own that is an `nn.Linear`."""
 
 
-@pytest.mark.parametrize("key", ["", "*", nn.Linear, nn.Module])
-def test_model_that_is_one_layer(key: Any) -> None:
-    """Its name is empty."""
-    model = nn.Linear(3, 2)
-    (row, _) = FOP(model, layer_options={key: ADAMW}).summary().rows
-    assert (row.path, row.reason) == ("AdamW", "layer_options say so")
+def body_and_head() -> nn.Module:
+    model = nn.Sequential()
+    model.body, model.head = Mixed(), Headed(3, 3)
+    return model
 
 
-@pytest.mark.parametrize("key", ["attention.out_proj", nn.Linear])
-def test_part_of_an_attention_module(key: Any) -> None:
-    """Its output projection is a module with a name and a type of its own."""
-    model = Attentive()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = paths(FOP(model, layer_options={key: ADAMW}))
-    assert {found[f"attention.out_proj.{part}"] for part in ("weight", "bias")} == {"AdamW"}
-    assert found["attention.in_proj_weight"] == "FOP"
-
-
-def test_whole_attention_module() -> None:
-    found = paths(FOP(Attentive(), layer_options={"attention": ADAMW}))
-    assert {path for name, path in found.items() if name.startswith("attention")} == {"AdamW"}
-    assert found["head.weight"] == "FOP"
+@pytest.mark.parametrize(
+    ("build", "choice", "expected"),
+    [
+        (body_and_head, None, set()),
+        (body_and_head, {}, set()),
+        (body_and_head, {"body.first": ADAMW}, {"body.first"}),
+        (body_and_head, {"*.first": ADAMW}, {"body.first"}),
+        (body_and_head, {"*d*": ADAMW}, {"body", *PARTS, "head"}),
+        (body_and_head, {"body.[es]*": ADAMW}, {"body.embed", "body.second"}),
+        (body_and_head, {"first": ADAMW}, set()),
+        (body_and_head, {"BODY.FIRST": ADAMW}, set()),
+        (body_and_head, {nn.Linear: ADAMW}, {"body.first", "body.second", "head"}),
+        (body_and_head, {nn.Linear: ADAMW, "head": FOP_PATH}, {"body.first", "body.second"}),
+        (body_and_head, {"head": FOP_PATH, nn.Linear: ADAMW}, {"body.first", "body.second", "head"}),
+        (body_and_head, {nn.Module: ADAMW, "*.?*": FOP_PATH}, {"body", "head"}),
+        (body_and_head, {"*": ADAMW, nn.Embedding: FOP_PATH}, {"body", *PARTS, "head"} - {"body.embed"}),
+        # Options of another kind are joined with those given before.
+        (body_and_head, {"head": ADAMW, "h*": {"max_factor_dim": 3}}, {"head"}),
+        # An attention module, and its output projection with a name and a type of its own.
+        (Attentive, {"attention": ADAMW}, {"attention", "attention.out_proj"}),
+        (Attentive, {"attention.out_proj": ADAMW}, {"attention.out_proj"}),
+        (Attentive, {nn.Linear: ADAMW}, {"attention.out_proj", "head"}),
+        # The name of a model that is one layer is empty.
+        *((lambda: nn.Linear(3, 2), {key: ADAMW}, {""}) for key in ("", "*", nn.Linear, nn.Module)),
+    ],
+)
+@pytest.mark.filterwarnings("error", "ignore:layer_options.*no module matches '(first|BODY.FIRST)'")
+def test_patterns_and_types_in_their_order(
+    build: Callable[[], nn.Module], choice: Any, expected: set[str]
+) -> None:
+    assert taking_adamw(build(), choice) == expected
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -210,35 +195,11 @@ def test_kfac_takes_them_too() -> None:
     assert {"K-FAC", "AdamW"} == set(paths(optimizer).values())
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
-)
-def test_copies_keep_them(copied: Callable[[Any], Any]) -> None:
-    model = Attentive()
-    optimizer = FOP(model, layer_options=CHOICE)
-    train_step(model, optimizer, *sentences())
-    twin, other = copied((model, optimizer))
-    for seed in range(3):
-        train_step(model, optimizer, *sentences(6, seed))
-        train_step(twin, other, *sentences(6, seed))
-    assert_equal(weights(twin), weights(model))
-    assert_equal(snapshot(other), snapshot(optimizer))
-    assert paths(other) == paths(optimizer)
-
-
-def test_layer_on_the_adamw_path_steps_as_adamw() -> None:
+def test_a_model_without_the_fop_step_has_neither_factors_nor_hooks() -> None:
     model = Mixed()
-    twins = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
-    optimizer = FOP(model, lr=0.2, adamw_lr=0.01, weight_decay=0.1, layer_options={"*": ADAMW})
-    adamw = torch.optim.AdamW(twins.values(), lr=0.01, weight_decay=0.1)
-    for seed in range(4):
-        optimizer.zero_grad()
-        loss_of(model, *tokens(6, seed)).backward()
-        for name, p in model.named_parameters():
-            twins[name].grad = p.grad.clone()  # type: ignore[union-attr]
-        optimizer.step()
-        adamw.step()
-    torch.testing.assert_close(weights(model), {name: p.detach() for name, p in twins.items()})
+    optimizer = FOP(model, layer_options={"*": ADAMW})
+    train_step(model, optimizer, *tokens())
+    assert set(paths(optimizer).values()) == {"AdamW"}
     assert not any("A" in state for state in optimizer.state.values())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -262,19 +223,6 @@ def test_asking_for_the_fop_step_where_there_is_none() -> None:
     adamw = {row.name: row.reason for row in optimizer.summary().rows if row.path != "FOP"}
     assert adamw.keys() == {f"recurrent.{name}" for name in dict(model.recurrent.named_parameters())}
     assert set(adamw.values()) == {"no Kronecker factors for GRU"}
-
-
-@pytest.mark.parametrize("limit", [0, 2, 4, 5, 8192])
-def test_factors_beyond_the_limit_are_diagonal(limit: int) -> None:
-    model = mlp()  # 5 → 6 → 3
-    optimizer = FOP(model, layer_options={"*": {"max_factor_dim": limit}})
-    train_step(model, optimizer, *batch())
-    for module, sides in ((model[0], (5, 6)), (model[2], (6, 3))):
-        state = optimizer.state[module.weight]
-        # The column of the bias does not count.
-        for key, side, dim in (("A", sides[0], sides[0] + 1), ("G", sides[1], sides[1])):
-            shape = (1, dim) if side > limit else (1, dim, dim)
-            assert state[key].shape == state[f"{key}_inv"].shape == shape
 
 
 @pytest.mark.parametrize("N", [2, 4, 5])
@@ -321,18 +269,25 @@ def test_batch_dimension_that_an_input_does_not_have() -> None:
 # --- one weight, several modules ---------------------------------------------------------------------------
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
+class Tied(nn.Module):
+    """One weight in two modules; the second is a layer that takes the FOP step, or one that does not."""
+
+    def __init__(self, second: Callable[[], nn.Module], bias: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        self.a, self.b, self.head = nn.Linear(5, 5, bias=bias), second(), nn.Linear(5, 3)
         self.b.weight = self.a.weight
-        self.head = nn.Linear(5, 3)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
-        return out
+        hidden = torch.tanh(self.a(x))
+        if isinstance(self.b, nn.EmbeddingBag):
+            return self.head(hidden + self.b(x.argmax(1, keepdim=True)))  # type: ignore[no-any-return]
+        return self.head(torch.tanh(self.b(hidden)))  # type: ignore[no-any-return]
+
+
+def shared() -> nn.Module:
+    return Tied(lambda: nn.Linear(5, 5, bias=False), bias=False)
 
 
 class TiedLanguage(nn.Module):
@@ -353,7 +308,7 @@ class TiedLanguage(nn.Module):
     "option", [{"max_factor_dim": 2}, {"max_factor_dim": 6}, {"weight_sharing": "reduce"}]
 )
 @pytest.mark.parametrize("which", ["a", "b", "?"])
-@pytest.mark.parametrize("build", [Shared, TiedLanguage])
+@pytest.mark.parametrize("build", [shared, TiedLanguage])
 @pytest.mark.filterwarnings("error")
 def test_options_for_one_of_the_modules_that_share_a_weight(
     build: Callable[[], nn.Module], which: str, option: dict[str, Any]
@@ -362,7 +317,7 @@ def test_options_for_one_of_the_modules_that_share_a_weight(
     model = build()
     optimizer = FOP(model, layer_options={which: option})
     for seed in range(3):
-        train_step(model, optimizer, *(batch(6, seed) if build is Shared else tokens(6, seed)))
+        train_step(model, optimizer, *(batch(6, seed) if build is shared else tokens(6, seed)))
     state = optimizer.state[model.a.weight]  # type: ignore[union-attr, index]
     for key in ("A", "G"):
         factor = state[key]
@@ -371,7 +326,74 @@ def test_options_for_one_of_the_modules_that_share_a_weight(
         # An embedding alone has a diagonal in place of a dense A, tied to an output layer it has none.
         side = factor.shape[-1]
         assert (factor.dim() == 2) == (side > option.get("max_factor_dim", 8192))
-    assert optimizer.diagnostics().layers.keys() == {"a" if build is Shared else "b", "head"}
+    assert optimizer.diagnostics().layers.keys() == {"a" if build is shared else "b", "head"}
     before = snapshot(optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     assert_equal(snapshot(optimizer), before)
+
+
+class Conv1D(nn.Module):
+    """As in `transformers.pytorch_utils`: a linear layer with its weight as (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_tied_weights_are_one_block_visibly(bare: bool) -> None:
+    model = Tied(lambda: nn.Linear(5, 5))
+    before = weights(model)
+    optimizer = FOP(model.parameters() if bare else model, weight_decay=0.0, adamw_lr=1e-3)
+    train_step(model, optimizer, *batch())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    assert (rows["a.weight"].path, rows["a.weight"].reason) == ("FOP", "Linear, shared by a, b")
+    assert (rows["head.weight"].path, rows["head.weight"].reason) == ("FOP", "Linear")
+    assert optimizer.diagnostics().layers.keys() == {"a", "head"}
+    for name in ("a.bias", "b.bias"):
+        assert (rows[name].path, rows[name].reason) == ("AdamW", "its weight is shared, with other biases")
+        step = (dict(model.named_parameters())[name] - before[name]).abs()
+        torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("case", ["option", "kind", "layout"])
+def test_tied_weights_that_fit_no_block_take_adamw_visibly(case: str, bare: bool) -> None:
+    seconds: dict[str, tuple[Callable[[], nn.Module], str]] = {
+        "option": (lambda: nn.Linear(5, 5), "shared with b.weight, which takes no FOP step"),
+        "kind": (lambda: nn.EmbeddingBag(5, 5), "shared with b.weight, which takes no FOP step"),
+        "layout": (lambda: Conv1D(5, 5), "shared by a, b, whose curvatures do not fit together"),
+    }
+    second, reason = seconds[case]
+    model = Tied(second)
+    before = weights(model)
+    choice = {"b": {"path": "adamw"}} if case == "option" else None
+    optimizer = FOP(
+        model.parameters() if bare else model, weight_decay=0.0, adamw_lr=1e-3, layer_options=choice
+    )
+    train_step(model, optimizer, *batch())
+    rows = {row.name: row for row in optimizer.summary().rows}
+    assert (rows["a.weight"].path, rows["a.weight"].reason) == ("AdamW", reason)
+    assert rows["head.weight"].path == "FOP"
+    assert all(row.path == "FOP" or row.reason for row in rows.values())
+    step = (model.a.weight - before["a.weight"]).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-4, atol=0)
+    assert rows["a.bias"].path == "AdamW"
+
+
+def test_weight_that_no_module_call_reaches_takes_adamw_visibly() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    for seed in range(2):
+        x, y = batch(6, seed)
+        optimizer.zero_grad()
+        hidden = nn.functional.linear(x, model[0].weight, model[0].bias)
+        half_squared_error(model[2](hidden), y).backward()
+        optimizer.step()
+    assert paths(optimizer)["2.weight"] == "FOP"
+    row = optimizer.summary().rows[0]
+    assert (row.name, row.path) == ("0.weight", "AdamW")
