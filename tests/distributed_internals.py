@@ -4,28 +4,25 @@
 that all ranks add up on one of them; `Channel` counts the bytes of collectives.
 """
 
-from fop.algebra import KroneckerBlock, fop_direction
+from fop.curvature import pack_symmetric, packed_shape, unpack_symmetric
+from fop.distributed import (
+    BucketedReduce as Bucketed,
+)
 from fop.distributed import (
     Channel,
     LayerSize,
     Plan,
-    comm,
+    buckets,
     difference_weight,
     make_plan,
-    pack_symmetric,
-    packed_shape,
     representative,
     scale_between,
     side_of,
     sketch,
-    unpack_symmetric,
 )
-from fop.distributed import Outbox as Bucketed
-from fop.distributed import Parcel as Message
+from fop.distributed import Entry as Message
 from fop.layers import Layer, LayerOptions, describe
-
-# The module whose BUCKET_BYTES is the size of a bucket.
-buckets = comm
+from internals import KroneckerBlock, fop_direction
 
 __all__ = [
     "Bucketed",

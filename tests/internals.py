@@ -1,31 +1,96 @@
 """What the tests take from behind the public API: when a name moves inside `fop`, only this file changes."""
 
-from fop.algebra import (
-    Curvature,
-    DiagonalBlock,
-    Direction,
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fop.capture.batch import Layout
+from fop.correction import Metric as Curvature
+from fop.correction import SubBatchGradients, combine
+from fop.curvature import (
+    DiagonalCurvature,
+    Fallback,
     Inversion,
-    KroneckerBlock,
-    Rung,
-    damped_diagonal,
+    KroneckerCurvature,
     damped_inverses,
     damping_split,
-    fop_direction,
-    kfac_direction,
     kronecker_product,
     mean_eigenvalue,
 )
-from fop.capture.batch import Layout
 from fop.layers import Layer, LayerOptions, conv, describe
 from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
-from fop.optim.report import Refusals
+from fop.report import Refusals
+from fop.step_size import scale_update
+
+
+def curvature_of(kind: type[Any], shapes: tuple[tuple[int, ...], ...], state: dict[str, Tensor]) -> Any:
+    """The library's curvature over these tensors, without a layer."""
+    layer = SimpleNamespace(swapped=False, factor_shapes=shapes)
+    curvature = kind(layer, [layer], {})
+    curvature.load(state)
+    return curvature
+
+
+def KroneckerBlock(A: Tensor, G: Tensor, A_inv: Tensor, G_inv: Tensor) -> KroneckerCurvature:  # noqa: N802
+    """A Kronecker curvature with these factors and inverses."""
+    shapes = tuple(A.shape), tuple(G.shape)
+    state = {"A": A, "G": G, "A_inv": A_inv, "G_inv": G_inv}
+    return curvature_of(KroneckerCurvature, shapes, state)  # type: ignore[no-any-return]
+
+
+def DiagonalBlock(F: Tensor, F_inv: Tensor) -> DiagonalCurvature:  # noqa: N802
+    """A diagonal curvature with this diagonal and inverse."""
+    return curvature_of(DiagonalCurvature, (tuple(F.shape),), {"A": F, "A_inv": F_inv})  # type: ignore[no-any-return]
+
+
+def damped_diagonal(F: Tensor, damping: float) -> Tensor:
+    """The inverse that a diagonal curvature computes."""
+    curvature = DiagonalBlock(F, F)
+    assert curvature.store([], damping)
+    return curvature.state["A_inv"]  # type: ignore[no-any-return]
+
+
+class Direction(NamedTuple):
+    """Direction and step scale together: η·F̂⁻¹·Gc, and the scalars of the equations."""
+
+    update: Tensor
+    alignment: Tensor
+    beta: Tensor
+    eta: Tensor
+    rho: Tensor
+
+
+def fop_direction(
+    curvature: Curvature,
+    average: Tensor,
+    difference: Tensor,
+    *,
+    beta: float | None = None,
+    eta: float | None = None,
+) -> Direction:
+    """The update of two sub-batches, (3) to (18) without the learning rate."""
+    gradients = SubBatchGradients(average, (difference,), torch.tensor(True))
+    direction = combine(curvature, gradients, beta=beta)
+    update, alignment, scale = scale_update(direction, eta, corrected=True)
+    return Direction(update, alignment, direction.beta, scale, direction.rho)
+
+
+def kfac_direction(curvature: Curvature, average: Tensor, *, eta: float | None = None) -> Direction:
+    """K-FAC's update."""
+    direction = combine(curvature, SubBatchGradients(average))
+    update, alignment, scale = scale_update(direction, eta, corrected=False)
+    return Direction(update, alignment, direction.beta, scale, direction.rho)
+
 
 __all__ = [
     "ConvLayer",
     "Curvature",
     "DiagonalBlock",
     "Direction",
+    "Fallback",
     "Inversion",
     "KroneckerBlock",
     "Layer",
@@ -33,7 +98,6 @@ __all__ = [
     "Layout",
     "LinearLayer",
     "Refusals",
-    "Rung",
     "conv",
     "damped_diagonal",
     "damped_inverses",

@@ -35,8 +35,8 @@ def test_new_inverses_count_later(build: Any, delay: int) -> None:
         ages = {layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()}
         assert len(ages) == 1
         used.append(seed - int(ages.pop() or 0))
-    # The first inverse cannot wait; later ones count from `delay` steps after their factors. Early on the next
-    # refresh comes sooner than that, and takes the pending inverse with it.
+    # The first inverse cannot wait; later ones count from `delay` steps after their factors. Early on
+    # the next refresh comes sooner than that, and takes the pending inverse with it.
     assert used[0] == 0
     late = [step - of for step, (before, of) in enumerate(pairwise(used), 1) if of != before and of > 20]
     assert len(late) >= 3

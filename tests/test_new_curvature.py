@@ -130,9 +130,7 @@ def test_a_registered_curvature_resumes() -> None:
 
 
 def test_the_layer_must_fit() -> None:
-    with pytest.raises(
-        ValueError, match=r"curvature='diagonal' does not fit a LinearLayer: .*'kronecker'"
-    ):
+    with pytest.raises(ValueError, match=r"curvature='diagonal' does not fit a LinearLayer: .*'kronecker'"):
         FOP(mlp(), layer_options={nn.Linear: {"curvature": "diagonal"}})
     with pytest.raises(ValueError, match="curvature='none' of Linear must be 'diagonal' or 'kronecker'"):
         FOP(mlp(), layer_options={nn.Linear: {"curvature": "none"}})

@@ -1,4 +1,4 @@
-"""What docs/architecture.md promises: who imports whom, who knows ranks, keys and private names, who reads."""
+"""What docs/architecture.md promises: who imports whom, who knows ranks, state keys and private names."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def direction_of(curvature: Kronecker, gradients: Tensor, shares: list[float] | 
 
 
 def oracle(curvature: Kronecker, gradients: Tensor) -> tuple[Tensor, float]:
-    """F̂⁻¹ (Ga + Σ β_k G⊥_k) and ρ: the part of Ga in the span of all G⊥_k, by a dense least-squares problem."""
+    """F̂⁻¹ (Ga + Σ β_k G⊥_k) and ρ: the part of Ga in the span of all G⊥_k, by dense least squares."""
     F, F_hat = curvature.dense, curvature.damped
     g = torch.stack([vec(gradient) for gradient in gradients])
     Ga = g.mean(0)
@@ -145,7 +145,7 @@ def test_helmert_rows_are_orthogonal_contrasts(count: int) -> None:
     torch.testing.assert_close(rows.sum(1), torch.zeros(count - 1, dtype=torch.float64))
 
 
-# --- the option ----------------------------------------------------------------------------------------------
+# --- the option ---------------------------------------------------------------------------------------
 
 
 def train(optimizer_of: Any, model: nn.Module, n: int = 12, steps: int = 6) -> dict[str, Tensor]:

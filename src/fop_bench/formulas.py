@@ -10,9 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-
 from fop.algebra import KroneckerBlock
+from torch import Tensor
 
 
 def _damped_product(block: KroneckerBlock, V: Tensor) -> Tensor:

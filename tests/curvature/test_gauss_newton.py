@@ -1,4 +1,4 @@
-"""The rung below the oracle: where theory says that A ⊗ G is the exact Gauss–Newton matrix, it is.
+"""The fallback below the oracle: where theory says that A ⊗ G is the exact Gauss–Newton matrix, it is.
 
 For f(x) = W x + b and the loss ½‖y − f(x)‖² (mean over samples) the Gauss–Newton matrix is
 (1/N Σ ā āᵀ) ⊗ I, and it is the Hessian, because f is linear in its weights. A is its left factor always. G is

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fop import FOP
 from internals import (
     DiagonalBlock,
+    Fallback,
     Inversion,
     KroneckerBlock,
-    Rung,
     damped_diagonal,
     damped_inverses,
     damping_split,
@@ -153,7 +153,7 @@ def test_damped_inverses(dtypes: list[torch.dtype], cholesky_shapes: list[tuple[
     answers = damped_inverses(factors, shifts)
     assert len(answers) == len(factors)
     for factor, shift, answer in zip(factors, shifts, answers, strict=True):
-        assert answer.rung is Rung.NONE and answer.inverse is not None
+        assert answer.fallback is Fallback.NONE and answer.inverse is not None
         assert answer.inverse.dtype == factor.dtype
         assert_close(full(answer.inverse), dense_inverse(factor, shift), tolerance[factor.dtype])
         assert answer.inverse.untyped_storage().nbytes() == answer.inverse.nbytes
@@ -185,7 +185,7 @@ def invert(rows: Any, shift: float, dtype: torch.dtype) -> tuple[Tensor, Inversi
     if answer.inverse is not None:
         assert answer.inverse.dtype == dtype and answer.inverse.shape == M.shape
         assert torch.isfinite(answer.inverse).all()
-    assert (answer.inverse is None) == (answer.rung is Rung.KEPT)
+    assert (answer.inverse is None) == (answer.fallback is Fallback.KEPT)
     return M, answer
 
 
@@ -195,32 +195,32 @@ TWINS = [[1.0, 1.0], [1.0, 1.0]]
 MULTIPLES = [[49.0, 21.0], [21.0, 9.0]]
 f32, f64 = torch.float32, torch.float64
 BOTH = (f32, f64)
-# Matrix or diagonal, shift, dtypes, the rung, and the shift that is taken in the end where it is known.
-LADDER: dict[str, tuple[Any, float, tuple[torch.dtype, ...], Rung, float | None]] = {
-    "float32 singular": (TWINS, 1e-9, (f32,), Rung.FLOAT64, 1e-9),
-    "float32 negative": (MULTIPLES, 1e-7, (f32,), Rung.FLOAT64, 1e-7),
+# Matrix or diagonal, shift, dtypes, the fallback, and the shift that is taken in the end where it is known.
+LADDER: dict[str, tuple[Any, float, tuple[torch.dtype, ...], Fallback, float | None]] = {
+    "float32 singular": (TWINS, 1e-9, (f32,), Fallback.FLOAT64, 1e-9),
+    "float32 negative": (MULTIPLES, 1e-7, (f32,), Fallback.FLOAT64, 1e-7),
     # The first attempt with more, ten times as much, is enough and must be the one taken.
-    "negative": ([[1.0, 0.0], [0.0, -1e-3]], 5e-4, BOTH, Rung.DAMPING, 5e-3),
-    "three attempts": ([[1.0, 0.0], [0.0, -1e-2]], 2e-5, (f64,), Rung.DAMPING, 2e-2),
-    "no damping, twins": (TWINS, 0.0, BOTH, Rung.DAMPING, None),
-    "no damping, dead input": ([[4.0, 0.0], [0.0, 0.0]], 0.0, BOTH, Rung.DAMPING, None),
-    "NaN": ([[1.0, NAN], [NAN, 1.0]], 0.1, BOTH, Rung.KEPT, None),
-    "NaN on the diagonal": ([[1.0, 0.0], [0.0, NAN]], 0.1, BOTH, Rung.KEPT, None),
-    "infinite": ([[INF, 0.0], [0.0, 1.0]], 0.1, BOTH, Rung.KEPT, None),
-    "far from definite": ([[1.0, 0.0], [0.0, -1e9]], 0.1, BOTH, Rung.KEPT, None),
-    "zero without damping": ([[0.0, 0.0], [0.0, 0.0]], 0.0, BOTH, Rung.KEPT, None),
-    "zero with damping": ([[0.0, 0.0], [0.0, 0.0]], 0.25, BOTH, Rung.NONE, 0.25),
+    "negative": ([[1.0, 0.0], [0.0, -1e-3]], 5e-4, BOTH, Fallback.DAMPING, 5e-3),
+    "three attempts": ([[1.0, 0.0], [0.0, -1e-2]], 2e-5, (f64,), Fallback.DAMPING, 2e-2),
+    "no damping, twins": (TWINS, 0.0, BOTH, Fallback.DAMPING, None),
+    "no damping, dead input": ([[4.0, 0.0], [0.0, 0.0]], 0.0, BOTH, Fallback.DAMPING, None),
+    "NaN": ([[1.0, NAN], [NAN, 1.0]], 0.1, BOTH, Fallback.KEPT, None),
+    "NaN on the diagonal": ([[1.0, 0.0], [0.0, NAN]], 0.1, BOTH, Fallback.KEPT, None),
+    "infinite": ([[INF, 0.0], [0.0, 1.0]], 0.1, BOTH, Fallback.KEPT, None),
+    "far from definite": ([[1.0, 0.0], [0.0, -1e9]], 0.1, BOTH, Fallback.KEPT, None),
+    "zero without damping": ([[0.0, 0.0], [0.0, 0.0]], 0.0, BOTH, Fallback.KEPT, None),
+    "zero with damping": ([[0.0, 0.0], [0.0, 0.0]], 0.25, BOTH, Fallback.NONE, 0.25),
     # 1/1e-39 is infinite in float32 even where the factorization succeeds.
-    "beyond float32": ([[0.0]], 1e-39, (f32,), Rung.DAMPING, None),
-    "diagonal": ([4.0, 0.0], 0.25, BOTH, Rung.NONE, 0.25),
-    "diagonal, dead input": ([4.0, 0.0], 0.0, BOTH, Rung.DAMPING, None),
-    "diagonal, negative": ([1.0, -1e-3], 5e-4, BOTH, Rung.DAMPING, 5e-3),
-    "diagonal beyond float32": ([1.0, 1e-39], 0.0, (f32,), Rung.DAMPING, None),
-    "diagonal within float64": ([1.0, 1e-39], 0.0, (f64,), Rung.NONE, 0.0),
-    "diagonal, zero": ([0.0, 0.0], 0.0, BOTH, Rung.KEPT, None),
-    "diagonal, NaN": ([1.0, NAN], 0.1, BOTH, Rung.KEPT, None),
-    "diagonal, infinite": ([INF, 1.0], 0.1, BOTH, Rung.KEPT, None),
-    "diagonal, far": ([1.0, -1e9], 0.1, BOTH, Rung.KEPT, None),
+    "beyond float32": ([[0.0]], 1e-39, (f32,), Fallback.DAMPING, None),
+    "diagonal": ([4.0, 0.0], 0.25, BOTH, Fallback.NONE, 0.25),
+    "diagonal, dead input": ([4.0, 0.0], 0.0, BOTH, Fallback.DAMPING, None),
+    "diagonal, negative": ([1.0, -1e-3], 5e-4, BOTH, Fallback.DAMPING, 5e-3),
+    "diagonal beyond float32": ([1.0, 1e-39], 0.0, (f32,), Fallback.DAMPING, None),
+    "diagonal within float64": ([1.0, 1e-39], 0.0, (f64,), Fallback.NONE, 0.0),
+    "diagonal, zero": ([0.0, 0.0], 0.0, BOTH, Fallback.KEPT, None),
+    "diagonal, NaN": ([1.0, NAN], 0.1, BOTH, Fallback.KEPT, None),
+    "diagonal, infinite": ([INF, 1.0], 0.1, BOTH, Fallback.KEPT, None),
+    "diagonal, far": ([1.0, -1e9], 0.1, BOTH, Fallback.KEPT, None),
 }
 
 
@@ -228,13 +228,13 @@ LADDER: dict[str, tuple[Any, float, tuple[torch.dtype, ...], Rung, float | None]
     ("case", "dtype"), [(case, d) for case, (_, _, ds, *_) in LADDER.items() for d in ds]
 )
 def test_ladder(case: str, dtype: torch.dtype) -> None:
-    rows, shift, _, rung, taken = LADDER[case]
+    rows, shift, _, fallback, taken = LADDER[case]
     M, answer = invert(rows, shift, dtype)
-    assert answer.rung is rung
+    assert answer.fallback is fallback
     if taken is not None:
         expected = dense_inverse(M, torch.tensor([taken], dtype=f64 if dtype == f64 else f32))
         assert_close(full(answer.inverse), expected, 1e-12 if dtype == f64 else 1e-6)  # type: ignore[arg-type]
-    elif rung is Rung.DAMPING and shift == 0.0 and M.max() > 1e-3 and M.dim() == 3:
+    elif fallback is Fallback.DAMPING and shift == 0.0 and M.max() > 1e-3 and M.dim() == 3:
         # Some damping was put in, small beside the matrix.
         assert answer.inverse is not None
         added = torch.linalg.inv(answer.inverse.double()) - M.double()
@@ -253,7 +253,7 @@ def test_one_bad_group_spoils_only_its_own_factor() -> None:
     hopeless[0, 0, 0] = NAN
     shifts = [torch.tensor([0.1, 0.2]), torch.tensor([0.3, 1e-9]), torch.tensor([0.1])]
     answers = damped_inverses([good, hopeless, bad, good], [shifts[0], shifts[2], shifts[1], shifts[0]])
-    assert [a.rung for a in answers] == [Rung.NONE, Rung.KEPT, Rung.FLOAT64, Rung.NONE]
+    assert [a.fallback for a in answers] == [Fallback.NONE, Fallback.KEPT, Fallback.FLOAT64, Fallback.NONE]
     for index in (0, 3):
         inverse = answers[index].inverse
         assert_close(inverse, dense_inverse(good, shifts[0]), 1e-5)

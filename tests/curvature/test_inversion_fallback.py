@@ -80,17 +80,17 @@ CASES: dict[str, tuple[Inputs, int, dict[str, Any], tuple[int, int, int], str]] 
 def test_counted_and_reported_once(case: str) -> None:
     inputs, steps, options, counts, message = CASES[case]
     run = Run(inputs, steps, **options)
-    assert run.layer.rescues == dict(zip(("float64", "damping", "kept"), counts, strict=True))
+    assert run.layer.fallbacks == dict(zip(("float64", "damping", "kept"), counts, strict=True))
     assert len(run.messages) == bool(message)
     assert all(f"curvature factor of 0 {message}" in text for text in run.messages)
 
 
 @FORMS
 def test_the_last_good_inverse_is_kept(max_factor_dim: int) -> None:
-    """A = 0 without any damping has no inverse at any rung. Keeping is not computing: its age goes on."""
+    """A = 0 without any damping has no inverse at any fallback. Keeping is not computing: its age goes on."""
     # stat_decay=0 forgets the earlier steps, momentum keeps the weights moving.
     run = Run(zero_in(2, 3), 6, max_factor_dim, damping=0.0, stat_decay=0.0)
-    assert run.layer.rescues == {"float64": 0, "damping": 0, "kept": 2}
+    assert run.layer.fallbacks == {"float64": 0, "damping": 0, "kept": 2}
     (message,) = run.messages
     assert "curvature factor of 0 failed and the last good inverse was kept" in message
     assert not run.curvature[2]["A"].any() and run.curvature[2]["A"].dim() == (3 if max_factor_dim else 2)
@@ -106,7 +106,7 @@ def test_the_last_good_inverse_is_kept(max_factor_dim: int) -> None:
 def test_statistics_that_are_not_finite_are_not_taken(max_factor_dim: int) -> None:
     run = Run(lambda step: ordinary() * (float("nan") if step == 1 else 1.0), 3, max_factor_dim)
     assert all(run.same(key, 0, 1) for key in ("A", "G", "A_inv", "G_inv"))
-    assert not any(run.layer.rescues.values())
+    assert not any(run.layer.fallbacks.values())
     assert len([m for m in run.messages if "statistics of 0 are not finite" in m]) == 1
 
 
@@ -125,12 +125,12 @@ def test_each_rung_and_each_layer_is_warned_of_once() -> None:
             (model(x) - torch.randn(8, 3)).square().mean().backward()
             optimizer.step()
     assert sorted(str(w.message).split(";")[0] for w in caught) == [
-        f"the inversion of a curvature factor of {layer} {rung}"
+        f"the inversion of a curvature factor of {layer} {fallback}"
         for layer in ("0", "1")
-        for rung in ("failed and the last good inverse was kept", "needed more damping")
+        for fallback in ("failed and the last good inverse was kept", "needed more damping")
     ]
     for layer in optimizer.diagnostics().layers.values():
-        assert (layer.rescues["kept"], layer.rescues["damping"]) == (2, 4)
+        assert (layer.fallbacks["kept"], layer.fallbacks["damping"]) == (2, 4)
 
 
 def test_tiny_gradients_need_no_fallback() -> None:
@@ -144,5 +144,5 @@ def test_tiny_gradients_need_no_fallback() -> None:
             (1e-20 * model(torch.randn(6, 5))).sum().backward()
             optimizer.step()
     for layer in optimizer.diagnostics().layers.values():
-        assert layer.steps_since_curvature is not None and not sum(layer.rescues.values())
+        assert layer.steps_since_curvature is not None and not sum(layer.fallbacks.values())
     assert all(p.isfinite().all() for p in model.parameters())

@@ -257,7 +257,7 @@ def test_diagnostics_against_the_oracle(mixing: dict[str, float]) -> None:
                 assert getattr(layer, key) == pytest.approx(getattr(state.correction, key), rel=1e-7), key
             assert 0 < layer.rho < 1
             assert layer.steps_since_curvature == 0
-            assert set(layer.rescues.values()) == {0}
+            assert set(layer.fallbacks.values()) == {0}
 
 
 def test_damping_shares() -> None:
@@ -285,7 +285,7 @@ def test_diagnostics_of_a_kfac_step() -> None:
     assert optimizer.diagnostics().kl_scale <= 1.0
 
 
-def test_rescues_are_counted_and_reported_once() -> None:
+def test_fallbacks_are_counted_and_reported_once() -> None:
     """Without damping, factors of rank one cannot be inverted: more damping is needed at every update."""
     torch.manual_seed(0)
     model = nn.Linear(6, 4, bias=False)
@@ -296,7 +296,7 @@ def test_rescues_are_counted_and_reported_once() -> None:
             train_step(model, optimizer, x, y)
     assert len({str(warning.message) for warning in caught}) == len(caught)
     (layer,) = optimizer.diagnostics().layers.values()
-    assert sum(layer.rescues.values()) == 6, "two factors at each of three updates"
+    assert sum(layer.fallbacks.values()) == 6, "two factors at each of three updates"
     assert torch.isfinite(model.weight).all()
 
 
