@@ -21,7 +21,7 @@ FSDP_METHODS: tuple[Method, ...] = ("fsdp",)
 
 INTERVAL = 100  # the default of `curvature_interval`
 BYTES = 4  # of an element: gradients, updates and factors travel and stay in float32
-SCALARS = 8  # numbers that go with the update of a layer
+SCALARS = 7  # numbers that go with the update of a layer
 FSDP_GATHERED = 2  # bytes of a weight that FSDP gathers, in bfloat16
 GPUS_PER_NODE = 8
 

@@ -10,22 +10,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
-from fop.algebra import KroneckerBlock
 from torch import Tensor
 
+from fop.curvature import KroneckerCurvature
 
-def _damped_product(block: KroneckerBlock, V: Tensor) -> Tensor:
-    """Return F̂·V of a block that holds F̂⁻¹ as factors; those that are diagonals are (groups, side)."""
-    G_inv, A_inv = (
-        torch.diag_embed(each) if each.dim() == 2 else each for each in (block.G_inv, block.A_inv)
-    )
+
+def _damped_product(curvature: KroneckerCurvature, V: Tensor) -> Tensor:
+    """Return F̂·V of a curvature that holds F̂⁻¹ as factors; those that are diagonals are (groups, side)."""
+    inverses = (curvature.state[name] for name in curvature.inverses)
+    A_inv, G_inv = (torch.diag_embed(each) if each.dim() == 2 else each for each in inverses)
     product: Tensor = torch.linalg.inv(G_inv) @ V @ torch.linalg.inv(A_inv)
     return product
 
 
 @contextmanager
 def _damped_projection() -> Iterator[None]:
-    with patch.object(KroneckerBlock, "fisher", _damped_product):
+    with patch.object(KroneckerCurvature, "fisher", _damped_product):
         yield
 
 

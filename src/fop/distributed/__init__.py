@@ -1,6 +1,6 @@
 """Who owns which layer, and what travels between the ranks that train one model."""
 
-from fop.curvature.cost import LayerSize
+from fop.curvature import LayerSize, packed_shape
 from fop.distributed.agreement import Description, describe
 from fop.distributed.assignment import Plan, make_plan
 from fop.distributed.buckets import BucketedReduce, Channel, Entry
@@ -23,6 +23,7 @@ __all__ = [
     "difference_weight",
     "make_distributor",
     "make_plan",
+    "packed_shape",
     "representative",
     "scale_between",
     "side_of",
