@@ -119,14 +119,7 @@ class Binding:
     def squared_length(
         self, matrix: Tensor, average: Tensor, groups: Groups, samples: int | Tensor
     ) -> Tensor:
-        """Return lr²·⟨update, gradient⟩, this weight's term of the KL clip, with a bias of another rate.
-
-        Args:
-            matrix: the update.
-            average: Ga, of a loss that is a sum if that is what it is.
-            groups: parameter group of every parameter.
-            samples: what makes Ga the gradient of a mean.
-        """
+        """Return lr²·⟨update, gradient⟩, this weight's term of the KL clip, with a bias of another rate."""
         terms = [
             groups[param]["lr"] ** 2 * (part * gradient).sum()
             for (param, part), (_, gradient) in zip(self.parts(matrix), self.parts(average), strict=True)
@@ -283,12 +276,7 @@ class Bindings:
                 self.reasons.setdefault(param, "belongs to no module that was called")
 
     def listen(self, params: Iterable[Tensor], seen: Seen) -> None:
-        """Watch forward passes for as long as a parameter's owner is not known.
-
-        Args:
-            params: all parameters.
-            seen: bound method, called with each model that is run and its arguments; held by weak reference.
-        """
+        """Show every model that runs to ``seen``, for as long as a parameter's owner is not known."""
         known = self.reasons.keys() | self.covered()
         self.searching = any(param not in known for param in params)
         if self.searching and self._finder is None:

@@ -343,15 +343,7 @@ class FOP(JoinableOptimizer, Optimizer):
         groups: dict[Tensor, dict[str, Any]],
         loss_scale: Tensor | None,
     ) -> list[Binding]:
-        """Take statistics into the curvature; return the bindings whose statistics were not finite.
-
-        Args:
-            active: the bindings that take part in the step.
-            statistics: of the bindings whose curvature is due, on all ranks the same; None where this rank
-                does not own the weight, or there are none.
-            groups: parameter group of every parameter.
-            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
-        """
+        """Take the statistics of a step into the curvature; return the bindings whose were not finite."""
         own = [binding for binding in active if self._distributor.owns(binding)]
         fallbacks = self._refresher.finish([(b.curvature, groups[b.weight]["step"]) for b in own])
         refused: list[Binding] = []
@@ -401,13 +393,9 @@ class FOP(JoinableOptimizer, Optimizer):
         return Update(matrix, length, mixing, eta_used, direction.rho, trusted, gradients.reason)
 
     def _move(self, param: Tensor, part: Tensor, fine: Tensor, group: dict[str, Any]) -> None:
-        """Decay a weight (decoupled), then move it with `torch.optim.SGD`'s momentum, if ``fine``.
+        """Decay a parameter, then move it by its part of an update with `torch.optim.SGD`'s momentum.
 
-        Args:
-            param: the parameter, changed in place.
-            part: its update before the KL clip, same shape.
-            fine: 0-dim bool; if false, parameter and momentum stay as they are.
-            group: its parameter group.
+        Where the 0-dim bool ``fine`` is false, parameter and momentum stay as they are.
         """
         assert self._kl_scale is not None
         fine = fine.to(part.device)
@@ -545,10 +533,7 @@ class FOP(JoinableOptimizer, Optimizer):
             self._prepare()
 
     def _make_state(self) -> None:
-        """Make the state that this process will hold, as before the first step.
-
-        For a parameter whose module is not known yet that is AdamW's.
-        """
+        """Make the state as before the first step; AdamW's for a parameter whose module is not known yet."""
         groups = self._groups()
         for binding in self._bindings:
             make_state(binding, owned=self._distributor.owns(binding), groups=groups, state=self.state)

@@ -203,11 +203,7 @@ def checked_group(
 ) -> tuple[dict[str, Any], dict[str, Schedule]]:
     """Return a new parameter group with checked options, and its functions of the step.
 
-    Args:
-        given: the group.
-        names: where the names of named parameters go.
-        defaults: options of the optimizer.
-        first: its first group, None if this is the first.
+    ``first`` is the optimizer's first group; names of named parameters go into ``names``.
 
     Raises:
         ValueError: an option outside its range, or that is one for all groups; names for some groups only.

@@ -38,10 +38,7 @@ class Update(NamedTuple):
 def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the update η·F̂⁻¹·Gc (18), its alignment ⟨update, Ga⟩, and η.
 
-    Args:
-        direction: the direction.
-        eta: a fixed step scale; None for η* = ⟨Ga, F̂⁻¹·Gc⟩ / ⟨Gc, F̂⁻¹·Gc⟩ (17).
-        corrected: whether there were contrasts; without any η* is 1.
+    η is ``eta``, or η* = ⟨Ga, F̂⁻¹·Gc⟩ / ⟨Gc, F̂⁻¹·Gc⟩ (17), which is 1 where no contrasts have corrected Ga.
     """
     update, alignment = direction.update, direction.alignment
     if not corrected:
