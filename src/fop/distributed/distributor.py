@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fop.binding import Binding, Bindings
 from fop.correction import SubBatchGradients
-from fop.distributed.agreement import Description
 from fop.distributed.assignment import Plan
-from fop.distributed.join import Stepping
+from fop.distributed.handshake import Description
+from fop.distributed.join import JoinableOptimizer
 from fop.distributed.options import Distribution
 from fop.layers import Statistics
 from fop.step_size import Update
@@ -32,13 +32,8 @@ def several_ranks(options: Distribution | None) -> bool:
     return dist.get_world_size(options.group) > 1
 
 
-def make_distributor(options: Distribution | None, optimizer: Stepping) -> Distributor:
-    """Return the distributor of this process, or that of several ranks.
-
-    Args:
-        options: how ranks work together; None if every rank trains a model of its own.
-        optimizer: whose steps these are; held weakly.
-    """
+def make_distributor(options: Distribution | None, optimizer: JoinableOptimizer) -> Distributor:
+    """Return the distributor of this process, or that of several ranks; it holds the optimizer weakly."""
     if options is None or not several_ranks(options):
         return Distributor(options, optimizer)
     # Not at the top: it builds on this module.
@@ -51,8 +46,8 @@ class Distributor:
     """This process alone: it owns every weight. `fop.distributed.ranks` has the same for several.
 
     Args:
-        options: how ranks work together, should there be any; None for never.
-        optimizer: whose steps these are.
+        options: how ranks work together; None if every rank trains a model of its own.
+        optimizer: whose steps these are; held weakly.
 
     Attributes:
         plan: which rank owns which weight; None on one process.
@@ -61,7 +56,7 @@ class Distributor:
 
     plan: Plan | None = None
 
-    def __init__(self, options: Distribution | None, optimizer: Stepping) -> None:
+    def __init__(self, options: Distribution | None, optimizer: JoinableOptimizer) -> None:
         self._options = options
         self._optimizer = weakref.ref(optimizer)
         self.bytes_sent: dict[str, float] = {}

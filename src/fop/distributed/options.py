@@ -53,8 +53,7 @@ def checked_distribution(given: DistributedLike) -> Distribution | None:
             f"distributed={given!r} must be a dict of options, such as {{'mode': 'lean'}}, or False for "
             "ranks that train models of their own"
         )
-    options = dict(given or {})
-    known = [field.name for field in fields(Distribution)]
+    options, known = dict(given or {}), [field.name for field in fields(Distribution)]
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"distributed: unknown option {name!r}; the options are {', '.join(known)}")
