@@ -30,11 +30,7 @@ class Pending:
         return self._work is None
 
     def wait(self) -> None:
-        """Wait for the end (on a GPU: let its stream wait).
-
-        Raises:
-            RuntimeError: another rank has died, or did not come in time.
-        """
+        """Wait for the end (on a GPU: let its stream wait); RuntimeError if another rank takes no part."""
         if self._work is None:
             return
         with self._channel.explained(self._what):
@@ -45,12 +41,9 @@ class Pending:
 class Channel:
     """A process group of the optimizer's own, not the one that reduces gradients.
 
-    Args:
-        group: the process group.
-        sent: bytes by category, shared by all channels of an optimizer.
-
-    Bytes are those that a rank sends on average with a bandwidth-optimal algorithm (Thakur et al. 2005): of
-    n bytes over W ranks 2n(W-1)/W for an all-reduce, n(W-1)/W for a reduce or a broadcast.
+    ``sent`` counts bytes by category, for all channels of an optimizer: those that a rank sends on average
+    with a bandwidth-optimal algorithm (Thakur et al. 2005), of n bytes over W ranks 2n(W-1)/W for an
+    all-reduce, n(W-1)/W for a reduce or a broadcast.
     """
 
     def __init__(self, group: dist.ProcessGroup, sent: dict[str, float]) -> None:
@@ -108,11 +101,7 @@ class Channel:
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Say in plain words what it means if an exchange of ``what`` fails.
-
-        Raises:
-            RuntimeError: another rank has died, or did not come in time.
-        """
+        """Say in plain words what it means if an exchange of ``what`` fails."""
         try:
             yield
         except RuntimeError as error:
@@ -162,12 +151,8 @@ class _Bucket:
 class BucketedReduce:
     """Entries joined into buckets, which start in a fixed order as soon as they, and those before, are full.
 
-    The order is that of the entries: every rank starts the same collectives in the same order, whatever order
-    its layers finish in, and whichever of them it does not use.
-
-    Args:
-        entries: in the order in which they will be ready.
-        device: device of the tensors.
+    The order is that of the entries, best the one in which they will be ready: every rank starts the same
+    collectives in the same order, whatever order its layers finish in, and whichever of them it does not use.
     """
 
     def __init__(self, entries: Iterable[Entry], device: torch.device) -> None:

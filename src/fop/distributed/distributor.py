@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fop.binding import Binding, Bindings
+from fop.binding import Binding, Bindings, Groups
 from fop.correction import SubBatchGradients
 from fop.distributed.assignment import Plan
 from fop.distributed.handshake import Description
@@ -18,7 +18,6 @@ from fop.distributed.options import Distribution
 from fop.layers import Statistics
 from fop.step_size import Update
 
-Groups: TypeAlias = Mapping[Tensor, dict[str, Any]]
 # What a weight is about to do, and the part of it for each of its parameters.
 Shared: TypeAlias = tuple[Update, list[tuple[Tensor, Tensor]]]
 # A binding whose curvature is due, whether its statistics were taken in, whether they were refused.
@@ -134,11 +133,7 @@ class Distributor:
         """Forget what was gathered for a step that will not be taken."""
 
     def use_labels(self) -> None:
-        """Take the sub-batches of the coming step from passes that the user labels.
-
-        Raises:
-            ValueError: the ranks are each other's sub-batches.
-        """
+        """Take the sub-batches of the coming step from labelled passes; ValueError if ranks give them."""
 
     def check_scaler(self) -> None:
         """Raise RuntimeError where a `GradScaler` would not see the overflow of all ranks."""

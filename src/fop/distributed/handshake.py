@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from fop.binding import Binding, Bindings
+from fop.binding import Binding, Bindings, Groups
 from fop.capture import is_sharded
 from fop.distributed.assignment import Plan, make_plan
 from fop.distributed.buckets import Channel
@@ -32,8 +32,7 @@ def describe(
     said: Description = {"the options of distributed": str(portable(distribution))}
     said["the number of parameter groups"] = len(groups)
     for index, group in enumerate(groups):
-        for key in [*DEFAULTS, "step"]:
-            said[f"{key} of parameter group {index}"] = group[key]
+        said |= {f"{key} of parameter group {index}": group[key] for key in [*DEFAULTS, "step"]}
         said[f"the number of parameters of group {index}"] = len(group["params"])
         for number, param in enumerate(group["params"]):
             name = bindings.names.get(param, f"parameter {number} of group {index}")
@@ -102,13 +101,8 @@ def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
     return made
 
 
-def plan_for(
-    bindings: Sequence[Binding],
-    options: Distribution,
-    ranks: int,
-    groups: Mapping[Tensor, Mapping[str, Any]],
-) -> Plan:
-    """Return who owns which weight; ``groups`` has the parameter group of every parameter."""
+def plan_for(bindings: Sequence[Binding], options: Distribution, ranks: int, groups: Groups) -> Plan:
+    """Return who owns which weight."""
     sizes = [binding.curvature.size(binding.name) for binding in bindings]
     # A mean over groups would be no better: the plan needs the order of magnitude.
     interval = int(next(iter(groups.values()))["curvature_interval"])
@@ -120,7 +114,7 @@ def shake_hands(
     description: Description,
     options: Distribution,
     channel: Channel,
-    groups: Mapping[Tensor, Mapping[str, Any]],
+    groups: Groups,
 ) -> Plan:
     """Compare model and options with the other ranks, drop the curvature that others own; return the plan.
 

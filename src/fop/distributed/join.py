@@ -99,11 +99,7 @@ def _own_join_hook(ddp: Any) -> Callable[..., Any]:
 
 
 def join_along(ddp: Any, optimizer: JoinableOptimizer) -> None:
-    """Let ``with ddp.join():`` take the optimizer's exchanges along.
-
-    Raises:
-        RuntimeError: it is too late for that.
-    """
+    """Let ``with ddp.join():`` take the optimizer's exchanges along; RuntimeError if it is too late."""
     # torch leaves a model enabled that was in a `Join` once: then it has a hook of ours already.
     if is_joining(ddp) and not is_joining(optimizer) and "join_hook" not in vars(ddp):
         raise RuntimeError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fop.binding import Binding
+from fop.binding import Binding, Groups
 from fop.correction import SubBatchGradients
 from fop.distributed.buckets import BucketedReduce, Channel, Entry, joined
 from fop.layers import Statistics
@@ -139,10 +139,8 @@ class PassReduction(BucketedReduce):
 class Reductions:
     """The reductions since the last step: one for each backward pass that averages gradients.
 
-    Args:
-        factor_dtype: dtype of statistics on the wire, None for their own.
-
     Attributes:
+        factor_dtype: dtype of statistics on the wire, None for their own.
         ranks: channel between all ranks. The handshake sets it, as well as ``side`` and ``owners``.
         side: channel between the ranks of this rank's parity; None for an odd number of ranks.
         owners: owner of every weight.
@@ -228,9 +226,7 @@ class Reductions:
 
     def discard(self) -> None:
         """Forget what was sent: all ranks skip the step."""
-        if self._passes:
-            self.collect()
-        self.held, self._first = {}, {}
+        self.collect()
         self._statistics, self._gradients, self._counts = {}, {}, {}
 
     def swap_sides(self, bindings: Sequence[Binding]) -> None:
@@ -257,9 +253,7 @@ class Reductions:
         """Return what the ranks have contributed to an owned weight, added up, one tensor for each pass."""
         return self._gradients.get(binding, [])
 
-    def statistics(
-        self, bindings: Sequence[Binding], groups: Mapping[Tensor, Mapping[str, Any]]
-    ) -> dict[Binding, Statistics | None]:
+    def statistics(self, bindings: Sequence[Binding], groups: Groups) -> dict[Binding, Statistics | None]:
         """Return the statistics of all ranks; None for what others own or nobody has. Waits for the device.
 
         The gradient of a loss that is a mean is averaged over the ranks, so that a sample's share of it is
@@ -329,13 +323,9 @@ def received(
 ) -> tuple[SubBatchGradients, Tensor]:
     """Return the gradients of an owned weight, and a 0-dim bool, whether any rank used it.
 
-    Args:
-        binding: the weight.
-        sending: what each rank has sent.
-        sums: over the ranks, one for each pass; for `Sending.SIDE` those of even and of odd ranks.
-        gathered: the gradient matrix, if p.grad is a shard of it.
-        ranks: number of ranks.
-        cumulative: whether the last pass in which the layer was used has Gd of all before it, too.
+    ``sums`` has one sum over the ranks for each pass; for `Sending.SIDE` those of even and of odd ranks.
+    ``gathered`` is the gradient matrix, if p.grad is a shard of it. With ``cumulative`` the last pass in
+    which the layer was used has Gd of all before it, too.
     """
     shape, size = binding.layer.matrix_shape, matrix_size(binding)
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fop.binding import Binding, Bindings
+from fop.binding import Binding, Bindings, Groups
 from fop.capture import Hook, is_sharded, local
 from fop.correction import SubBatchGradients, inner
-from fop.distributed.distributor import Distributor, Groups, Outcome, Shared
+from fop.distributed.distributor import Distributor, Outcome, Shared
 from fop.distributed.handshake import Description, open_channels, plan_for, shake_hands
 from fop.distributed.join import JoinableOptimizer, join_along
 from fop.distributed.messages import Reductions, Sending, contribution, received
@@ -42,7 +42,7 @@ class Ranks(Distributor):
     def __init__(self, options: Distribution, optimizer: JoinableOptimizer) -> None:
         super().__init__(options, optimizer)
         self.without_batch = False
-        self._wrappers = Wrappers(self._meet)
+        self._wrappers = Wrappers(Hook(self, Ranks._meet))
         self._reductions = Reductions(options.factor_dtype)
         self._binding_of: dict[Tensor, Binding] = {}
         # Whether there was a handshake for the present model and state; without that nothing can be sent.

@@ -19,12 +19,11 @@ from fop.torch_internals import fsdp_group, is_ddp, running_ddp, unwrapped, wrap
 class Wrappers:
     """DistributedDataParallel, `fully_shard`, or neither, as far as seen.
 
-    Args:
-        on_ddp: bound method, called with the DistributedDataParallel when that is first seen; held weakly.
+    ``on_ddp`` is called with the DistributedDataParallel when that is first seen.
     """
 
     def __init__(self, on_ddp: Callable[[Any], None]) -> None:
-        self._on_ddp = weakref.WeakMethod(on_ddp)
+        self._on_ddp = on_ddp
         self._ddp: Callable[[], Any] = lambda: None
         self._sharded: Callable[[], Any] = lambda: None
         # Whether the last forward pass was one that is averaged; None where no hook of ours saw it.
@@ -52,8 +51,7 @@ class Wrappers:
         """Take this DistributedDataParallel for the one that averages the gradients."""
         if self._ddp() is not ddp:
             self._ddp = weakref.ref(ddp)
-            if (tell := self._on_ddp()) is not None:
-                tell(ddp)
+            self._on_ddp(ddp)
 
     @property
     def ddp(self) -> Any:
@@ -149,25 +147,19 @@ def check_group(group: dist.ProcessGroup | None, ddp: Any) -> None:
 
 
 # Which gradients the communication hook of a DistributedDataParallel leaves out, in a list of one.
-_asked_by_hooks: weakref.WeakKeyDictionary[nn.Module, list[Callable[[Tensor], bool]]] = (
-    weakref.WeakKeyDictionary()
-)
+_asked: weakref.WeakKeyDictionary[nn.Module, list[Callable[[Tensor], bool]]] = weakref.WeakKeyDictionary()
 
 
 def average_lean(ddp: Any, is_lean: Callable[[Tensor], bool]) -> None:
-    """Let DistributedDataParallel leave out the gradients that go to owners.
-
-    Raises:
-        ValueError: it has another communication hook.
-    """
-    if (asked := _asked_by_hooks.get(ddp)) is not None:
+    """Let DistributedDataParallel leave out the gradients that go to owners; ValueError if it has a hook."""
+    if (asked := _asked.get(ddp)) is not None:
         # A hook cannot be taken away: that of an optimizer before this one serves it, too.
         asked[:] = [is_lean]
         return
     asked = [is_lean]
     try:
         ddp.register_comm_hook(None, _lean_hook(lambda param: asked[0](param), ddp.process_group))
-        _asked_by_hooks[ddp] = asked
+        _asked[ddp] = asked
     except RuntimeError as error:
         raise ValueError(
             "distributed: mode='lean' needs a communication hook of its own, and this "
