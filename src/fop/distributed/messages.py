@@ -254,7 +254,7 @@ class Reductions:
         return self._gradients.get(binding, [])
 
     def statistics(self, bindings: Sequence[Binding], groups: Groups) -> dict[Binding, Statistics | None]:
-        """Return the statistics of all ranks; None for what others own or nobody has. Waits for the device.
+        """Return the sums of all ranks, None for what others own or no rank has. Waits for the device.
 
         The gradient of a loss that is a mean is averaged over the ranks, so that a sample's share of it is
         that much smaller than what its own rank saw.

@@ -103,7 +103,7 @@ class Ranks(Distributor):
     # What a backward pass must give
 
     def prepare(self, bindings: Bindings, groups: Groups) -> Distributor:
-        """Be told by the recorders of these bindings when gradients are complete."""
+        """Have the recorders of these bindings call `completed`, and say what the coming pass must give."""
         weights = [id(binding.weight) for binding in bindings]
         if weights != [id(binding.weight) for binding in self._bindings]:
             self._agreed = False
@@ -178,14 +178,14 @@ class Ranks(Distributor):
     def completed(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Take the gradients of a binding, this rank's own, as a backward pass has just given them."""
         binding = self._binding_of[next(iter(gradients))]
-        recorder, reductions = binding.recorder, self._reductions
-        synchronises = self._wrappers.synchronises(binding.weight)
-        if not synchronises and not is_sharded(binding.weight):
-            # The last pass shows them whole; where nobody averages, the step does.
+        recorder, reductions, weight = binding.recorder, self._reductions, binding.weight
+        synchronises = self._wrappers.synchronises(weight)
+        if weight not in gradients or not (synchronises or is_sharded(weight)):
+            # It is frozen; or the last pass shows the whole gradient, or the step averages it.
             return
         recorder.averaged = synchronises
         if recorder.restarted and not binding.lean:
-            # Whoever zeroed its gradient wants nothing of the passes so far.
+            # Its gradient was zeroed since the passes so far.
             reductions.drop(binding)
         if not self._awaits_end:
             self._awaits_end = True
@@ -227,12 +227,12 @@ class Ranks(Distributor):
         return sums if len(sums) < 3 else [*sums[:2], torch.minimum(before[2], now[2])]
 
     def backward_ended(self) -> None:
-        """Be told that the running backward pass is over."""
+        """Take the gradients as the backward pass has left them, after averaging."""
         self._awaits_end = False
         for binding in self._bindings:
             binding.recorder.averaging_ended()
             if binding.lean and self._wrappers.synchronises(binding.weight):
-                # Each is one rank's alone: nobody must clip or log by it.
+                # It is of one rank alone, and no norm to clip by or to log.
                 for param in binding.params:
                     param.grad = None
 
@@ -307,7 +307,7 @@ class Ranks(Distributor):
             )
 
     def _send_rest(self) -> None:
-        """Send what no backward pass has sent: all of it in the first step, and where nobody averages."""
+        """Send what no backward pass has sent: all of it in the first step, and without a wrapper."""
         bindings, _ = self._outgoing()
         not_averaged = [binding for binding in bindings if not self._wrappers.averages(binding.weight)]
         if not_averaged or not self._reductions.count:

@@ -17,10 +17,7 @@ from fop.torch_internals import fsdp_group, is_ddp, running_ddp, unwrapped, wrap
 
 
 class Wrappers:
-    """DistributedDataParallel, `fully_shard`, or neither, as far as seen.
-
-    ``on_ddp`` is called with the DistributedDataParallel when that is first seen.
-    """
+    """DistributedDataParallel, with which ``on_ddp`` is called, `fully_shard`, or neither, as far as seen."""
 
     def __init__(self, on_ddp: Callable[[Any], None]) -> None:
         self._on_ddp = on_ddp
@@ -76,7 +73,7 @@ class Wrappers:
         return group is None or bool(group.reduce_grads)
 
     def running(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Be told that the model runs, perhaps inside a DistributedDataParallel."""
+        """Look for a DistributedDataParallel in whose forward pass the model runs."""
         ddp = None if torch.compiler.is_compiling() else running_ddp()
         if ddp is not None and ddp.module is module:
             self.note(ddp)
