@@ -1,13 +1,12 @@
 """Who owns which layer, and what travels between the ranks that train one model."""
 
 from fop.curvature import LayerSize, packed_shape
-from fop.distributed.agreement import Description, describe
 from fop.distributed.assignment import Plan, make_plan
 from fop.distributed.buckets import BucketedReduce, Channel, Entry
 from fop.distributed.distributor import Distributor, make_distributor
+from fop.distributed.handshake import Description, describe
 from fop.distributed.join import JoinableOptimizer
-from fop.distributed.parity import difference_weight, representative, side_of
-from fop.distributed.sketch import SKETCH, scale_between, sketch
+from fop.distributed.messages import SKETCH, difference_weight, representative, scale_between, side_of, sketch
 
 __all__ = [
     "SKETCH",

@@ -1,7 +1,6 @@
 """Who owns which layer: a pure function from the layers' sizes to ranks, the same on every rank.
 
-A layer's owner alone keeps its Kronecker factors and inverses, inverts them, applies the FOP step and sends
-the update. The costs are whole numbers until the end, so that no rounding decides a tie.
+Costs are whole numbers until the end, so that no rounding decides a tie.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ class Plan:
     lower_bound: float
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
-        """Return the positions of the layers that ``rank`` owns, in ascending order.
-
-        Raises:
-            ValueError: if there is no such rank.
-        """
+        """Return the positions of the layers that ``rank`` owns; ValueError if there is no such rank."""
         if not 0 <= rank < self.ranks:
             raise ValueError(f"rank={rank} must be in [0, {self.ranks - 1}], the ranks of this plan")
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == rank)
@@ -62,7 +57,7 @@ def make_plan(
     at most its load, so balancing the sum bounds both, and no unit has to be weighed against another.
 
     Args:
-        layers: sizes of the layers, in the same order on every rank.
+        layers: in the same order on every rank.
         ranks: number of ranks.
         curvature_interval: steps between curvature updates, over which the time of inversions is spread.
         ranks_per_node: if given, node n has the ranks from n·ranks_per_node on, and what is sent is spread
@@ -70,7 +65,7 @@ def make_plan(
 
     Raises:
         ValueError: a number below 1, or ``ranks`` that is no multiple of ``ranks_per_node``.
-        TypeError: a number that is not whole.
+        TypeError: not an integer.
     """
     _check_whole("ranks", ranks, "give the number of processes that share the layers")
     _check_whole("curvature_interval", curvature_interval, "give the steps between curvature updates")
@@ -103,10 +98,7 @@ def _costs(layers: Sequence[LayerSize], interval: int) -> tuple[list[int], int]:
 
 
 def _longest_first(costs: Sequence[int], ranks: int) -> list[int]:
-    """Return owners: from the most expensive layer on, each goes to the rank with the smallest load.
-
-    Of equal layers the first comes first, of equal ranks the lowest.
-    """
+    """Give each layer, the most expensive first, to the rank with the smallest load; return the owners."""
     heap = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)
     for layer in sorted(range(len(costs)), key=lambda layer: -costs[layer]):
@@ -121,9 +113,8 @@ def _spread_over_nodes(
 ) -> list[int]:
     """Return the owners with ranks renumbered, so that every node sends an equal part of the updates.
 
-    Whole ranks are dealt, not layers: then the loads stay as they are. The rank with most to send comes first
-    and goes to the node that has least to send and still a place. Ranks alike, which hold layers that follow
-    each other, so go to nodes mostly in turn.
+    Whole ranks are assigned to nodes, so loads do not change: the rank with most to send first, to the node
+    that has least to send and still a place.
     """
     sent = [0] * ranks
     for owner, layer in zip(owners, layers, strict=True):
@@ -139,10 +130,10 @@ def _spread_over_nodes(
 
 
 def _lower_bound(costs: Sequence[int], ranks: int, unit: int) -> float:
-    """Return what no assignment's largest load is below, as a float; ``unit`` costs are 1.
+    """Return a lower bound of the largest load of any assignment, in units of ``unit`` costs.
 
-    The mean; the largest cost; and, since of the k·ranks + 1 most expensive layers some rank has k + 1, the
-    sum of the k + 1 cheapest of these, for every k.
+    It is the mean load; and, since some rank has k + 1 of the k·ranks + 1 most expensive layers, the cost of
+    the k + 1 cheapest of these, for every k.
     """
     up_to = list(accumulate(sorted(costs, reverse=True), initial=0))
     crowded = [up_to[k * ranks + 1] - up_to[k * (ranks - 1)] for k in range((len(costs) - 1) // ranks + 1)]

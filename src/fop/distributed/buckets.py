@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,7 @@ BUCKET_BYTES = 8 * 2**20
 
 
 class Pending:
-    """A collective under way; keeps its tensors alive.
-
-    Args:
-        work: what torch.distributed returned.
-        what: what is exchanged, for the error message.
-        channel: where.
-    """
+    """A collective under way; keeps its tensors alive. ``what`` names them in error messages."""
 
     def __init__(self, work: Any, what: str, channel: Channel) -> None:
         self._work = work
@@ -31,17 +24,13 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, and its tensors are no longer needed."""
+        """Whether it has ended."""
         if self._work is not None and self._work.is_completed():
             self.wait()
         return self._work is None
 
     def wait(self) -> None:
-        """Wait for the end (on a GPU: let its stream wait).
-
-        Raises:
-            RuntimeError: another rank has died, or did not come in time.
-        """
+        """Wait for the end (on a GPU: let its stream wait); RuntimeError if another rank takes no part."""
         if self._work is None:
             return
         with self._channel.explained(self._what):
@@ -52,12 +41,9 @@ class Pending:
 class Channel:
     """A process group of the optimizer's own, not the one that reduces gradients.
 
-    Args:
-        group: the process group.
-        sent: bytes by category, shared by all channels of an optimizer.
-
-    Bytes are those that a rank sends on average with a bandwidth-optimal algorithm (Thakur et al. 2005): of
-    n bytes over W ranks 2n(W-1)/W for an all-reduce, n(W-1)/W for a reduce or a broadcast.
+    ``sent`` counts bytes by category, for all channels of an optimizer: those that a rank sends on average
+    with a bandwidth-optimal algorithm (Thakur et al. 2005), of n bytes over W ranks 2n(W-1)/W for an
+    all-reduce, n(W-1)/W for a reduce or a broadcast.
     """
 
     def __init__(self, group: dist.ProcessGroup, sent: dict[str, float]) -> None:
@@ -67,53 +53,43 @@ class Channel:
         self._sent = sent
 
     def reduce(self, tensor: Tensor, to: int, what: str) -> Pending:
-        """Start to sum ``tensor`` over the ranks, in place on rank ``to``; elsewhere its content is lost."""
-        self._count(what, tensor, 1)
+        """Start to sum ``tensor`` over the ranks, in place on rank ``to``; on others its content is lost."""
         root = dist.get_global_rank(self.group, to)
-        return self._started(lambda: dist.reduce(tensor, root, group=self.group, async_op=True), what)
+        return self._start(what, self._share(tensor), dist.reduce, tensor, root)
 
     def broadcast(self, tensor: Tensor, source: int, what: str) -> Pending:
         """Start to copy ``tensor`` from rank ``source`` into that of all others."""
-        self._count(what, tensor, 1)
         root = dist.get_global_rank(self.group, source)
-        return self._started(lambda: dist.broadcast(tensor, root, group=self.group, async_op=True), what)
+        return self._start(what, self._share(tensor), dist.broadcast, tensor, root)
 
     def all_reduce(self, tensor: Tensor, what: str) -> Pending:
         """Start to sum ``tensor`` over the ranks, in place."""
-        self._count(what, tensor, 2)
-        return self._started(lambda: dist.all_reduce(tensor, group=self.group, async_op=True), what)
+        return self._start(what, 2 * self._share(tensor), dist.all_reduce, tensor)
+
+    def broadcast_all(self, buffers: Mapping[int, Sequence[Tensor]], what: str) -> None:
+        """Copy ``buffers[r]`` from rank r to all others, in place; those of all ranks at once."""
+        ordered = [(source, buffer) for source in sorted(buffers) for buffer in buffers[source]]
+        for pending in [self.broadcast(buffer, source, what) for source, buffer in ordered]:
+            pending.wait()
 
     def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int], what: str) -> list[Tensor]:
-        """Send ``parts[r]`` to rank r and return what every rank sent here, each 1-d.
-
-        Args:
-            parts: one 1-d tensor for each rank, of one dtype.
-            sizes: how many elements come from each rank.
-            what: category of the bytes.
-        """
+        """Send ``parts[r]``, 1-d, to rank r; return the ``sizes[r]`` elements that each rank r sends here."""
         given = torch.cat(list(parts))
-        self._add(what, (given.numel() - parts[self.rank].numel()) * given.element_size())
         taken = given.new_empty(sum(sizes))
         lengths = [part.numel() for part in parts]
-        self._started(
-            lambda: dist.all_to_all_single(
-                taken, given, list(sizes), lengths, group=self.group, async_op=True
-            ),
-            what,
-        ).wait()
+        count = (given.numel() - lengths[self.rank]) * given.element_size()
+        self._start(what, count, dist.all_to_all_single, taken, given, list(sizes), lengths).wait()
         return list(taken.split(list(sizes)))
 
     def swap(self, other: int, tensor: Tensor, size: int, what: str) -> Tensor:
         """Send ``tensor`` to rank ``other`` and return the ``size`` elements that it sends, 1-d."""
-        self._add(what, tensor.numel() * tensor.element_size())
+        self._count(what, tensor.numel() * tensor.element_size())
         taken = tensor.new_empty(size)
         peer = dist.get_global_rank(self.group, other)
         operations = [dist.P2POp(dist.isend, tensor, peer, self.group)] if tensor.numel() else []
         operations += [dist.P2POp(dist.irecv, taken, peer, self.group)] if size else []
-        if operations:
-            works = dist.batch_isend_irecv(operations)
-            for work in works:
-                Pending(work, what, self).wait()
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            Pending(work, what, self).wait()
         return taken
 
     def gather_objects(self, value: Any, what: str) -> list[Any]:
@@ -125,11 +101,7 @@ class Channel:
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Say in plain words what it means if an exchange of ``what`` fails.
-
-        Raises:
-            RuntimeError: another rank has died, or did not come in time.
-        """
+        """Say in plain words what it means if an exchange of ``what`` fails."""
         try:
             yield
         except RuntimeError as error:
@@ -140,28 +112,22 @@ class Channel:
                 "from the last checkpoint"
             ) from error
 
-    def _started(self, start: Callable[[], Any], what: str) -> Pending:
+    def _start(self, what: str, count: float, collective: Callable[..., Any], *args: Any) -> Pending:
+        self._count(what, count)
         with self.explained(what):
-            return Pending(start(), what, self)
+            return Pending(collective(*args, group=self.group, async_op=True), what, self)
 
-    def _count(self, what: str, tensor: Tensor, times: int) -> None:
-        self._add(what, times * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
-
-    def _add(self, what: str, count: float) -> None:
+    def _count(self, what: str, count: float) -> None:
         self._sent[what] = self._sent.get(what, 0.0) + count
 
+    def _share(self, tensor: Tensor) -> float:
+        return tensor.numel() * tensor.element_size() * (self.size - 1) / self.size
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor that all ranks add up on one of them.
 
-    Attributes:
-        key: names it, the same on all ranks.
-        size: elements.
-        to: rank that gets the sum.
-        dtype: of the sum, and on the wire.
-        what: category of the bytes.
-        channel: between the ranks that add up.
+class Entry(NamedTuple):
+    """One tensor of ``size`` elements that all ranks of ``channel`` add up on its rank ``to``.
+
+    ``key`` names it, the same on all ranks, and ``what`` the category of its bytes.
     """
 
     key: Hashable
@@ -172,79 +138,81 @@ class Entry:
     channel: Channel
 
 
+class _Bucket:
+    """Entries that go the same way in one tensor."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.missing = {entry.key for entry in entries}
+        self.here = entries[0].to == entries[0].channel.rank
+        self.buffer: Tensor | None = None
+
+
 class BucketedReduce:
     """Entries joined into buckets, which start in a fixed order as soon as they, and those before, are full.
 
-    The order is that of the entries: every rank starts the same collectives in the same order, whatever order
-    its layers finish in, and whichever of them it does not use.
-
-    Args:
-        entries: all entries, those that are ready first first.
-        device: device of the tensors.
+    The order is that of the entries, best the one in which they will be ready: every rank starts the same
+    collectives in the same order, whatever order its layers finish in, and whichever of them it does not use.
     """
 
     def __init__(self, entries: Iterable[Entry], device: torch.device) -> None:
-        self._buckets = _bucketed(entries)
-        # Bucket, and offset in it, of every entry.
-        self._places: dict[Hashable, tuple[int, int]] = {}
-        for index, bucket in enumerate(self._buckets):
-            offset = 0
-            for entry in bucket:
-                self._places[entry.key] = index, offset
-                offset += entry.size
-        self._missing = [{p.key for p in bucket} for bucket in self._buckets]
-        self._buffers: list[Tensor | None] = [None] * len(self._buckets)
-        self._pending: list[Pending] = []
         self._device = device
+        self._buckets = [_Bucket(entries) for entries in _bucketed(entries)]
+        # One for each bucket that has started; they start in order.
+        self._pending: list[Pending] = []
+        # Bucket, and offset in it, of every entry.
+        self._places: dict[Hashable, tuple[_Bucket, int]] = {}
+        for bucket in self._buckets:
+            offset = 0
+            for entry in bucket.entries:
+                self._places[entry.key] = bucket, offset
+                offset += entry.size
 
     def put(self, key: Hashable, pieces: Sequence[Tensor]) -> None:
         """Fill an entry with the elements of ``pieces``, one after the other, and start what is full."""
-        index, offset = self._places[key]
-        buffer = self._buffer(index)
+        bucket, offset = self._places[key]
+        buffer = self._buffer(bucket)
         for piece in pieces:
             flat = piece.reshape(-1)
             buffer[offset : offset + flat.numel()].copy_(flat)
             offset += flat.numel()
-        self._missing[index].discard(key)
-        while len(self._pending) < len(self._buckets) and not self._missing[len(self._pending)]:
+        bucket.missing.discard(key)
+        while len(self._pending) < len(self._buckets) and not self._buckets[len(self._pending)].missing:
             self._start()
 
     def lacks(self, key: Hashable) -> bool:
         """Return whether an entry is in here and has not been filled."""
-        return key in self._places and key in self._missing[self._places[key][0]]
+        return key in self._places and key in self._places[key][0].missing
 
     def flush(self) -> None:
         """Start what has not been started, with zeros for the entries that were not filled."""
         while len(self._pending) < len(self._buckets):
             self._start()
 
-    def collect(self) -> dict[Hashable, Tensor]:
+    def collect(self) -> dict[Any, Tensor]:
         """Wait, and return the sums that are this rank's, 1-d."""
         self.flush()
         sums: dict[Hashable, Tensor] = {}
-        for bucket, buffer, pending in zip(self._buckets, self._buffers, self._pending, strict=True):
+        for bucket, pending in zip(self._buckets, self._pending, strict=True):
             pending.wait()
-            if buffer is not None and _is_here(bucket):
-                parts = buffer.split([entry.size for entry in bucket])
-                sums |= {entry.key: part for entry, part in zip(bucket, parts, strict=True)}
+            if bucket.here and bucket.buffer is not None:
+                parts = bucket.buffer.split([entry.size for entry in bucket.entries])
+                sums |= {entry.key: part for entry, part in zip(bucket.entries, parts, strict=True)}
         return sums
 
     def _start(self) -> None:
-        index = len(self._pending)
-        first = self._buckets[index][0]
-        self._pending.append(first.channel.reduce(self._buffer(index), first.to, first.what))
-        for earlier, pending in enumerate(self._pending):
-            if pending.done and not _is_here(self._buckets[earlier]):
-                self._buffers[earlier] = None
+        bucket = self._buckets[len(self._pending)]
+        first = bucket.entries[0]
+        self._pending.append(first.channel.reduce(self._buffer(bucket), first.to, first.what))
+        for earlier, pending in zip(self._buckets, self._pending, strict=False):
+            if pending.done and not earlier.here:
+                earlier.buffer = None
 
-    def _buffer(self, index: int) -> Tensor:
-        buffer = self._buffers[index]
-        if buffer is None:
-            bucket = self._buckets[index]
-            size = sum(entry.size for entry in bucket)
-            buffer = torch.zeros(size, dtype=bucket[0].dtype, device=self._device)
-            self._buffers[index] = buffer
-        return buffer
+    def _buffer(self, bucket: _Bucket) -> Tensor:
+        if bucket.buffer is None:
+            size = sum(entry.size for entry in bucket.entries)
+            bucket.buffer = torch.zeros(size, dtype=bucket.entries[0].dtype, device=self._device)
+        return bucket.buffer
 
 
 def _bucketed(entries: Iterable[Entry]) -> list[list[Entry]]:
@@ -255,19 +223,12 @@ def _bucketed(entries: Iterable[Entry]) -> list[list[Entry]]:
         alike = (entry.channel, entry.what, entry.to, entry.dtype)
         bucket = filling.setdefault(alike, [])
         bucket.append(entry)
-        if sum(p.size for p in bucket) * entry.dtype.itemsize >= BUCKET_BYTES:
+        if sum(each.size for each in bucket) * entry.dtype.itemsize >= BUCKET_BYTES:
             full.append(filling.pop(alike))
     return full + list(filling.values())
 
 
-def _is_here(bucket: Sequence[Entry]) -> bool:
-    return bucket[0].to == bucket[0].channel.rank
-
-
-def broadcast_all(channel: Channel, buffers: Mapping[int, Sequence[Tensor]], what: str) -> None:
-    """Copy ``buffers[r]`` from rank r to all others, in place; those of all ranks at once."""
-    pending = [
-        channel.broadcast(buffer, source, what) for source in sorted(buffers) for buffer in buffers[source]
-    ]
-    for each in pending:
-        each.wait()
+def joined(parts: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the elements of all parts as one 1-d tensor, empty where there are none."""
+    empty = torch.empty(0, dtype=dtype, device=device)
+    return torch.cat([empty, *(part.reshape(-1).to(dtype) for part in parts)])

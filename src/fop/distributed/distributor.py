@@ -9,16 +9,15 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fop.binding import Binding, Bindings
+from fop.binding import Binding, Bindings, Groups
 from fop.correction import SubBatchGradients
-from fop.distributed.agreement import Description
 from fop.distributed.assignment import Plan
-from fop.distributed.join import Stepping
+from fop.distributed.handshake import Description
+from fop.distributed.join import JoinableOptimizer
 from fop.distributed.options import Distribution
 from fop.layers import Statistics
 from fop.step_size import Update
 
-Groups: TypeAlias = Mapping[Tensor, dict[str, Any]]
 # What a weight is about to do, and the part of it for each of its parameters.
 Shared: TypeAlias = tuple[Update, list[tuple[Tensor, Tensor]]]
 # A binding whose curvature is due, whether its statistics were taken in, whether they were refused.
@@ -32,13 +31,8 @@ def several_ranks(options: Distribution | None) -> bool:
     return dist.get_world_size(options.group) > 1
 
 
-def make_distributor(options: Distribution | None, optimizer: Stepping) -> Distributor:
-    """Return the distributor of this process, or that of several ranks.
-
-    Args:
-        options: how ranks work together; None if every rank trains a model of its own.
-        optimizer: whose steps these are; held weakly.
-    """
+def make_distributor(options: Distribution | None, optimizer: JoinableOptimizer) -> Distributor:
+    """Return the distributor of this process, or that of several ranks; it holds the optimizer weakly."""
     if options is None or not several_ranks(options):
         return Distributor(options, optimizer)
     # Not at the top: it builds on this module.
@@ -51,8 +45,8 @@ class Distributor:
     """This process alone: it owns every weight. `fop.distributed.ranks` has the same for several.
 
     Args:
-        options: how ranks work together, should there be any; None for never.
-        optimizer: whose steps these are.
+        options: how ranks work together; None if every rank trains a model of its own.
+        optimizer: whose steps these are; held weakly.
 
     Attributes:
         plan: which rank owns which weight; None on one process.
@@ -61,7 +55,7 @@ class Distributor:
 
     plan: Plan | None = None
 
-    def __init__(self, options: Distribution | None, optimizer: Stepping) -> None:
+    def __init__(self, options: Distribution | None, optimizer: JoinableOptimizer) -> None:
         self._options = options
         self._optimizer = weakref.ref(optimizer)
         self.bytes_sent: dict[str, float] = {}
@@ -139,11 +133,7 @@ class Distributor:
         """Forget what was gathered for a step that will not be taken."""
 
     def use_labels(self) -> None:
-        """Take the sub-batches of the coming step from passes that the user labels.
-
-        Raises:
-            ValueError: the ranks are each other's sub-batches.
-        """
+        """Take the sub-batches of the coming step from labelled passes; ValueError if ranks give them."""
 
     def check_scaler(self) -> None:
         """Raise RuntimeError where a `GradScaler` would not see the overflow of all ranks."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fop.binding import Binding
+from fop.binding import Binding, Groups
 from fop.correction import SubBatchGradients
-from fop.distributed.buckets import BucketedReduce, Channel, Entry
-from fop.distributed.parity import difference_weight, representative, side_of
-from fop.distributed.sketch import SKETCH, scale_between, sketch
+from fop.distributed.buckets import BucketedReduce, Channel, Entry, joined
 from fop.layers import Statistics
 from fop.torch_internals import current_backward_pass
 
+# Elements of a sketch: a prime, so that it shares no period with the dimensions of a layer.
+SKETCH = 127
 # How far p.grad may be from a scaling of what the ranks gave, as a share of its sketch: compressed
 # all-reduces and half precision round, while clipped elements and added noise move it further.
 _SAME, _SAME_HALF = 1e-2, 5e-2
@@ -25,6 +24,44 @@ NOT_THE_MEAN = (
     "p.grad is not the mean of what the ranks gave (changed since, or not finite), or a rank had no pair in "
     "its batch"
 )
+
+
+def side_of(rank: int) -> int:
+    """Return which sub-batch a rank's batch is in Algorithm 1: 0 (g1) for even ranks, 1 (g2) for odd ones."""
+    return rank % 2
+
+
+def difference_weight(rank: int, size: int) -> float:
+    """Return what a rank's gradient weighs in Gd = g1 - g2, where g1 and g2 are means over their ranks."""
+    return 1 / ((size + 1) // 2) if side_of(rank) == 0 else -1 / (size // 2)
+
+
+def representative(owner: int, side: int) -> int:
+    """Return the rank of a side that takes its gradients for an owner: the owner, or the one beside it.
+
+    For an even number of ranks; neighbours are on the same node.
+    """
+    return owner if side_of(owner) == side else owner ^ 1
+
+
+def sketch(V: Tensor) -> Tensor:
+    """Return a linear sketch of V, (127,): the sums over the elements whose index leaves the same remainder.
+
+    A scaling of V scales it alike; other changes do not. The sketch of a mean is the mean of the sketches.
+    """
+    flat = V.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SKETCH))
+    return padded.view(-1, SKETCH).sum(0)
+
+
+def scale_between(was: Tensor, now: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return by what a gradient was scaled, from its sketches, and whether that was all that happened.
+
+    Both are 0-dim; ``tolerance`` is how much of ``now`` may be left unexplained.
+    """
+    scale = torch.nan_to_num(torch.dot(now, was) / torch.dot(was, was), nan=0.0, posinf=0.0, neginf=0.0)
+    rest = torch.linalg.vector_norm(now - scale * was)
+    return scale, rest <= tolerance * torch.linalg.vector_norm(now)
 
 
 class Sending(Enum):
@@ -43,28 +80,9 @@ class Sending(Enum):
 
     def size(self, gradient: int) -> int:
         """Return how many elements travel for a gradient of this many."""
-        return {
-            Sending.NOTHING: 0,
-            Sending.DIFFERENCE: gradient + SKETCH + 1,
-            Sending.GRADIENT: gradient + 1,
-            Sending.SIDE: gradient + 1,
-            Sending.BOTH: 2 * gradient + 2,
-        }[self]
-
-
-@dataclass(frozen=True)
-class Routes:
-    """Where messages go.
-
-    Attributes:
-        ranks: channel between all ranks.
-        side: channel between the ranks of this rank's parity; None where sides are not added up separately.
-        owners: owner of every weight.
-    """
-
-    ranks: Channel
-    side: Channel | None
-    owners: Mapping[Tensor, int]
+        if self is Sending.NOTHING:
+            return 0
+        return gradient + {Sending.DIFFERENCE: SKETCH + 1, Sending.BOTH: gradient + 2}.get(self, 1)
 
 
 def wire_dtype(binding: Binding) -> torch.dtype:
@@ -77,79 +95,66 @@ def matrix_size(binding: Binding) -> int:
     return torch.Size(binding.layer.matrix_shape).numel()
 
 
-class PassReduction:
+class PassReduction(BucketedReduce):
     """What all ranks add up at the owners in one backward pass, or in one step.
 
-    Args:
-        routes: where it goes.
-        bindings: all trained bindings, those that are ready first first.
-        sending: what of each gradient is sent.
-        factor_dtype: dtype of statistics on the wire, None for their own.
+    The keys are ("statistics", binding) and ("gradient", binding). ``bindings`` are in the order in which
+    they will be ready.
     """
 
     def __init__(
-        self,
-        routes: Routes,
-        bindings: Sequence[Binding],
-        sending: Mapping[Binding, Sending],
-        factor_dtype: torch.dtype | None,
+        self, reductions: Reductions, bindings: Sequence[Binding], sending: Mapping[Binding, Sending]
     ) -> None:
         self.task = current_backward_pass()
         self.counts: dict[Binding, Tensor] = {}
         entries: list[Entry] = []
         for binding in bindings:
-            to, dtype, what = routes.owners[binding.weight], wire_dtype(binding), sending[binding]
+            to, dtype, what = reductions.owner(binding), wire_dtype(binding), sending[binding]
+            channel = reductions.ranks
             if binding.recorder.due:
-                curvature = binding.curvature
+                curvature, wire = binding.curvature, reductions.factor_dtype or dtype
                 shapes = [s for layer in curvature.terms.values() for s in curvature.message_shapes(layer)]
-                size, wire = sum(torch.Size(shape).numel() for shape in shapes), factor_dtype or dtype
-                key = "statistics", binding
-                entries.append(Entry(key, size, to, wire, "curvature factors", routes.ranks))
-            channel = routes.ranks
+                size = sum(torch.Size(shape).numel() for shape in shapes)
+                entries.append(Entry(("statistics", binding), size, to, wire, "curvature factors", channel))
             if what is Sending.SIDE:
-                assert routes.side is not None
-                to, channel = representative(to, side_of(channel.rank)) // 2, routes.side
+                assert reductions.side is not None
+                to, channel = representative(to, side_of(channel.rank)) // 2, reductions.side
             if what is not Sending.NOTHING:
                 size = what.size(matrix_size(binding))
                 entries.append(Entry(("gradient", binding), size, to, dtype, "gradients", channel))
-        self._reduce = BucketedReduce(entries, bindings[0].weight.device)
+        super().__init__(entries, bindings[0].weight.device)
 
-    def put(self, binding: Binding, pieces: Sequence[Tensor]) -> None:
+    def send(self, binding: Binding, pieces: Sequence[Tensor]) -> None:
         """Send what `contribution` gave, and the statistics that were recorded, if they are due."""
         recorder = binding.recorder
-        if recorder.statistics is not None and self._reduce.lacks(("statistics", binding)):
+        if recorder.statistics is not None and self.lacks(("statistics", binding)):
             # What comes until the step is of another pass.
             statistics, recorder.statistics = recorder.statistics, None
             packed, self.counts[binding] = binding.curvature.pack(statistics, binding.weight.device)
-            self._reduce.put(("statistics", binding), packed)
-        if pieces and self._reduce.lacks(("gradient", binding)):
-            self._reduce.put(("gradient", binding), pieces)
-
-    def flush(self) -> None:
-        """Start what has not been started."""
-        self._reduce.flush()
-
-    def collect(self) -> dict[Any, Tensor]:
-        """Return the sums that are this rank's, by ("statistics" or "gradient", binding)."""
-        return self._reduce.collect()
+            self.put(("statistics", binding), packed)
+        if pieces and self.lacks(("gradient", binding)):
+            self.put(("gradient", binding), pieces)
 
 
 class Reductions:
     """The reductions since the last step: one for each backward pass that averages gradients.
 
-    Args:
-        factor_dtype: dtype of statistics on the wire, None for their own.
-
     Attributes:
-        routes: where messages go; None until the handshake.
+        factor_dtype: dtype of statistics on the wire, None for their own.
+        ranks: channel between all ranks. The handshake sets it, as well as ``side`` and ``owners``.
+        side: channel between the ranks of this rank's parity; None for an odd number of ranks.
+        owners: owner of every weight.
+        held: contributions that wait for a reduction: before the handshake, and in accumulating passes.
     """
 
+    ranks: Channel
+    side: Channel | None
+    owners: Mapping[Tensor, int]
+
     def __init__(self, factor_dtype: torch.dtype | None) -> None:
-        self.routes: Routes | None = None
-        self._factor_dtype = factor_dtype
+        self.factor_dtype = factor_dtype
+        self.held: dict[Binding, list[Tensor]] = {}
         self._passes: list[PassReduction] = []
-        # What waits for a reduction: before the handshake, and in accumulating passes of FSDP.
-        self._held: dict[Binding, list[Tensor]] = {}
         # The first pass that counts, where not all do.
         self._first: dict[Binding, int] = {}
         # Of the running step, on owners: one tensor for each pass.
@@ -157,16 +162,9 @@ class Reductions:
         self._gradients: dict[Binding, list[Tensor]] = {}
         self._counts: dict[Binding, Tensor] = {}
 
-    @property
-    def ranks(self) -> Channel:
-        """The channel between all ranks."""
-        assert self.routes is not None
-        return self.routes.ranks
-
     def owner(self, binding: Binding) -> int:
         """Return the owner of a weight."""
-        assert self.routes is not None
-        return self.routes.owners[binding.weight]
+        return self.owners[binding.weight]
 
     def owns(self, binding: Binding) -> bool:
         """Return whether this rank owns a weight."""
@@ -174,19 +172,14 @@ class Reductions:
 
     # In a backward pass
 
-    def hold(self, binding: Binding, pieces: list[Tensor]) -> None:
-        """Keep a contribution for the next reduction."""
-        self._held[binding] = pieces
-
-    def held(self, binding: Binding) -> list[Tensor] | None:
-        """Return what is kept for a binding, and keep it no longer."""
-        return self._held.pop(binding, None)
+    def _running(self) -> bool:
+        """Return whether the last reduction is that of the running backward pass."""
+        return bool(self._passes) and self._passes[-1].task == current_backward_pass()
 
     def drop(self, binding: Binding) -> None:
-        """Let what was sent of a binding before the running backward pass count for nothing."""
-        self._held.pop(binding, None)
-        running = self._passes and self._passes[-1].task == current_backward_pass()
-        self._first[binding] = len(self._passes) - 1 if running else len(self._passes)
+        """Ignore what was sent of a binding before the running backward pass."""
+        self.held.pop(binding, None)
+        self._first[binding] = len(self._passes) - self._running()
 
     def send(
         self,
@@ -196,18 +189,14 @@ class Reductions:
     ) -> None:
         """Send a binding's statistics and contribution in the reduction of the running backward pass.
 
-        Args:
-            binding: the binding.
-            pieces: what `contribution` gave.
-            outgoing: returns, for a new reduction, all trained bindings, those ready first first, and what of
-                the gradient of each is sent.
+        For a new reduction ``outgoing`` returns all trained bindings, in the order in which they will be
+        ready, and what of the gradient of each is sent.
         """
-        assert self.routes is not None
-        if not self._passes or self._passes[-1].task != current_backward_pass():
+        if not self._running():
             if self._passes:
                 self._passes[-1].flush()
-            self._passes.append(PassReduction(self.routes, *outgoing(), self._factor_dtype))
-        self._passes[-1].put(binding, pieces)
+            self._passes.append(PassReduction(self, *outgoing()))
+        self._passes[-1].send(binding, pieces)
 
     # In a step
 
@@ -233,21 +222,17 @@ class Reductions:
             for binding, counts in each.counts.items():
                 if index >= self._first.get(binding, 0):
                     self._counts[binding] = self._counts.get(binding, torch.zeros_like(counts)) + counts
-        self._passes, self._held, self._first = [], {}, {}
+        self._passes, self.held, self._first = [], {}, {}
 
     def discard(self) -> None:
         """Forget what was sent: all ranks skip the step."""
-        if self._passes:
-            self.collect()
-        self._held, self._first = {}, {}
+        self.collect()
         self._statistics, self._gradients, self._counts = {}, {}, {}
 
     def swap_sides(self, bindings: Sequence[Binding]) -> None:
         """Give the sums of this rank's side to the owner beside it, and take those of the other side.
 
-        Args:
-            bindings: those whose gradients are added up on each side separately. The sums of a binding are
-                then those of even and of odd ranks.
+        The sums of these bindings are then those of even and of odd ranks.
         """
         ranks = self.ranks
         other = ranks.rank ^ 1
@@ -258,8 +243,8 @@ class Reductions:
             given = [_total(self._gradients.pop(binding)) for binding in theirs]
             # With each gradient goes the number of ranks that have one.
             sizes = [matrix_size(binding) + 1 for binding in mine]
-            nothing = torch.empty(0, dtype=dtype, device=alike[0].weight.device)
-            taken = ranks.swap(other, torch.cat([nothing, *given]), sum(sizes), "gradients")
+            flat = joined(given, dtype, alike[0].weight.device)
+            taken = ranks.swap(other, flat, sum(sizes), "gradients")
             for binding, part in zip(mine, taken.split(sizes), strict=True):
                 own = _total(self._gradients[binding])
                 self._gradients[binding] = [own, part] if ranks.rank < other else [part, own]
@@ -268,10 +253,8 @@ class Reductions:
         """Return what the ranks have contributed to an owned weight, added up, one tensor for each pass."""
         return self._gradients.get(binding, [])
 
-    def statistics(
-        self, bindings: Sequence[Binding], groups: Mapping[Tensor, Mapping[str, Any]]
-    ) -> dict[Binding, Statistics | None]:
-        """Return the statistics of all ranks; None for what others own or nobody has. Waits for the device.
+    def statistics(self, bindings: Sequence[Binding], groups: Groups) -> dict[Binding, Statistics | None]:
+        """Return the sums of all ranks, None for what others own or no rank has. Waits for the device.
 
         The gradient of a loss that is a mean is averaged over the ranks, so that a sample's share of it is
         that much smaller than what its own rank saw.
@@ -301,17 +284,10 @@ def contribution(
     ranks: int,
     parity: bool,
 ) -> list[Tensor]:
-    """Return what a rank sends of its own gradient.
+    """Return what a rank sends of ``matrix``, the gradient of its own batch.
 
-    Args:
-        binding: the binding.
-        matrix: the gradient matrix of this rank's own batch.
-        sending: what is wanted.
-        group: the parameter group of the weight.
-        rank: this rank.
-        ranks: their number.
-        parity: whether the rank's side says to which sub-batch its gradient belongs (Algorithm 1); otherwise
-            its own batch is split in two, and the pair is the mean over the ranks.
+    By ``parity`` the rank's side says to which sub-batch its gradient belongs (Algorithm 1); otherwise its
+    own batch is split in two, and the pair is the mean over the ranks.
     """
     if sending is Sending.NOTHING:
         return []
@@ -336,13 +312,6 @@ def contribution(
     return [difference, sketch(matrix) / ranks, has_pair]
 
 
-class Received(NamedTuple):
-    """What an owner has from all ranks: the gradients, and a 0-dim bool, whether any rank used the layer."""
-
-    gradients: SubBatchGradients
-    used: Tensor
-
-
 def received(
     binding: Binding,
     sending: Sending,
@@ -351,16 +320,12 @@ def received(
     *,
     ranks: int,
     cumulative: bool,
-) -> Received:
-    """Return the gradients of a weight, from what all ranks have sent to its owner.
+) -> tuple[SubBatchGradients, Tensor]:
+    """Return the gradients of an owned weight, and a 0-dim bool, whether any rank used it.
 
-    Args:
-        binding: the binding.
-        sending: what each has sent.
-        sums: their sums, one for each pass; for `Sending.SIDE` those of even and of odd ranks.
-        gathered: the gradient matrix, if p.grad is a shard of it.
-        ranks: their number.
-        cumulative: whether the last pass in which the layer was used has Gd of all before it, too.
+    ``sums`` has one sum over the ranks for each pass; for `Sending.SIDE` those of even and of odd ranks.
+    ``gathered`` is the gradient matrix, if p.grad is a shard of it. With ``cumulative`` the last pass in
+    which the layer was used has Gd of all before it, too.
     """
     shape, size = binding.layer.matrix_shape, matrix_size(binding)
 
@@ -371,20 +336,20 @@ def received(
         average = binding.gradient() if gathered is None else gathered
         used = torch.ones((), dtype=torch.bool, device=average.device)
         if sending is Sending.NOTHING or not sums:
-            return Received(SubBatchGradients(average, reason=NOT_THE_MEAN), used)
-        return Received(pair(average, *_difference(binding, average, sums, ranks, cumulative)), used)
+            return SubBatchGradients(average, reason=NOT_THE_MEAN), used
+        return pair(average, *_difference(binding, average, sums, ranks, cumulative)), used
     passes = torch.stack(list(sums))
     total = passes.sum(0)
     used = total[-1] > 0.5
     if sending is Sending.SIDE:
         first, second = (each[:size].view(shape) for each in sums)
-        return Received(pair((first + second) / ranks, (first - second) * (2 / ranks), used), used)
+        return pair((first + second) / ranks, (first - second) * (2 / ranks), used), used
     if sending is Sending.GRADIENT:
-        return Received(SubBatchGradients(total[:size].view(shape) / ranks, reason=NOT_THE_MEAN), used)
+        return SubBatchGradients(total[:size].view(shape) / ranks, reason=NOT_THE_MEAN), used
     # In a pass that the layer was used in, all ranks must have a pair.
     trusted = ((passes[:, -1] > 0.5) <= (passes[:, -2] > ranks - 0.5)).all() & used
     difference = torch.where(trusted, total[size:-2].view(shape), 0)
-    return Received(pair(total[:size].view(shape), difference, trusted), used)
+    return pair(total[:size].view(shape), difference, trusted), used
 
 
 def _difference(

@@ -40,12 +40,7 @@ class Distribution:
 
 
 def checked_distribution(given: DistributedLike) -> Distribution | None:
-    """Return the options, None for ``False``.
-
-    Raises:
-        ValueError: an unknown option, or a value outside what is allowed.
-        TypeError: no dict.
-    """
+    """Return the options, None for ``False``; ValueError or TypeError for what is no option."""
     if given is False:
         return None
     if given is not None and not isinstance(given, Mapping):
@@ -53,23 +48,21 @@ def checked_distribution(given: DistributedLike) -> Distribution | None:
             f"distributed={given!r} must be a dict of options, such as {{'mode': 'lean'}}, or False for "
             "ranks that train models of their own"
         )
-    options = dict(given or {})
-    known = [field.name for field in fields(Distribution)]
+    options, known = dict(given or {}), [field.name for field in fields(Distribution)]
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"distributed: unknown option {name!r}; the options are {', '.join(known)}")
         if name in _CHOICES and value is not None and value not in _CHOICES[name]:
             allowed = " or ".join(map(repr, _CHOICES[name]))
             raise ValueError(f"distributed: {name}={value!r} must be {allowed}")
-    per_node = options.get("ranks_per_node")
+    per_node, group = options.get("ranks_per_node"), options.get("group")
     if per_node is not None and (type(per_node) is not int or per_node < 1):
         raise ValueError(f"distributed: ranks_per_node={per_node!r} must be a whole number, 1 or more")
-    if options.get("group") is dist.GroupMember.NON_GROUP_MEMBER:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             "distributed: this rank is not in the process group given as 'group'; make the optimizer on the "
             "ranks of the group only, or give a group with all ranks that train the model"
         )
-    group = options.get("group")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"distributed: group={group!r} must be a process group, as torch.distributed.new_group(ranks) "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fop.binding import Binding, Bindings
-from fop.capture import is_sharded, local
+from fop.binding import Binding, Bindings, Groups
+from fop.capture import Hook, is_sharded, local
 from fop.correction import SubBatchGradients, inner
-from fop.distributed.agreement import Description
-from fop.distributed.distributor import Distributor, Groups, Outcome, Shared
-from fop.distributed.handshake import interval_of, open_channels, plan_for, shake_hands
-from fop.distributed.join import Stepping, join_along, share_gradients
-from fop.distributed.messages import NOT_THE_MEAN, Reductions, Routes, Sending, contribution, received
+from fop.distributed.distributor import Distributor, Outcome, Shared
+from fop.distributed.handshake import Description, open_channels, plan_for, shake_hands
+from fop.distributed.join import JoinableOptimizer, join_along
+from fop.distributed.messages import Reductions, Sending, contribution, received
 from fop.distributed.options import Distribution
-from fop.distributed.updates import Packet, Scalars, clip_shared, gather_gradients, share_updates
-from fop.distributed.wrappers import Wrappers, average, average_lean, check_group
+from fop.distributed.updates import clip_shared, gather_gradients, share_updates
+from fop.distributed.wrappers import Wrappers, average, average_lean, check_group, share_gradients
 from fop.layers import Statistics
 from fop.report import outside
 from fop.step_size import Update
@@ -30,10 +28,6 @@ from fop.torch_internals import after_backward, is_joining
 
 class Ranks(Distributor):
     """This rank as one of several.
-
-    Args:
-        options: how they work together.
-        optimizer: whose steps these are; held weakly.
 
     In a backward pass every weight sends its statistics, if they are due, and its part of the pair to its
     owner as soon as it has them. In `step()` owners refresh the curvature, compute the updates of their
@@ -45,16 +39,16 @@ class Ranks(Distributor):
 
     _options: Distribution
 
-    def __init__(self, options: Distribution, optimizer: Stepping) -> None:
+    def __init__(self, options: Distribution, optimizer: JoinableOptimizer) -> None:
         super().__init__(options, optimizer)
         self.without_batch = False
-        self._wrappers = Wrappers(self._meet)
+        self._wrappers = Wrappers(Hook(self, Ranks._meet))
         self._reductions = Reductions(options.factor_dtype)
         self._binding_of: dict[Tensor, Binding] = {}
-        # Whether the ranks have shaken hands; without that nothing can be sent.
-        self._settled = False
+        # Whether there was a handshake for the present model and state; without that nothing can be sent.
+        self._agreed = False
         self._labelled = False
-        # Whether the end of the running backward pass is waited for.
+        # Whether `backward_ended` will be called.
         self._awaits_end = False
         # Whether a backward pass has sent anything for the running step.
         self._had_pass = False
@@ -64,8 +58,8 @@ class Ranks(Distributor):
         self._cumulative: list[Binding] = []
         self._samples: dict[Binding, Tensor] = {}
         self._gathered: dict[Binding, Tensor] = {}
-        self._used: dict[Binding, Tensor] = {}
-        self._squares: dict[Binding, Tensor] = {}
+        # Of owned weights: the squared norm of Ga, and whether any rank used the weight.
+        self._noted: dict[Binding, tuple[Tensor, Tensor]] = {}
         self._max_norm: float | None = None
 
     # Who takes part
@@ -87,44 +81,40 @@ class Ranks(Distributor):
         self._wrappers.see(root)
 
     def _meet(self, ddp: Any) -> None:
-        """Get to know the DistributedDataParallel around the model."""
+        """Prepare the DistributedDataParallel around the model."""
         check_group(self._options.group, ddp)
         if (optimizer := self._optimizer()) is not None:
             join_along(ddp, optimizer)
         if self._options.mode == "lean":
-            ranks = weakref.ref(self)
+            average_lean(ddp, Hook(self, Ranks._is_lean))
 
-            def is_lean(param: Tensor) -> bool:
-                this = ranks()
-                binding = None if this is None else this._binding_of.get(param)
-                return binding is not None and binding.lean
-
-            average_lean(ddp, is_lean)
+    def _is_lean(self, param: Tensor) -> bool:
+        binding = self._binding_of.get(param)
+        return binding is not None and binding.lean
 
     def owns(self, binding: Binding) -> bool:
         """Return whether this rank keeps the weight's curvature."""
-        if self._settled:
+        if self._agreed:
             return self._reductions.owns(binding)
-        # Without a word to the others: the plan is the same on all ranks.
-        plan = plan_for(
-            self._bindings, self._options, dist.get_world_size(self.group), interval_of(self._groups)
-        )
+        # No message is needed: the plan is the same on all ranks.
+        plan = plan_for(self._bindings, self._options, dist.get_world_size(self.group), self._groups)
         return plan.owners[self._bindings.index(binding)] == dist.get_rank(self.group)
 
     # What a backward pass must give
 
     def prepare(self, bindings: Bindings, groups: Groups) -> Distributor:
-        """Be told by the recorders of these bindings when gradients are complete."""
+        """Have the recorders of these bindings call `completed`, and say what the coming pass must give."""
         weights = [id(binding.weight) for binding in bindings]
         if weights != [id(binding.weight) for binding in self._bindings]:
-            self._settled = False
+            self._agreed = False
         self._bindings, self._groups = list(bindings), groups
         self._binding_of = {param: binding for binding in bindings for param in binding.params}
-        lean = self._settled and self._options.mode == "lean"
+        lean = self._agreed and self._options.mode == "lean"
+        completed = Hook(self, Ranks.completed)
         for binding in bindings:
             recorder = binding.recorder
-            recorder.completed = _Completed(self, binding)
-            if not self._settled:
+            recorder.completed = completed
+            if not self._agreed:
                 # Which weights lack a curvature is known after the handshake.
                 recorder.due = True
             if self._by_parity:
@@ -185,30 +175,31 @@ class Ranks(Distributor):
 
     # In a backward pass
 
-    def completed(self, binding: Binding, gradients: Mapping[Tensor, Tensor]) -> None:
+    def completed(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Take the gradients of a binding, this rank's own, as a backward pass has just given them."""
-        recorder, reductions = binding.recorder, self._reductions
-        synchronises = self._wrappers.synchronises(binding.weight)
-        if not synchronises and not is_sharded(binding.weight):
-            # The last pass shows them whole; where nobody averages, the step does.
+        binding = self._binding_of[next(iter(gradients))]
+        recorder, reductions, weight = binding.recorder, self._reductions, binding.weight
+        synchronises = self._wrappers.synchronises(weight)
+        if weight not in gradients or not (synchronises or is_sharded(weight)):
+            # It is frozen; or the last pass shows the whole gradient, or the step averages it.
             return
         recorder.averaged = synchronises
         if recorder.restarted and not binding.lean:
-            # Whoever zeroed its gradient wants nothing of the passes so far.
+            # Its gradient was zeroed since the passes so far.
             reductions.drop(binding)
         if not self._awaits_end:
             self._awaits_end = True
-            after_backward(_Ended(self))
+            after_backward(Hook(self, Ranks.backward_ended))
         pieces = self._contribution(binding, gradients)
-        if (before := reductions.held(binding)) is not None:
+        if (before := reductions.held.pop(binding, None)) is not None:
             pieces = self._added(binding, before, pieces)
-        if self._settled and synchronises:
+        if self._agreed and synchronises:
             reductions.send(binding, pieces, self._outgoing)
         else:
-            reductions.hold(binding, pieces)
+            reductions.held[binding] = pieces
 
     def _outgoing(self) -> tuple[list[Binding], dict[Binding, Sending]]:
-        """Return the bindings that send something, those that are ready first first, and what each sends."""
+        """Return the trained bindings, in the order in which they will be ready, and what each sends."""
         bindings = [binding for binding in reversed(self._bindings) if binding.weight.requires_grad]
         return bindings, {binding: self._sending(binding) for binding in bindings}
 
@@ -236,12 +227,12 @@ class Ranks(Distributor):
         return sums if len(sums) < 3 else [*sums[:2], torch.minimum(before[2], now[2])]
 
     def backward_ended(self) -> None:
-        """Be told that the running backward pass is over."""
+        """Take the gradients as the backward pass has left them, after averaging."""
         self._awaits_end = False
         for binding in self._bindings:
             binding.recorder.averaging_ended()
             if binding.lean and self._wrappers.synchronises(binding.weight):
-                # Each is one rank's alone: nobody must clip or log by it.
+                # It is of one rank alone, and no norm to clip by or to log.
                 for param in binding.params:
                     param.grad = None
 
@@ -254,7 +245,7 @@ class Ranks(Distributor):
         reductions, groups = self._reductions, self._groups
         # A backward pass that raised an error has no end.
         self._awaits_end = False
-        if not self._settled:
+        if not self._agreed:
             self._shake_hands(describe())
         self._had_pass = reductions.count > 0 or self.without_batch
         self._warn_of_several_passes()
@@ -263,7 +254,7 @@ class Ranks(Distributor):
         if is_joining(self._optimizer()) or is_joining(self._wrappers.ddp):
             share_gradients(reductions.ranks, list(groups), not self.without_batch)
         if not_averaged := [p for p in groups if p.requires_grad and not self._wrappers.averages(p)]:
-            self._average(not_averaged)
+            average(reductions.ranks, not_averaged)
         reductions.collect()
         bindings, self._sent = self._outgoing()
         if sides := [binding for binding in bindings if self._sent[binding] is Sending.SIDE]:
@@ -292,17 +283,17 @@ class Ranks(Distributor):
         return binding.weight.grad is not None
 
     def _shake_hands(self, description: Description) -> None:
-        routes = self._reductions.routes
-        ranks, side = (routes.ranks, routes.side) if routes else open_channels(self.group, self.bytes_sent)
-        self.plan, lacking = shake_hands(self._bindings, description, self._options, ranks, self._groups)
-        weights: list[Tensor] = [binding.weight for binding in self._bindings]
-        self._reductions.routes = Routes(ranks, side, dict(zip(weights, self.plan.owners, strict=True)))
-        for binding in self._bindings:
+        bindings, reductions = self._bindings, self._reductions
+        if self.plan is None:
+            reductions.ranks, reductions.side = open_channels(self.group, self.bytes_sent)
+        self.plan = shake_hands(bindings, description, self._options, reductions.ranks, self._groups)
+        reductions.owners = {b.weight: owner for b, owner in zip(bindings, self.plan.owners, strict=True)}
+        for binding in bindings:
             step = self._groups[binding.weight]["step"]
-            if binding not in lacking and binding.state.get("refresh_at", 0) > step:
+            if binding.curvature.ready and binding.state.get("refresh_at", 0) > step:
                 # Recorded in case that its owner had no curvature.
                 binding.recorder.due, binding.recorder.statistics = False, None
-        self._settled = True
+        self._agreed = True
 
     def _warn_of_several_passes(self) -> None:
         several = self._reductions.count > 1
@@ -316,25 +307,17 @@ class Ranks(Distributor):
             )
 
     def _send_rest(self) -> None:
-        """Send what no backward pass has sent: all of it in the first step, and where nobody averages."""
+        """Send what no backward pass has sent: all of it in the first step, and without a wrapper."""
         bindings, _ = self._outgoing()
         not_averaged = [binding for binding in bindings if not self._wrappers.averages(binding.weight)]
         if not_averaged or not self._reductions.count:
             for binding in bindings:
-                pieces = self._reductions.held(binding)
+                pieces = self._reductions.held.pop(binding, None)
                 if binding in not_averaged and binding.weight.grad is not None:
                     gradients = {param: param.grad for param in binding.params if param.grad is not None}
                     pieces = self._contribution(binding, gradients)
                 self._reductions.send(binding, pieces or [], self._outgoing)
         self._reductions.flush()
-
-    def _average(self, params: list[Tensor]) -> None:
-        """Average gradients that neither DistributedDataParallel nor fully_shard has averaged."""
-        ranks = self._reductions.ranks
-        used = torch.tensor([float(param.grad is not None) for param in params]).to(params[0].device)
-        ranks.all_reduce(used, "control").wait()
-        wanted = [param for param, count in zip(params, used.tolist(), strict=True) if count]
-        average(wanted, lambda flat: ranks.all_reduce(flat, "gradients").wait(), ranks.size)
 
     def _count_samples(self) -> None:
         ranks = self._reductions.ranks
@@ -346,7 +329,7 @@ class Ranks(Distributor):
 
     def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
         """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
-        gradients, self._used[binding] = received(
+        gradients, used = received(
             binding,
             # A frozen weight that still has a gradient has sent nothing of it.
             self._sent.get(binding, Sending.NOTHING),
@@ -355,7 +338,7 @@ class Ranks(Distributor):
             ranks=self._reductions.ranks.size,
             cumulative=binding in self._cumulative,
         )
-        self._squares[binding] = inner(gradients.average, gradients.average)
+        self._noted[binding] = inner(gradients.average, gradients.average), used
         return gradients, self._samples.get(binding, 1)
 
     def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
@@ -379,41 +362,17 @@ class Ranks(Distributor):
 
     def share(self, bindings: Sequence[Binding], own: Mapping[Binding, Update]) -> list[Shared]:
         """Give the updates of owned weights to all ranks, and take those of the others."""
-        packets: dict[Binding, Packet] = {}
+        updates: dict[Binding, tuple[Update, Tensor]] = {}
         for binding, update in own.items():
-            length, trusted = update.length, update.trusted
-            scalars = Scalars(
-                length,
-                self._squares.pop(binding),
-                update.beta,
-                update.eta,
-                update.rho,
-                torch.zeros_like(length) if trusted is None else trusted.to(length.dtype),
-                self._used.pop(binding).to(length.dtype),
-            )
-            packets[binding] = Packet(torch.stack(scalars), update.matrix)
-        shared = share_updates(self._reductions, bindings, packets)
+            square, used = self._noted.pop(binding)
+            updates[binding] = update._replace(used=used), square
+        shared, squares = share_updates(self._reductions, bindings, updates)
         if self._max_norm is not None:
             moving = {param for binding in bindings for param in binding.params}
             rest = [p.grad for p in self._groups if p.grad is not None and p not in moving]
-            shared = clip_shared(shared, rest, self._max_norm)
+            shared = clip_shared(shared, squares, rest, self._max_norm)
             self._max_norm = None
-        return [
-            (
-                Update(
-                    scalars.length,
-                    scalars.length,
-                    scalars.beta,
-                    scalars.eta,
-                    scalars.rho,
-                    scalars.trusted > 0.5,
-                    NOT_THE_MEAN,
-                    scalars.used > 0.5,
-                ),
-                parts,
-            )
-            for scalars, parts in shared
-        ]
+        return shared
 
     def any(self, found: Tensor) -> Tensor:
         """Return whether any rank found something in its gradients."""
@@ -427,32 +386,9 @@ class Ranks(Distributor):
     def discard(self, *, state_replaced: bool = False) -> None:
         """Forget what was sent for a step that no rank will take."""
         if state_replaced:
-            self._settled = False
+            self._agreed = False
             for binding in self._bindings:
                 binding.curvature.ready = binding.curvature.held
             return
         self._reductions.discard()
         self._labelled = self._awaits_end = False
-
-
-class _Ended:
-    """Called when a backward pass is over."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = weakref.ref(ranks)
-
-    def __call__(self) -> None:
-        if (ranks := self._ranks()) is not None:
-            ranks.backward_ended()
-
-
-class _Completed:
-    """Called by a recorder; knows ranks and binding weakly, since both outlive no optimizer."""
-
-    def __init__(self, ranks: Ranks, binding: Binding) -> None:
-        self._ranks, self._binding = weakref.ref(ranks), weakref.ref(binding)
-
-    def __call__(self, gradients: dict[Tensor, Tensor]) -> None:
-        ranks, binding = self._ranks(), self._binding()
-        if ranks is not None and binding is not None:
-            ranks.completed(binding, gradients)

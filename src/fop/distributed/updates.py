@@ -1,89 +1,85 @@
-"""Updates on their way from the owner of a layer to all ranks, and gradient shards on their way to it."""
+"""Gradient shards on their way to the owner of a weight, and its update on the way to all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fop.binding import Binding
 from fop.capture import is_sharded, local
-from fop.distributed.buckets import broadcast_all
-from fop.distributed.messages import Reductions, matrix_size, wire_dtype
-from fop.step_size import clip_coefficient
+from fop.distributed.buckets import joined
+from fop.distributed.distributor import Shared
+from fop.distributed.messages import NOT_THE_MEAN, Reductions, matrix_size, wire_dtype
+from fop.step_size import Update, clip_coefficient
+
+# What travels of a weight: the numbers of `_numbers`, and the update as gradient matrix.
+Packets: TypeAlias = Mapping[Binding, tuple[Tensor, Tensor]]
+# What arrives: the numbers, and for each parameter this rank's part of the update.
+_Arrived: TypeAlias = dict[Binding, tuple[Tensor, list[tuple[Tensor, Tensor]]]]
+_COUNT = 7
 
 
-class Packet(NamedTuple):
-    """What the owner of a layer tells the others.
-
-    Attributes:
-        scalars: (7,), see `Scalars`.
-        update: gradient matrix.
-    """
-
-    scalars: Tensor
-    update: Tensor
-
-
-class Scalars(NamedTuple):
-    """Numbers that go with an update, each 0-dim.
-
-    Attributes:
-        length: lr²·⟨update, gradient⟩.
-        square: squared norm of Ga.
-        beta: β.
-        eta: η.
-        rho: ρ.
-        trusted: 1 where the step had a gradient pair.
-        used: 1 where any rank used the layer.
-    """
-
-    length: Tensor
-    square: Tensor
-    beta: Tensor
-    eta: Tensor
-    rho: Tensor
-    trusted: Tensor
-    used: Tensor
-
-
-class Received(NamedTuple):
-    """What every rank knows of a layer's update: the numbers, and its own part for each parameter."""
-
-    scalars: Scalars
-    parts: list[tuple[Tensor, Tensor]]
-
-
-_COUNT = len(Scalars._fields)
+def gather_gradients(reductions: Reductions, bindings: Sequence[Binding]) -> dict[Binding, Tensor]:
+    """Return the gradient matrices of the bindings that this rank owns, from the shards of all ranks."""
+    channel, by_owner = reductions.ranks, _by_owner(reductions, bindings)
+    dtype, device = _widest(bindings), local(bindings[0].weight).device
+    out = [
+        joined((_gradient(param) for binding in members for param in _stepping(binding)), dtype, device)
+        for members in by_owner
+    ]
+    mine = by_owner[channel.rank]
+    shapes = [param.shape for binding in mine for param in _stepping(binding)]
+    sizes = [[_shard_size(shape, rank, channel.size) for shape in shapes] for rank in range(channel.size)]
+    taken = channel.exchange(out, [sum(each) for each in sizes], "gradient shards")
+    shards = [flat.split(each) for flat, each in zip(taken, sizes, strict=True)]
+    whole = (torch.cat(each).view(shape) for shape, *each in zip(shapes, *shards, strict=True))
+    matrices: dict[Binding, Tensor] = {}
+    for binding in mine:
+        weight, *bias = [next(whole).to(wire_dtype(binding)) for _ in _stepping(binding)]
+        matrices[binding] = binding.layer.to_matrix(weight, bias[0] if bias else None)
+    return matrices
 
 
 def share_updates(
-    reductions: Reductions, bindings: Sequence[Binding], packets: Mapping[Binding, Packet]
-) -> list[Received]:
+    reductions: Reductions, bindings: Sequence[Binding], own: Mapping[Binding, tuple[Update, Tensor]]
+) -> tuple[list[Shared], list[Tensor]]:
     """Give the updates of all bindings to all ranks; where parameters are sharded, to each its shard.
 
-    Args:
-        reductions: knows the ranks and the owners.
-        bindings: the same on all ranks.
-        packets: those of the bindings that this rank owns.
+    Beside the updates of this rank's weights ``own`` has the squared norms of their gradients Ga. Both are
+    returned, of all bindings.
     """
+    packets = {binding: (_numbers(*each), each[0].matrix) for binding, each in own.items()}
     sharded = [binding for binding in bindings if is_sharded(binding.weight)]
-    shared = _share_whole(reductions, [each for each in bindings if each not in sharded], packets)
+    arrived = _share_whole(reductions, [each for each in bindings if each not in sharded], packets)
     if sharded:
-        shared |= _share_shards(reductions, sharded, packets)
-    return [shared[binding] for binding in bindings]
+        arrived |= _share_shards(reductions, sharded, packets)
+    shared: list[Shared] = []
+    squares: list[Tensor] = []
+    for numbers, parts in (arrived[binding] for binding in bindings):
+        length, square, beta, eta, rho, trusted, used = numbers.unbind()
+        update = Update(length, length, beta, eta, rho, trusted > 0.5, NOT_THE_MEAN, used > 0.5)
+        shared.append((update, parts))
+        squares.append(square)
+    return shared, squares
 
 
-def _share_whole(
-    reductions: Reductions, bindings: Sequence[Binding], packets: Mapping[Binding, Packet]
-) -> dict[Binding, Received]:
+def _numbers(update: Update, square: Tensor) -> Tensor:
+    """Return the scalars of an update, and the squared norm of Ga, (7,); flags as 0 or 1."""
+    length, trusted, used = update.length, update.trusted, update.used
+    assert used is not None
+    flag = torch.zeros_like(length) if trusted is None else trusted.to(length.dtype)
+    return torch.stack([length, square, update.beta, update.eta, update.rho, flag, used.to(length.dtype)])
+
+
+def _share_whole(reductions: Reductions, bindings: Sequence[Binding], packets: Packets) -> _Arrived:
     channel = reductions.ranks
     alike: dict[tuple[int, torch.dtype], list[Binding]] = {}
     for binding in bindings:
         alike.setdefault((reductions.owner(binding), wire_dtype(binding)), []).append(binding)
-    shared: dict[Binding, Received] = {}
+    arrived: _Arrived = {}
     buffers: dict[int, list[Tensor]] = {}
     layouts: list[tuple[Tensor, list[Binding]]] = []
     for (owner, dtype), members in alike.items():
@@ -94,98 +90,64 @@ def _share_whole(
             buffer = torch.empty(size, dtype=dtype, device=members[0].weight.device)
         buffers.setdefault(owner, []).append(buffer)
         layouts.append((buffer, members))
-    broadcast_all(channel, buffers, "updates")
+    channel.broadcast_all(buffers, "updates")
     for buffer, members in layouts:
         pieces = buffer.split([n for binding in members for n in (_COUNT, matrix_size(binding))])
-        for binding, scalars, update in zip(members, pieces[::2], pieces[1::2], strict=True):
-            parts = binding.parts(update.view(binding.layer.matrix_shape))
-            shared[binding] = Received(Scalars(*scalars.unbind()), parts)
-    return shared
+        for binding, numbers, update in zip(members, pieces[::2], pieces[1::2], strict=True):
+            arrived[binding] = numbers, binding.parts(update.view(binding.layer.matrix_shape))
+    return arrived
 
 
-def _share_shards(
-    reductions: Reductions, bindings: Sequence[Binding], packets: Mapping[Binding, Packet]
-) -> dict[Binding, Received]:
-    channel = reductions.ranks
-    by_owner = _by_owner(reductions, bindings)
+def _share_shards(reductions: Reductions, bindings: Sequence[Binding], packets: Packets) -> _Arrived:
+    channel, by_owner = reductions.ranks, _by_owner(reductions, bindings)
     dtype, device = _widest(bindings), local(bindings[0].weight).device
-    scalars = [
-        torch.cat([packets[binding].scalars.to(dtype) for binding in members])
-        if members and owner == channel.rank
+    numbers = [
+        joined((packets[binding][0] for binding in members), dtype, device)
+        if owner == channel.rank
         else torch.empty(_COUNT * len(members), dtype=dtype, device=device)
         for owner, members in enumerate(by_owner)
     ]
-    broadcast_all(channel, {owner: [each] for owner, each in enumerate(scalars) if len(each)}, "updates")
+    channel.broadcast_all({owner: [each] for owner, each in enumerate(numbers) if len(each)}, "updates")
     own = by_owner[channel.rank]
-    whole = [part for binding in own for _, part in binding.parts(packets[binding].update)]
+    whole = [part for binding in own for _, part in binding.parts(packets[binding][1])]
     out = [
-        _joined([_shard(part, rank, channel.size).to(dtype) for part in whole], dtype, device)
+        joined((_shard(part, rank, channel.size) for part in whole), dtype, device)
         for rank in range(channel.size)
     ]
-    taken = channel.exchange(out, [sum(map(_local_size, members)) for members in by_owner], "updates")
-    shared: dict[Binding, Received] = {}
-    for members, numbers, flat in zip(by_owner, scalars, taken, strict=True):
-        rest = flat
-        for binding, of_this in zip(members, numbers.view(-1, _COUNT), strict=True):
-            parts = []
-            for param in _stepping(binding):
-                size = local(param).numel()
-                parts.append((param, rest[:size].view(local(param).shape)))
-                rest = rest[size:]
-            shared[binding] = Received(Scalars(*of_this.unbind()), parts)
-    return shared
-
-
-def gather_gradients(reductions: Reductions, bindings: Sequence[Binding]) -> dict[Binding, Tensor]:
-    """Return the gradient matrices of the bindings that this rank owns, from the shards of all ranks."""
-    channel = reductions.ranks
-    by_owner = _by_owner(reductions, bindings)
-    dtype, device = _widest(bindings), local(bindings[0].weight).device
-    out = [
-        _joined([_gradient(p).to(dtype) for binding in members for p in _stepping(binding)], dtype, device)
-        for members in by_owner
+    sizes = [
+        [local(param).numel() for binding in members for param in _stepping(binding)] for members in by_owner
     ]
-    mine = by_owner[channel.rank]
-    shapes = [param.shape for binding in mine for param in _stepping(binding)]
-    sizes = [sum(_shard_size(shape, rank, channel.size) for shape in shapes) for rank in range(channel.size)]
-    taken = channel.exchange(out, sizes, "gradient shards")
-    matrices: dict[Binding, Tensor] = {}
-    places = [0] * channel.size
-    for binding in mine:
-        whole: list[Tensor] = []
-        for param in _stepping(binding):
-            pieces = []
-            for rank, flat in enumerate(taken):
-                size = _shard_size(param.shape, rank, channel.size)
-                pieces.append(flat[places[rank] : places[rank] + size])
-                places[rank] += size
-            whole.append(torch.cat(pieces).view(param.shape).to(wire_dtype(binding)))
-        matrices[binding] = binding.layer.to_matrix(whole[0], whole[1] if len(whole) > 1 else None)
-    return matrices
+    taken = channel.exchange(out, [sum(each) for each in sizes], "updates")
+    arrived: _Arrived = {}
+    for members, of_owner, flat, each in zip(by_owner, numbers, taken, sizes, strict=True):
+        shards = iter(flat.split(each))
+        for binding, of_this in zip(members, of_owner.view(-1, _COUNT), strict=True):
+            parts = [(param, next(shards).view(local(param).shape)) for param in _stepping(binding)]
+            arrived[binding] = of_this, parts
+    return arrived
 
 
-def clip_shared(shared: Sequence[Received], rest: Sequence[Tensor], max_norm: float) -> list[Received]:
+def clip_shared(
+    shared: Sequence[Shared], squares: Sequence[Tensor], rest: Sequence[Tensor], max_norm: float
+) -> list[Shared]:
     """Scale the gradients of a step together, as `torch.nn.utils.clip_grad_norm_`, after updates were made.
 
     Args:
-        shared: the updates, which grow as their gradients do, with the squared norms of these.
+        shared: the updates, which grow as their gradients do.
+        squares: squared norms of these gradients.
         rest: all other gradients, scaled in place.
         max_norm: the norm that all together may have.
-
-    Returns:
-        The updates from the scaled gradients.
     """
-    squares = [scalars.square for scalars, _ in shared]
-    squares += [gradient.square().sum().to(squares[0]) for gradient in rest]
+    squares = [*squares, *(gradient.square().sum().to(squares[0]) for gradient in rest)]
     coefficient = clip_coefficient(squares, max_norm)
     for gradient in rest:
         gradient.mul_(coefficient.to(gradient))
     return [
-        Received(
-            scalars._replace(length=scalars.length * coefficient**2),
+        (
+            update._replace(length=update.length * coefficient**2),
             [(param, part * coefficient.to(part)) for param, part in parts],
         )
-        for scalars, parts in shared
+        for update, parts in shared
     ]
 
 
@@ -202,11 +164,7 @@ def _stepping(binding: Binding) -> list[Tensor]:
 
 def _gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
-    return local(param.grad).reshape(-1)
-
-
-def _local_size(binding: Binding) -> int:
-    return sum(local(param).numel() for param in _stepping(binding))
+    return local(param.grad)
 
 
 def _shard_size(shape: torch.Size, rank: int, ranks: int) -> int:
@@ -218,11 +176,7 @@ def _shard_size(shape: torch.Size, rank: int, ranks: int) -> int:
 
 def _shard(whole: Tensor, rank: int, ranks: int) -> Tensor:
     chunk = -(-whole.shape[0] // ranks)
-    return whole[rank * chunk : (rank + 1) * chunk].reshape(-1)
-
-
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=dtype, device=device)
+    return whole[rank * chunk : (rank + 1) * chunk]
 
 
 def _widest(bindings: Sequence[Binding]) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, is_sharded, remove_all
+from fop.distributed.buckets import Channel
 from fop.torch_internals import fsdp_group, is_ddp, running_ddp, unwrapped, wrappers
 
 
 class Wrappers:
-    """DistributedDataParallel, `fully_shard`, or neither, as far as seen.
-
-    Args:
-        on_ddp: bound method, called with the DistributedDataParallel when that is first seen; held weakly.
-    """
+    """DistributedDataParallel, with which ``on_ddp`` is called, `fully_shard`, or neither, as far as seen."""
 
     def __init__(self, on_ddp: Callable[[Any], None]) -> None:
-        self._on_ddp = weakref.WeakMethod(on_ddp)
+        self._on_ddp = on_ddp
         self._ddp: Callable[[], Any] = lambda: None
         self._sharded: Callable[[], Any] = lambda: None
         # Whether the last forward pass was one that is averaged; None where no hook of ours saw it.
@@ -51,8 +48,7 @@ class Wrappers:
         """Take this DistributedDataParallel for the one that averages the gradients."""
         if self._ddp() is not ddp:
             self._ddp = weakref.ref(ddp)
-            if (tell := self._on_ddp()) is not None:
-                tell(ddp)
+            self._on_ddp(ddp)
 
     @property
     def ddp(self) -> Any:
@@ -70,15 +66,14 @@ class Wrappers:
             if ddp is None:
                 return False
             # As of the forward pass: the attribute is for the next one, or for an evaluation in between.
-            return (
-                bool(ddp.require_backward_grad_sync) if self._averages_pass is None else self._averages_pass
-            )
+            of_pass = self._averages_pass
+            return bool(ddp.require_backward_grad_sync) if of_pass is None else of_pass
         sharded = self._sharded()
         group = None if sharded is None else fsdp_group(sharded)
         return group is None or bool(group.reduce_grads)
 
     def running(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Be told that the model runs, perhaps inside a DistributedDataParallel."""
+        """Look for a DistributedDataParallel in whose forward pass the model runs."""
         ddp = None if torch.compiler.is_compiling() else running_ddp()
         if ddp is not None and ddp.module is module:
             self.note(ddp)
@@ -86,26 +81,54 @@ class Wrappers:
                 self._averages_pass = bool(ddp.require_backward_grad_sync)
 
 
-def average(params: list[Tensor], reduce: Callable[[Tensor], None], ranks: int) -> None:
-    """Replace p.grad of ``params`` by its mean over the ranks, where nobody else has done so.
+def average(channel: Channel, params: Sequence[Tensor]) -> None:
+    """Replace p.grad by its mean over the ranks, None by zeros where another rank has a gradient."""
+    used = torch.tensor([float(param.grad is not None) for param in params]).to(params[0].device)
+    channel.all_reduce(used, "control").wait()
+    wanted = [param for param, count in zip(params, used.tolist(), strict=True) if count]
+    for flat, gradients in _flattened(wanted):
+        channel.all_reduce(flat, "gradients").wait()
+        flat /= channel.size
+        for gradient, part in _parts(flat, gradients.values()):
+            gradient.copy_(part)
+        for param, gradient in gradients.items():
+            param.grad = gradient
 
-    Args:
-        params: those with a gradient on any rank; where it is None here it counts as zeros.
-        reduce: sums a tensor over the ranks, in place.
-        ranks: number of ranks.
-    """
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+def share_gradients(channel: Channel, params: Sequence[Tensor], has_batch: bool) -> None:
+    """Give ranks without a batch the mean gradients of those that have one; waits for the device."""
+    device = params[0].device
+    batches = torch.zeros(channel.size, device=device)
+    batches[channel.rank] = float(has_batch)
+    channel.all_reduce(batches, "control").wait()
+    has = batches.tolist()
+    if all(has):
+        return
+    source = has.index(1.0)
+    used = torch.tensor([float(param.grad is not None) for param in params]).to(device)
+    channel.broadcast(used, source, "control").wait()
+    wanted = [param for param, count in zip(params, used.tolist(), strict=True) if count]
+    for flat, gradients in _flattened(wanted):
+        channel.broadcast(flat, source, "gradients").wait()
+        if not has_batch:
+            for param, part in _parts(flat, gradients):
+                param.grad = part
+
+
+def _flattened(params: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[Tensor, Tensor]]]:
+    """Yield for each dtype the gradients as one tensor, and each by its parameter; zeros for None."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
     for param in params:
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-        alike.setdefault((param.device, param.dtype), []).append(param.grad)
-    for gradients in alike.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        reduce(flat)
-        flat /= ranks
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        alike.setdefault(param.dtype, []).append(param)
+    for members in alike.values():
+        gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in members}
+        yield torch.cat([gradient.reshape(-1) for gradient in gradients.values()]), gradients
+
+
+def _parts(flat: Tensor, tensors: Collection[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each tensor and its part of what they were flattened to, in its shape."""
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        yield tensor, part.view_as(tensor)
 
 
 def check_group(group: dist.ProcessGroup | None, ddp: Any) -> None:
@@ -121,25 +144,19 @@ def check_group(group: dist.ProcessGroup | None, ddp: Any) -> None:
 
 
 # Which gradients the communication hook of a DistributedDataParallel leaves out, in a list of one.
-_asked_by_hooks: weakref.WeakKeyDictionary[nn.Module, list[Callable[[Tensor], bool]]] = (
-    weakref.WeakKeyDictionary()
-)
+_asked: weakref.WeakKeyDictionary[nn.Module, list[Callable[[Tensor], bool]]] = weakref.WeakKeyDictionary()
 
 
 def average_lean(ddp: Any, is_lean: Callable[[Tensor], bool]) -> None:
-    """Let DistributedDataParallel leave out the gradients that go to owners.
-
-    Raises:
-        ValueError: it has another communication hook.
-    """
-    if (asked := _asked_by_hooks.get(ddp)) is not None:
+    """Let DistributedDataParallel leave out the gradients that go to owners; ValueError if it has a hook."""
+    if (asked := _asked.get(ddp)) is not None:
         # A hook cannot be taken away: that of an optimizer before this one serves it, too.
         asked[:] = [is_lean]
         return
     asked = [is_lean]
     try:
         ddp.register_comm_hook(None, _lean_hook(lambda param: asked[0](param), ddp.process_group))
-        _asked_by_hooks[ddp] = asked
+        _asked[ddp] = asked
     except RuntimeError as error:
         raise ValueError(
             "distributed: mode='lean' needs a communication hook of its own, and this "
@@ -148,12 +165,7 @@ def average_lean(ddp: Any, is_lean: Callable[[Tensor], bool]) -> None:
 
 
 def _lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> Callable[[object, Any], Any]:
-    """Return a communication hook of DistributedDataParallel that leaves out the gradients sent to owners.
-
-    Args:
-        is_lean: whether a parameter's gradient is.
-        group: DistributedDataParallel's process group.
-    """
+    """Return a communication hook of DistributedDataParallel that leaves out the gradients sent to owners."""
     ranks = dist.get_world_size(group)
 
     def hook(state: object, bucket: Any) -> Any:
@@ -171,9 +183,8 @@ def _lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> C
 
         def put_back(future: Any) -> Tensor:
             if flat is not buffer:
-                parts = flat.split([gradient.numel() for gradient in wanted])
-                for gradient, part in zip(wanted, parts, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+                for gradient, part in _parts(flat, wanted):
+                    gradient.copy_(part)
             return buffer
 
         return work.get_future().then(put_back)
