@@ -24,12 +24,10 @@ class ConvLayer(RowLayer):
     def __init__(
         self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
     ) -> None:
+        out_dim = module.out_channels // module.groups
+        in_dim = module.in_channels // module.groups * prod(module.kernel_size)
+        super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
         self.spatial = len(module.kernel_size)
-        self.groups = module.groups
-        self.out_dim = module.out_channels // module.groups
-        self.in_dim = module.in_channels // module.groups * prod(module.kernel_size)
-        self.bias = bias
-        self.options = options
         self.weight_shape = tuple(module.weight.shape)
         self.kernel = tuple(module.kernel_size)
         self.stride = tuple(module.stride)
@@ -81,8 +79,8 @@ class ConvLayer(RowLayer):
         n, channels = x.shape[:2]
         positions = range(2, 2 + self.spatial)
         taps = range(2 + self.spatial, 2 + 2 * self.spatial)
-        ordered = x.permute(0, 1, *taps, *positions)
-        return ordered.reshape(n, self.groups, channels // self.groups * prod(self.kernel), -1)
+        columns = channels // self.groups * prod(self.kernel)
+        return x.permute(0, 1, *taps, *positions).reshape(n, self.groups, columns, -1)
 
     def _padded(self, x: Tensor) -> Tensor:
         pads = [size for pair in reversed(self.pads) for size in pair]
@@ -111,15 +109,14 @@ class TransposedConvLayer(ConvLayer):
         return self.to_matrix(weight, self._bias_gradient(b))
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for x_part, b_part in super().chunks(x, b):
-            yield self._spread(x_part, b_part.shape[2:]), b_part
+        for x_chunk, b_chunk in super().chunks(x, b):
+            yield self._spread(x_chunk, b_chunk.shape[2:]), b_chunk
 
     def input_columns(self, x: Tensor) -> Tensor:
         patches = self._patches(x, (1,) * self.spatial)
         # Output t sees input s through tap k where t = s·stride - padding + k·dilation: later k, earlier s
-        taps = patches.unflatten(2, (-1, prod(self.kernel)))
-        columns: Tensor = taps.flip(3).flatten(2, 3)
-        return columns
+        taps: Tensor = patches.unflatten(2, (-1, prod(self.kernel)))
+        return taps.flip(3).flatten(2, 3)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         taps = prod(self.kernel)
@@ -146,15 +143,6 @@ class TransposedConvLayer(ConvLayer):
         every = [slice(None, None, s) for s in self.stride]
         spread[(slice(None), slice(None), *every)] = x
         return F.pad(spread, [size for pair in reversed(pads) for size in pair])
-
-
-def unsupported_conv(module: nn.Module) -> str | None:
-    """Return why a convolution cannot take the FOP step, or None if it can."""
-    base = next(kind for kind in type(module).__mro__ if kind.__module__ == "torch.nn.modules.conv")
-    methods = ("forward", "_conv_forward")
-    if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
-        return f"{type(module).__name__} overrides {base.__name__}.forward"
-    return None
 
 
 def _pads(module: Convolution | TransposedConvolution) -> list[tuple[int, int]]:

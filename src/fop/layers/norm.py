@@ -24,23 +24,13 @@ class NormLayer(Layer):
     the mean square of the samples' own gradients, element by element.
     """
 
-    groups = 1
-
     def __init__(self, module: Norm, *, bias: bool, options: LayerOptions) -> None:
         # LayerNorm and RMSNorm have a weight for the trailing dimensions, the others for dimension 1.
         self.trailing = isinstance(module, nn.LayerNorm | nn.RMSNorm)
         self.shape = tuple(module.weight.shape)
-        self.bias = bias
-        self.options = options
-        self.out_dim, self.in_dim = 1 + bias, prod(self.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        return 1, self.out_dim, self.in_dim
-
-    @property
-    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self.matrix_shape,)
+        super().__init__(1, 1 + bias, prod(self.shape), bias=bias, options=options)
+        self.matrix_shape = 1, self.out_dim, self.in_dim
+        self.factor_shapes = self.sum_shapes = (self.matrix_shape,)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - len(self.shape) if self.trailing else 1
@@ -65,11 +55,11 @@ class NormLayer(Layer):
     def _by_sample(self, x: Tensor, b: Tensor) -> Tensor:
         """Return the gradient of every sample, (N, 1 or 2, size)."""
         b = b.to(statistics_dtype(b))
-        parts = [b * x.to(b.dtype), b] if self.bias else [b * x.to(b.dtype)]
+        rows = [b * x.to(b.dtype), b] if self.bias else [b * x.to(b.dtype)]
         if self.trailing:
-            summed = [part.reshape(part.shape[0], -1, self.in_dim).sum(1) for part in parts]
+            summed = [row.reshape(row.shape[0], -1, self.in_dim).sum(1) for row in rows]
         else:
-            summed = [part.reshape(part.shape[0], self.in_dim, -1).sum(2) for part in parts]
+            summed = [row.reshape(row.shape[0], self.in_dim, -1).sum(2) for row in rows]
         return torch.stack(summed, dim=1)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
@@ -79,7 +69,7 @@ class NormLayer(Layer):
         return matrix[:, :1]
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = statistics_dtype(weight)
         matrix = self.weight_matrix(weight.to(dtype))
         if not self.bias:
             return matrix
@@ -90,12 +80,12 @@ class NormLayer(Layer):
         return matrix[:, 1:]
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        parts = [part.reshape(weight.shape) for part in matrix.unbind(1)]
-        return parts[0], parts[1] if self.bias else None
+        rows = [row.reshape(weight.shape) for row in matrix.unbind(1)]
+        return rows[0], rows[1] if self.bias else None
 
 
 def unsupported_norm(module: nn.Module) -> str | None:
-    """Return why a normalisation layer cannot take the FOP step, or None if it can."""
+    """Return why a normalisation layer cannot take the FOP step, None if it can."""
     known = (*_FUNCTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if type(module) not in known:
         return f"{type(module).__name__} is not one of {', '.join(kind.__name__ for kind in known)}"

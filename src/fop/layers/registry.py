@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from fop.layers.attention import PackedLayer, unsupported_attention
+from fop.layers.attention import PackedLayer
 from fop.layers.base import Layer, LayerOptions
-from fop.layers.conv import ConvLayer, TransposedConvLayer, unsupported_conv
+from fop.layers.conv import ConvLayer, TransposedConvLayer
 from fop.layers.embedding import EmbeddingLayer, unsupported_embedding
-from fop.layers.linear import LinearLayer, unsupported_linear
+from fop.layers.linear import LinearLayer
 from fop.layers.norm import NormLayer, unsupported_norm
 
 EXCLUDED = "layer_options say so"
@@ -41,50 +41,47 @@ def _own(layer: Callable[..., Layer], module: nn.Module) -> list[Slot]:
 
 
 def _embedding(module: nn.Embedding) -> list[Slot]:
-    def build(_: bool, options: LayerOptions) -> Layer:
-        return EmbeddingLayer(module, tied=False, options=options)
-
-    def tied(options: LayerOptions) -> Layer:
-        return EmbeddingLayer(module, tied=True, options=options)
-
-    return [Slot("weight", None, build, tied)]
-
-
-def _packed(embed_dim: int) -> Callable[[bool, LayerOptions], Layer]:
-    return lambda bias, options: PackedLayer(embed_dim, bias=bias, options=options)
+    make = partial(EmbeddingLayer, module)
+    return [
+        Slot(
+            "weight",
+            None,
+            lambda _, options: make(tied=False, options=options),
+            lambda options: make(tied=True, options=options),
+        )
+    ]
 
 
 def _attention(module: nn.MultiheadAttention) -> list[Slot]:
     E = module.embed_dim
 
-    def linear(in_dim: int) -> Callable[[bool, LayerOptions], Layer]:
-        return lambda bias, options: LinearLayer(E, in_dim, bias=bias, options=options)
+    def slot(weight: str, bias: str | None, make: Callable[..., Layer], *sizes: int) -> Slot:
+        return Slot(weight, bias, lambda bias, options: make(*sizes, bias=bias, options=options))
 
-    slots = [Slot("out_proj.weight", "out_proj.bias", linear(E))]
+    output = slot("out_proj.weight", "out_proj.bias", LinearLayer, E, E)
     if module._qkv_same_embed_dim:
-        return [Slot("in_proj_weight", "in_proj_bias", _packed(E)), *slots]
-    # Their biases are parts of one parameter, which no single block could own.
+        return [slot("in_proj_weight", "in_proj_bias", PackedLayer, E), output]
+    # Their biases are slices of one parameter, which no single block could own.
     dims = {"q_proj_weight": E, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}
-    return [*(Slot(name, None, linear(dim)) for name, dim in dims.items()), *slots]
+    return [*(slot(name, None, LinearLayer, E, dim) for name, dim in dims.items()), output]
 
 
+_Kinds: TypeAlias = tuple[type[nn.Module], ...]
 _Check: TypeAlias = Callable[[Any], str | None]
 _Slots: TypeAlias = Callable[[Any], list[Slot]]
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# To add a kind of layer: a file with its `Layer` and its check, and one row here.
-_KINDS: tuple[tuple[tuple[type[nn.Module], ...], _Check, _Slots], ...] = (
-    ((nn.Linear,), unsupported_linear, partial(_own, LinearLayer.of)),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), unsupported_conv, partial(_own, ConvLayer)),
-    (
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-        unsupported_conv,
-        partial(_own, TransposedConvLayer),
-    ),
-    ((nn.Embedding,), unsupported_embedding, _embedding),
-    ((nn.MultiheadAttention,), unsupported_attention, _attention),
-    (_NORMS, unsupported_norm, partial(_own, NormLayer)),
+# To add a kind of layer: a file with its `Layer`, and one row here: modules, their weights, and what makes a
+# module unfit beside a forward of its own.
+_KINDS: tuple[tuple[_Kinds, _Slots, _Check | None], ...] = (
+    ((nn.Linear,), partial(_own, LinearLayer.of), None),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), partial(_own, ConvLayer), None),
+    (_TRANSPOSED, partial(_own, TransposedConvLayer), None),
+    ((nn.Embedding,), _embedding, unsupported_embedding),
+    ((nn.MultiheadAttention,), _attention, None),
+    (_NORMS, partial(_own, NormLayer), unsupported_norm),
 )
 
 
@@ -92,32 +89,36 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
     """Return the module's weights that can take the FOP step, or the reason why it has none."""
     if options.path == "adamw":
         return EXCLUDED
-    for kinds, unsupported, slots in _KINDS:
+    for kinds, slots, check in _KINDS:
         if isinstance(module, kinds):
-            return _reason(module, kinds, unsupported, options) or slots(module)
+            return _unsupported(module, kinds, check, options) or slots(module)
     if _is_conv1d(module):
         return _own(LinearLayer.of_conv1d, module)
     return f"no Kronecker factors for {type(module).__name__}"
 
 
-def _reason(
-    module: nn.Module,
-    kinds: tuple[type[nn.Module], ...],
-    unsupported: _Check,
-    options: LayerOptions,
-) -> str | None:
+def _unsupported(module: nn.Module, kinds: _Kinds, check: _Check | None, options: LayerOptions) -> str | None:
+    """Return why a module of these kinds cannot take the FOP step, None if it can."""
+    name = type(module).__name__
     # Not through the attribute: a parametrized weight would be computed, which may change buffers.
     if "weight" not in module._parameters and not isinstance(module, nn.MultiheadAttention):
         return "its weight is computed from other parameters"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if (why := unsupported(module)) is None and kinds is _NORMS and options.path is None:
-        return f"{type(module).__name__}; a diagonal Fisher with path='fop' in layer_options"
-    return why
+    base = next(kind for kind in kinds if isinstance(module, kind))
+    methods = ("forward", "_conv_forward")
+    same = all(getattr(type(module), m, None) is getattr(base, m, None) for m in methods)
+    if not same and kinds is not _NORMS:
+        return f"{name} overrides {base.__name__}.forward"
+    if check is not None and (why := check(module)) is not None:
+        return why
+    if kinds is _NORMS and options.path is None:
+        return f"{name}; a diagonal Fisher with path='fop' in layer_options"
+    return None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is Hugging Face's `Conv1D`, a Linear with its weight as (in, out)."""
+    """Return whether a module is Hugging Face's `Conv1D`, a Linear with its weight as (in, out)."""
     weight = module._parameters.get("weight")
     return (
         type(module).__name__ == "Conv1D"
