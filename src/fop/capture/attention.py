@@ -33,11 +33,7 @@ _attention = _without_own_dispatch(F.multi_head_attention_forward)
 
 
 class ProjectionMode(TorchFunctionMode):
-    """Reports every linear projection of one attention module while it is active.
-
-    Args:
-        seen: called for every projection, whichever weight it uses.
-    """
+    """Reports all linear projections of one attention module while it is active, whichever weight they use."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from fop.capture.batch import Batch
 
+# What `tap` is given where the size of the batch is not known, or another dimension than 0 may count samples.
+UNKNOWN, AMBIGUOUS = -1, -2
+
 
 class Collector(Protocol):
     """What the gradient of a compiled output is given to."""
@@ -31,7 +34,7 @@ _count = itertools.count()
 
 
 def trace_anew() -> None:
-    """Let torch.compile trace every model anew: it does not notice hooks that came after its trace.
+    """Let torch.compile trace every model again: it does not notice hooks that came after its trace.
 
     Not of this model alone: another model of the same class shares what was compiled for its code.
     """
@@ -42,7 +45,7 @@ def trace_anew() -> None:
 def key_of(module: nn.Module, weight: str, collector: Collector) -> Tensor:
     """Return the number of a module's weight, and let its gradients go to ``collector`` from now on.
 
-    A tensor, 0-dim: numbers are constants in a graph, and like layers would each be compiled anew.
+    A tensor, 0-dim: a number would be a constant in the graph, and every layer would be compiled by itself.
     """
     numbers = _numbers.setdefault(module, {})
     key = numbers.setdefault(weight, next(_count))
@@ -66,7 +69,7 @@ def collect(x: Tensor, b: Tensor, key: Tensor, size: int) -> Tensor:
     """Give input and output gradient to the layer of that number; return a copy of the gradient."""
     collector = _collectors.get(int(key))
     if collector is not None:
-        collector.compiled(x, b, Batch(size))
+        collector.compiled(x, b, Batch(None if size < 0 else size, ambiguous=size == AMBIGUOUS))
     return b.clone()
 
 

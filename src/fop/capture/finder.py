@@ -18,9 +18,7 @@ Seen: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None
 class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
-    Args:
-        seen: a bound method that is called with each module not shown before, and its arguments; held by weak
-            reference.
+    ``seen``, a bound method, is called with each module and its arguments; it is held by weak reference.
     """
 
     def __init__(self, seen: Seen) -> None:
