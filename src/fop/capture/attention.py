@@ -33,7 +33,7 @@ _attention = _without_own_dispatch(F.multi_head_attention_forward)
 
 
 class ProjectionMode(TorchFunctionMode):
-    """Reports all linear projections of one attention module while it is active, whichever weight they use."""
+    """Reports all linear projections of one attention module, whichever weight they use, while active."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()

@@ -9,27 +9,22 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fop.capture.batch import Batch
 
+if TYPE_CHECKING:
+    from fop.capture.hooks import ForwardUse
+
 # What `tap` is given where the size of the batch is not known, or another dimension than 0 may count samples.
 UNKNOWN, AMBIGUOUS = -1, -2
 
-
-class Collector(Protocol):
-    """What the gradient of a compiled output is given to."""
-
-    def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:
-        """Take input and output gradient of one use of a weight."""
-
-
 # A compiled model keeps the number of each of its layers, also when another optimizer comes to feed.
 _numbers: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
-_collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
+_collectors: weakref.WeakValueDictionary[int, ForwardUse] = weakref.WeakValueDictionary()
 _count = itertools.count()
 
 
@@ -42,7 +37,7 @@ def trace_anew() -> None:
         torch.compiler.reset()
 
 
-def key_of(module: nn.Module, weight: str, collector: Collector) -> Tensor:
+def key_of(module: nn.Module, weight: str, collector: ForwardUse) -> Tensor:
     """Return the number of a module's weight, and let its gradients go to ``collector`` from now on.
 
     A tensor, 0-dim: a number would be a constant in the graph, and every layer would be compiled by itself.

@@ -210,7 +210,7 @@ class ModuleUse(ABC):
         """Let the recorder watch the whole tensors that FSDP puts in the place of its shards."""
         whole = (None if name is None else parameter_of(module, name) for name in self.names)
         pairs = zip(whole, recorder.params, strict=False)
-        recorder.stand_in({now: param for now, param in pairs if now is not None})
+        recorder.stand_ins |= {now: param for now, param in pairs if now is not None}
 
 
 class ForwardUse(ModuleUse):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Recorder:
         restarted: whether the last pass found a gradient that it knew nothing of: None, zeroed, or changed.
         sharded: whether this rank has a shard of the weight only (FSDP).
         accumulates: whether the last pass added to a gradient that was still there, where ``taken``.
+        stand_ins: the parameter of every unsharded tensor that FSDP puts in its place while a module runs.
         uses: the modules that use the weight.
         completed: called when a backward pass has given all gradients of the layer, with these by parameter;
             None for nobody to call.
@@ -79,8 +80,7 @@ class Recorder:
         self._passes: dict[int, PassRecord] = {}
         self._handles: list[RemovableHandle] = []
         self._watched: set[Tensor] = set()
-        # Unsharded tensors that FSDP puts in the place of parameters while a module runs.
-        self._stand_ins: dict[Tensor, Tensor] = {}
+        self.stand_ins: dict[Tensor, Tensor] = {}
         weakref.finalize(self, remove_all, self._handles)
         self.clear()
 
@@ -122,16 +122,12 @@ class Recorder:
 
     def watch_gradients(self) -> None:
         """Be told when the gradients of the parameters are complete."""
-        for param in self._stand_ins if self.sharded else self.params:
+        for param in self.stand_ins if self.sharded else self.params:
             # A frozen parameter takes no hook; it may be thawed later.
             if param.requires_grad and param not in self._watched:
                 hook = Hook(self, Recorder.accumulated)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 self._watched.add(param)
-
-    def stand_in(self, unsharded: Mapping[Tensor, Tensor]) -> None:
-        """Watch these tensors in place of parameters, of which this rank has a shard only."""
-        self._stand_ins |= unsharded
 
     # The passes
 
@@ -222,7 +218,7 @@ class Recorder:
         """Take over the finished backward pass: it is in p.grad now."""
         if (gradient := param.grad) is None:
             return
-        param = self._stand_ins.get(param, param)
+        param = self.stand_ins.get(param, param)
         sub_batches = self.sub_batches
         if param is self.weight:
             record = self._passes.pop(current_backward_pass(), None)
@@ -259,7 +255,7 @@ class Recorder:
         """Forget the passes so far unless this one adds to a gradient that is recorded already."""
         gradient = self.weight.grad
         if self.taken:
-            whole = next((w for w, own in self._stand_ins.items() if own is self.weight), self.weight)
+            whole = next((w for w, own in self.stand_ins.items() if own is self.weight), self.weight)
             self.accumulates = whole.grad is not None
             # A shard's gradient is there after a pass that was averaged, unless somebody has zeroed it.
             self.restarted = self.averaged and gradient is None and self.sharded

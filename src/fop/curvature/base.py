@@ -93,24 +93,16 @@ class Curvature(ABC):
     def plausible(cls, state: Mapping[str, Any], shape: torch.Size) -> dict[str, Shape] | None:
         """Return what `entries` may be of a saved state whose layer is not known; None for another kind's.
 
-        Args:
-            state: the saved state of one parameter.
-            shape: the parameter's shape.
+        ``shape`` is the parameter's.
         """
 
     # Statistics to inverse
 
-    @abstractmethod
     def estimate(
         self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return the estimate of this step's statistics, one tensor for each of ``averages``.
-
-        Args:
-            statistics: sums over the samples of a step.
-            reduction: how the loss joins the samples.
-            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
-        """
+        """Return the estimate of this step's statistics, one tensor for each of ``averages``."""
+        return statistics.factors(reduction, loss_scale)
 
     def update(self, estimate: Sequence[Tensor], decay: float) -> None:
         """Take an estimate into the averages; the first one is taken as it is."""
@@ -154,9 +146,9 @@ class Curvature(ABC):
     def size(self, name: str) -> LayerSize:
         """Return what keeping, sending and using it takes; ``name`` is the layer's."""
 
-    @abstractmethod
     def message_shapes(self, layer: Layer) -> list[Shape]:
-        """Return the shapes in which the statistics of one of the ``terms`` travel."""
+        """Return the shapes in which the statistics of one of the ``terms`` travel between ranks."""
+        return list(layer.sum_shapes)
 
     @abstractmethod
     def pack(self, statistics: Statistics, device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -164,10 +156,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def unpack(self, message: Tensor, counts: Sequence[float], share: float) -> Statistics:
-        """Return the statistics of all ranks.
+        """Return the statistics of all ranks, from the sums of what they have packed, 1-d.
 
-        Args:
-            message: the sum of what the ranks have packed, 1-d.
-            counts: likewise.
-            share: what b bᵀ of one rank weighs in that of the averaged loss.
+        ``share`` is what b bᵀ of one rank weighs in that of the averaged loss.
         """

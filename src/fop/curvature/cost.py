@@ -18,8 +18,6 @@ class LayerSize:
         groups: number of blocks of the curvature, each with an A and a G.
         out_dim: side of G.
         in_dim: side of A, the bias column included.
-        diagonal_A: whether only the diagonal of A is kept.
-        diagonal_G: whether only the diagonal of G is kept.
         single: whether the curvature is one diagonal in the shape of the gradient (norms), without a G.
     """
 

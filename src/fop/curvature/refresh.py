@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -52,9 +53,7 @@ class Refresher:
     def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
         """Take estimates into the averages and invert these.
 
-        Returns:
-            The curvatures whose estimates were not finite, which stay as they are, and the fallbacks.
-
+        Returns the curvatures whose estimates were not finite, which stay as they are, and the fallbacks.
         Transfers to the host twice (are the estimates finite, did the inversions succeed), the second time
         not for inverses that are to come later.
         """
@@ -64,7 +63,9 @@ class Refresher:
         finite = torch.stack([_finite(each.tensors).to(home) for each in estimates]).tolist()
         refused: list[Curvature] = []
         fallbacks: Fallbacks = []
-        due: list[Estimate] = []
+        due: list[tuple[Estimate, int]] = []
+        matrices: list[Tensor] = []
+        shifts: list[Tensor] = []
         for each, fine in zip(estimates, finite, strict=True):
             curvature, tensors, group = each
             if not fine:
@@ -76,21 +77,20 @@ class Refresher:
             if later:
                 curvature.state |= NOTHING_PENDING
             if later and curvature.held:
-                self._start(curvature, group["step"], group["inverse_delay"], group["damping"])
+                step, delay, damping = (group[name] for name in ("step", "inverse_delay", "damping"))
+                pending = {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
+                curvature.state |= pending
+                curvature.pending = True
+                self._submit(curvature, damping)
             else:
-                due.append(each)
-        matrices: list[Tensor] = []
-        shifts: list[Tensor] = []
-        counts = []
-        for curvature, _, group in due:
-            of_this, added = curvature.matrices(group["damping"])
-            counts.append(len(of_this))
-            matrices += of_this
-            shifts += added
+                of_this, added = curvature.matrices(group["damping"])
+                due.append((each, len(of_this)))
+                matrices += of_this
+                shifts += added
         with torch.profiler.record_function("fop::inversion"):
             inversions = iter(damped_inverses(matrices, shifts))
-        for (curvature, _, group), count in zip(due, counts, strict=True):
-            own = [next(inversions) for _ in range(count)]
+        for (curvature, _, group), count in due:
+            own = list(islice(inversions, count))
             fallbacks += _store(curvature, own, group["step"], group["damping"])
         return refused, fallbacks
 
@@ -112,11 +112,6 @@ class Refresher:
     def forget(self) -> None:
         """Forget what is pending: another state was loaded."""
         self._jobs.clear()
-
-    def _start(self, curvature: Curvature, step: int, delay: int, damping: float) -> None:
-        curvature.state |= {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
-        curvature.pending = True
-        self._submit(curvature, damping)
 
     def _submit(self, curvature: Curvature, damping: float) -> None:
         if self._pool is None:
@@ -152,10 +147,7 @@ class _Job:
 
 
 def _finite(tensors: Sequence[Tensor]) -> Tensor:
-    finite = torch.isfinite(tensors[0]).all()
-    for tensor in tensors[1:]:
-        finite = finite & torch.isfinite(tensor).all()
-    return finite
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
 
 
 def _store(curvature: Curvature, inversions: Sequence[Inversion], step: int, damping: float) -> Fallbacks:

@@ -50,6 +50,8 @@ class Layer(ABC):
         sum_shapes: shapes of what `factor_sums` gives: those of the factors, unless ``swapped``.
     """
 
+    # Dimension of the gradient matrix along which the bias follows the weight.
+    bias_dim = 2
     # Whether `factor_sums` has the two factors the other way round than the block, see `Statistics`.
     swapped = False
     # Whether the weight is stored as (in, out).
@@ -71,6 +73,7 @@ class Layer(ABC):
     ) -> None:
         self.groups, self.out_dim, self.in_dim, self.bias = groups, out_dim, in_dim, bias
         self.options = options
+        self.bias_shape: tuple[int, ...] = (groups * out_dim,)
         columns = in_dim + bias
         self.diagonal_A = diagonal_A or in_dim > options.max_factor_dim
         self.diagonal_G = out_dim > options.max_factor_dim
@@ -106,12 +109,12 @@ class Layer(ABC):
         return matrix.reshape(shape)
 
     def weight_part(self, matrix: Tensor) -> Tensor:
-        """Return what of a gradient matrix belongs to the weight, (groups, out, in)."""
-        return matrix[..., : self.in_dim]
+        """Return what of a gradient matrix belongs to the weight."""
+        return matrix.narrow(self.bias_dim, 0, matrix.shape[self.bias_dim] - self.bias)
 
     def bias_part(self, matrix: Tensor) -> Tensor:
-        """Return what of a gradient matrix belongs to the bias, groups·out entries."""
-        return matrix[..., self.in_dim]
+        """Return what of a gradient matrix belongs to the bias."""
+        return matrix.narrow(self.bias_dim, -1, 1)
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return weight-shaped and bias-shaped tensors as one gradient matrix, in at least float32.
@@ -122,13 +125,14 @@ class Layer(ABC):
         matrix = self.weight_matrix(weight.to(dtype))
         if not self.bias:
             return matrix
-        entries = matrix.new_zeros(self.groups * self.out_dim) if bias is None else bias.to(dtype)
-        return torch.cat([matrix, entries.reshape(self.groups, self.out_dim, 1)], dim=-1)
+        shape = [1 if dim == self.bias_dim else size for dim, size in enumerate(matrix.shape)]
+        entries = matrix.new_zeros(shape) if bias is None else bias.to(dtype).reshape(shape)
+        return torch.cat([matrix, entries], dim=self.bias_dim)
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what of a gradient matrix belongs to weight and bias, in their shapes."""
-        part = self.weight_from_matrix(self.weight_part(matrix), weight.shape)
-        return part, matrix[..., self.in_dim].reshape(-1) if self.bias else None
+        bias = matrix.narrow(self.bias_dim, -1, 1).reshape(self.bias_shape) if self.bias else None
+        return self.weight_from_matrix(self.weight_part(matrix), weight.shape), bias
 
 
 class RowLayer(Layer):

@@ -44,21 +44,18 @@ class ConvLayer(RowLayer):
             padding = befores
         else:
             x, padding = self._padded(x), (0,) * self.spatial
-        return self.to_matrix(self._weight_gradient(x, b, padding), self._bias_gradient(b))
+        return self._gradient(x, b, padding)
 
-    def _weight_gradient(
+    def _gradient(
         self, x: Tensor, b: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] | None = None
     ) -> Tensor:
         # torch.nn.grad.conv2d_weight and its kin, for any dimension and for transposed ones.
         weight = b.new_empty(1).expand(self.weight_shape)
-        transposed, zeros, mask = output_padding is not None, (0,) * self.spatial, (False, True, False)
-        longer = output_padding or zeros
+        transposed, longer = output_padding is not None, output_padding or (0,) * self.spatial
         geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, transposed, longer, self.groups)
+        mask = (False, True, False)
         gradients = torch.ops.aten.convolution_backward(b, x.to(b.dtype), weight, None, *geometry, mask)
-        return gradients[1]  # type: ignore[no-any-return]
-
-    def _bias_gradient(self, b: Tensor) -> Tensor | None:
-        return b.transpose(0, 1).flatten(1).sum(1) if self.bias else None
+        return self.to_matrix(gradients[1], b.transpose(0, 1).flatten(1).sum(1) if self.bias else None)
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         per_sample = self.groups * self.in_dim * b[0, 0].numel()
@@ -105,8 +102,7 @@ class TransposedConvLayer(ConvLayer):
             out - (size - 1) * s + 2 * p - d * (k - 1) - 1
             for size, out, (k, s, d, p) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
-        weight = self._weight_gradient(x, b, self.padding, output_padding)
-        return self.to_matrix(weight, self._bias_gradient(b))
+        return self._gradient(x, b, self.padding, output_padding)
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for x_chunk, b_chunk in super().chunks(x, b):

@@ -24,16 +24,19 @@ class NormLayer(Layer):
     the mean square of the samples' own gradients, element by element.
     """
 
+    bias_dim = 1
+
     def __init__(self, module: Norm, *, bias: bool, options: LayerOptions) -> None:
         # LayerNorm and RMSNorm have a weight for the trailing dimensions, the others for dimension 1.
         self.trailing = isinstance(module, nn.LayerNorm | nn.RMSNorm)
-        self.shape = tuple(module.weight.shape)
-        super().__init__(1, 1 + bias, prod(self.shape), bias=bias, options=options)
+        shape = tuple(module.weight.shape)
+        super().__init__(1, 1 + bias, prod(shape), bias=bias, options=options)
+        self.bias_shape = shape
         self.matrix_shape = 1, self.out_dim, self.in_dim
         self.factor_shapes = self.sum_shapes = (self.matrix_shape,)
 
     def leading_dims(self, x: Tensor) -> int:
-        return x.dim() - len(self.shape) if self.trailing else 1
+        return x.dim() - len(self.bias_shape) if self.trailing else 1
 
     @staticmethod
     def normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -64,24 +67,6 @@ class NormLayer(Layer):
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(1, 1, self.in_dim)
-
-    def weight_part(self, matrix: Tensor) -> Tensor:
-        return matrix[:, :1]
-
-    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = statistics_dtype(weight)
-        matrix = self.weight_matrix(weight.to(dtype))
-        if not self.bias:
-            return matrix
-        entries = torch.zeros_like(matrix) if bias is None else self.weight_matrix(bias.to(dtype))
-        return torch.cat([matrix, entries], dim=1)
-
-    def bias_part(self, matrix: Tensor) -> Tensor:
-        return matrix[:, 1:]
-
-    def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows = [row.reshape(weight.shape) for row in matrix.unbind(1)]
-        return rows[0], rows[1] if self.bias else None
 
 
 def unsupported_norm(module: nn.Module) -> str | None:
