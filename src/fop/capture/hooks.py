@@ -173,7 +173,7 @@ class ModuleUse(ABC):
         recorder: recorder of the weight.
         layer: how this module sees the weight.
         module: the module.
-        names: the module's names for weight and bias, dotted where a submodule owns them; None for no bias.
+        names: its names for weight and bias, dotted where a submodule owns them; None for no bias.
         watch: hooks on the model that the module belongs to.
     """
 

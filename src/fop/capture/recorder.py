@@ -157,14 +157,10 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch, outer: int = -1) -> None:
-        """Record one use of the weight in a running backward pass.
+        """Record one use of the weight in a running backward pass, which ``layer`` describes.
 
-        Args:
-            layer: how this use sees the weight.
-            x: its input, None if it was changed since the forward pass.
-            b: gradient of its output.
-            batch: what is known of the batch.
-            outer: the backward pass that repeated the forward pass (reentrant checkpointing), -1 if none.
+        ``x`` is None if it was changed since the forward pass; ``outer`` is the backward pass that repeated
+        the forward pass (reentrant checkpointing), -1 if none did.
         """
         if x is None:
             layout = Layout(0, 0, problem="its input was changed in place")

@@ -24,15 +24,14 @@ class ConvLayer(RowLayer):
     def __init__(
         self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
     ) -> None:
-        out_dim = module.out_channels // module.groups
-        in_dim = module.in_channels // module.groups * prod(module.kernel_size)
+        self.spatial, self.taps = len(module.kernel_size), prod(module.kernel_size)
+        out_dim, in_dim = (
+            module.out_channels // module.groups,
+            module.in_channels // module.groups * self.taps,
+        )
         super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
-        self.spatial = len(module.kernel_size)
-        self.weight_shape = tuple(module.weight.shape)
-        self.kernel = tuple(module.kernel_size)
-        self.stride = tuple(module.stride)
-        self.dilation = tuple(module.dilation)
-        self.pads = _pads(module)
+        self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
+        self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def leading_dims(self, x: Tensor) -> int:
@@ -74,9 +73,8 @@ class ConvLayer(RowLayer):
             # Each unfold appends a dimension: (N, channels, *positions, *kernel) in the end.
             x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
         n, channels = x.shape[:2]
-        positions = range(2, 2 + self.spatial)
-        taps = range(2 + self.spatial, 2 + 2 * self.spatial)
-        columns = channels // self.groups * prod(self.kernel)
+        positions, taps = range(2, 2 + self.spatial), range(2 + self.spatial, 2 + 2 * self.spatial)
+        columns = channels // self.groups * self.taps
         return x.permute(0, 1, *taps, *positions).reshape(n, self.groups, columns, -1)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -111,26 +109,22 @@ class TransposedConvLayer(ConvLayer):
     def input_columns(self, x: Tensor) -> Tensor:
         patches = self._patches(x, (1,) * self.spatial)
         # Output t sees input s through tap k where t = s·stride - padding + k·dilation: later k, earlier s
-        taps: Tensor = patches.unflatten(2, (-1, prod(self.kernel)))
+        taps: Tensor = patches.unflatten(2, (-1, self.taps))
         return taps.flip(3).flatten(2, 3)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
-        taps = prod(self.kernel)
-        split = weight.reshape(self.groups, self.in_dim // taps, self.out_dim, taps)
+        split = weight.reshape(self.groups, self.in_dim // self.taps, self.out_dim, self.taps)
         return split.transpose(1, 2).reshape(self.groups, self.out_dim, self.in_dim)
 
     def weight_from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        taps = prod(self.kernel)
-        split = matrix.reshape(self.groups, self.out_dim, self.in_dim // taps, taps)
+        split = matrix.reshape(self.groups, self.out_dim, self.in_dim // self.taps, self.taps)
         return split.transpose(1, 2).reshape(shape)
 
     def _spread(self, x: Tensor, out_size: torch.Size) -> Tensor:
         """Return x with zeros between its pixels, padded so that every output position has a patch."""
         sizes, pads = [], []
-        geometry = zip(
-            x.shape[2:], out_size, self.kernel, self.stride, self.dilation, self.padding, strict=True
-        )
-        for size, out, k, s, d, p in geometry:
+        geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
+        for size, out, (k, s, d, p) in zip(x.shape[2:], out_size, geometry, strict=True):
             sizes.append((size - 1) * s + 1)
             before = d * (k - 1) - p
             # The output may be longer than the input asks for (output_padding).

@@ -36,8 +36,12 @@ class Slot:
     tied: Callable[[LayerOptions], Layer] | None = None
 
 
+def _slot(weight: str, bias: str | None, make: Callable[..., Layer]) -> Slot:
+    return Slot(weight, bias, lambda bias, options: make(bias=bias, options=options))
+
+
 def _own(layer: Callable[..., Layer], module: nn.Module) -> list[Slot]:
-    return [Slot("weight", "bias", lambda bias, options: layer(module, bias=bias, options=options))]
+    return [_slot("weight", "bias", partial(layer, module))]
 
 
 def _embedding(module: nn.Embedding) -> list[Slot]:
@@ -54,16 +58,12 @@ def _embedding(module: nn.Embedding) -> list[Slot]:
 
 def _attention(module: nn.MultiheadAttention) -> list[Slot]:
     E = module.embed_dim
-
-    def slot(weight: str, bias: str | None, make: Callable[..., Layer], *sizes: int) -> Slot:
-        return Slot(weight, bias, lambda bias, options: make(*sizes, bias=bias, options=options))
-
-    output = slot("out_proj.weight", "out_proj.bias", LinearLayer, E, E)
+    output = _slot("out_proj.weight", "out_proj.bias", partial(LinearLayer, E, E))
     if module._qkv_same_embed_dim:
-        return [slot("in_proj_weight", "in_proj_bias", PackedLayer, E), output]
+        return [_slot("in_proj_weight", "in_proj_bias", partial(PackedLayer, E)), output]
     # Their biases are slices of one parameter, which no single block could own.
     dims = {"q_proj_weight": E, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}
-    return [*(slot(name, None, LinearLayer, E, dim) for name, dim in dims.items()), output]
+    return [*(_slot(name, None, partial(LinearLayer, E, dim)) for name, dim in dims.items()), output]
 
 
 _Kinds: TypeAlias = tuple[type[nn.Module], ...]
@@ -99,30 +99,26 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
 
 def _unsupported(module: nn.Module, kinds: _Kinds, check: _Check | None, options: LayerOptions) -> str | None:
     """Return why a module of these kinds cannot take the FOP step, None if it can."""
-    name = type(module).__name__
     # Not through the attribute: a parametrized weight would be computed, which may change buffers.
     if "weight" not in module._parameters and not isinstance(module, nn.MultiheadAttention):
         return "its weight is computed from other parameters"
     if "forward" in vars(module):
         return "its forward was replaced"
-    base = next(kind for kind in kinds if isinstance(module, kind))
+    own, base = type(module), next(kind for kind in kinds if isinstance(module, kind))
     methods = ("forward", "_conv_forward")
-    same = all(getattr(type(module), m, None) is getattr(base, m, None) for m in methods)
+    same = all(getattr(own, method, None) is getattr(base, method, None) for method in methods)
     if not same and kinds is not _NORMS:
-        return f"{name} overrides {base.__name__}.forward"
+        return f"{own.__name__} overrides {base.__name__}.forward"
     if check is not None and (why := check(module)) is not None:
         return why
     if kinds is _NORMS and options.path is None:
-        return f"{name}; a diagonal Fisher with path='fop' in layer_options"
+        return f"{own.__name__}; a diagonal Fisher with path='fop' in layer_options"
     return None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is Hugging Face's `Conv1D`, a Linear with its weight as (in, out)."""
     weight = module._parameters.get("weight")
-    return (
-        type(module).__name__ == "Conv1D"
-        and weight is not None
-        and weight.dim() == 2
-        and getattr(module, "nf", None) == weight.shape[1]
-    )
+    if type(module).__name__ != "Conv1D" or weight is None or weight.dim() != 2:
+        return False
+    return getattr(module, "nf", None) == weight.shape[1]
