@@ -98,11 +98,8 @@ class Batch:
             return False
         if ids.dim() > 1 and ids.shape[0] == 1:
             return True
-        if self.storages is None:
-            # Under torch.compile.
-            return ids.dim() == 1
-        # What is not the model's input, it has made itself.
-        return _address(ids) not in self.storages
+        # What is not the model's input, it has made itself; under torch.compile there are no addresses.
+        return ids.dim() == 1 if self.storages is None else _address(ids) not in self.storages
 
     def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
         sizes = {N for _, N in self.sequences}

@@ -42,8 +42,7 @@ def key_of(module: nn.Module, weight: str, collector: ForwardUse) -> Tensor:
 
     A tensor, 0-dim: a number would be a constant in the graph, and every layer would be compiled by itself.
     """
-    numbers = _numbers.setdefault(module, {})
-    key = numbers.setdefault(weight, next(_count))
+    key = _numbers.setdefault(module, {}).setdefault(weight, next(_count))
     _collectors[key] = collector
     return torch.tensor(key)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from types import FrameType
+from itertools import islice
+from traceback import walk_stack
 from typing import Any, TypeAlias
 
 import torch
@@ -38,7 +39,7 @@ class FirstForwardHook:
 
     @property
     def used(self) -> bool:
-        """Whether any module was shown."""
+        """Whether any module was shown that is still there."""
         return len(self._known) > 0
 
     def remove(self) -> None:
@@ -48,12 +49,8 @@ class FirstForwardHook:
 
 def _keywords(module: nn.Module) -> Mapping[str, Any]:
     """Return the keyword arguments of the running call of ``module``, which such hooks are not given."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
-        if frame is None:
-            break
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 8):
         given = frame.f_locals.get("kwargs")
         if frame.f_locals.get("self") is module and isinstance(given, Mapping):
             return given
-        frame = frame.f_back
     return {}

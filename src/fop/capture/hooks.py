@@ -131,10 +131,8 @@ class ModelWatch:
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        if self.sequence_first:
-            return AMBIGUOUS
         size = self._thread.running[-1].size if self._thread.running else None
-        return UNKNOWN if size is None else size
+        return AMBIGUOUS if self.sequence_first else UNKNOWN if size is None else size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
@@ -170,10 +168,8 @@ class ModuleUse(ABC):
     """One module that uses a weight, and the hooks on it.
 
     Args:
-        recorder: recorder of the weight.
         layer: how this module sees the weight.
-        module: the module.
-        names: its names for weight and bias, dotted where a submodule owns them; None for no bias.
+        names: the module's names for weight and bias, dotted where a submodule owns them; None for no bias.
         watch: hooks on the model that the module belongs to.
     """
 
@@ -196,9 +192,8 @@ class ModuleUse(ABC):
     def intact(self, weight: Tensor) -> bool:
         """Return whether the module is alive, still has the weight under its name, and has the hooks."""
         module = self.module()
-        if module is None or not self.uses(weight, module):
-            return False
-        return all(in_place(handle) for handle in self.handles)
+        has = module is not None and self.uses(weight, module)
+        return has and all(in_place(handle) for handle in self.handles)
 
     def uses(self, weight: Tensor, module: nn.Module) -> bool:
         """Return whether the module has the weight under its name, or what FSDP put there while it runs."""
@@ -287,7 +282,6 @@ class AttentionUse(ModuleUse):
             running.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End it."""
         if (mode := self._running.mode) is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._running.mode = None

@@ -66,9 +66,7 @@ class Recorder:
         self.layer = layer
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
-        self.paired = True
-        self.due = True
-        self.counted = False
+        self.paired, self.due, self.counted = True, True, False
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
@@ -195,8 +193,9 @@ class Recorder:
             x, b = layout.batched(x), layout.batched(b)
         ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
         if ends and ends[0] == 0:
-            why = f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
-            record.problem = record.problem or why
+            record.problem = (
+                record.problem or f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
+            )
         sums = record.sums
         if self.paired and self.sub_batches.split and record.problem is None:
             ranges = zip([0, *ends], ends, strict=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -27,11 +28,9 @@ _CHANGED = (
 
 @dataclass
 class SplitSums:
-    """Σ b āᵀ of passes that were split: over each of the first K - 1 sub-batches, and over all samples.
+    """Σ b āᵀ of split passes: of each of the first K - 1 sub-batches, and with statistics of the whole batch.
 
-    Attributes:
-        first: one gradient matrix a sub-batch; empty if they are not known.
-        whole: the gradient matrix of all samples, only in passes with statistics.
+    ``first`` is empty where the sub-batches are not known.
     """
 
     first: list[Tensor] = field(default_factory=list)
@@ -52,7 +51,6 @@ class PassRecord:
     """What one backward pass gave, which may use the weight several times.
 
     Attributes:
-        samples: N of the pass.
         problem: why the pass cannot be split into sub-batches, None if it can.
         precise: whether b has more than half precision.
         statistics: of the curvature, None if none are due.
@@ -99,13 +97,10 @@ class SubBatches:
         self.split = True
         self.sums = SplitSums()
         self.measures: dict[Tensor, Tensor] = {}
-        self._layer = layer
-        # The weight, and the bias if it belongs to the weight's layer.
-        self._params = params
-        self._count = count
+        # The parameters are the weight, and the bias if it belongs to the weight's layer.
+        self._layer, self._params, self._count = layer, params, count
         self._reason: str | None = None
-        self._dropped = False
-        self._labelled = False
+        self._dropped = self._labelled = False
         # Whether all output gradients had more than half precision.
         self._precise = True
         # N of the first split pass.
@@ -113,8 +108,7 @@ class SubBatches:
         # Whole passes: the sub-batch of the last one, passes and samples of each sub-batch, and the gradient
         # of each of the first K - 1, less p.grad if the last pass was of it.
         self._label = 0
-        self._passes = [0] * count
-        self._samples = [0] * count
+        self._passes, self._samples = [0] * count, [0] * count
         self._earlier: list[dict[Tensor, Tensor]] = [{} for _ in range(count - 1)]
 
     def bounds(self, samples: int) -> list[int]:
@@ -184,13 +178,9 @@ class SubBatches:
         """
         if self.sums.whole is None or not self.sums.first:
             return
-        matrices = (self.sums.whole, *self.sums.first)
-        whole, *first = (self._layer.weight_part(matrix) for matrix in matrices)
+        whole, *first = map(self._layer.weight_part, (self.sums.whole, *self.sums.first))
         tolerance = _SAME_SUM if self._precise else _SAME_SUM_HALF
-        last = whole
-        for each in first:
-            last = last - each
-        squares = [each.square().sum() for each in (*first, last)]
+        squares = [each.square().sum() for each in (*first, reduce(torch.sub, first, whole))]
         difference = (whole - self._layer.weight_matrix(gradient.to(whole.dtype))).square().sum()
         self.complete = difference <= tolerance**2 * torch.stack(squares).sum()
 

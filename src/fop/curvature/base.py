@@ -26,7 +26,6 @@ class Curvature(ABC):
     A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`.
 
     Args:
-        layer: geometry of the gradient matrix.
         views: how each use of the weight sees it, ``layer`` among them.
         state: the optimizer's state of the weight, so that a checkpoint is complete.
 
@@ -81,8 +80,6 @@ class Curvature(ABC):
         """Return why this approximation does not fit a layer, None if it does."""
         return None
 
-    # Entries of the state
-
     @classmethod
     @abstractmethod
     def entries(cls, layer: Layer) -> dict[str, Shape]:
@@ -95,8 +92,6 @@ class Curvature(ABC):
 
         ``shape`` is the parameter's.
         """
-
-    # Statistics to inverse
 
     def estimate(
         self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None
@@ -121,8 +116,6 @@ class Curvature(ABC):
     @abstractmethod
     def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
         """Take the inverses of ``matrices``; return whether they can be used, else the old ones stay."""
-
-    # Products
 
     @abstractmethod
     def fisher(self, V: Tensor) -> Tensor:

@@ -60,14 +60,14 @@ class Refresher:
         if not estimates:
             return [], []
         home = estimates[0].tensors[0].device
-        finite = torch.stack([_finite(each.tensors).to(home) for each in estimates]).tolist()
+        checks = [[torch.isfinite(tensor).all().to(home) for tensor in each.tensors] for each in estimates]
+        finite = torch.stack([torch.stack(of_one).all() for of_one in checks]).tolist()
         refused: list[Curvature] = []
         fallbacks: Fallbacks = []
-        due: list[tuple[Estimate, int]] = []
+        due: list[tuple[Curvature, Mapping[str, Any], int]] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
-        for each, fine in zip(estimates, finite, strict=True):
-            curvature, tensors, group = each
+        for (curvature, tensors, group), fine in zip(estimates, finite, strict=True):
             if not fine:
                 refused.append(curvature)
                 continue
@@ -78,18 +78,21 @@ class Refresher:
                 curvature.state |= NOTHING_PENDING
             if later and curvature.held:
                 step, delay, damping = (group[name] for name in ("step", "inverse_delay", "damping"))
-                pending = {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
-                curvature.state |= pending
+                curvature.state |= {
+                    "inverse_at": step + delay,
+                    "inverse_of": step,
+                    "inverse_damping": damping,
+                }
                 curvature.pending = True
                 self._submit(curvature, damping)
             else:
                 of_this, added = curvature.matrices(group["damping"])
-                due.append((each, len(of_this)))
+                due.append((curvature, group, len(of_this)))
                 matrices += of_this
                 shifts += added
         with torch.profiler.record_function("fop::inversion"):
             inversions = iter(damped_inverses(matrices, shifts))
-        for (curvature, _, group), count in due:
+        for curvature, group, count in due:
             own = list(islice(inversions, count))
             fallbacks += _store(curvature, own, group["step"], group["damping"])
         return refused, fallbacks
@@ -144,10 +147,6 @@ class _Job:
         if self._done is not None:
             torch.cuda.current_stream().wait_event(self._done)
         return inversions
-
-
-def _finite(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
 
 
 def _store(curvature: Curvature, inversions: Sequence[Inversion], step: int, damping: float) -> Fallbacks:

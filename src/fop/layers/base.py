@@ -43,8 +43,7 @@ class Layer(ABC):
 
     Attributes:
         matrix_shape: shape of the gradient matrix, (groups, out, in), with the bias as one more last column.
-        diagonal_A: whether only the diagonal of A is kept.
-        diagonal_G: whether only the diagonal of G is kept.
+        diagonal_A, diagonal_G: whether only the diagonal of A or G is kept.
         factor_shapes: shapes of A and G, (groups, d, d) or (groups, d). One shape, that of the gradient, for
             a layer whose statistics are the gradients of single samples.
         sum_shapes: shapes of what `factor_sums` gives: those of the factors, unless ``swapped``.
@@ -71,8 +70,8 @@ class Layer(ABC):
         options: LayerOptions,
         diagonal_A: bool = False,
     ) -> None:
-        self.groups, self.out_dim, self.in_dim, self.bias = groups, out_dim, in_dim, bias
-        self.options = options
+        self.groups, self.out_dim, self.in_dim = groups, out_dim, in_dim
+        self.bias, self.options = bias, options
         self.bias_shape: tuple[int, ...] = (groups * out_dim,)
         columns = in_dim + bias
         self.diagonal_A = diagonal_A or in_dim > options.max_factor_dim
@@ -82,7 +81,7 @@ class Layer(ABC):
             (groups, columns) if self.diagonal_A else (groups, columns, columns),
             (groups, out_dim) if self.diagonal_G else (groups, out_dim, out_dim),
         )
-        self.sum_shapes = self.factor_shapes
+        self.sum_shapes: tuple[tuple[int, ...], ...] = self.factor_shapes
 
     # What a kind of layer must say
 
@@ -181,8 +180,7 @@ def _add_covariance(total: Tensor, columns_NGDR: Tensor, *, ones: bool) -> None:
             total[:, dim:] += columns_NGDR.shape[0] * columns_NGDR.shape[3]
         return
     columns_GDR = columns_NGDR.permute(1, 2, 0, 3).flatten(2)
-    block = total[:, :dim, :dim]
-    block.baddbmm_(columns_GDR, columns_GDR.mT)
+    total[:, :dim, :dim].baddbmm_(columns_GDR, columns_GDR.mT)
     if ones:
         sums = columns_GDR.sum(-1)
         total[:, -1, :dim] += sums

@@ -40,10 +40,8 @@ class ConvLayer(RowLayer):
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         befores, afters = zip(*self.pads, strict=True)
         if self.mode == "constant" and befores == afters:
-            padding = befores
-        else:
-            x, padding = self._padded(x), (0,) * self.spatial
-        return self._gradient(x, b, padding)
+            return self._gradient(x, b, befores)
+        return self._gradient(self._padded(x), b, (0,) * self.spatial)
 
     def _gradient(
         self, x: Tensor, b: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] | None = None

@@ -16,7 +16,7 @@ class EmbeddingLayer(Layer):
     the weight is ``tied`` to an output layer (1, vocabulary, features), as that layer has them.
     """
 
-    def __init__(self, module: nn.Embedding, *, tied: bool, options: LayerOptions) -> None:
+    def __init__(self, module: nn.Embedding, options: LayerOptions, *, tied: bool) -> None:
         self.tokens, self.features = tokens, features = module.num_embeddings, module.embedding_dim
         sides = (tokens, features) if tied else (features, tokens)
         super().__init__(1, *sides, bias=False, options=options, diagonal_A=not tied)

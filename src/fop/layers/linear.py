@@ -5,30 +5,22 @@ from __future__ import annotations
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fop.layers.base import LayerOptions, RowLayer
 
 
 class LinearLayer(RowLayer):
-    """Rows of A are the input rows (with a 1 for the bias), rows of G the output gradients."""
+    """Rows of A are the input rows (with a 1 for the bias), rows of G the output gradients.
+
+    The weight of a ``transposed`` layer is stored as (in, out).
+    """
 
     def __init__(
         self, out_dim: int, in_dim: int, *, bias: bool, options: LayerOptions, transposed: bool = False
     ) -> None:
         super().__init__(1, out_dim, in_dim, bias=bias, options=options)
         self.transposed = transposed
-
-    @classmethod
-    def of(cls, module: nn.Linear, *, bias: bool, options: LayerOptions) -> LinearLayer:
-        """Return the layer of a `torch.nn.Linear`."""
-        return cls(module.out_features, module.in_features, bias=bias, options=options)
-
-    @classmethod
-    def of_conv1d(cls, module: nn.Module, *, bias: bool, options: LayerOptions) -> LinearLayer:
-        """Return the layer of a Hugging Face `Conv1D`, whose weight is (in, out)."""
-        in_dim, out_dim = module._parameters["weight"].shape  # type: ignore[union-attr]
-        return cls(out_dim, in_dim, bias=bias, options=options, transposed=True)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1

@@ -33,7 +33,7 @@ class NormLayer(Layer):
         super().__init__(1, 1 + bias, prod(shape), bias=bias, options=options)
         self.bias_shape = shape
         self.matrix_shape = 1, self.out_dim, self.in_dim
-        self.factor_shapes = self.sum_shapes = (self.matrix_shape,)
+        self.sum_shapes = self.factor_shapes = (self.matrix_shape,)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - len(self.bias_shape) if self.trailing else 1
@@ -59,11 +59,8 @@ class NormLayer(Layer):
         """Return the gradient of every sample, (N, 1 or 2, size)."""
         b = b.to(statistics_dtype(b))
         rows = [b * x.to(b.dtype), b] if self.bias else [b * x.to(b.dtype)]
-        if self.trailing:
-            summed = [row.reshape(row.shape[0], -1, self.in_dim).sum(1) for row in rows]
-        else:
-            summed = [row.reshape(row.shape[0], self.in_dim, -1).sum(2) for row in rows]
-        return torch.stack(summed, dim=1)
+        shape, dim = ((-1, self.in_dim), 1) if self.trailing else ((self.in_dim, -1), 2)
+        return torch.stack([row.reshape(row.shape[0], *shape).sum(dim) for row in rows], dim=1)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(1, 1, self.in_dim)

@@ -44,16 +44,13 @@ def _own(layer: Callable[..., Layer], module: nn.Module) -> list[Slot]:
     return [_slot("weight", "bias", partial(layer, module))]
 
 
+def _linear(module: nn.Linear) -> list[Slot]:
+    return [_slot("weight", "bias", partial(LinearLayer, module.out_features, module.in_features))]
+
+
 def _embedding(module: nn.Embedding) -> list[Slot]:
-    make = partial(EmbeddingLayer, module)
-    return [
-        Slot(
-            "weight",
-            None,
-            lambda _, options: make(tied=False, options=options),
-            lambda options: make(tied=True, options=options),
-        )
-    ]
+    tied = partial(EmbeddingLayer, module, tied=True)
+    return [Slot("weight", None, lambda _, options: EmbeddingLayer(module, options, tied=False), tied)]
 
 
 def _attention(module: nn.MultiheadAttention) -> list[Slot]:
@@ -68,15 +65,14 @@ def _attention(module: nn.MultiheadAttention) -> list[Slot]:
 
 _Kinds: TypeAlias = tuple[type[nn.Module], ...]
 _Check: TypeAlias = Callable[[Any], str | None]
-_Slots: TypeAlias = Callable[[Any], list[Slot]]
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # To add a kind of layer: a file with its `Layer`, and one row here: modules, their weights, and what makes a
 # module unfit beside a forward of its own.
-_KINDS: tuple[tuple[_Kinds, _Slots, _Check | None], ...] = (
-    ((nn.Linear,), partial(_own, LinearLayer.of), None),
+_KINDS: tuple[tuple[_Kinds, Callable[[Any], list[Slot]], _Check | None], ...] = (
+    ((nn.Linear,), _linear, None),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), partial(_own, ConvLayer), None),
     (_TRANSPOSED, partial(_own, TransposedConvLayer), None),
     ((nn.Embedding,), _embedding, unsupported_embedding),
@@ -92,8 +88,11 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
     for kinds, slots, check in _KINDS:
         if isinstance(module, kinds):
             return _unsupported(module, kinds, check, options) or slots(module)
-    if _is_conv1d(module):
-        return _own(LinearLayer.of_conv1d, module)
+    # Hugging Face's Conv1D, a Linear with its weight as (in, out).
+    weight = module._parameters.get("weight") if type(module).__name__ == "Conv1D" else None
+    if weight is not None and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]:
+        in_dim, out_dim = weight.shape
+        return [_slot("weight", "bias", partial(LinearLayer, out_dim, in_dim, transposed=True))]
     return f"no Kronecker factors for {type(module).__name__}"
 
 
@@ -114,11 +113,3 @@ def _unsupported(module: nn.Module, kinds: _Kinds, check: _Check | None, options
     if kinds is _NORMS and options.path is None:
         return f"{own.__name__}; a diagonal Fisher with path='fop' in layer_options"
     return None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is Hugging Face's `Conv1D`, a Linear with its weight as (in, out)."""
-    weight = module._parameters.get("weight")
-    if type(module).__name__ != "Conv1D" or weight is None or weight.dim() != 2:
-        return False
-    return getattr(module, "nf", None) == weight.shape[1]

@@ -71,11 +71,7 @@ class FactorSums:
 
 @dataclass
 class Statistics:
-    """Statistics of all uses of a weight.
-
-    Attributes:
-        terms: by whether the use sees the weight transposed (an embedding tied to an output layer).
-    """
+    """Statistics of all uses of a weight, by whether they see it transposed (a tied embedding)."""
 
     terms: dict[bool, FactorSums] = field(default_factory=dict)
 
