@@ -37,7 +37,7 @@ class Slot:
 
 
 def _slot(weight: str, bias: str | None, make: Callable[..., Layer]) -> Slot:
-    return Slot(weight, bias, lambda bias, options: make(bias=bias, options=options))
+    return Slot(weight, bias, lambda has_bias, options: make(bias=has_bias, options=options))
 
 
 def _own(layer: Callable[..., Layer], module: nn.Module) -> list[Slot]:
