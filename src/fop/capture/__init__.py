@@ -1,12 +1,10 @@
-"""Hooks on live modules that turn one forward and one backward pass into statistics and a gradient pair."""
+"""Hooks on modules that record what one forward and one backward pass give of each weight."""
 
 from fop.capture.compiled import trace_anew
 from fop.capture.finder import FirstForwardHook, Seen
 from fop.capture.hooks import AttentionUse, ForwardUse, Hook, ModelWatch, in_place, parameter_of, remove_all
-from fop.capture.recorder import Recorder, SubBatchLabel, Use
+from fop.capture.recorder import Recorder, SubBatchLabel
 from fop.capture.sharded import is_sharded, local, stands_for
-from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import SubBatches
 
 __all__ = [
     "AttentionUse",
@@ -17,9 +15,6 @@ __all__ = [
     "Recorder",
     "Seen",
     "SubBatchLabel",
-    "SubBatches",
-    "Use",
-    "gather_statistics",
     "in_place",
     "is_sharded",
     "local",

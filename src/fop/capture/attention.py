@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -33,23 +33,13 @@ _attention = _without_own_dispatch(F.multi_head_attention_forward)
 
 
 class ProjectionMode(TorchFunctionMode):
-    """Reports every linear projection of one attention module while it is active.
-
-    Args:
-        seen: called for every projection, whichever weight it uses.
-    """
+    """Reports all linear projections of one attention module, whichever weight they use, while active."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
         self.seen = seen
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:

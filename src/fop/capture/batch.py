@@ -11,19 +11,16 @@ from torch import Tensor, nn
 
 from fop.layers import EmbeddingLayer, Layer
 
-# In place of the size of a batch where it is not known, or where another dimension may be meant.
-UNKNOWN, AMBIGUOUS = -1, -2
-
 
 @dataclass(frozen=True)
 class Layout:
     """Where the samples of a layer's input are.
 
     Attributes:
-        dim: their dimension; None for an input without one.
+        dim: the dimension that counts them; None for an input without one.
         samples: N.
-        rows: entries of that dimension for each sample (windows folded into the batch).
-        problem: why the samples cannot be told apart, None if they can.
+        rows: entries of that dimension for each sample, as where images are cut up and folded into the batch.
+        problem: why the samples cannot be told from each other, None if they can.
         folded: whether dimensions 0 and 1 are one, (length·N).
     """
 
@@ -48,18 +45,20 @@ class Batch:
 
     Attributes:
         size: dim 0 of the model's own input, None if it has no tensor input.
+        ambiguous: whether some modules may have the samples in another dimension, and it is not known which.
         storages: addresses of the model's tensor inputs, None where they are not known.
         sequences: (length, N) of every input to a module with ``batch_first=False``.
         asked: whether a backward pass has asked for a layout.
     """
 
-    size: int | None
+    size: int | None = None
+    ambiguous: bool = False
     storages: frozenset[int | None] | None = None
     sequences: set[tuple[int, int]] = field(default_factory=set)
     asked: bool = False
 
     def see(self, inputs: Iterable[Any]) -> None:
-        """Take the size of the batch from the inputs of a model, or of one of its parts."""
+        """Take the size of the batch from the inputs of a model, or of one of its modules."""
         tensors = [x for x in _tensors(inputs) if x.dim() > 0]
         sizes = [x.shape[0] for x in tensors]
         # A single time step, for instance, may come before the samples.
@@ -80,31 +79,27 @@ class Batch:
             return Layout(0, self.size or shape[0], problem=why)
         if self.sequences:
             return self._among_sequences(shape)
-        if self.size == AMBIGUOUS:
+        if self.ambiguous:
             why = "a compiled model with batch_first=False needs batch_dim in layer_options"
             return Layout(0, shape[0], problem=why)
-        N = shape[0] if self.size is None or self.size == UNKNOWN else self.size
-        return Layout(0, N) if shape[0] == N else _elsewhere(N, shape, x.dim())
+        N = shape[0] if self.size is None else self.size
+        return Layout(0, N) if shape[0] == N else _not_first(N, shape, x.dim())
 
     def _fixed(self, dim: int, shape: tuple[int, ...]) -> Layout:
         if dim >= len(shape):
             return Layout(0, shape[0], problem=f"batch_dim={dim}, but its input is {shape}")
-        N = self.size
-        if dim == 0 and not self.sequences and N is not None and N > 0 and shape[0] % N == 0:
-            return Layout(0, N, rows=shape[0] // N)
+        if dim == 0 and self.size and not self.sequences and shape[0] % self.size == 0:
+            return Layout(0, self.size, rows=shape[0] // self.size)
         return Layout(dim, shape[dim])
 
     def _positions(self, ids: Tensor) -> bool:
         """Return whether token numbers are a row for all samples, and not for each."""
-        if self.size is None or self.size < 0 or (ids.dim() > 1 and ids.shape[0] == self.size):
+        if self.size is None or (ids.dim() > 1 and ids.shape[0] == self.size):
             return False
         if ids.dim() > 1 and ids.shape[0] == 1:
             return True
-        if self.storages is None:
-            # Under torch.compile.
-            return ids.dim() == 1
-        # What is not the model's input, it has made itself.
-        return _address(ids) not in self.storages
+        # What is not the model's input, it has made itself; under torch.compile there are no addresses.
+        return ids.dim() == 1 if self.storages is None else _address(ids) not in self.storages
 
     def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
         sizes = {N for _, N in self.sequences}
@@ -119,7 +114,7 @@ class Batch:
         return Layout(0, N, problem=why)
 
 
-def _elsewhere(N: int, shape: tuple[int, ...], dims: int) -> Layout:
+def _not_first(N: int, shape: tuple[int, ...], dims: int) -> Layout:
     """Return the layout of an input whose dim 0 does not count the N samples."""
     # Rows with no other dimension may be tokens in any order; batch_dim=0 says that they go by sample.
     second, folded = shape[1:2] == (N,), N > 0 and shape[0] % N == 0
@@ -132,27 +127,20 @@ def _elsewhere(N: int, shape: tuple[int, ...], dims: int) -> Layout:
 
 
 @dataclass
-class Attention(Batch):
-    """The batch of a projection inside an attention module, (length, N, features) or (length·N, features).
-
-    Attributes:
-        rows: entries of the batch dimension for each sample (windows folded into the batch).
-    """
+class AttentionBatch(Batch):
+    """The batch of a projection inside an attention module, (length, N, features) or (length·N, features)."""
 
     rows: int = 1
 
     @classmethod
-    def of(cls, module: nn.MultiheadAttention, query: Tensor, model: Batch) -> Attention:
+    def of(cls, module: nn.MultiheadAttention, query: Tensor, model: Batch) -> AttentionBatch:
         """Return the batch of an attention module from its first input and the batch of its model."""
         size = query.shape[0 if module.batch_first else 1] if query.dim() == 3 else 1
-        folds = module.batch_first and not model.sequences and model.size is not None and model.size > 0
-        if folds and model.size is not None and size % model.size == 0:
-            # Windows, folded into the batch.
+        if module.batch_first and not model.sequences and model.size and size % model.size == 0:
             return cls(model.size, rows=size // model.size)
         return cls(size)
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
-        """Return where the samples of ``x`` are."""
         assert self.size is not None
         return Layout(1, self.size, self.rows, folded=x.dim() == 2)
 

@@ -9,29 +9,27 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fop.capture.batch import Batch
 
+if TYPE_CHECKING:
+    from fop.capture.hooks import ForwardUse
 
-class Collector(Protocol):
-    """What the gradient of a compiled output is given to."""
-
-    def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:
-        """Take input and output gradient of one use of a weight."""
-
+# What `tap` is given where the size of the batch is not known, or another dimension than 0 may count samples.
+UNKNOWN, AMBIGUOUS = -1, -2
 
 # A compiled model keeps the number of each of its layers, also when another optimizer comes to feed.
 _numbers: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
-_collectors: weakref.WeakValueDictionary[int, Collector] = weakref.WeakValueDictionary()
+_collectors: weakref.WeakValueDictionary[int, ForwardUse] = weakref.WeakValueDictionary()
 _count = itertools.count()
 
 
 def trace_anew() -> None:
-    """Let torch.compile trace every model anew: it does not notice hooks that came after its trace.
+    """Let torch.compile trace every model again: it does not notice hooks that came after its trace.
 
     Not of this model alone: another model of the same class shares what was compiled for its code.
     """
@@ -39,13 +37,12 @@ def trace_anew() -> None:
         torch.compiler.reset()
 
 
-def key_of(module: nn.Module, weight: str, collector: Collector) -> Tensor:
+def key_of(module: nn.Module, weight: str, collector: ForwardUse) -> Tensor:
     """Return the number of a module's weight, and let its gradients go to ``collector`` from now on.
 
-    A tensor, 0-dim: numbers are constants in a graph, and like layers would each be compiled anew.
+    A tensor, 0-dim: a number would be a constant in the graph, and every layer would be compiled by itself.
     """
-    numbers = _numbers.setdefault(module, {})
-    key = numbers.setdefault(weight, next(_count))
+    key = _numbers.setdefault(module, {}).setdefault(weight, next(_count))
     _collectors[key] = collector
     return torch.tensor(key)
 
@@ -66,7 +63,7 @@ def collect(x: Tensor, b: Tensor, key: Tensor, size: int) -> Tensor:
     """Give input and output gradient to the layer of that number; return a copy of the gradient."""
     collector = _collectors.get(int(key))
     if collector is not None:
-        collector.compiled(x, b, Batch(size))
+        collector.compiled(x, b, Batch(None if size < 0 else size, ambiguous=size == AMBIGUOUS))
     return b.clone()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from types import FrameType
+from itertools import islice
+from traceback import walk_stack
 from typing import Any, TypeAlias
 
 import torch
@@ -18,9 +19,7 @@ Seen: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None
 class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
-    Args:
-        seen: a bound method that is called with each module not shown before, and its arguments; held by weak
-            reference.
+    ``seen``, a bound method, is called with each module and its arguments; it is held by weak reference.
     """
 
     def __init__(self, seen: Seen) -> None:
@@ -40,7 +39,7 @@ class FirstForwardHook:
 
     @property
     def used(self) -> bool:
-        """Whether any module was shown."""
+        """Whether any module was shown that is still there."""
         return len(self._known) > 0
 
     def remove(self) -> None:
@@ -50,12 +49,8 @@ class FirstForwardHook:
 
 def _keywords(module: nn.Module) -> Mapping[str, Any]:
     """Return the keyword arguments of the running call of ``module``, which such hooks are not given."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
-        if frame is None:
-            break
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 8):
         given = frame.f_locals.get("kwargs")
         if frame.f_locals.get("self") is module and isinstance(given, Mapping):
             return given
-        frame = frame.f_back
     return {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +15,20 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture.attention import ProjectionMode, rows_of
-from fop.capture.batch import AMBIGUOUS, UNKNOWN, Attention, Batch
-from fop.capture.compiled import key_of, tap
-from fop.capture.recorder import Recorder, Use
+from fop.capture.batch import AttentionBatch, Batch
+from fop.capture.compiled import AMBIGUOUS, UNKNOWN, key_of, tap
 from fop.capture.sharded import stands_for
-from fop.layers import PackedLayer
+from fop.layers import Layer, PackedLayer
 from fop.torch_internals import current_backward_pass, current_transform, is_exporting
+
+if TYPE_CHECKING:
+    from fop.capture.recorder import Recorder
 
 Target = TypeVar("Target")
 
 
 class Hook(Generic[Target]):
-    """A hook on a module that lives no longer than what it feeds; a copy of it does nothing.
-
-    Args:
-        target: what the hook feeds; held by weak reference.
-        method: called with the target and the arguments of the hook.
-    """
+    """A hook that calls a method of its target, held by weak reference; a copy of the hook does nothing."""
 
     def __init__(self, target: Target, method: Callable[..., Any]) -> None:
         self.target: Callable[[], Target | None] = weakref.ref(target)
@@ -53,6 +51,13 @@ def in_place(handle: RemovableHandle) -> bool:
     return handle.id in (handle.hooks_dict_ref() or ())
 
 
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, also when their owner is gone."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 class _Thread(threading.local):
     """What is known in one thread: others run the same model, as one that trains and one that evaluates."""
 
@@ -60,16 +65,12 @@ class _Thread(threading.local):
         # Forward passes of the model that are running, the inner ones last.
         self.running: list[Batch] = []
         self.last: Batch | None = None
-        # Parts that were called one by one since the last round.
+        # Modules that were called one by one since the last round.
         self.called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class ModelWatch:
-    """Hooks on a model that note the size of the batch in each of its forward passes.
-
-    Args:
-        root: the model.
-    """
+    """Hooks on a model that note the size of the batch in each of its forward passes."""
 
     def __init__(self, root: nn.Module) -> None:
         self._thread = _Thread()
@@ -81,44 +82,42 @@ class ModelWatch:
     def register(self, root: nn.Module) -> None:
         """Put the hooks on the model, instead of those that are there."""
         remove_all(self.handles)
-        self.handles[:] = [
-            root.register_forward_pre_hook(Hook(self, ModelWatch.enter), with_kwargs=True),
-            root.register_forward_hook(Hook(self, ModelWatch.leave), always_call=True),
-        ]
-        # Scripts also call the parts of a model one by one, from a method of their own.
-        for part in _parts(root):
-            hook = Hook(self, ModelWatch.enter_part)
-            self.handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+        self._before(root, ModelWatch.enter)
+        self.handles.append(root.register_forward_hook(Hook(self, ModelWatch.leave), always_call=True))
+        # Scripts also call the modules of a model one by one, from a method of their own.
+        for child in _children(root):
+            self._before(child, ModelWatch.enter_child)
         for module in root.modules():
             if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
-                hook = Hook(self, ModelWatch.enter_sequence)
-                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._before(module, ModelWatch.enter_sequence)
                 self.sequence_first = True
+
+    def _before(self, module: nn.Module, method: Callable[..., None]) -> None:
+        self.handles.append(module.register_forward_pre_hook(Hook(self, method), with_kwargs=True))
 
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        batch = Batch(None)
+        batch = self._thread.last = Batch()
         batch.see([*args, *kwargs.values()])
         self._thread.running.append(batch)
-        self._thread.last = batch
 
     def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward pass."""
         if self._thread.running:
             self._thread.running.pop()
 
-    def enter_part(self, part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a call of a part of the model, which tells the batch if the model itself was not called."""
+    def enter_child(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin a call of a child of the model, which tells the batch if the model itself was not called."""
         thread = self._thread
         if not thread.running and torch.compiler.is_compiling():
             return
         batch = self.batch()
         if not thread.running and current_backward_pass() == -1:
-            if part in thread.called:
+            if child in thread.called:
                 # The next round; the last one may have been an evaluation, which nobody asked about.
-                batch = thread.last = Batch(None)
+                batch = thread.last = Batch()
                 thread.called.clear()
-            thread.called.add(part)
+            thread.called.add(child)
         if batch.size is None:
             batch.see([*args, *kwargs.values()])
 
@@ -132,28 +131,26 @@ class ModelWatch:
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        if self.sequence_first:
-            return AMBIGUOUS
         size = self._thread.running[-1].size if self._thread.running else None
-        return UNKNOWN if size is None else size
+        return AMBIGUOUS if self.sequence_first else UNKNOWN if size is None else size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
         thread = self._thread
         if thread.running:
             return thread.running[-1]
-        # A part of the model that runs in the backward pass is being recomputed (reentrant checkpointing);
-        # elsewhere somebody calls the parts one by one, until the backward pass asks for what was seen.
+        # A module that runs in the backward pass is being recomputed (reentrant checkpointing); otherwise
+        # somebody calls the modules one by one, until the backward pass asks for what was seen.
         if thread.last is None or (thread.last.asked and current_backward_pass() == -1):
-            thread.last = Batch(None)
+            thread.last = Batch()
         return thread.last
 
 
-def _parts(root: nn.Module) -> Iterator[nn.Module]:
+def _children(root: nn.Module) -> Iterator[nn.Module]:
     """Yield the children of a model, those in lists and dictionaries of modules included."""
     for child in root.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _parts(child)
+            yield from _children(child)
         else:
             yield child
 
@@ -167,15 +164,36 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     return None if owner is None else owner._parameters.get(last)
 
 
-class ModuleUse(Use):
-    """What the two kinds of use have in common."""
+class ModuleUse(ABC):
+    """One module that uses a weight, and the hooks on it.
+
+    Args:
+        layer: how this module sees the weight.
+        names: the module's names for weight and bias, dotted where a submodule owns them; None for no bias.
+        watch: hooks on the model that the module belongs to.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        layer: Layer,
+        module: nn.Module,
+        names: tuple[str, str | None],
+        watch: ModelWatch,
+    ) -> None:
+        self.recorder, self.module = weakref.ref(recorder), weakref.ref(module)
+        self.layer, self.names, self.watch = layer, names, watch
+        self.handles = self.register(module)
+
+    @abstractmethod
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
+        """Put the hooks on the module."""
 
     def intact(self, weight: Tensor) -> bool:
         """Return whether the module is alive, still has the weight under its name, and has the hooks."""
         module = self.module()
-        if module is None or not self.uses(weight, module):
-            return False
-        return all(in_place(handle) for handle in self.handles)
+        has = module is not None and self.uses(weight, module)
+        return has and all(in_place(handle) for handle in self.handles)
 
     def uses(self, weight: Tensor, module: nn.Module) -> bool:
         """Return whether the module has the weight under its name, or what FSDP put there while it runs."""
@@ -187,21 +205,17 @@ class ModuleUse(Use):
         """Let the recorder watch the whole tensors that FSDP puts in the place of its shards."""
         whole = (None if name is None else parameter_of(module, name) for name in self.names)
         pairs = zip(whole, recorder.params, strict=False)
-        recorder.stand_in({now: param for now, param in pairs if now is not None})
+        recorder.stand_ins |= {now: param for now, param in pairs if now is not None}
 
 
 class ForwardUse(ModuleUse):
     """A module whose own input and output are the weight's."""
 
-    def register(self) -> list[RemovableHandle]:
-        """Put the hooks on the module."""
-        module = self.module()
-        assert module is not None
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
         self.key = key_of(module, self.names[0], self)
         hook = Hook(self, ForwardUse.forward)
         # Before the hooks of others: one that replaces the output must not come between it and its gradient.
-        self.handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True)]
-        return self.handles
+        return [module.register_forward_hook(hook, with_kwargs=True, prepend=True)]
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
         """Record one call of the module; under torch.compile the output goes through an operator of ours."""
@@ -233,47 +247,44 @@ class ForwardUse(ModuleUse):
             recorder.record(self.layer, x, b, batch)
 
 
+class _Running(threading.local):
+    """The call of an attention module that is running in one thread; function modes are by thread, too."""
+
+    mode: ProjectionMode | None = None
+    batch: Batch
+
+
 class AttentionUse(ModuleUse):
     """A `MultiheadAttention`, which uses its weights in functions."""
 
-    def register(self) -> list[RemovableHandle]:
-        """Put the hooks on the module."""
-        module = self.module()
-        assert module is not None
-        # torch keeps function modes for each thread.
-        self._local = threading.local()
-        self.handles = [
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
+        self._running = _Running()
+        return [
             module.register_forward_pre_hook(Hook(self, AttentionUse.enter), with_kwargs=True),
             module.register_forward_hook(Hook(self, AttentionUse.leave), always_call=True),
         ]
-        return self.handles
 
     def enter(self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin to see the module's projections."""
         # A compiled attention is one graph, in which nobody can look for the weight.
         if torch.compiler.is_compiling() or current_transform() is not None:
             return
-        recorder = self.recorder()
-        if recorder is None or self.module() is not module or self._mode is not None:
+        recorder, running = self.recorder(), self._running
+        if recorder is None or self.module() is not module or running.mode is not None:
             return
         # Not without the hook that ends it, if somebody has cleared hooks.
         if torch.is_grad_enabled() and in_place(self.handles[1]):
             if recorder.sharded:
                 self.follow_shards(recorder, module)
             query = args[0] if args else kwargs["query"]
-            self._local.batch = Attention.of(module, query, self.watch.batch())
-            self._local.mode = mode = ProjectionMode(self._seen)
-            mode.__enter__()  # type: ignore[no-untyped-call]
+            running.batch = AttentionBatch.of(module, query, self.watch.batch())
+            running.mode = ProjectionMode(self._seen)
+            running.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End it."""
-        if (mode := self._mode) is not None:
+        if (mode := self._running.mode) is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._local.mode = None
-
-    @property
-    def _mode(self) -> ProjectionMode | None:
-        return getattr(self._local, "mode", None)
+            self._running.mode = None
 
     def _seen(self, used: Tensor, x: Tensor, output: Tensor) -> None:
         recorder, module = self.recorder(), self.module()
@@ -281,10 +292,4 @@ class AttentionUse(ModuleUse):
         if recorder is None or weight is None or (rows := rows_of(weight, used)) is None:
             return
         layer = self.layer.uses(rows) if isinstance(self.layer, PackedLayer) else self.layer
-        recorder.observe(layer, x.detach(), output, self._local.batch)
-
-
-def remove_all(handles: Sequence[RemovableHandle]) -> None:
-    """Remove hooks, when their owner is gone."""
-    for handle in handles:
-        handle.remove()
+        recorder.observe(layer, x.detach(), output, self._running.batch)

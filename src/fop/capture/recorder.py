@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture.batch import Batch, Layout
+from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
 from fop.capture.sub_batches import PassRecord, SubBatches
@@ -24,9 +25,6 @@ from fop.torch_internals import (
     view_base,
 )
 
-if TYPE_CHECKING:
-    from fop.capture.hooks import ModelWatch
-
 
 @dataclass
 class SubBatchLabel:
@@ -38,9 +36,9 @@ class SubBatchLabel:
 class Recorder:
     """Records one weight between two optimizer steps.
 
+    The hooks know it by weak reference only: dropping the optimizer drops the recorder.
+
     Args:
-        layer: layout of the gradient matrix.
-        weight: the weight.
         bias: the bias, if it belongs to the weight's layer.
         label: what the user says of running backward passes.
         count: number of sub-batches K.
@@ -49,7 +47,6 @@ class Recorder:
         paired: whether sub-batch gradients are wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
-        sub_batches: what is known of the gradients of the sub-batches.
         statistics: of the curvature, None if none were due.
         samples: N of all passes together.
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
@@ -57,11 +54,10 @@ class Recorder:
         restarted: whether the last pass found a gradient that it knew nothing of: None, zeroed, or changed.
         sharded: whether this rank has a shard of the weight only (FSDP).
         accumulates: whether the last pass added to a gradient that was still there, where ``taken``.
+        stand_ins: the parameter of every unsharded tensor that FSDP puts in its place while a module runs.
         uses: the modules that use the weight.
         completed: called when a backward pass has given all gradients of the layer, with these by parameter;
             None for nobody to call.
-
-    The hooks know the recorder by weak reference only: dropping the optimizer drops the recorder.
     """
 
     def __init__(
@@ -70,23 +66,20 @@ class Recorder:
         self.layer = layer
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
-        self.paired = True
-        self.due = True
-        self.counted = False
-        self.averaged = False
+        self.paired, self.due, self.counted = True, True, False
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
+        self.uses: list[ModuleUse] = []
         self._label = label
         self._count = count
+        # What the running backward passes have given so far.
         self._passes: dict[int, PassRecord] = {}
-        self.uses: list[Use] = []
         self._handles: list[RemovableHandle] = []
         self._watched: set[Tensor] = set()
-        # Unsharded tensors that FSDP puts in the place of parameters while a module runs.
-        self._stand_ins: dict[Tensor, Tensor] = {}
-        weakref.finalize(self, _remove_all, self._handles)
+        self.stand_ins: dict[Tensor, Tensor] = {}
+        weakref.finalize(self, remove_all, self._handles)
         self.clear()
 
     def clear(self) -> None:
@@ -98,16 +91,16 @@ class Recorder:
         self._passes.clear()
         # Which tensor p.grad was, and its version, when it was last recorded; None before.
         self._version: tuple[int, int] | None = None
-        # Backward pass around the last one, whether that had parts before, and its N.
+        # Backward pass around the last one, whether others inside it came before, and its N.
         self._outer, self._continued, self._last_samples = -1, False, 0
         self._arrived: dict[Tensor, Tensor] = {}
 
     # The modules
 
-    def attach(self, use: Use) -> None:
+    def attach(self, use: ModuleUse) -> None:
         """Record one more module that uses the weight."""
         self.uses.append(use)
-        self._handles += use.register()
+        self._handles += use.handles
         # A compiled forward pass cannot do it.
         self.watch_gradients()
 
@@ -123,21 +116,16 @@ class Recorder:
 
     def detach(self) -> None:
         """Record no longer."""
-        _remove_all(self._handles)
-        self._handles.clear()
+        remove_all(self._handles)
 
     def watch_gradients(self) -> None:
         """Be told when the gradients of the parameters are complete."""
-        whole = self._stand_ins if self.sharded else self.params
-        for param in whole:
+        for param in self.stand_ins if self.sharded else self.params:
             # A frozen parameter takes no hook; it may be thawed later.
             if param.requires_grad and param not in self._watched:
-                self._handles.append(param.register_post_accumulate_grad_hook(_GradientHook(self)))
+                hook = Hook(self, Recorder.accumulated)
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 self._watched.add(param)
-
-    def stand_in(self, unsharded: Mapping[Tensor, Tensor]) -> None:
-        """Watch these tensors in place of parameters, of which this rank has a shard only."""
-        self._stand_ins |= unsharded
 
     # The passes
 
@@ -167,14 +155,10 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch, outer: int = -1) -> None:
-        """Record one use of the weight in a running backward pass.
+        """Record one use of the weight in a running backward pass, which ``layer`` describes.
 
-        Args:
-            layer: how this use sees the weight.
-            x: its input, None if it was changed since the forward pass.
-            b: gradient of its output.
-            batch: what is known of the batch.
-            outer: the backward pass that repeated the forward pass (reentrant checkpointing), -1 if none.
+        ``x`` is None if it was changed since the forward pass; ``outer`` is the backward pass that repeated
+        the forward pass (reentrant checkpointing), -1 if none did.
         """
         if x is None:
             layout = Layout(0, 0, problem="its input was changed in place")
@@ -187,7 +171,7 @@ class Recorder:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
             self._passes.clear()
             self._begin_pass()
-            # Every repeated part runs a backward pass of its own; together they are one.
+            # Every repeated forward pass runs a backward pass of its own; together they are one.
             self._continued = outer != -1 and outer == self._outer
             self._outer = outer
             if not self._continued:
@@ -201,7 +185,7 @@ class Recorder:
             self._passes[task] = record
 
     def _record_of(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> PassRecord:
-        record = PassRecord(layout.samples, problem=layout.problem, precise=torch.finfo(b.dtype).bits > 16)
+        record = PassRecord(layout.samples, layout.problem, precise=torch.finfo(b.dtype).bits > 16)
         if x is None or not x.numel() or not b.numel():
             record.problem = record.problem or "its batch is empty"
             return record
@@ -209,19 +193,19 @@ class Recorder:
             x, b = layout.batched(x), layout.batched(b)
         ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
         if ends and ends[0] == 0:
-            why = f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
-            record.problem = record.problem or why
+            record.problem = (
+                record.problem or f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
+            )
+        sums = record.sums
         if self.paired and self.sub_batches.split and record.problem is None:
-            record.sums = [
-                layer.gradient(x[start:end], b[start:end])
-                for start, end in zip([0, *ends], ends, strict=False)
-            ]
+            ranges = zip([0, *ends], ends, strict=False)
+            sums.first = [layer.gradient(x[start:end], b[start:end]) for start, end in ranges]
         if self.due:
             record.statistics = gather_statistics(layer, x, b, layout.samples)
-            if record.sums:
-                record.whole = layer.gradient(x[ends[-1] :], b[ends[-1] :])
-                for part in reversed(record.sums):
-                    record.whole = part + record.whole
+            if sums.first:
+                sums.whole = layer.gradient(x[ends[-1] :], b[ends[-1] :])
+                for each in reversed(sums.first):
+                    sums.whole = each + sums.whole
         return record
 
     @torch.no_grad()
@@ -229,7 +213,7 @@ class Recorder:
         """Take over the finished backward pass: it is in p.grad now."""
         if (gradient := param.grad) is None:
             return
-        param = self._stand_ins.get(param, param)
+        param = self.stand_ins.get(param, param)
         sub_batches = self.sub_batches
         if param is self.weight:
             record = self._passes.pop(current_backward_pass(), None)
@@ -241,10 +225,12 @@ class Recorder:
                     record.problem = f"its uses have batches of {self._last_samples} and {samples}"
                 self._last_samples = samples
                 self.samples += 0 if continued else samples
-                if record.statistics is not None:
-                    self._add_statistics(record.statistics)
+                if self.statistics is None:
+                    self.statistics = record.statistics
+                elif record.statistics is not None:
+                    self.statistics.add(record.statistics, same_samples=continued)
                 sub_batches.add(record, continued)
-                if sub_batches.whole is not None and not (self.averaged and self._version is not None):
+                if sub_batches.sums.whole is not None and not (self.averaged and self._version is not None):
                     sub_batches.compare(gradient)
             self._version = id(gradient), gradient._version
         if self.paired or self.due:
@@ -255,24 +241,16 @@ class Recorder:
                 arrived, self._arrived = self._arrived, {}
                 self.completed(arrived)
 
-    def _add_statistics(self, statistics: Statistics) -> None:
-        if self.statistics is None:
-            self.statistics = statistics
-        elif self._continued:
-            self.statistics.add_use(statistics)
-        else:
-            self.statistics.add_batch(statistics)
-
     def averaging_ended(self) -> None:
         """Take p.grad as it is now for what the backward passes gave."""
         if (gradient := self.weight.grad) is not None and self._version is not None:
             self._version = id(gradient), gradient._version
 
     def _begin_pass(self) -> None:
-        """Start afresh unless this pass adds to a gradient that is recorded already."""
+        """Forget the passes so far unless this one adds to a gradient that is recorded already."""
         gradient = self.weight.grad
         if self.taken:
-            whole = next((w for w, own in self._stand_ins.items() if own is self.weight), self.weight)
+            whole = next((w for w, own in self.stand_ins.items() if own is self.weight), self.weight)
             self.accumulates = whole.grad is not None
             # A shard's gradient is there after a pass that was averaged, unless somebody has zeroed it.
             self.restarted = self.averaged and gradient is None and self.sharded
@@ -283,49 +261,12 @@ class Recorder:
                 self._last_samples = 0
                 self.sub_batches = SubBatches(self.layer, self.params, self._count)
             return
-        known = gradient is not None and (id(gradient), gradient._version) == self._version
-        self.restarted = not known
-        if known:
-            return
-        self.clear()
-        if gradient is not None:
-            # Zeros are as good as None; anything else is a gradient whose sub-batches nobody knows.
-            self.sub_batches.clean = gradient.count_nonzero() == 0
-
-
-class Use:
-    """One module that uses a weight; `fop.capture.hooks` has the kinds.
-
-    Args:
-        recorder: recorder of the weight.
-        layer: how this module sees the weight.
-        module: the module.
-        names: the module's names for weight and bias, dotted where a submodule owns them; None for no bias.
-        watch: hooks on the model that the module belongs to.
-    """
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        layer: Layer,
-        module: nn.Module,
-        names: tuple[str, str | None],
-        watch: ModelWatch,
-    ) -> None:
-        self.recorder = weakref.ref(recorder)
-        self.layer = layer
-        self.module = weakref.ref(module)
-        self.names = names
-        self.watch = watch
-        self.handles: list[RemovableHandle] = []
-
-    def register(self) -> list[RemovableHandle]:
-        """Put the hooks on the module."""
-        raise NotImplementedError
-
-    def intact(self, weight: Tensor) -> bool:
-        """Return whether the module is alive, still has the weight under its name, and has the hooks."""
-        raise NotImplementedError
+        self.restarted = gradient is None or (id(gradient), gradient._version) != self._version
+        if self.restarted:
+            self.clear()
+            if gradient is not None:
+                # Zeros are as good as None; anything else is a gradient whose sub-batches nobody knows.
+                self.sub_batches.clean = gradient.count_nonzero() == 0
 
 
 class _Keep(torch.autograd.Function):
@@ -346,10 +287,8 @@ class _OutputHook:
 
     def __init__(self, recorder: Recorder, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size) -> None:
         self._recorder = weakref.ref(recorder)
-        self._layer = layer
+        self._layer, self._batch, self._shape = layer, batch, shape
         self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call]
-        self._shape = shape
-        self._batch = batch
         self._outer = current_backward_pass()
 
     def __call__(self, b: Tensor | None) -> None:
@@ -369,20 +308,3 @@ class _OutputHook:
                 if "modified by an inplace operation" not in str(error):
                     raise
         recorder.record(self._layer, x, b.reshape(self._shape), self._batch, self._outer)
-
-
-class _GradientHook:
-    """Hook on a parameter: its gradient of this backward pass is complete."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = weakref.ref(recorder)
-
-    def __call__(self, param: Tensor) -> None:
-        if (recorder := self._recorder()) is not None:
-            recorder.accumulated(param)
-
-
-def _remove_all(handles: list[RemovableHandle]) -> None:
-    """Remove hooks, when their owner is gone."""
-    for handle in handles:
-        handle.remove()

@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a DTensor, without importing what that needs."""
+    """Return whether a tensor is a DTensor, without importing what that needs."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory; a plain tensor as it is."""
+    """Return this rank's shard of a tensor, sharing its memory; a plain tensor as it is."""
     mine: Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return mine
 
 
 def stands_for(current: Tensor | None, param: Tensor) -> bool:
-    """Tell whether ``current`` is a parameter, or what FSDP has put in its place while the module runs."""
+    """Return whether ``current`` is a parameter, or what FSDP has put in its place while the module runs."""
     return current is param or (current is not None and is_sharded(param) and not is_sharded(current))

@@ -15,27 +15,17 @@ MIN_ROWS_PER_DIM = 8
 def gather_statistics(layer: Layer, x: Tensor, b: Tensor, samples: int) -> Statistics:
     """Return the statistics of one use of a weight.
 
-    Args:
-        layer: how this use sees the weight.
-        x: its input, with the samples along dim 0.
-        b: gradient of its output, likewise: that of the loss, or of a loss with other labels.
-        samples: N of the batch; dim 0 may have several entries a sample.
+    ``b`` is the gradient of the output, of the loss or of one with other labels. Dim 0 of ``x`` and ``b`` has
+    the N samples, each perhaps with several entries.
     """
-    step = _stride(layer, x, b)
+    step, batch = 1, x.shape[0]
+    if layer.subsampled:
+        needed = -(-MIN_ROWS_PER_DIM * max(layer.in_dim, layer.out_dim) // max(1, b[0, 0].numel()))
+        step = max(1, batch // max(MIN_SAMPLES, needed))
     sums = layer.factor_sums(x[::step], b[::step])
     if step > 1 and sums.g is not None:
         # As if all samples had been summed: b is 1/batch of a sample's own gradient.
-        batch = x.shape[0]
-        share = batch / sums.samples
-        rows = batch * int(sums.rows) // max(1, sums.samples)
+        share, rows = batch / sums.samples, batch * int(sums.rows) // max(1, sums.samples)
         sums = FactorSums(sums.a * share, sums.g * share, batch, rows)
     sums.samples = samples
     return Statistics({layer.swapped: sums})
-
-
-def _stride(layer: Layer, x: Tensor, b: Tensor) -> int:
-    if not layer.subsampled:
-        return 1
-    positions = b[0, 0].numel()
-    needed = -(-MIN_ROWS_PER_DIM * max(layer.in_dim, layer.out_dim) // max(1, positions))
-    return max(1, x.shape[0] // max(MIN_SAMPLES, needed))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from fop.layers import Layer, Reduction, Statistics
 # A gradient that was scaled as a whole reproduces its scaled norms to rounding; clipping single elements or
 # adding noise moves them far more. Lenient enough for a float16 round trip.
 _SAME_DIRECTION = 1e-3
-# How far p.grad may be from what the hooks saw before it counts as having other parts; in half precision
+# How far p.grad may be from what the hooks saw before it counts as having other terms; in half precision
 # autograd and the hooks round differently.
 _SAME_SUM, _SAME_SUM_HALF = 1e-2, 5e-2
 
@@ -26,24 +27,40 @@ _CHANGED = (
 
 
 @dataclass
+class SplitSums:
+    """Σ b āᵀ of split passes: of each of the first K - 1 sub-batches, and with statistics of the whole batch.
+
+    ``first`` is empty where the sub-batches are not known.
+    """
+
+    first: list[Tensor] = field(default_factory=list)
+    whole: Tensor | None = None
+
+    def add(self, other: SplitSums) -> None:
+        """Add the sums of other uses or passes."""
+        if self.first and other.first:
+            self.first = [a + b for a, b in zip(self.first, other.first, strict=True)]
+        else:
+            self.first = self.first or other.first
+        if other.whole is not None:
+            self.whole = other.whole if self.whole is None else self.whole + other.whole
+
+
+@dataclass
 class PassRecord:
     """What one backward pass gave, which may use the weight several times.
 
     Attributes:
-        samples: N of the pass.
-        sums: Σ b āᵀ over the samples of each of the first K - 1 sub-batches; None if there are none.
-        whole: Σ b āᵀ over all samples, only in passes with statistics.
-        statistics: of the curvature, None if none are due.
         problem: why the pass cannot be split into sub-batches, None if it can.
         precise: whether b has more than half precision.
+        statistics: of the curvature, None if none are due.
     """
 
     samples: int
-    sums: list[Tensor] | None = None
-    whole: Tensor | None = None
-    statistics: Statistics | None = None
     problem: str | None = None
     precise: bool = True
+    sums: SplitSums = field(default_factory=SplitSums)
+    statistics: Statistics | None = None
 
     def add_use(self, other: PassRecord) -> None:
         """Add another use of the weight in the same backward pass."""
@@ -52,25 +69,11 @@ class PassRecord:
         self.problem = self.problem or other.problem
         self.samples = max(self.samples, other.samples)
         self.precise &= other.precise
-        self.sums, self.whole = _add_all(self.sums, other.sums), _add(self.whole, other.whole)
+        self.sums.add(other.sums)
         if self.statistics is None:
             self.statistics = other.statistics
         elif other.statistics is not None:
-            self.statistics.add_use(other.statistics)
-
-
-def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Return the sum of two tensors, either of which may be None."""
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
-
-
-def _add_all(left: list[Tensor] | None, right: list[Tensor] | None) -> list[Tensor] | None:
-    """Return the element-wise sums of two lists, either of which may be None."""
-    if left is None or right is None:
-        return right if left is None else left
-    return [a + b for a, b in zip(left, right, strict=True)]
+            self.statistics.add(other.statistics, same_samples=True)
 
 
 class SubBatches:
@@ -80,17 +83,11 @@ class SubBatches:
     these become one sub-batch, and the sub-batches take turns from then on. Passes that the user has labelled
     are sub-batches as they are.
 
-    Args:
-        layer: layout of the gradient matrix.
-        params: weight, and bias if it belongs to the weight's layer.
-        count: K.
-
     Attributes:
         clean: 0-dim bool, false if p.grad held something unknown before the first pass; None if it was None.
         complete: 0-dim bool, whether p.grad is all that the hooks saw; None where that was not looked at.
         split: whether the running backward pass is to be split.
-        precise: whether all output gradients had more than half precision.
-        whole: the gradient matrix of all samples as the hooks saw it, in split passes with statistics.
+        sums: of the split passes.
         measures: what `measure` gave of the gradients as autograd left them.
     """
 
@@ -98,42 +95,30 @@ class SubBatches:
         self.clean: Tensor | None = None
         self.complete: Tensor | None = None
         self.split = True
-        self.precise = True
-        self._layer = layer
-        self._params = params
-        self._count = count
-        self._reason: str | None = None
-        self._dropped = False
-        self._labelled = False
-        self.whole: Tensor | None = None
+        self.sums = SplitSums()
         self.measures: dict[Tensor, Tensor] = {}
-        # Split passes: the sums of the first K - 1 sub-batches, and N of the first pass.
-        self._sums: list[Tensor] | None = None
+        # The parameters are the weight, and the bias if it belongs to the weight's layer.
+        self._layer, self._params, self._count = layer, params, count
+        self._reason: str | None = None
+        self._dropped = self._labelled = False
+        # Whether all output gradients had more than half precision.
+        self._precise = True
+        # N of the first split pass.
         self._ratio_of = 0
         # Whole passes: the sub-batch of the last one, passes and samples of each sub-batch, and the gradient
         # of each of the first K - 1, less p.grad if the last pass was of it.
         self._label = 0
-        self._passes = [0] * count
-        self._samples = [0] * count
+        self._passes, self._samples = [0] * count, [0] * count
         self._earlier: list[dict[Tensor, Tensor]] = [{} for _ in range(count - 1)]
-
-    @property
-    def reason(self) -> str:
-        """Why the sub-batch gradients are not known."""
-        if self._reason is None and not any(self._passes):
-            return "p.grad was not made by a backward pass through the layer"
-        return self._reason or "its backward passes were all of one sub-batch"
 
     def bounds(self, samples: int) -> list[int]:
         """Return where the first K - 1 sub-batches of N samples end."""
         return [samples * (k + 1) // self._count for k in range(self._count - 1)]
 
     def begin(self, samples: int, label: int | None) -> None:
-        """Begin a backward pass: decide which sub-batch it belongs to; p.grad is still without it.
+        """Decide which sub-batch a backward pass belongs to; p.grad is still without it.
 
-        Args:
-            samples: N of the pass.
-            label: the sub-batch that the user says, None for no word.
+        ``label`` is the sub-batch that the user says, None for no word.
         """
         if not any(self._passes):
             self._labelled, self.split, self._label = label is not None, label is None, label or 0
@@ -141,19 +126,17 @@ class SubBatches:
             self.drop("some of its backward passes were outside sub_batch()")
         elif label is not None:
             self._turn_to(label)
-        elif not self.split:
-            self._turn_to((self._label + 1) % self._count)
-        elif not self._splits_like_first(samples):
-            self.split, self._sums = False, None
-            self._turn_to(1)
+        else:
+            if self.split and not self._splits_like_first(samples):
+                self.split, self.sums = False, SplitSums()
+            if not self.split:
+                self._turn_to((self._label + 1) % self._count)
 
     def _splits_like_first(self, samples: int) -> bool:
         # One formula gives the gradients from the sums only if all passes were split in the same ratio.
-        if self._sums is None:
-            return False
         first = self._ratio_of
         pairs = zip(self.bounds(samples), self.bounds(first), strict=True)
-        return all(now * first == then * samples > 0 for now, then in pairs)
+        return bool(self.sums.first) and all(now * first == then * samples > 0 for now, then in pairs)
 
     def _turn_to(self, label: int) -> None:
         """Go over to a sub-batch: from here on p.grad grows by its gradients."""
@@ -171,42 +154,34 @@ class SubBatches:
 
     def add(self, record: PassRecord, continued: bool) -> None:
         """Add a finished backward pass; ``continued`` if it is one with the pass before it."""
-        self.precise &= record.precise
-        if self.split and not self._dropped and record.problem is None:
-            self._ratio_of = self._ratio_of or record.samples
-            before, sums = self._sums, record.sums
-            if before is not None and sums is not None:
-                sums = [a + b for a, b in zip(before, sums, strict=True)]
-            self._sums = before if sums is None else sums
-            if record.whole is not None:
-                self.whole = record.whole if self.whole is None else self.whole + record.whole
-        elif self.split and not self._dropped:
-            # Whole passes may still make up sub-batches.
-            self._sums, self._reason = None, record.problem
+        self._precise &= record.precise
+        if self.split and not self._dropped:
+            if record.problem is None:
+                self._ratio_of = self._ratio_of or record.samples
+                self.sums.add(record.sums)
+            else:
+                # Whole passes may still make up sub-batches.
+                self.sums, self._reason = SplitSums(), record.problem
         if not continued:
             self._passes[self._label] += 1
             self._samples[self._label] += record.samples
 
     def drop(self, why: str) -> None:
         """Take the K-FAC step: the gradients of the sub-batches are not known."""
-        self._dropped, self._reason, self._sums = True, why, None
+        self._dropped, self._reason, self.sums = True, why, SplitSums()
         self._earlier = [{} for _ in self._earlier]
 
     def compare(self, gradient: Tensor) -> None:
-        """Tell from a pass with statistics whether ``gradient``, the weight's, is all that the hooks saw.
+        """Find out from passes with statistics whether ``gradient``, the weight's, is all that the hooks saw.
 
         It is not where the loss has other paths to the weight: a penalty, a second use as a function.
         """
-        if self.whole is None or self._sums is None:
+        if self.sums.whole is None or not self.sums.first:
             return
-        whole, *sums = (self._layer.weight_part(matrix) for matrix in (self.whole, *self._sums))
-        tolerance = _SAME_SUM if self.precise else _SAME_SUM_HALF
-        last = whole
-        for part in sums:
-            last = last - part
-        squares = [part.square().sum() for part in (*sums, last)]
-        matrix = self._layer.weight_matrix(gradient.to(whole.dtype))
-        difference = (whole - matrix).square().sum()
+        whole, *first = map(self._layer.weight_part, (self.sums.whole, *self.sums.first))
+        tolerance = _SAME_SUM if self._precise else _SAME_SUM_HALF
+        squares = [each.square().sum() for each in (*first, reduce(torch.sub, first, whole))]
+        difference = (whole - self._layer.weight_matrix(gradient.to(whole.dtype))).square().sum()
         self.complete = difference <= tolerance**2 * torch.stack(squares).sum()
 
     def gradients(
@@ -214,19 +189,19 @@ class SubBatches:
     ) -> SubBatchGradients:
         """Return Ga and the differences of the sub-batches; without these where they are not known.
 
-        Args:
-            average: Ga, the gradient matrix of p.grad as it is now.
-            complete: what `compare` told at the last statistics, None before the first.
-            reduction: how the loss joins samples; decides what passes of different N weigh.
-            changed: whether p.grad may have changed since the backward pass.
-
         If p.grad was scaled as a whole since the backward pass (unscaling, norm clipping), the sub-batch
         gradients follow; after any other change the differences are 0, which makes the step K-FAC's.
+
+        Args:
+            average: Ga, the gradient matrix of p.grad as it is now.
+            complete: what `compare` found at the last statistics, None before the first.
+            reduction: how the loss joins samples; decides what passes of different N weigh.
+            changed: whether p.grad may have changed since the backward pass.
         """
         known = [param for param in self._params if param.grad is not None and param in self.measures]
-        recorded = not self._dropped and (all(self._passes) or self._sums is not None)
+        recorded = not self._dropped and (all(self._passes) or self.sums.first)
         if not recorded or (changed and not known):
-            return SubBatchGradients(average, reason=self.reason)
+            return SubBatchGradients(average, reason=self._why_unknown())
         if changed:
             scale, trusted = self._scale_since(known)
         else:
@@ -234,10 +209,10 @@ class SubBatches:
             trusted = scale > 0
         scale = scale.to(average.dtype)
         vetoes = [self.clean]
-        if self._sums is not None:
+        if self.sums.first:
             ends = [0, *self.bounds(self._ratio_of)]
             shares = [(end - start) / self._ratio_of for start, end in pairwise(ends)]
-            sums = [part.to(average.dtype) * scale for part in self._sums]
+            sums = [each.to(average.dtype) * scale for each in self.sums.first]
             vetoes.append(complete)
         else:
             counts = self._passes if reduction == "mean" else self._samples
@@ -252,13 +227,18 @@ class SubBatches:
         differences = tuple(torch.where(trusted, each, 0.0) for each in differences)
         return SubBatchGradients(average, differences, trusted, _CHANGED)
 
+    def _why_unknown(self) -> str:
+        if self._reason is None and not any(self._passes):
+            return "p.grad was not made by a backward pass through the layer"
+        return self._reason or "its backward passes were all of one sub-batch"
+
     def _earlier_matrix(self, k: int) -> Tensor:
-        weight, *bias = self._params
-        return self._layer.to_matrix(
-            self._earlier[k][weight], self._earlier[k].get(bias[0]) if bias else None
-        )
+        weight, *bias = (self._earlier[k].get(param) for param in self._params)
+        assert weight is not None
+        return self._layer.to_matrix(weight, bias[0] if bias else None)
 
     def _scale_since(self, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return how p.grad was scaled since the backward pass, and whether it was only scaled."""
         was = torch.stack([self.measures[param] for param in known])
         now = torch.stack([self.measure(param, param.grad) for param in known if param.grad is not None])
         # One scale for weight and bias, from the Euclidean norm of both.
@@ -279,9 +259,9 @@ class SubBatches:
         two = torch.linalg.vector_norm(flat)
         component = torch.zeros_like(two)
         first: Tensor | None = None
-        if self._sums is not None:
+        if self.sums.first:
             if param is self._params[0]:
-                first, vector = self._layer.weight_part(self._sums[0]), self._layer.weight_matrix(flat)
+                first, vector = self._layer.weight_part(self.sums.first[0]), self._layer.weight_matrix(flat)
         elif self._earlier and param in self._earlier[0]:
             first, vector = self._earlier[0][param], flat
         if first is not None:

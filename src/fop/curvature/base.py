@@ -26,7 +26,6 @@ class Curvature(ABC):
     A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`.
 
     Args:
-        layer: geometry of the gradient matrix.
         views: how each use of the weight sees it, ``layer`` among them.
         state: the optimizer's state of the weight, so that a checkpoint is complete.
 
@@ -81,8 +80,6 @@ class Curvature(ABC):
         """Return why this approximation does not fit a layer, None if it does."""
         return None
 
-    # Entries of the state
-
     @classmethod
     @abstractmethod
     def entries(cls, layer: Layer) -> dict[str, Shape]:
@@ -93,24 +90,14 @@ class Curvature(ABC):
     def plausible(cls, state: Mapping[str, Any], shape: torch.Size) -> dict[str, Shape] | None:
         """Return what `entries` may be of a saved state whose layer is not known; None for another kind's.
 
-        Args:
-            state: the saved state of one parameter.
-            shape: the parameter's shape.
+        ``shape`` is the parameter's.
         """
 
-    # Statistics to inverse
-
-    @abstractmethod
     def estimate(
         self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return the estimate of this step's statistics, one tensor for each of ``averages``.
-
-        Args:
-            statistics: sums over the samples of a step.
-            reduction: how the loss joins the samples.
-            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
-        """
+        """Return the estimate of this step's statistics, one tensor for each of ``averages``."""
+        return statistics.factors(reduction, loss_scale)
 
     def update(self, estimate: Sequence[Tensor], decay: float) -> None:
         """Take an estimate into the averages; the first one is taken as it is."""
@@ -129,8 +116,6 @@ class Curvature(ABC):
     @abstractmethod
     def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
         """Take the inverses of ``matrices``; return whether they can be used, else the old ones stay."""
-
-    # Products
 
     @abstractmethod
     def fisher(self, V: Tensor) -> Tensor:
@@ -154,9 +139,9 @@ class Curvature(ABC):
     def size(self, name: str) -> LayerSize:
         """Return what keeping, sending and using it takes; ``name`` is the layer's."""
 
-    @abstractmethod
     def message_shapes(self, layer: Layer) -> list[Shape]:
-        """Return the shapes in which the statistics of one of the ``terms`` travel."""
+        """Return the shapes in which the statistics of one of the ``terms`` travel between ranks."""
+        return list(layer.sum_shapes)
 
     @abstractmethod
     def pack(self, statistics: Statistics, device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -164,10 +149,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def unpack(self, message: Tensor, counts: Sequence[float], share: float) -> Statistics:
-        """Return the statistics of all ranks.
+        """Return the statistics of all ranks, from the sums of what they have packed, 1-d.
 
-        Args:
-            message: the sum of what the ranks have packed, 1-d.
-            counts: likewise.
-            share: what b bᵀ of one rank weighs in that of the averaged loss.
+        ``share`` is what b bᵀ of one rank weighs in that of the averaged loss.
         """

@@ -14,12 +14,8 @@ class LayerSize:
     """Sizes of one layer's curvature, and what keeping, sending and using it takes.
 
     Attributes:
-        name: the layer's name; no decision depends on it.
         groups: number of blocks of the curvature, each with an A and a G.
-        out_dim: side of G.
         in_dim: side of A, the bias column included.
-        diagonal_A: whether only the diagonal of A is kept.
-        diagonal_G: whether only the diagonal of G is kept.
         single: whether the curvature is one diagonal in the shape of the gradient (norms), without a G.
     """
 
@@ -61,10 +57,8 @@ class LayerSize:
 
         Each multiplies the gradient by two factors: 2·out·in·side for a matrix, out·in for a diagonal.
         """
-        if self.single:
-            return PRODUCTS * self.gradient_elements
-        an_entry = sum(1 if diagonal else 2 * side for side, diagonal in self._factors)
-        return PRODUCTS * self.gradient_elements * an_entry
+        per_entry = sum(1 if diagonal else 2 * side for side, diagonal in self._factors)
+        return PRODUCTS * self.gradient_elements * (1 if self.single else per_entry)
 
     @property
     def _factors(self) -> tuple[tuple[int, bool], tuple[int, bool]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fop.curvature.base import Curvature, Shape
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Inversion
-from fop.layers import FactorSums, Layer, Reduction, Statistics
+from fop.layers import FactorSums, Layer, Statistics
 
 
 class DiagonalCurvature(Curvature):
@@ -38,11 +38,6 @@ class DiagonalCurvature(Curvature):
         fits = diagonal.numel() in (numel, 2 * numel)
         return dict.fromkeys(("A", "A_inv"), tuple(diagonal.shape) if fits else (1, 1, numel))
 
-    def estimate(
-        self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return statistics.factors(reduction, loss_scale)
-
     def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
         return [], []
 
@@ -67,9 +62,6 @@ class DiagonalCurvature(Curvature):
 
     def size(self, name: str) -> LayerSize:
         return LayerSize(name, *self.layer.matrix_shape, single=True)
-
-    def message_shapes(self, layer: Layer) -> list[Shape]:
-        return list(layer.sum_shapes)
 
     def pack(self, statistics: Statistics, device: torch.device) -> tuple[list[Tensor], Tensor]:
         sums = statistics.terms[False]

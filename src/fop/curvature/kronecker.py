@@ -17,7 +17,7 @@ from fop.curvature.base import Curvature, Shape
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Inversion, mean_eigenvalue
 from fop.curvature.packing import pack_symmetric, packed_shape, unpack_symmetric
-from fop.layers import FactorSums, Layer, Reduction, Statistics
+from fop.layers import FactorSums, Layer, Statistics
 
 
 class KroneckerCurvature(Curvature):
@@ -42,19 +42,13 @@ class KroneckerCurvature(Curvature):
         A, G, numel = state.get("A"), state.get("G"), shape.numel()
         out = shape[0] if shape else 1
         columns = numel // max(1, out)
-        side_A: Shape = (1, columns, columns)
-        side_G: Shape = (1, out, out)
+        of_A: Shape = (1, columns, columns)
+        of_G: Shape = (1, out, out)
         if isinstance(A, Tensor) and isinstance(G, Tensor) and min(A.dim(), G.dim()) > 1:
             (groups, columns), (_, out) = A.shape[:2], G.shape[:2]
             if groups * out * columns in (numel, numel + groups * out):
-                side_A, side_G = (groups, columns, columns), (groups, out, out)
-                side_A, side_G = side_A[: A.dim()], side_G[: G.dim()]
-        return {"A": side_A, "A_inv": side_A, "G": side_G, "G_inv": side_G}
-
-    def estimate(
-        self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return statistics.factors(reduction, loss_scale)
+                of_A, of_G = (groups, columns, columns)[: A.dim()], (groups, out, out)[: G.dim()]
+        return {"A": of_A, "A_inv": of_A, "G": of_G, "G_inv": of_G}
 
     def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
         A, G = self.state["A"], self.state["G"]

@@ -1,4 +1,4 @@
-"""Symmetric matrices as packed triangles, for the way between ranks."""
+"""Symmetric matrices as packed triangles, as they travel between ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def pack_symmetric(M: Tensor) -> Tensor:
     half = (d + 1) // 2
     top = torch.nn.functional.pad(M[:, :half], (1, 0))
     bottom = torch.nn.functional.pad(M.flip(1, 2)[:, :half], (0, 1))
-    return torch.where(_from_bottom(half, d, M.device), bottom, top)
+    column, row = torch.arange(d + 1, device=M.device), torch.arange(half, device=M.device)
+    return torch.where(column <= row[:, None], bottom, top)
 
 
 def unpack_symmetric(P: Tensor, d: int) -> Tensor:
@@ -36,8 +37,3 @@ def unpack_symmetric(P: Tensor, d: int) -> Tensor:
     half = P.shape[1]
     upper = torch.cat([P[:, :, 1:], P[:, : d - half, :d].flip(1, 2)], dim=1).triu()
     return upper + upper.triu(1).mT
-
-
-def _from_bottom(half: int, d: int, device: torch.device) -> Tensor:
-    column = torch.arange(d + 1, device=device)
-    return column[None, :] <= torch.arange(half, device=device)[:, None]

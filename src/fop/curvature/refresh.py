@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -52,21 +53,21 @@ class Refresher:
     def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
         """Take estimates into the averages and invert these.
 
-        Returns:
-            The curvatures whose estimates were not finite, which stay as they are, and the fallbacks.
-
+        Returns the curvatures whose estimates were not finite, which stay as they are, and the fallbacks.
         Transfers to the host twice (are the estimates finite, did the inversions succeed), the second time
         not for inverses that are to come later.
         """
         if not estimates:
             return [], []
         home = estimates[0].tensors[0].device
-        finite = torch.stack([_finite(each.tensors).to(home) for each in estimates]).tolist()
+        checks = [[torch.isfinite(tensor).all().to(home) for tensor in each.tensors] for each in estimates]
+        finite = torch.stack([torch.stack(of_one).all() for of_one in checks]).tolist()
         refused: list[Curvature] = []
         fallbacks: Fallbacks = []
-        due: list[Estimate] = []
-        for each, fine in zip(estimates, finite, strict=True):
-            curvature, tensors, group = each
+        due: list[tuple[Curvature, Mapping[str, Any], int]] = []
+        matrices: list[Tensor] = []
+        shifts: list[Tensor] = []
+        for (curvature, tensors, group), fine in zip(estimates, finite, strict=True):
             if not fine:
                 refused.append(curvature)
                 continue
@@ -76,21 +77,23 @@ class Refresher:
             if later:
                 curvature.state |= NOTHING_PENDING
             if later and curvature.held:
-                self._start(curvature, group["step"], group["inverse_delay"], group["damping"])
+                step, delay, damping = (group[name] for name in ("step", "inverse_delay", "damping"))
+                curvature.state |= {
+                    "inverse_at": step + delay,
+                    "inverse_of": step,
+                    "inverse_damping": damping,
+                }
+                curvature.pending = True
+                self._submit(curvature, damping)
             else:
-                due.append(each)
-        matrices: list[Tensor] = []
-        shifts: list[Tensor] = []
-        counts = []
-        for curvature, _, group in due:
-            of_this, added = curvature.matrices(group["damping"])
-            counts.append(len(of_this))
-            matrices += of_this
-            shifts += added
+                of_this, added = curvature.matrices(group["damping"])
+                due.append((curvature, group, len(of_this)))
+                matrices += of_this
+                shifts += added
         with torch.profiler.record_function("fop::inversion"):
             inversions = iter(damped_inverses(matrices, shifts))
-        for (curvature, _, group), count in zip(due, counts, strict=True):
-            own = [next(inversions) for _ in range(count)]
+        for curvature, group, count in due:
+            own = list(islice(inversions, count))
             fallbacks += _store(curvature, own, group["step"], group["damping"])
         return refused, fallbacks
 
@@ -112,11 +115,6 @@ class Refresher:
     def forget(self) -> None:
         """Forget what is pending: another state was loaded."""
         self._jobs.clear()
-
-    def _start(self, curvature: Curvature, step: int, delay: int, damping: float) -> None:
-        curvature.state |= {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
-        curvature.pending = True
-        self._submit(curvature, damping)
 
     def _submit(self, curvature: Curvature, damping: float) -> None:
         if self._pool is None:
@@ -149,13 +147,6 @@ class _Job:
         if self._done is not None:
             torch.cuda.current_stream().wait_event(self._done)
         return inversions
-
-
-def _finite(tensors: Sequence[Tensor]) -> Tensor:
-    finite = torch.isfinite(tensors[0]).all()
-    for tensor in tensors[1:]:
-        finite = finite & torch.isfinite(tensor).all()
-    return finite
 
 
 def _store(curvature: Curvature, inversions: Sequence[Inversion], step: int, damping: float) -> Fallbacks:

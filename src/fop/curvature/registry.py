@@ -27,12 +27,7 @@ def kind_of(layer: Layer) -> type[Curvature]:
 
 
 def make_curvature(layer: Layer, views: Sequence[Layer], state: dict[str, Any]) -> Curvature:
-    """Return the curvature of a weight.
-
-    Args:
-        layer: geometry of the gradient matrix.
-        views: how each use of the weight sees it.
-        state: the optimizer's state of the weight.
+    """Return the curvature of a weight; the arguments are those of `Curvature`.
 
     Raises:
         ValueError: the layer's options name an approximation that does not fit it.
@@ -53,23 +48,17 @@ def entry_names() -> set[str]:
 
 
 def expected_entries(state: Mapping[str, Any], shape: torch.Size, layer: Layer | None) -> dict[str, Shape]:
-    """Return the names and shapes of the curvature's tensors that a saved state must have.
+    """Return the names and shapes of the curvature's tensors that a parameter's saved state must have.
 
-    Args:
-        state: the saved state of one parameter.
-        shape: the parameter's shape.
-        layer: its layer, None where that is not known yet.
+    ``shape`` is the parameter's; ``layer`` is None where that is not known yet.
     """
     if not state.keys() & entry_names():
         return {}
-    if layer is not None:
-        kind: type[Curvature] | None = kind_of(layer)
-        shapes: dict[str, Shape] | None = kind_of(layer).entries(layer)
-    else:
-        found = ((kind, kind.plausible(state, shape)) for kind in KINDS.values())
-        kind, shapes = next(((k, s) for k, s in found if s is not None), (None, None))
-    if kind is None or shapes is None:
-        return {}
-    # Averages without an inverse are those of a weight that has not been inverted yet.
-    inverted = bool(state.keys() & set(kind.inverses))
-    return {name: s for name, s in shapes.items() if inverted or name in kind.averages}
+    kinds = KINDS.values() if layer is None else [kind_of(layer)]
+    for kind in kinds:
+        shapes = kind.plausible(state, shape) if layer is None else kind.entries(layer)
+        if shapes is not None:
+            # Averages without an inverse are those of a weight that has not been inverted yet.
+            inverted = bool(state.keys() & set(kind.inverses))
+            return {name: s for name, s in shapes.items() if inverted or name in kind.averages}
+    return {}

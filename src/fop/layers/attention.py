@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fop.layers.base import LayerOptions, RowLayer
 from fop.layers.statistics import FactorSums
 
 
 class PackedLayer(RowLayer):
-    """The query, key and value projections of one packed weight, as three groups.
+    """The query, key and value projections of one packed weight (3E, E), as three groups.
 
-    Args:
-        embed_dim: E; the weight is (3E, E).
-        bias: whether the packed bias belongs to the block.
-        options: the layer's options.
-        first: first group that a use of the weight reaches.
-        count: number of groups that it reaches; 3 where query, key and value are one tensor.
+    One use of the weight reaches ``count`` of them from ``first`` on: all where query, key and value are one
+    tensor.
     """
-
-    groups = 3
 
     def __init__(
         self, embed_dim: int, *, bias: bool, options: LayerOptions, first: int = 0, count: int = 3
     ) -> None:
-        self.out_dim = self.in_dim = embed_dim
-        self.bias = bias
-        self.options = options
-        self.first = first
-        self.count = count
+        super().__init__(3, embed_dim, embed_dim, bias=bias, options=options)
+        self.first, self.count = first, count
 
     def uses(self, rows: slice) -> PackedLayer:
         """Return the layer of a use of some rows of the weight."""
@@ -64,10 +55,3 @@ class PackedLayer(RowLayer):
         columns = b.reshape(b.shape[0], -1, self.count, self.out_dim).permute(0, 2, 3, 1)
         before, after = self.first, 3 - self.first - self.count
         return torch.nn.functional.pad(columns, (0, 0, 0, 0, before, after))
-
-
-def unsupported_attention(module: nn.MultiheadAttention) -> str | None:
-    """Return why a MultiheadAttention cannot take the FOP step, or None if it can."""
-    if type(module).forward is not nn.MultiheadAttention.forward:
-        return f"{type(module).__name__} overrides MultiheadAttention.forward"
-    return None

@@ -39,16 +39,19 @@ class LayerOptions:
 class Layer(ABC):
     """Geometry of one layer: how its inputs and output gradients become rows and gradient matrices.
 
-    The gradient matrix has shape (groups, out, in), with the bias as one more last column if ``bias``.
-    A layer holds sizes only, never tensors or the module.
+    It holds sizes only, never tensors or the module.
+
+    Attributes:
+        matrix_shape: shape of the gradient matrix, (groups, out, in), with the bias as one more last column.
+        diagonal_A, diagonal_G: whether only the diagonal of A or G is kept.
+        factor_shapes: shapes of A and G, (groups, d, d) or (groups, d). One shape, that of the gradient, for
+            a layer whose statistics are the gradients of single samples.
+        sum_shapes: shapes of what `factor_sums` gives: those of the factors, unless ``swapped``.
     """
 
-    groups: int
-    out_dim: int
-    in_dim: int
-    bias: bool
-    options: LayerOptions
-    # Whether ``factor_sums`` has the two factors the other way round than the block, see `Statistics`.
+    # Dimension of the gradient matrix along which the bias follows the weight.
+    bias_dim = 2
+    # Whether `factor_sums` has the two factors the other way round than the block, see `Statistics`.
     swapped = False
     # Whether the weight is stored as (in, out).
     transposed = False
@@ -57,41 +60,28 @@ class Layer(ABC):
     # Whether statistics of a large batch may take every k-th sample, see `fop.capture.statistics`.
     subsampled = False
 
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        """Shape of the gradient matrix: (groups, out, in), the bias column included."""
-        return self.groups, self.out_dim, self.in_dim + self.bias
-
-    @property
-    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of A and G, (groups, d, d), or (groups, d) where the diagonal is kept.
-
-        One shape, that of the gradient, for a layer whose statistics are the gradients of single samples.
-        """
-        groups, out, columns = self.matrix_shape
-        return (
+    def __init__(
+        self,
+        groups: int,
+        out_dim: int,
+        in_dim: int,
+        *,
+        bias: bool,
+        options: LayerOptions,
+        diagonal_A: bool = False,
+    ) -> None:
+        self.groups, self.out_dim, self.in_dim = groups, out_dim, in_dim
+        self.bias, self.options = bias, options
+        self.bias_shape: tuple[int, ...] = (groups * out_dim,)
+        columns = in_dim + bias
+        self.diagonal_A = diagonal_A or in_dim > options.max_factor_dim
+        self.diagonal_G = out_dim > options.max_factor_dim
+        self.matrix_shape = groups, out_dim, columns
+        self.factor_shapes: tuple[tuple[int, ...], ...] = (
             (groups, columns) if self.diagonal_A else (groups, columns, columns),
-            (groups, out) if self.diagonal_G else (groups, out, out),
+            (groups, out_dim) if self.diagonal_G else (groups, out_dim, out_dim),
         )
-
-    @property
-    def sum_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what ``factor_sums`` gives: those of the factors, unless ``swapped``."""
-        return self.factor_shapes
-
-    @property
-    def diagonal_A(  # noqa: N802 - as in the equations
-        self,
-    ) -> bool:
-        """Whether the input factor is kept as its diagonal."""
-        return self.in_dim > self.options.max_factor_dim
-
-    @property
-    def diagonal_G(  # noqa: N802
-        self,
-    ) -> bool:
-        """Whether the output factor is kept as its diagonal."""
-        return self.out_dim > self.options.max_factor_dim
+        self.sum_shapes: tuple[tuple[int, ...], ...] = self.factor_shapes
 
     # What a kind of layer must say
 
@@ -118,12 +108,12 @@ class Layer(ABC):
         return matrix.reshape(shape)
 
     def weight_part(self, matrix: Tensor) -> Tensor:
-        """Return the part of a gradient matrix that belongs to the weight, (groups, out, in)."""
-        return matrix[..., : self.in_dim]
+        """Return what of a gradient matrix belongs to the weight."""
+        return matrix.narrow(self.bias_dim, 0, matrix.shape[self.bias_dim] - self.bias)
 
     def bias_part(self, matrix: Tensor) -> Tensor:
-        """Return the part of a gradient matrix that belongs to the bias, groups·out entries."""
-        return matrix[..., self.in_dim]
+        """Return what of a gradient matrix belongs to the bias."""
+        return matrix.narrow(self.bias_dim, -1, 1)
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return weight-shaped and bias-shaped tensors as one gradient matrix, in at least float32.
@@ -134,13 +124,14 @@ class Layer(ABC):
         matrix = self.weight_matrix(weight.to(dtype))
         if not self.bias:
             return matrix
-        entries = matrix.new_zeros(self.groups * self.out_dim) if bias is None else bias.to(dtype)
-        return torch.cat([matrix, entries.reshape(self.groups, self.out_dim, 1)], dim=-1)
+        shape = [1 if dim == self.bias_dim else size for dim, size in enumerate(matrix.shape)]
+        entries = matrix.new_zeros(shape) if bias is None else bias.to(dtype).reshape(shape)
+        return torch.cat([matrix, entries], dim=self.bias_dim)
 
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the parts of a gradient matrix in the shapes of ``weight`` and of the bias."""
-        part = self.weight_from_matrix(matrix[..., : self.in_dim], weight.shape)
-        return part, matrix[..., self.in_dim].reshape(-1) if self.bias else None
+        """Return what of a gradient matrix belongs to weight and bias, in their shapes."""
+        bias = matrix.narrow(self.bias_dim, -1, 1).reshape(self.bias_shape) if self.bias else None
+        return self.weight_from_matrix(self.weight_part(matrix), weight.shape), bias
 
 
 class RowLayer(Layer):
@@ -155,14 +146,13 @@ class RowLayer(Layer):
         """Return the rows of b as columns: (N, groups, out, R)."""
 
     def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
         dtype = statistics_dtype(b)
         a, g = (torch.zeros(shape, dtype=dtype, device=x.device) for shape in self.factor_shapes)
         rows = 0
-        for x_part, b_part in self.chunks(x, b):
+        for x_chunk, b_chunk in self.chunks(x, b):
             # Not yet in the statistics' dtype: the rows of large inputs are views.
-            a_columns = self.input_columns(x_part).to(dtype)
-            g_columns = self.output_columns(b_part).to(dtype)
+            a_columns = self.input_columns(x_chunk).to(dtype)
+            g_columns = self.output_columns(b_chunk).to(dtype)
             if self.options.weight_sharing == "reduce":
                 a_columns = a_columns.mean(-1, keepdim=True)
                 g_columns = g_columns.sum(-1, keepdim=True)
@@ -172,7 +162,7 @@ class RowLayer(Layer):
         return FactorSums(a, g, x.shape[0], rows)
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield x and b in parts whose rows may be in memory at a time."""
+        """Yield x and b in pieces whose rows fit in memory."""
         yield x, b
 
 
@@ -190,8 +180,7 @@ def _add_covariance(total: Tensor, columns_NGDR: Tensor, *, ones: bool) -> None:
             total[:, dim:] += columns_NGDR.shape[0] * columns_NGDR.shape[3]
         return
     columns_GDR = columns_NGDR.permute(1, 2, 0, 3).flatten(2)
-    block = total[:, :dim, :dim]
-    block.baddbmm_(columns_GDR, columns_GDR.mT)
+    total[:, :dim, :dim].baddbmm_(columns_GDR, columns_GDR.mT)
     if ones:
         sums = columns_GDR.sum(-1)
         total[:, -1, :dim] += sums

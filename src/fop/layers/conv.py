@@ -24,17 +24,14 @@ class ConvLayer(RowLayer):
     def __init__(
         self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
     ) -> None:
-        self.spatial = len(module.kernel_size)
-        self.groups = module.groups
-        self.out_dim = module.out_channels // module.groups
-        self.in_dim = module.in_channels // module.groups * prod(module.kernel_size)
-        self.bias = bias
-        self.options = options
-        self.weight_shape = tuple(module.weight.shape)
-        self.kernel = tuple(module.kernel_size)
-        self.stride = tuple(module.stride)
-        self.dilation = tuple(module.dilation)
-        self.pads = _pads(module)
+        self.spatial, self.taps = len(module.kernel_size), prod(module.kernel_size)
+        out_dim, in_dim = (
+            module.out_channels // module.groups,
+            module.in_channels // module.groups * self.taps,
+        )
+        super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
+        self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
+        self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def leading_dims(self, x: Tensor) -> int:
@@ -43,24 +40,19 @@ class ConvLayer(RowLayer):
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         befores, afters = zip(*self.pads, strict=True)
         if self.mode == "constant" and befores == afters:
-            padding = befores
-        else:
-            x, padding = self._padded(x), (0,) * self.spatial
-        return self.to_matrix(self._weight_gradient(x, b, padding), self._bias_gradient(b))
+            return self._gradient(x, b, befores)
+        return self._gradient(self._padded(x), b, (0,) * self.spatial)
 
-    def _weight_gradient(
+    def _gradient(
         self, x: Tensor, b: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] | None = None
     ) -> Tensor:
         # torch.nn.grad.conv2d_weight and its kin, for any dimension and for transposed ones.
         weight = b.new_empty(1).expand(self.weight_shape)
-        transposed, zeros, mask = output_padding is not None, (0,) * self.spatial, (False, True, False)
-        longer = output_padding or zeros
+        transposed, longer = output_padding is not None, output_padding or (0,) * self.spatial
         geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, transposed, longer, self.groups)
+        mask = (False, True, False)
         gradients = torch.ops.aten.convolution_backward(b, x.to(b.dtype), weight, None, *geometry, mask)
-        return gradients[1]  # type: ignore[no-any-return]
-
-    def _bias_gradient(self, b: Tensor) -> Tensor | None:
-        return b.transpose(0, 1).flatten(1).sum(1) if self.bias else None
+        return self.to_matrix(gradients[1], b.transpose(0, 1).flatten(1).sum(1) if self.bias else None)
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         per_sample = self.groups * self.in_dim * b[0, 0].numel()
@@ -79,10 +71,9 @@ class ConvLayer(RowLayer):
             # Each unfold appends a dimension: (N, channels, *positions, *kernel) in the end.
             x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
         n, channels = x.shape[:2]
-        positions = range(2, 2 + self.spatial)
-        taps = range(2 + self.spatial, 2 + 2 * self.spatial)
-        ordered = x.permute(0, 1, *taps, *positions)
-        return ordered.reshape(n, self.groups, channels // self.groups * prod(self.kernel), -1)
+        positions, taps = range(2, 2 + self.spatial), range(2 + self.spatial, 2 + 2 * self.spatial)
+        columns = channels // self.groups * self.taps
+        return x.permute(0, 1, *taps, *positions).reshape(n, self.groups, columns, -1)
 
     def _padded(self, x: Tensor) -> Tensor:
         pads = [size for pair in reversed(self.pads) for size in pair]
@@ -107,37 +98,31 @@ class TransposedConvLayer(ConvLayer):
             out - (size - 1) * s + 2 * p - d * (k - 1) - 1
             for size, out, (k, s, d, p) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
-        weight = self._weight_gradient(x, b, self.padding, output_padding)
-        return self.to_matrix(weight, self._bias_gradient(b))
+        return self._gradient(x, b, self.padding, output_padding)
 
     def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for x_part, b_part in super().chunks(x, b):
-            yield self._spread(x_part, b_part.shape[2:]), b_part
+        for x_chunk, b_chunk in super().chunks(x, b):
+            yield self._spread(x_chunk, b_chunk.shape[2:]), b_chunk
 
     def input_columns(self, x: Tensor) -> Tensor:
         patches = self._patches(x, (1,) * self.spatial)
         # Output t sees input s through tap k where t = s·stride - padding + k·dilation: later k, earlier s
-        taps = patches.unflatten(2, (-1, prod(self.kernel)))
-        columns: Tensor = taps.flip(3).flatten(2, 3)
-        return columns
+        taps: Tensor = patches.unflatten(2, (-1, self.taps))
+        return taps.flip(3).flatten(2, 3)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
-        taps = prod(self.kernel)
-        split = weight.reshape(self.groups, self.in_dim // taps, self.out_dim, taps)
+        split = weight.reshape(self.groups, self.in_dim // self.taps, self.out_dim, self.taps)
         return split.transpose(1, 2).reshape(self.groups, self.out_dim, self.in_dim)
 
     def weight_from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        taps = prod(self.kernel)
-        split = matrix.reshape(self.groups, self.out_dim, self.in_dim // taps, taps)
+        split = matrix.reshape(self.groups, self.out_dim, self.in_dim // self.taps, self.taps)
         return split.transpose(1, 2).reshape(shape)
 
     def _spread(self, x: Tensor, out_size: torch.Size) -> Tensor:
         """Return x with zeros between its pixels, padded so that every output position has a patch."""
         sizes, pads = [], []
-        geometry = zip(
-            x.shape[2:], out_size, self.kernel, self.stride, self.dilation, self.padding, strict=True
-        )
-        for size, out, k, s, d, p in geometry:
+        geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
+        for size, out, (k, s, d, p) in zip(x.shape[2:], out_size, geometry, strict=True):
             sizes.append((size - 1) * s + 1)
             before = d * (k - 1) - p
             # The output may be longer than the input asks for (output_padding).
@@ -146,15 +131,6 @@ class TransposedConvLayer(ConvLayer):
         every = [slice(None, None, s) for s in self.stride]
         spread[(slice(None), slice(None), *every)] = x
         return F.pad(spread, [size for pair in reversed(pads) for size in pair])
-
-
-def unsupported_conv(module: nn.Module) -> str | None:
-    """Return why a convolution cannot take the FOP step, or None if it can."""
-    base = next(kind for kind in type(module).__mro__ if kind.__module__ == "torch.nn.modules.conv")
-    methods = ("forward", "_conv_forward")
-    if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
-        return f"{type(module).__name__} overrides {base.__name__}.forward"
-    return None
 
 
 def _pads(module: Convolution | TransposedConvolution) -> list[tuple[int, int]]:

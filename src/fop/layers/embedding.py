@@ -12,36 +12,18 @@ from fop.layers.statistics import FactorSums
 class EmbeddingLayer(Layer):
     """A holds how often each token comes in a sample, as a diagonal; rows of G are the output gradients.
 
-    Every token is a row, also with ``weight_sharing="reduce"``.
-
-    Args:
-        module: the embedding.
-        tied: whether an output layer shares the weight; matrices then are (1, vocabulary, features), as that
-            layer has them, and otherwise (1, features, vocabulary).
-        options: the layer's options.
+    Every token is a row, also with ``weight_sharing="reduce"``. Matrices are (1, features, vocabulary); where
+    the weight is ``tied`` to an output layer (1, vocabulary, features), as that layer has them.
     """
 
-    groups = 1
-    bias = False
-
-    def __init__(self, module: nn.Embedding, *, tied: bool, options: LayerOptions) -> None:
-        self.tokens = module.num_embeddings
-        self.features = module.embedding_dim
+    def __init__(self, module: nn.Embedding, options: LayerOptions, *, tied: bool) -> None:
+        self.tokens, self.features = tokens, features = module.num_embeddings, module.embedding_dim
+        sides = (tokens, features) if tied else (features, tokens)
+        super().__init__(1, *sides, bias=False, options=options, diagonal_A=not tied)
         self.padding_idx = module.padding_idx
         self.tied = self.swapped = tied
-        self.options = options
-        self.out_dim, self.in_dim = (self.tokens, self.features) if tied else (self.features, self.tokens)
-
-    @property
-    def diagonal_A(  # noqa: N802
-        self,
-    ) -> bool:
-        return super().diagonal_A if self.tied else True
-
-    @property
-    def sum_shapes(self) -> tuple[tuple[int, ...], ...]:
-        sides = (self.features,) * (1 if self.features > self.options.max_factor_dim else 2)
-        return (1, self.tokens), (1, *sides)
+        self.diagonal_sum = features > options.max_factor_dim
+        self.sum_shapes = (1, tokens), (1, features) if self.diagonal_sum else (1, features, features)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim()
@@ -63,21 +45,18 @@ class EmbeddingLayer(Layer):
             # On the device: a batch may be all padding, and nobody here waits to know.
             rows = valid.sum().clamp(min=1)[None]
         a = valid.new_zeros(self.tokens).index_add_(0, ids, valid)
-        diagonal = self.features > self.options.max_factor_dim
-        g = b_RD.square().sum(0) if diagonal else b_RD.T @ b_RD
+        g = b_RD.square().sum(0) if self.diagonal_sum else b_RD.T @ b_RD
         return FactorSums(a[None], g[None], x.shape[0], rows)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return (weight if self.tied else weight.T)[None]
 
-    def weight_from_matrix(self, matrix: Tensor, shape: object) -> Tensor:
+    def weight_from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         return matrix[0] if self.tied else matrix[0].T
 
 
 def unsupported_embedding(module: nn.Embedding) -> str | None:
-    """Return why an Embedding cannot take the FOP step, or None if it can."""
-    if type(module).forward is not nn.Embedding.forward:
-        return f"{type(module).__name__} overrides Embedding.forward"
+    """Return why an embedding cannot take the FOP step, None if it can."""
     if module.max_norm is not None:
         return "an Embedding with max_norm changes its own weight in the forward pass"
     if module.scale_grad_by_freq:

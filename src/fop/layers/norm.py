@@ -24,26 +24,19 @@ class NormLayer(Layer):
     the mean square of the samples' own gradients, element by element.
     """
 
-    groups = 1
+    bias_dim = 1
 
     def __init__(self, module: Norm, *, bias: bool, options: LayerOptions) -> None:
         # LayerNorm and RMSNorm have a weight for the trailing dimensions, the others for dimension 1.
         self.trailing = isinstance(module, nn.LayerNorm | nn.RMSNorm)
-        self.shape = tuple(module.weight.shape)
-        self.bias = bias
-        self.options = options
-        self.out_dim, self.in_dim = 1 + bias, prod(self.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        return 1, self.out_dim, self.in_dim
-
-    @property
-    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self.matrix_shape,)
+        shape = tuple(module.weight.shape)
+        super().__init__(1, 1 + bias, prod(shape), bias=bias, options=options)
+        self.bias_shape = shape
+        self.matrix_shape = 1, self.out_dim, self.in_dim
+        self.sum_shapes = self.factor_shapes = (self.matrix_shape,)
 
     def leading_dims(self, x: Tensor) -> int:
-        return x.dim() - len(self.shape) if self.trailing else 1
+        return x.dim() - len(self.bias_shape) if self.trailing else 1
 
     @staticmethod
     def normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -65,37 +58,16 @@ class NormLayer(Layer):
     def _by_sample(self, x: Tensor, b: Tensor) -> Tensor:
         """Return the gradient of every sample, (N, 1 or 2, size)."""
         b = b.to(statistics_dtype(b))
-        parts = [b * x.to(b.dtype), b] if self.bias else [b * x.to(b.dtype)]
-        if self.trailing:
-            summed = [part.reshape(part.shape[0], -1, self.in_dim).sum(1) for part in parts]
-        else:
-            summed = [part.reshape(part.shape[0], self.in_dim, -1).sum(2) for part in parts]
-        return torch.stack(summed, dim=1)
+        rows = [b * x.to(b.dtype), b] if self.bias else [b * x.to(b.dtype)]
+        shape, dim = ((-1, self.in_dim), 1) if self.trailing else ((self.in_dim, -1), 2)
+        return torch.stack([row.reshape(row.shape[0], *shape).sum(dim) for row in rows], dim=1)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(1, 1, self.in_dim)
 
-    def weight_part(self, matrix: Tensor) -> Tensor:
-        return matrix[:, :1]
-
-    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        matrix = self.weight_matrix(weight.to(dtype))
-        if not self.bias:
-            return matrix
-        entries = torch.zeros_like(matrix) if bias is None else self.weight_matrix(bias.to(dtype))
-        return torch.cat([matrix, entries], dim=1)
-
-    def bias_part(self, matrix: Tensor) -> Tensor:
-        return matrix[:, 1:]
-
-    def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        parts = [part.reshape(weight.shape) for part in matrix.unbind(1)]
-        return parts[0], parts[1] if self.bias else None
-
 
 def unsupported_norm(module: nn.Module) -> str | None:
-    """Return why a normalisation layer cannot take the FOP step, or None if it can."""
+    """Return why a normalisation layer cannot take the FOP step, None if it can."""
     known = (*_FUNCTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if type(module) not in known:
         return f"{type(module).__name__} is not one of {', '.join(kind.__name__ for kind in known)}"

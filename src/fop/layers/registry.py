@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from fop.layers.attention import PackedLayer, unsupported_attention
+from fop.layers.attention import PackedLayer
 from fop.layers.base import Layer, LayerOptions
-from fop.layers.conv import ConvLayer, TransposedConvLayer, unsupported_conv
+from fop.layers.conv import ConvLayer, TransposedConvLayer
 from fop.layers.embedding import EmbeddingLayer, unsupported_embedding
-from fop.layers.linear import LinearLayer, unsupported_linear
+from fop.layers.linear import LinearLayer
 from fop.layers.norm import NormLayer, unsupported_norm
 
 EXCLUDED = "layer_options say so"
@@ -36,55 +36,48 @@ class Slot:
     tied: Callable[[LayerOptions], Layer] | None = None
 
 
+def _slot(weight: str, bias: str | None, make: Callable[..., Layer]) -> Slot:
+    return Slot(weight, bias, lambda has_bias, options: make(bias=has_bias, options=options))
+
+
 def _own(layer: Callable[..., Layer], module: nn.Module) -> list[Slot]:
-    return [Slot("weight", "bias", lambda bias, options: layer(module, bias=bias, options=options))]
+    return [_slot("weight", "bias", partial(layer, module))]
+
+
+def _linear(module: nn.Linear) -> list[Slot]:
+    return [_slot("weight", "bias", partial(LinearLayer, module.out_features, module.in_features))]
 
 
 def _embedding(module: nn.Embedding) -> list[Slot]:
-    def build(_: bool, options: LayerOptions) -> Layer:
-        return EmbeddingLayer(module, tied=False, options=options)
-
-    def tied(options: LayerOptions) -> Layer:
-        return EmbeddingLayer(module, tied=True, options=options)
-
-    return [Slot("weight", None, build, tied)]
-
-
-def _packed(embed_dim: int) -> Callable[[bool, LayerOptions], Layer]:
-    return lambda bias, options: PackedLayer(embed_dim, bias=bias, options=options)
+    tied = partial(EmbeddingLayer, module, tied=True)
+    return [Slot("weight", None, lambda _, options: EmbeddingLayer(module, options, tied=False), tied)]
 
 
 def _attention(module: nn.MultiheadAttention) -> list[Slot]:
     E = module.embed_dim
-
-    def linear(in_dim: int) -> Callable[[bool, LayerOptions], Layer]:
-        return lambda bias, options: LinearLayer(E, in_dim, bias=bias, options=options)
-
-    slots = [Slot("out_proj.weight", "out_proj.bias", linear(E))]
+    output = _slot("out_proj.weight", "out_proj.bias", partial(LinearLayer, E, E))
     if module._qkv_same_embed_dim:
-        return [Slot("in_proj_weight", "in_proj_bias", _packed(E)), *slots]
-    # Their biases are parts of one parameter, which no single block could own.
+        return [_slot("in_proj_weight", "in_proj_bias", partial(PackedLayer, E)), output]
+    # Their biases are slices of one parameter, which no single block could own.
     dims = {"q_proj_weight": E, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}
-    return [*(Slot(name, None, linear(dim)) for name, dim in dims.items()), *slots]
+    return [*(_slot(name, None, partial(LinearLayer, E, dim)) for name, dim in dims.items()), output]
 
 
+_Kinds: TypeAlias = tuple[type[nn.Module], ...]
 _Check: TypeAlias = Callable[[Any], str | None]
-_Slots: TypeAlias = Callable[[Any], list[Slot]]
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# To add a kind of layer: a file with its `Layer` and its check, and one row here.
-_KINDS: tuple[tuple[tuple[type[nn.Module], ...], _Check, _Slots], ...] = (
-    ((nn.Linear,), unsupported_linear, partial(_own, LinearLayer.of)),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), unsupported_conv, partial(_own, ConvLayer)),
-    (
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-        unsupported_conv,
-        partial(_own, TransposedConvLayer),
-    ),
-    ((nn.Embedding,), unsupported_embedding, _embedding),
-    ((nn.MultiheadAttention,), unsupported_attention, _attention),
-    (_NORMS, unsupported_norm, partial(_own, NormLayer)),
+# To add a kind of layer: a file with its `Layer`, and one row here: modules, their weights, and what makes a
+# module unfit beside a forward of its own.
+_KINDS: tuple[tuple[_Kinds, Callable[[Any], list[Slot]], _Check | None], ...] = (
+    ((nn.Linear,), _linear, None),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), partial(_own, ConvLayer), None),
+    (_TRANSPOSED, partial(_own, TransposedConvLayer), None),
+    ((nn.Embedding,), _embedding, unsupported_embedding),
+    ((nn.MultiheadAttention,), _attention, None),
+    (_NORMS, partial(_own, NormLayer), unsupported_norm),
 )
 
 
@@ -92,36 +85,31 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
     """Return the module's weights that can take the FOP step, or the reason why it has none."""
     if options.path == "adamw":
         return EXCLUDED
-    for kinds, unsupported, slots in _KINDS:
+    for kinds, slots, check in _KINDS:
         if isinstance(module, kinds):
-            return _reason(module, kinds, unsupported, options) or slots(module)
-    if _is_conv1d(module):
-        return _own(LinearLayer.of_conv1d, module)
+            return _unsupported(module, kinds, check, options) or slots(module)
+    # Hugging Face's Conv1D, a Linear with its weight as (in, out).
+    weight = module._parameters.get("weight") if type(module).__name__ == "Conv1D" else None
+    if weight is not None and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]:
+        in_dim, out_dim = weight.shape
+        return [_slot("weight", "bias", partial(LinearLayer, out_dim, in_dim, transposed=True))]
     return f"no Kronecker factors for {type(module).__name__}"
 
 
-def _reason(
-    module: nn.Module,
-    kinds: tuple[type[nn.Module], ...],
-    unsupported: _Check,
-    options: LayerOptions,
-) -> str | None:
+def _unsupported(module: nn.Module, kinds: _Kinds, check: _Check | None, options: LayerOptions) -> str | None:
+    """Return why a module of these kinds cannot take the FOP step, None if it can."""
     # Not through the attribute: a parametrized weight would be computed, which may change buffers.
     if "weight" not in module._parameters and not isinstance(module, nn.MultiheadAttention):
         return "its weight is computed from other parameters"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if (why := unsupported(module)) is None and kinds is _NORMS and options.path is None:
-        return f"{type(module).__name__}; a diagonal Fisher with path='fop' in layer_options"
-    return why
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is Hugging Face's `Conv1D`, a Linear with its weight as (in, out)."""
-    weight = module._parameters.get("weight")
-    return (
-        type(module).__name__ == "Conv1D"
-        and weight is not None
-        and weight.dim() == 2
-        and getattr(module, "nf", None) == weight.shape[1]
-    )
+    own, base = type(module), next(kind for kind in kinds if isinstance(module, kind))
+    methods = ("forward", "_conv_forward")
+    same = all(getattr(own, method, None) is getattr(base, method, None) for method in methods)
+    if not same and kinds is not _NORMS:
+        return f"{own.__name__} overrides {base.__name__}.forward"
+    if check is not None and (why := check(module)) is not None:
+        return why
+    if kinds is _NORMS and options.path is None:
+        return f"{own.__name__}; a diagonal Fisher with path='fop' in layer_options"
+    return None

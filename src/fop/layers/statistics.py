@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,22 +50,19 @@ class FactorSums:
 
     def add_use(self, other: FactorSums) -> None:
         """Add another use of the layer on the same samples (a module called twice in one forward pass)."""
-        if self.g is None and self.a.shape != other.a.shape:
-            # Uses of batches that do not fit together: as if they were other samples.
-            self.a = torch.cat([self.a, other.a])
-        else:
-            self._add(other)
+        # Gradients of batches that do not fit together are kept as if they were of other samples.
+        self._add(other, by_sample=self.a.shape == other.a.shape)
         self.samples = max(self.samples, other.samples)
 
     def add_batch(self, other: FactorSums) -> None:
         """Add another batch (gradient accumulation)."""
-        if self.g is None:
-            self.a = torch.cat([self.a, other.a])
-        else:
-            self._add(other)
+        self._add(other, by_sample=False)
         self.samples += other.samples
 
-    def _add(self, other: FactorSums) -> None:
+    def _add(self, other: FactorSums, *, by_sample: bool) -> None:
+        if self.g is None and not by_sample:
+            self.a = torch.cat([self.a, other.a])
+            return
         self.a += other.a
         if self.g is not None and other.g is not None:
             self.g += other.g
@@ -73,36 +71,24 @@ class FactorSums:
 
 @dataclass
 class Statistics:
-    """Statistics of all uses of a weight.
-
-    Attributes:
-        terms: by whether the use sees the weight transposed (an embedding tied to an output layer).
-    """
+    """Statistics of all uses of a weight, by whether they see it transposed (a tied embedding)."""
 
     terms: dict[bool, FactorSums] = field(default_factory=dict)
 
-    def add_use(self, other: Statistics) -> None:
-        """Add other uses on the same samples."""
+    def add(self, other: Statistics, *, same_samples: bool) -> None:
+        """Add other uses on the same samples, or another batch."""
         for key, sums in other.terms.items():
-            if key in self.terms:
+            if key not in self.terms:
+                self.terms[key] = sums
+            elif same_samples:
                 self.terms[key].add_use(sums)
             else:
-                self.terms[key] = sums
-
-    def add_batch(self, other: Statistics) -> None:
-        """Add another batch."""
-        for key, sums in other.terms.items():
-            if key in self.terms:
                 self.terms[key].add_batch(sums)
-            else:
-                self.terms[key] = sums
 
     def factors(self, reduction: Reduction, loss_scale: Tensor | None) -> tuple[Tensor, ...]:
         """Return A and G of the weight, or A alone where the statistics are gradients of single samples.
 
-        Args:
-            reduction: how the loss joins the samples.
-            loss_scale: 0-dim, what the loss was multiplied with in the backward pass; None for 1.
+        ``loss_scale``, 0-dim, is what the loss was multiplied with in the backward pass; None for 1.
         """
         pairs = []
         for transposed, sums in self.terms.items():
@@ -125,13 +111,11 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = torch.stack(weights).sum(0)
 
     def mean(side: int) -> Tensor:
-        joined: Tensor | None = None
+        terms = []
         for pair, trace, weight in zip(pairs, traces, weights, strict=True):
             share = weight / torch.where(trace[side] > 0, trace[side], 1)
-            term = _scaled(pair[side], share / torch.where(total > 0, total, 1))
-            joined = term if joined is None else _added(joined, term)
-        assert joined is not None
-        return _scaled(joined, total.sqrt())
+            terms.append(_scaled(pair[side], share / torch.where(total > 0, total, 1)))
+        return _scaled(functools.reduce(_added, terms), total.sqrt())
 
     return mean(0), mean(1)
 
