@@ -4,7 +4,7 @@
 that all ranks add up on one of them; `Channel` counts the bytes of collectives.
 """
 
-from fop.curvature import pack_symmetric, packed_shape, unpack_symmetric
+from fop.curvature.packing import pack_symmetric, packed_shape, unpack_symmetric
 from fop.distributed import (
     BucketedReduce as Bucketed,
 )

@@ -9,16 +9,9 @@ from torch import Tensor
 from fop.capture.batch import Layout
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
-from fop.curvature import (
-    DiagonalCurvature,
-    Fallback,
-    Inversion,
-    KroneckerCurvature,
-    damped_inverses,
-    damping_split,
-    kronecker_product,
-    mean_eigenvalue,
-)
+from fop.curvature.diagonal import DiagonalCurvature
+from fop.curvature.inversion import Fallback, Inversion, damped_inverses, mean_eigenvalue
+from fop.curvature.kronecker import KroneckerCurvature, damping_split, kronecker_product
 from fop.layers import Layer, LayerOptions, conv, describe
 from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer

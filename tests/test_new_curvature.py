@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP
-from fop.curvature import KINDS, Curvature, Inversion, LayerSize
+from fop.curvature import KINDS, Curvature, LayerSize
+from fop.curvature.inversion import Inversion
 from fop.layers import Layer, Reduction, Statistics
 from models import batch, mlp, weights
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fop import FOP, KFAC
 from fop.correction import Direction, SubBatchGradients, combine, contrasts, helmert
-from fop.curvature import damped_inverses, damping_split
+from fop.curvature.inversion import damped_inverses
+from fop.curvature.kronecker import damping_split
 from models import assert_equal, batch, conv_net, mlp, weights
 from reference import correct, dense_damped_fisher, dense_fisher, unvec, vec
 

@@ -1,8 +1,9 @@
 """One object owns a weight's curvature: statistics, averages, damped inverse, products, state and cost."""
 
-from fop.curvature.base import NEVER
+from fop.curvature.base import NEVER, Curvature
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Fallback
+from fop.curvature.kronecker import KroneckerCurvature
 from fop.curvature.packing import packed_shape
 from fop.curvature.refresh import NOTHING_PENDING, Estimate, Refresher, next_refresh
 from fop.curvature.registry import KINDS, entry_names, expected_entries, make_curvature
@@ -11,8 +12,10 @@ __all__ = [
     "KINDS",
     "NEVER",
     "NOTHING_PENDING",
+    "Curvature",
     "Estimate",
     "Fallback",
+    "KroneckerCurvature",
     "LayerSize",
     "Refresher",
     "entry_names",
