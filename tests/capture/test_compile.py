@@ -84,9 +84,14 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("given", "when"),
     [
-        *itertools.product(["model"], ["before", "after", "in place before", "in place after"]),
-        ("forward", "before"),
-        *itertools.product(["parameters"], ["before", "after", "in place before"]),
+        ("model", "before"),
+        ("model", "after"),
+        ("model", "in place after"),
+        ("parameters", "after"),
+        pytest.param("model", "in place before", marks=pytest.mark.slow),
+        pytest.param("forward", "before", marks=pytest.mark.slow),
+        pytest.param("parameters", "before", marks=pytest.mark.slow),
+        pytest.param("parameters", "in place before", marks=pytest.mark.slow),
     ],
 )
 def test_every_order_of_compiling_and_constructing(given: str, when: str) -> None:
@@ -118,8 +123,16 @@ def test_bare_parameters_of_a_model_that_may_not_break() -> None:
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("past", ["itself", "its class", "eager"])
+@pytest.mark.parametrize(
+    ("past", "bare"),
+    [
+        ("itself", False),
+        ("its class", True),
+        ("eager", False),
+        pytest.param("itself", True, marks=pytest.mark.slow),
+        pytest.param("its class", False, marks=pytest.mark.slow),
+    ],
+)
 def test_what_ran_before(past: str, bare: bool) -> None:
     """Guards of a graph do not see new hooks, and compiled code belongs to the class: all is traced anew."""
     model = mlp()
@@ -504,7 +517,9 @@ LOOPS: list[Callable[[nn.Module, nn.Module, FOP, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop", [*LOOPS[:5], *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS[5:])]
+)
 def test_loops_around_a_compiled_model(loop: Callable[[nn.Module, nn.Module, FOP, int], None]) -> None:
     runs: list[tuple[nn.Module, FOP]] = []
     for wrap in (lambda model: model, compiled):

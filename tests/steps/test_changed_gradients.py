@@ -26,6 +26,7 @@ from models import (
     direction,
     gradients,
     halves,
+    late,
     layers,
     loss_of,
     mlp,
@@ -233,9 +234,7 @@ def test_changed_gradient_of_a_large_layer() -> None:
         change(model[0].weight)
         optimizer.step()
 
-    step()
-    optimizer.param_groups[0]["step"] = 500  # as in a long run, where curvature is due every 100 steps
-    step()
+    late(optimizer, step)
     assert not optimizer.curvature_due
     check_kept_pair(optimizer)
     for lost, change in enumerate(BLIND.values(), start=1):
@@ -262,15 +261,17 @@ def test_count_over_several_steps() -> None:
     model = conv_net()
     optimizer = FOP(model, **{**PLAIN, **BETWEEN})
     lost = 0
-    for seed in range(20):
+    for seed in range(12):
+        if seed == 4:
+            optimizer.param_groups[0]["step"] = 500
         optimizer.zero_grad()
         loss_of(model, *batch(6, seed, (2, 5, 6))).backward()
-        if seed in (2, 7, 8, 17):
+        if seed in (2, 7, 8):
             OTHERS["clip value"](model)
             lost += 1
         optimizer.step()
-        (check_lost_pair if seed in (2, 7, 8, 17) else check_kept_pair)(optimizer, ["0", "2", "4"], lost)
-    assert lost == 4
+        (check_lost_pair if seed in (2, 7, 8) else check_kept_pair)(optimizer, ["0", "2", "4"], lost)
+    assert lost == 3 and not optimizer.curvature_due
 
 
 @pytest.mark.parametrize("due", [True, False])
@@ -391,7 +392,9 @@ def test_hooks_on_parameters(hook: str, first: str) -> None:
     handles = [getattr(p, register)(function) for p in layers(model)["0"].parameters()]
     optimizer = optimizer or FOP(model, **{**PLAIN, **BETWEEN})
     lost = 0
-    for seed in range(18):
+    for seed in range(4):
+        if seed == 1:  # from here on the interval is in full, see `late`
+            optimizer.param_groups[0]["step"] = 500
         twin.load_state_dict(model.state_dict())
         pairs = halves(twin, *batch(7, seed))
         optimizer.zero_grad()
