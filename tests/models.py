@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {
     "kl_clip": None,
     "curvature_interval": 1,
 }
-# With this interval the curvature of step 15 is the last one before step 18.
+# After `late` there are no statistics until the next curvature update, a hundred steps later.
 BETWEEN: dict[str, Any] = {"curvature_interval": 100, "lr": 0.02}
 
 
@@ -185,14 +185,20 @@ def started(build: Callable[[], nn.Module] = mlp, due: bool = True, **options: A
     model = build()
     optimizer = FOP(model, **{**PLAIN, **({} if due else BETWEEN), **options})
     if not due:
-        shape = (5,) if build is mlp else (2, 5, 6)
-        for seed in range(18):
-            train_step(model, optimizer, *batch(6, seed, shape))
+        late(optimizer, lambda: train_step(model, optimizer, *batch()))
         optimizer.zero_grad()
     assert optimizer.curvature_due is due
     twin = build()
     twin.load_state_dict(model.state_dict())
     return model, twin, optimizer
+
+
+def late(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+    """Take a first step, and one as in a long run, where the curvature interval is in full."""
+    step()
+    for group in optimizer.param_groups:
+        group["step"] = 500
+    step()
 
 
 def matrix_of(layer: Any, parts: Any) -> Tensor:

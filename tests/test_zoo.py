@@ -46,7 +46,7 @@ NO_PAIR: dict[str, dict[str, str]] = {
 }
 
 # Whose kinds of layer and block the others have too.
-SLOW = {"mobilenet", "unet", "video", "mixer", "vit", "seq2seq"}
+SLOW = {"mobilenet", "unet", "vit", "seq2seq"}
 every_model = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ZOO]
 )

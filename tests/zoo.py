@@ -136,53 +136,6 @@ def bert() -> Task:
     return Task(pretrained("Bert", "MaskedLM", **small, **off, **sizes), batch, cross_entropy)
 
 
-# --- MLP-Mixer -------------------------------------------------------------------------------------
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
-
-
-class MixerBlock(nn.Module):
-    def __init__(self, tokens: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.mlp_tokens = Mlp(tokens, 2 * tokens)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp_channels = Mlp(dim, 2 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mlp_tokens(self.norm1(x).mT).mT
-        out: Tensor = x + self.mlp_channels(self.norm2(x))
-        return out
-
-
-class Mixer(nn.Module):
-    def __init__(self, size: int, dim: int = 8) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, dim, 4, stride=4)
-        self.blocks = nn.Sequential(*(MixerBlock((size // 4) ** 2, dim) for _ in range(2)))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.stem(x).flatten(2).mT)
-        out: Tensor = self.head(self.norm(x).mean(1))
-        return out
-
-
-def mixer() -> Task:
-    """MLP-Mixer: Linear layers over tokens and over channels."""
-    return Task(Mixer(12), classification(3, 12, 12), cross_entropy)
-
-
 # --- U-Net -----------------------------------------------------------------------------------------
 
 
@@ -232,53 +185,6 @@ def unet() -> Task:
         return F.binary_cross_entropy_with_logits(model(x), y)
 
     return Task(UNet(), batch, loss)
-
-
-# --- Sound and video -------------------------------------------------------------------------------
-
-
-class AudioNet(nn.Module):
-    def __init__(self, dim: int = 6) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv1d(1, dim, 9, stride=4),
-            nn.BatchNorm1d(dim),
-            nn.ReLU(),
-            nn.MaxPool1d(2),
-            nn.Conv1d(dim, 2 * dim, 3, padding="same", dilation=2, groups=2),
-            nn.BatchNorm1d(2 * dim),
-            nn.ReLU(),
-        )
-        self.fc = nn.Linear(2 * dim, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.features(x).mean(-1))
-        return out
-
-
-def audio() -> Task:
-    """Net on raw sound: strided, dilated and grouped Conv1d."""
-    return Task(AudioNet(), classification(1, 101), cross_entropy)
-
-
-class VideoNet(nn.Module):
-    def __init__(self, dim: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv3d(3, dim, 3, padding=1, bias=False), nn.BatchNorm3d(dim), nn.ReLU())
-        # R(2+1)D: space, then time
-        self.space = nn.Conv3d(dim, 2 * dim, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
-        self.time = nn.Conv3d(2 * dim, 2 * dim, (3, 1, 1), padding=(1, 0, 0), padding_mode="replicate")
-        self.fc = nn.Linear(2 * dim, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.time(F.relu(self.space(self.stem(x)))))
-        out: Tensor = self.fc(x.mean((-3, -2, -1)))
-        return out
-
-
-def video() -> Task:
-    """Net on clips: full and factorised Conv3d."""
-    return Task(VideoNet(), classification(3, 3, 5, 5), cross_entropy)
 
 
 # --- Encoder and decoder ---------------------------------------------------------------------------
@@ -413,10 +319,7 @@ ZOO: dict[str, Callable[[], Task]] = {
     "swin": swin,
     "gpt": gpt,
     "bert": bert,
-    "mixer": mixer,
     "unet": unet,
-    "audio": audio,
-    "video": video,
     "seq2seq": partial(seq2seq, batch_first=True),
     "seq2seq_length_first": partial(seq2seq, batch_first=False),
     "lstm": lstm,

@@ -84,9 +84,14 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("given", "when"),
     [
-        *itertools.product(["model"], ["before", "after", "in place before", "in place after"]),
-        ("forward", "before"),
-        *itertools.product(["parameters"], ["before", "after", "in place before"]),
+        ("model", "before"),
+        ("model", "after"),
+        ("model", "in place after"),
+        ("parameters", "after"),
+        pytest.param("model", "in place before", marks=pytest.mark.slow),
+        pytest.param("forward", "before", marks=pytest.mark.slow),
+        pytest.param("parameters", "before", marks=pytest.mark.slow),
+        pytest.param("parameters", "in place before", marks=pytest.mark.slow),
     ],
 )
 def test_every_order_of_compiling_and_constructing(given: str, when: str) -> None:
@@ -110,16 +115,25 @@ def test_every_order_of_compiling_and_constructing(given: str, when: str) -> Non
     assert (breaks() <= 1 and graphs() <= 2) if given == "parameters" else (graphs(), breaks()) == (1, 0)
 
 
-def test_bare_parameters_of_a_model_that_may_not_break() -> None:
+@pytest.mark.parametrize("make", [FOP, KFAC])
+def test_bare_parameters_of_a_model_that_may_not_break(make: type[FOP]) -> None:
     """fullgraph=True makes an error of a graph break."""
     model = mlp()
-    train(compiled(model, fullgraph=True), FOP(model.parameters(), **OPTIONS), VECTORS)
-    assert_same(model, eager(mlp, VECTORS))
+    train(compiled(model, fullgraph=True), make(model.parameters(), **OPTIONS), VECTORS)
+    assert_same(model, eager(mlp, VECTORS, make))
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("past", ["itself", "its class", "eager"])
+@pytest.mark.parametrize(
+    ("past", "bare"),
+    [
+        ("itself", False),
+        ("its class", True),
+        ("eager", False),
+        pytest.param("itself", True, marks=pytest.mark.slow),
+        pytest.param("its class", False, marks=pytest.mark.slow),
+    ],
+)
 def test_what_ran_before(past: str, bare: bool) -> None:
     """Guards of a graph do not see new hooks, and compiled code belongs to the class: all is traced anew."""
     model = mlp()
@@ -139,53 +153,13 @@ def test_what_ran_before(past: str, bare: bool) -> None:
     check_kept_pair(optimizer)
 
 
-# --- every kind of layer -----------------------------------------------------------------------------------
-
-
-class Everything(nn.Module):
-    """Embedding tied to the output, 3-d Linear, Conv1d, a norm of each path, a weight with two modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(9, 6)
-        self.linear, self.twin = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.twin.weight = self.linear.weight
-        self.norm, self.diagonal = nn.LayerNorm(6), nn.RMSNorm(6)
-        self.conv = nn.Conv1d(6, 6, 3, padding=1, groups=2)
-        self.out = nn.Linear(6, 9, bias=False)
-        self.out.weight = self.embed.weight
-        self.double()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embed(ids)
-        h = self.norm(h + torch.tanh(self.twin(torch.tanh(self.linear(h)))))
-        h = self.diagonal(h + self.conv(h.transpose(1, 2)).relu_().transpose(1, 2))
-        out: Tensor = self.out(h)
-        return out
+# --- batches and parts of models (every kind of layer: tests/test_compatibility.py) -----------------------
 
 
 def sentences(n: int, seed: int, length: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 9, (n, length), generator=generator)
     return ids, torch.randn(n, length, 9, dtype=torch.float64, generator=generator)
-
-
-@pytest.mark.parametrize("make", [FOP, KFAC])
-def test_every_kind_of_layer(make: type[FOP]) -> None:
-    batches = [sentences(5, seed) for seed in range(13)]
-    options = {"layer_options": {"diagonal": {"path": "fop"}}}
-    expected = eager(Everything, batches, make, **options)
-    model = Everything()
-    optimizer = make(model, **OPTIONS, **options)
-    train(compiled(model), optimizer, batches)
-    assert_same(model, expected)
-    assert (graphs(), breaks()) == (1, 0)
-    assert optimizer.diagnostics().layers.keys() == {"out", "linear", "conv", "diagonal"}
-    by_adamw = {row.name for row in optimizer.summary().rows if row.path == "AdamW"}
-    assert by_adamw == {"norm.weight", "norm.bias", "linear.bias", "twin.bias"}
-    if make is FOP:
-        check_kept_pair(optimizer)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -434,14 +408,6 @@ def uneven(forward: nn.Module, model: nn.Module, optimizer: FOP, step: int) -> N
     model.zero_grad(set_to_none=False)
 
 
-def sub_batches(forward: nn.Module, model: nn.Module, optimizer: FOP, step: int) -> None:
-    for half in (0, 1):
-        with optimizer.sub_batch(half):
-            (loss_of(forward, *batch(4, 10 * step + half)) / 2).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def evaluate_between(forward: nn.Module, model: nn.Module, optimizer: FOP, step: int) -> None:
     x, y = batch(6, step)
     loss = loss_of(forward, x, y)
@@ -463,23 +429,6 @@ def freeze_and_thaw(forward: nn.Module, model: nn.Module, optimizer: FOP, step: 
     train_step(forward, optimizer, *batch(6, step))
 
 
-def closure(forward: nn.Module, model: nn.Module, optimizer: FOP, step: int) -> None:
-    def evaluate() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(forward, *batch(6, step))
-        loss.backward()
-        return loss
-
-    optimizer.step(evaluate)  # type: ignore[arg-type]
-
-
-def clip(forward: nn.Module, model: nn.Module, optimizer: FOP, step: int) -> None:
-    optimizer.zero_grad()
-    loss_of(forward, *batch(6, step)).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    optimizer.step()
-
-
 def compiled_and_eager_in_turn(forward: nn.Module, model: nn.Module, optimizer: FOP, step: int) -> None:
     train_step(forward if step % 2 else model, optimizer, *batch(6, step))
 
@@ -494,17 +443,16 @@ def input_gradients(forward: nn.Module, model: nn.Module, optimizer: FOP, step: 
 LOOPS: list[Callable[[nn.Module, nn.Module, FOP, int], None]] = [
     accumulate,
     uneven,
-    sub_batches,
     evaluate_between,
     freeze_and_thaw,
-    closure,
-    clip,
     compiled_and_eager_in_turn,
     input_gradients,
 ]
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop", [*LOOPS[:4], *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS[4:])]
+)
 def test_loops_around_a_compiled_model(loop: Callable[[nn.Module, nn.Module, FOP, int], None]) -> None:
     runs: list[tuple[nn.Module, FOP]] = []
     for wrap in (lambda model: model, compiled):

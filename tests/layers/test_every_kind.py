@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fop import FOP, KFAC
+from fop import FOP
 from models import PLAIN
 from reference import (
     Block,
@@ -68,14 +68,12 @@ SOME = [
     "layer-norm-sequence",
     "conv-net-train",
 ]
-KFAC_PLAIN = {key: value for key, value in PLAIN.items() if key not in ("beta", "eta")}
+# K-FAC, and losses that are sums, are columns of tests/compatibility.py.
 VARIANTS: dict[str, dict[str, Any]] = {
     # Looser than ε(float32): a step is a small difference of rounded weights.
     "float32": {"dtype": torch.float32, "tolerance": 1e-4},
     # β* and η* are one number for a block, all of its groups together.
     "adaptive": {"plain": {**PLAIN, "beta": "adaptive", "eta": "adaptive"}},
-    "sum": {"plain": {**PLAIN, "loss_reduction": "sum"}},
-    "kfac": {"optimizer_of": KFAC, "plain": KFAC_PLAIN},
 }
 
 
@@ -87,7 +85,7 @@ def test_curvature_and_steps(name: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SOME)
 def test_variants(name: str, variant: str) -> None:
-    check_steps(LAYERS[name], **{"optimizer_of": FOP, "plain": PLAIN, **VARIANTS[variant]})
+    check_steps(LAYERS[name], FOP, **{"plain": PLAIN, **VARIANTS[variant]})
 
 
 @pytest.mark.parametrize("name", [name for name in (*LINEAR, *ATTENTION, *TRANSFORMERS) if name != "windows"])

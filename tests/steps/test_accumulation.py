@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -181,8 +182,10 @@ def test_labelled_passes(sizes: tuple[int, ...], labels: tuple[int, ...], reduct
     check_net(model, twin, optimizer, batches, [[label] * n for n, label in zip(sizes, labels, strict=True)])
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "labelled"),
+    [((6,), False), *itertools.product([(4, 4), (4, 3), (1, 1, 1)], [False, True])],
+)
 def test_clipping_on_top(sizes: tuple[int, ...], labelled: bool) -> None:
     model, twin = Net(), Net()
     optimizer = FOP(model, **PLAIN)

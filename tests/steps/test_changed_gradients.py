@@ -26,6 +26,7 @@ from models import (
     direction,
     gradients,
     halves,
+    late,
     layers,
     loss_of,
     mlp,
@@ -34,7 +35,7 @@ from models import (
     started,
     train_step,
 )
-from reference import Tape, check_direction, half_squared_error, observe
+from reference import half_squared_error
 
 Change = Callable[[Any], object]
 dues = pytest.mark.parametrize("due", [True, False])
@@ -99,42 +100,6 @@ def test_clip_that_is_not_active_changes_nothing() -> None:
     optimizer.step()
     check_step(model, twin, optimizer, pairs)
     check_kept_pair(optimizer)
-
-
-class Attentive(nn.Module):
-    """Blocks whose matrix is not laid out as the weight is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(9, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, 3)
-        self.double()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        out: Tensor = self.head(self.attention(x, x, x)[0])
-        return out
-
-
-def test_clip_of_embedding_and_attention() -> None:
-    model, twin, optimizer = started(Attentive)
-    inputs, y = (torch.randint(9, (6, 5)),), torch.randn(6, 5, 3, dtype=torch.float64)
-    blocks = observe(twin, Tape(twin), inputs, y, half_squared_error)
-    half_squared_error(model(*inputs), y).backward()
-    before = grad(model.head.weight).norm()
-    assert nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.2
-    scale = float(grad(model.head.weight).norm() / before)
-    optimizer.step()
-    new = dict(model.named_parameters())
-    taken = {name: (old - new[name]).detach() / PLAIN["lr"] for name, old in twin.named_parameters()}
-    assert len(blocks) == 4
-    for name, block in blocks.items():
-        g1, g2 = (scale * block.mean_gradient(*part) for part in ((0, 3), (3, 6)))
-        held = optimizer.state[new[name]]
-        check_direction(name, block.matrix(taken), held, (g1 + g2) / 2, g1 - g2, PLAIN, tolerance=1e-9)
-    check_kept_pair(optimizer, ["embed", "attention.in_proj", "attention.out_proj", "head"])
 
 
 # --- any other change --------------------------------------------------------------------------------------
@@ -233,9 +198,7 @@ def test_changed_gradient_of_a_large_layer() -> None:
         change(model[0].weight)
         optimizer.step()
 
-    step()
-    optimizer.param_groups[0]["step"] = 500  # as in a long run, where curvature is due every 100 steps
-    step()
+    late(optimizer, step)
     assert not optimizer.curvature_due
     check_kept_pair(optimizer)
     for lost, change in enumerate(BLIND.values(), start=1):
@@ -262,15 +225,17 @@ def test_count_over_several_steps() -> None:
     model = conv_net()
     optimizer = FOP(model, **{**PLAIN, **BETWEEN})
     lost = 0
-    for seed in range(20):
+    for seed in range(12):
+        if seed == 4:
+            optimizer.param_groups[0]["step"] = 500
         optimizer.zero_grad()
         loss_of(model, *batch(6, seed, (2, 5, 6))).backward()
-        if seed in (2, 7, 8, 17):
+        if seed in (2, 7, 8):
             OTHERS["clip value"](model)
             lost += 1
         optimizer.step()
-        (check_lost_pair if seed in (2, 7, 8, 17) else check_kept_pair)(optimizer, ["0", "2", "4"], lost)
-    assert lost == 4
+        (check_lost_pair if seed in (2, 7, 8) else check_kept_pair)(optimizer, ["0", "2", "4"], lost)
+    assert lost == 3 and not optimizer.curvature_due
 
 
 @pytest.mark.parametrize("due", [True, False])
@@ -391,7 +356,9 @@ def test_hooks_on_parameters(hook: str, first: str) -> None:
     handles = [getattr(p, register)(function) for p in layers(model)["0"].parameters()]
     optimizer = optimizer or FOP(model, **{**PLAIN, **BETWEEN})
     lost = 0
-    for seed in range(18):
+    for seed in range(4):
+        if seed == 1:  # from here on the interval is in full, see `late`
+            optimizer.param_groups[0]["step"] = 500
         twin.load_state_dict(model.state_dict())
         pairs = halves(twin, *batch(7, seed))
         optimizer.zero_grad()

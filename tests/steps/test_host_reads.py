@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fop import FOP, KFAC
 from internals import Refusals
-from models import Attentive, sentences
+from models import Attentive, late, sentences
 
 
 class HostReadError(Exception):
@@ -123,14 +123,13 @@ def backward(model: nn.Module, x: Tensor, sizes: tuple[int, ...] = (6,)) -> None
 
 
 def until_no_curvature_is_due(model: nn.Module, optimizer: FOP, x: Tensor) -> None:
-    for _ in range(30):
+    def step() -> None:
         optimizer.zero_grad()
         backward(model, x)
         optimizer.step()
-    while optimizer.curvature_due:
-        optimizer.zero_grad()
-        backward(model, x)
-        optimizer.step()
+
+    late(optimizer, step)
+    assert not optimizer.curvature_due
 
 
 @pytest.mark.parametrize(
