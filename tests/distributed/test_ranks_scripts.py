@@ -99,6 +99,20 @@ def uneven(rank: int, kind: type[FOP], joined: str, mode: str) -> Weights:
     return weights(model)
 
 
+def changed(rank: int) -> Weights:
+    """A change of p.grad that is no scaling: the pair is not believed, K-FAC's step is taken and reported."""
+    model = DistributedDataParallel(mlp())
+    optimizer = FOP(model, **OPTIONS)
+    steps(model, optimizer, rank, 0, 3)
+    assert why_kfac(optimizer) == {}
+    optimizer.zero_grad()
+    loss_of(model, *batch(6, 30 + rank)).backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    optimizer.step()
+    assert why_kfac(optimizer).keys() == {"0", "2"}
+    return weights(model)
+
+
 class Forked(nn.Module):
     """A layer that each rank uses or does not."""
 
@@ -140,6 +154,7 @@ SCRIPTS: dict[str, tuple[int, Callable[[int], Weights]]] = {
     "uneven-lean": (3, partial(uneven, kind=FOP, joined="ddp", mode="lean")),
     "uneven-both-joined": (3, partial(uneven, kind=FOP, joined="both", mode="compatible")),
     "uneven-kfac": (3, partial(uneven, kind=KFAC, joined="ddp", mode="compatible")),
+    "changed": (2, changed),
     "forked": (2, partial(forked, wrap=True, mode="compatible")),
     "forked-lean": (2, partial(forked, wrap=True, mode="lean")),
     "forked-plain": (2, partial(forked, wrap=False, mode="compatible")),

@@ -398,6 +398,18 @@ def test_resuming_between_backward_and_step(kind: str, tmp_path: Path) -> None:
     assert_equal(weights(model), weights(expected))
 
 
+def test_statistics_gathered_before_loading_enter_no_average() -> None:
+    model, optimizer = trained(FOP, curvature_interval=1)
+    state = snapshot(optimizer)
+    optimizer.zero_grad()
+    loss_of(model, *tokens()).backward()
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    for held, kept in zip(snapshot(optimizer)["state"].values(), state["state"].values(), strict=True):
+        for key in {"A", "G"} & kept.keys():
+            assert_equal(held[key], kept[key])
+
+
 @models
 @pytest.mark.parametrize(
     ("before", "after", "tolerance"),
