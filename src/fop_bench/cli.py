@@ -297,7 +297,7 @@ def scale(
     if predict:
         predicted = scale_report.predictions(counts)
         tables = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
-        write_json(out / "prediction.json", {"scale_report.assumptions": asdict(H100), "results": tables})
+        write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": tables})
         (out / "prediction.md").write_text(scale_report.predicted_markdown(predicted), encoding="utf-8")
         for sheet in scale_report.predicted_sheets(predicted):
             console.print(sheet.table())
