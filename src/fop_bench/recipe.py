@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,20 +37,9 @@ class Parts:
         return self.everything if final and self.everything is not None else self.train
 
 
-class Task(Protocol):
-    """A data set; ``origin`` says where it comes from."""
-
-    @property
-    def origin(self) -> str: ...
-
-    def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
-        """Load a rank's share of the images from a folder or a name on the hub; None for ``origin``."""
-        ...
-
-
 @dataclass(frozen=True)
 class ImageTask:
-    """A data set of images, and which of them are used; None for all."""
+    """A data set of images, and which of them are used; None for all. ``origin`` says where it is from."""
 
     source: Source
     train: Choice | None = None
@@ -64,7 +53,7 @@ class ImageTask:
         return self.source.hub
 
     def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
-        """Load a rank's share of the images."""
+        """Load a rank's share of the images from a folder or a name on the hub; None for ``origin``."""
 
         def mine(choose: Choice | None) -> Choice:
             return lambda labels: (choose or _all)(labels)[rank::ranks]
@@ -181,7 +170,7 @@ class Recipe:
 
     name: str
     title: str
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, ImageTask | DigitsTask]
     model: Callable[[int], nn.Module]  # given the number of classes
     studies: Mapping[str, Study]  # "comparison" is the default one
     targets: Mapping[str, float] = field(default_factory=dict)  # what "reached" means: accuracy, train_loss

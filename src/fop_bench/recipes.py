@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fop_bench.augmentation import Augmentation
 from fop_bench.images import Source, long_tail, per_class
 from fop_bench.models import DigitsTransformer, ResNet, digits_cnn, mlp, resnet18, resnet50, t2t_vit
-from fop_bench.recipe import Contender, DigitsTask, ImageTask, Recipe, Study, Task
+from fop_bench.recipe import Contender, DigitsTask, ImageTask, Recipe, Study
 
 Grid = Mapping[str, Sequence[Any]]
 Options = Callable[[int], Mapping[str, Any]]
@@ -268,7 +268,9 @@ IMAGENET1K_RESNET50 = Recipe(
 # --- What the default options were chosen by: maps of the grid on small tasks, judged on held-out images
 
 
-def _defaults(name: str, task: Task, model: Callable[[int], nn.Module], epochs: Mapping[int, int]) -> Recipe:
+def _defaults(
+    name: str, task: ImageTask | DigitsTask, model: Callable[[int], nn.Module], epochs: Mapping[int, int]
+) -> Recipe:
     def study(contenders: Mapping[str, Contender], seeds: Sequence[int]) -> Study:
         return Study(contenders, epochs, seeds, tuned=False, phase="tuning")
 
