@@ -22,8 +22,7 @@ from torch import nn
 import fop
 from fop_bench import environment, execution, runner
 from fop_bench.augmentation import Augmentation
-from fop_bench.cli import run as command
-from fop_bench.execution import Description, execute
+from fop_bench.execution import Description, Sitting, execute
 from fop_bench.images import Images
 from fop_bench.recipe import Contender, Parts, Recipe, Study
 from fop_bench.recipes import RECIPES, by_plateau
@@ -180,7 +179,7 @@ def result(record: Record) -> Any:
 def faked(monkeypatch: pytest.MonkeyPatch, curves: Callable[[Description], list[float] | None]) -> None:
     """Put records with given accuracies in place of runs; None for a diverged one."""
 
-    def execute(described: Description, data: str | None, *others: Any) -> Record:
+    def execute(described: Description, sitting: Sitting, world: World) -> Record:
         accuracies = curves(described)
         fixed = {"seconds": 1.0, "processor_seconds": 1.0, "train_loss": 1.0}
         curve = [
@@ -188,7 +187,12 @@ def faked(monkeypatch: pytest.MonkeyPatch, curves: Callable[[Description], list[
         ]
         environment = {**dict.fromkeys(ENVIRONMENT_KEYS), "git": COMMIT, "fop": fop.__version__}
         ends = {"diverged": accuracies is None, "curve": curve, "environment": environment, "ranks": 1}
-        return {**dict.fromkeys(KEYS), **asdict(described), **ends, "data": data or RandomImages.origin}
+        return {
+            **dict.fromkeys(KEYS),
+            **asdict(described),
+            **ends,
+            "data": sitting.data or RandomImages.origin,
+        }
 
     monkeypatch.setattr(runner, "execute", execute)
 
@@ -205,8 +209,13 @@ def final_of(name: str, recipe: str = "tiny", **changes: Any) -> Description:
     return replace(described, **changes)
 
 
-def finished(described: Description, saved: Path, deadline: float = math.inf) -> Record:
-    record = execute(described, None, WORLD, saved, deadline, "")
+def sat(described: Description, folder: Path, deadline: float = math.inf) -> Record | None:
+    """Make a run as far as it comes in one sitting, with its state in a folder."""
+    return execute(described, Sitting(None, folder, deadline, "", None), WORLD)
+
+
+def finished(described: Description, folder: Path) -> Record:
+    record = sat(described, folder)
     assert record is not None
     json.dumps(record, allow_nan=False)
     return record
@@ -234,4 +243,6 @@ def program() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     program()
 if __name__ == "__main__":
-    command()
+    from fop_bench.cli import run
+
+    run()

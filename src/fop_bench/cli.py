@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import torch
 
+from fop_bench import scale_report
 from fop_bench.cost_model import H100
 from fop_bench.defaults_report import write_report as write_defaults_report
 from fop_bench.demo import protocol as demo_protocol
@@ -28,15 +29,6 @@ from fop_bench.report import demo_markdown, demo_table, overhead_table, write_js
 from fop_bench.runner import OnRun, Selection, make
 from fop_bench.scale import Measurement as Measured
 from fop_bench.scale import measure_scale
-from fop_bench.scale_report import (
-    GPUS,
-    assumptions,
-    measured_markdown,
-    measured_sheets,
-    predicted_markdown,
-    predicted_sheets,
-    predictions,
-)
 from fop_bench.study_report import write_report
 from fop_bench.surface_cli import surface
 from fop_bench.terminal import console_here, data_option, device_option, out_option, progress_bars
@@ -298,16 +290,16 @@ def scale(
     Writes scale.json and README.md into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(counts)) or (GPUS if predict else MEASURED)
+    counts = tuple(dict.fromkeys(counts)) or (scale_report.GPUS if predict else MEASURED)
     console = console_here()
     if predict:
-        predicted = predictions(counts)
+        predicted = scale_report.predictions(counts)
         tables = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
-        write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": tables})
-        (out / "prediction.md").write_text(predicted_markdown(predicted), encoding="utf-8")
-        for sheet in predicted_sheets(predicted):
+        write_json(out / "prediction.json", {"scale_report.assumptions": asdict(H100), "results": tables})
+        (out / "prediction.md").write_text(scale_report.predicted_markdown(predicted), encoding="utf-8")
+        for sheet in scale_report.predicted_sheets(predicted):
             console.print(sheet.table())
-        console.print(assumptions(), soft_wrap=True)
+        console.print(scale_report.assumptions(), soft_wrap=True)
         console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)
         return
     workload = Workload(model, batch, bf16=False)
@@ -336,7 +328,9 @@ def scale(
             # After every number of ranks: one that fails takes no other's result with it.
             results = [asdict(each) for each in measurements]
             write_json(out / "scale.json", {"environment": where, "protocol": protocol, "results": results})
-            (out / "README.md").write_text(measured_markdown(measurements, where, cores), encoding="utf-8")
-    for sheet in measured_sheets(measurements):
+            (out / "README.md").write_text(
+                scale_report.measured_markdown(measurements, where, cores), encoding="utf-8"
+            )
+    for sheet in scale_report.measured_sheets(measurements):
         console.print(sheet.table())
     console.print(f"Wrote scale.json and README.md to {out}", soft_wrap=True)

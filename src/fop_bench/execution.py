@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -61,43 +62,44 @@ class Description:
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
 
-def execute(
-    described: Description,
-    data: str | None,
-    world: World,
-    saved: Path,
-    deadline: float,
-    command: str,
-    git: Git = None,
-) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Sitting:
+    """What the runs of one command have in common."""
+
+    data: str | None  # folder or hub name; None for the recipe's own
+    folder: Path  # for the states of unfinished runs
+    deadline: float  # by `time.monotonic`, the same clock in all processes of a machine
+    command: str  # what repeats it
+    git: Git  # the commit that it began with
+
+    def saved(self, run: Description) -> Path:
+        """Return where the state of a run is."""
+        return self.folder / f"{hashlib.sha256(run.key.encode()).hexdigest()[:16]}.pt"
+
+
+def execute(described: Description, sitting: Sitting, world: World) -> dict[str, Any] | None:
     """Make a run, or go on with it, and return its record; None if the time was over before the end.
 
-    Args:
-        described: which run.
-        data: folder or hub name; None for the recipe's own.
-        world: all processes that share the images and every batch.
-        saved: file for the state in between.
-        deadline: by `time.monotonic`, the same clock in all processes of a machine.
-        command: what repeats it.
-        git: the commit that the command began with.
+    All processes of the world share the images and every batch.
     """
+    saved = sitting.saved(described)
     if world.size > 1:
         saved = saved.with_suffix(f".{world.rank}-of-{world.size}.pt")
     contender = recipe(described.recipe).studies[described.study].contenders[described.contender]
-    parts = parts_of(described.recipe, described.task, data, world.rank, world.size)
+    parts = parts_of(described.recipe, described.task, sitting.data, world.rank, world.size)
     with warnings.catch_warnings(record=True) as caught, FORMULAS[contender.formula]():
         warnings.simplefilter("always")
-        run = _Run(described, data, parts, world)
-        earlier = run.resume(saved, git)
+        run = _Run(described, parts, world)
+        earlier = run.resume(saved, sitting.git)
         last = time.monotonic()
 
         def stop() -> bool:
             nonlocal last
             now = time.monotonic()
-            over, due = world.agree((now >= deadline, now - last >= SECONDS_BETWEEN_SAVES))
+            over, due = world.agree((now >= sitting.deadline, now - last >= SECONDS_BETWEEN_SAVES))
             if due and not over:
                 run.training.stop_clock()
-                run.save(saved, git, earlier + messages(caught))
+                run.save(saved, sitting.git, earlier + messages(caught))
                 run.training.start_clock()
                 last = now
             return over
@@ -105,11 +107,12 @@ def execute(
         finished = run.training.run(stop)
         warned = list(dict.fromkeys(earlier + messages(caught)))
         if not finished:
-            run.save(saved, git, warned)
+            run.save(saved, sitting.git, warned)
             return None
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    where = {**_where(world.device), "date": date, "command": command, "git": git}
-    return {**run.record(), "warnings": warned, "environment": where}
+    where = {**_where(world.device), "date": date, "command": sitting.command, "git": sitting.git}
+    data = sitting.data or run.plan.tasks[described.task].origin
+    return {**run.record(), "data": data, "warnings": warned, "environment": where}
 
 
 @cache
@@ -126,8 +129,8 @@ def _where(device: torch.device) -> dict[str, Any]:
 class _Run:
     """A training of a recipe, with what its record needs."""
 
-    def __init__(self, described: Description, data: str | None, parts: Parts, world: World) -> None:
-        self.described, self.data, self.world = described, data, world
+    def __init__(self, described: Description, parts: Parts, world: World) -> None:
+        self.described, self.world = described, world
         self.plan = plan = recipe(described.recipe)
         self.contender = contender = plan.studies[described.study].contenders[described.contender]
         self.final = described.phase == "final"
@@ -222,7 +225,6 @@ class _Run:
             "train_samples": self.samples[0],
             "evaluated_samples": self.samples[1],
             "ranks": self.world.size,
-            "data": self.data or self.plan.tasks[self.described.task].origin,
         }
 
     def save(self, path: Path, git: Git, warned: list[str]) -> None:

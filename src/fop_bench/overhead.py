@@ -80,7 +80,16 @@ def measure_overhead(
             _take_turn(trainers[name], samples[name])
         on_round()
     sgd = statistics.median(samples["sgd"].plain)
-    return [_evaluate(workload, name, intervals[name], samples[name], memory[name], sgd) for name in COMPARED]
+    measured = []
+    for name, seen in samples.items():
+        plain = statistics.median(seen.plain)
+        curvature = statistics.median(seen.curvature) if seen.curvature else None
+        mean = amortised(plain, curvature, intervals[name])
+        ratios = mean / sgd, plain / sgd
+        measured.append(
+            Measurement(workload, name, intervals[name], plain, curvature, mean, *ratios, memory[name], seen)
+        )
+    return measured
 
 
 def _take_turn(trainer: Trainer, samples: Samples) -> None:
@@ -94,33 +103,21 @@ def _take_turn(trainer: Trainer, samples: Samples) -> None:
         torch.cuda.synchronize(trainer.inputs.device)
     marks: list[Any] = []  # events on the device's own stream, or the host's seconds
 
-    def step(due: bool) -> None:
-        trainer.expect_curvature(due)
-        trainer.step()
+    def step(curvature: bool) -> None:
+        trainer.step(curvature)
         marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
         if cuda:
             marks[-1].record()
 
     for _ in range(1 + PLAIN_STEPS):
-        step(due=False)
+        step(curvature=False)
     if trainer.request_curvature():
-        step(due=True)
+        step(curvature=True)
     if cuda:
         marks[-1].synchronize()
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
     samples.plain.extend(seconds[:PLAIN_STEPS])
     samples.curvature.extend(seconds[PLAIN_STEPS:])
-
-
-def _evaluate(
-    workload: Workload, name: str, interval: int | None, samples: Samples, memory: PeakMemory, sgd: float
-) -> Measurement:
-    plain = statistics.median(samples.plain)
-    curvature = statistics.median(samples.curvature) if samples.curvature else None
-    mean = amortised(plain, curvature, interval)
-    return Measurement(
-        workload, name, interval, plain, curvature, mean, mean / sgd, plain / sgd, memory, samples
-    )
 
 
 # --- Peak memory, with one model alive at a time
@@ -168,14 +165,12 @@ def _measure(workload: Workload, name: str, device: torch.device) -> PeakMemory:
     trainer.warm_up()
     _reset_peak(device)
     for _ in range(2):
-        trainer.expect_curvature(due=False)
-        trainer.step()
+        trainer.step(curvature=False)
     plain = _peak(device) - before
     _reset_peak(device)
     if not trainer.request_curvature():
         return PeakMemory(plain, None, "no curvature steps")
-    trainer.expect_curvature(due=True)
-    trainer.step()
+    trainer.step(curvature=True)
     return PeakMemory(plain, _peak(device) - before, None)
 
 

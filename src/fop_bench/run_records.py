@@ -68,6 +68,7 @@ def _check(run: Any, where: str) -> None:
         raise ValueError(f"{where} is no run but a {type(run).__name__}; delete that line")
     missing = [key for key in KEYS if key not in run]
     if not missing:
+        parts: list[tuple[str, Any, Sequence[str]]]
         parts = [("environment", run["environment"], ENVIRONMENT_KEYS)]
         parts += [("curve", epoch, EPOCH_KEYS) for epoch in run["curve"][:1]]
         parts += [("layers", run["layers"], LAYER_KEYS)] if run["layers"] is not None else []
@@ -89,9 +90,7 @@ def commit_of(run: Run) -> str:
 def of_one_commit(runs: Sequence[Run], commit: str | None = None) -> list[Run]:
     """Leave out what no report may mix: in a study with several commits, all but the chosen one's runs.
 
-    Args:
-        runs: of any recipes, tasks and studies.
-        commit: the first characters of the chosen one, or `NO_COMMIT`; a study of one commit is kept whole.
+    ``commit`` is the first characters of the chosen one, or `NO_COMMIT`. A study of one commit is kept whole.
 
     Raises:
         ValueError: a study has runs of several commits and none is chosen, or the chosen one is unknown or
@@ -111,7 +110,12 @@ def of_one_commit(runs: Sequence[Run], commit: str | None = None) -> list[Run]:
                 "choose one by --commit"
             )
         kept += [run for run in lines if len(counts) == 1 or commit_of(run) == chosen]
-    _refuse_duplicates(kept)
+    identities = Counter(", ".join(f"{key} {run[key]}" for key in IDENTITY) for run in kept)
+    if twice := [identity for identity, count in identities.items() if count > 1]:
+        raise ValueError(
+            f"{len(twice)} run{'s are' if len(twice) > 1 else ' is'} there more than once; "
+            "delete all lines but one of: " + "; ".join(twice)
+        )
     return kept
 
 
@@ -127,20 +131,6 @@ def _resolve(prefix: str, known: Counter[str]) -> str:
 
 def _list(counts: Counter[str]) -> str:
     return ", ".join(f"{commit} ({count} run{'s' * (count > 1)})" for commit, count in sorted(counts.items()))
-
-
-def _refuse_duplicates(runs: Sequence[Run]) -> None:
-    counts = Counter(json.dumps([run[key] for key in IDENTITY], sort_keys=True) for run in runs)
-    twice = [
-        ", ".join(f"{key} {value}" for key, value in zip(IDENTITY, json.loads(key), strict=True))
-        for key, count in counts.items()
-        if count > 1
-    ]
-    if twice:
-        raise ValueError(
-            f"{len(twice)} run{'s are' if len(twice) > 1 else ' is'} there more than once; "
-            "delete all lines but one of: " + "; ".join(twice)
-        )
 
 
 def of_defaults(run: Run) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ import torch
 
 import fop
 from fop_bench.environment import commit_title, git_state, this_command
-from fop_bench.execution import Description, Git, execute
+from fop_bench.execution import Description, Git, Sitting, execute
 from fop_bench.recipes import recipe
 from fop_bench.run_records import read_runs
 from fop_bench.world import World
@@ -159,7 +158,7 @@ def make(
         git = world.agree(git_state(Path(fop.__file__)))
         _refuse_mixing(path, done, chosen, data, git, world.size)
         done = [record for record in done if chosen.holds(record)]
-        arguments = (data, str(world.device), unfinished, deadline, this_command(), git)
+        sitting = Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
         running: dict[Future[Record | None], Description] = {}
         while True:
@@ -168,7 +167,7 @@ def make(
             while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
                 run = todo.pop(0)
                 on_run(len(done), len(done) + left, run.title)
-                running[submit(_work, run, *arguments)] = run
+                running[submit(_work, run, sitting, str(world.device))] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -181,7 +180,7 @@ def make(
                 if record is not None:
                     if world.rank == 0:
                         _append(path, record)
-                        for saved in unfinished.glob(f"{_saved(unfinished, run).stem}.*"):
+                        for saved in unfinished.glob(f"{sitting.saved(run).stem}.*"):
                             saved.unlink()
                     done.append(record)
                     on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
@@ -190,26 +189,12 @@ def make(
         return left
 
 
-def _work(
-    run: Description,
-    data: str | None,
-    device: str,
-    folder: Path,
-    deadline: float,
-    command: str,
-    git: Git,
-    world: World | None = None,
-) -> Record | None:
+def _work(run: Description, sitting: Sitting, device: str, world: World | None = None) -> Record | None:
     torch.set_num_threads(1)
     # Convolutions without a fixed order of sums would make a run that goes on differ from one that did not
     # stop.
     torch.backends.cudnn.benchmark = False
-    world = world or World(torch.device(device))
-    return execute(run, data, world, _saved(folder, run), deadline, command, git)
-
-
-def _saved(folder: Path, run: Description) -> Path:
-    return folder / f"{hashlib.sha256(run.key.encode()).hexdigest()[:16]}.pt"
+    return execute(run, sitting, world or World(torch.device(device)))
 
 
 def _key(record: Record) -> str:

@@ -174,22 +174,20 @@ def _take_turn(trainer: Trainer, samples: Samples) -> None:
 
     An untimed plain step before them brings the caches back to this model.
     """
-    trainer.expect_curvature(due=False)
-    trainer.step()
+    trainer.step(curvature=False)
     _take_steps(trainer, PLAIN_STEPS, samples.plain)
     if trainer.request_curvature():
-        trainer.expect_curvature(due=True)
-        _take_steps(trainer, 1, samples.curvature)
+        _take_steps(trainer, 1, samples.curvature, due=True)
 
 
-def _take_steps(trainer: Trainer, steps: int, seen: Steps) -> None:
+def _take_steps(trainer: Trainer, steps: int, seen: Steps, due: bool = False) -> None:
     optimizer = trainer.optimizer
     before = dict(optimizer.bytes_sent) if isinstance(optimizer, FOP) else {}
     at_start = _interface_bytes()
     with noting_reduces() as noted:
         for _ in range(steps):
             start = time.perf_counter()
-            trainer.step()
+            trainer.step(due)
             seen.seconds.append(time.perf_counter() - start)
     at_end = _interface_bytes()
     if at_start is not None and at_end is not None:

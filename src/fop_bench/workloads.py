@@ -62,8 +62,14 @@ class Trainer:
     targets: Tensor
     bf16: bool
 
-    def step(self) -> None:
-        """Take one training step: forward, backward, update."""
+    def step(self, curvature: bool | None = None) -> None:
+        """Take one training step: forward, backward, update.
+
+        Raises RuntimeError unless it updates the curvature just as the measurement expects, if that is given.
+        """
+        due = getattr(self.optimizer, "curvature_due", False)
+        if curvature is not None and due != curvature:
+            raise RuntimeError(f"the next step has curvature_due={due}, the measurement needs {curvature}")
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.inputs.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss = cross_entropy(self.model(self.inputs), self.targets)
@@ -94,12 +100,6 @@ class Trainer:
             return False
         self.optimizer.request_curvature()
         return True
-
-    def expect_curvature(self, due: bool) -> None:
-        """Raise RuntimeError unless the next step updates the curvature as the measurement expects."""
-        actual = getattr(self.optimizer, "curvature_due", False)
-        if actual != due:
-            raise RuntimeError(f"the next step has curvature_due={actual}, the measurement needs {due}")
 
 
 def prepare(workload: Workload, optimizer: str, device: torch.device) -> Trainer:

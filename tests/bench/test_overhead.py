@@ -129,10 +129,13 @@ def test_turns_begin_with_another_every_time() -> None:
 
 def test_a_step_of_the_wrong_kind_is_not_measured() -> None:
     model = mlp((4, 2))
-    trainer = Trainer(model, FakeFOP(model, 0.1, [0.0], 1.0), torch.zeros(1, 4), torch.zeros(1), False)
-    trainer.expect_curvature(due=True)
+    inputs, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    trainer = Trainer(model, FakeFOP(model, 0.1, [0.0], 1.0), inputs, targets, False)
     with pytest.raises(RuntimeError, match="curvature_due=True, the measurement needs False"):
-        trainer.expect_curvature(due=False)
+        trainer.step(curvature=False)
+    trainer.step(curvature=True)
+    with pytest.raises(RuntimeError, match="curvature_due=False, the measurement needs True"):
+        trainer.step(curvature=True)
 
 
 def test_all_optimizers_start_from_the_same_weights_and_batch() -> None:

@@ -233,7 +233,7 @@ def test_divergence_is_reported_in_strict_json(tmp_path: Path, name: str, lr: fl
         CONTENDERS[name], options=lambda batch: {"kl_clip": None} if name in ("kfac", "fop") else {}
     )
     RECIPES["tiny"] = replace(TINY, studies={"all": Study({name: contender}, {8: 6}, seeds=(1,))})
-    record = finished(final_of(name, options={"lr": lr}, epochs=6), tmp_path / "a.pt")
+    record = finished(final_of(name, options={"lr": lr}, epochs=6), tmp_path)
     assert record["diverged"] == (len(record["curve"]) < 6)
     if name == "sgd" and lr > 1e3:
         assert record["diverged"]
@@ -251,7 +251,7 @@ def test_a_layer_without_a_finite_scalar_is_noted_as_null(
 
     monkeypatch.setitem(BUILDERS, "fop", ("FOP", lambda model, **options: Broken(model, **options)))
     monkeypatch.setattr(execution, "FOP", Broken)
-    assert finished(final_of("fop"), tmp_path / "a.pt")["layers"]["rho"] == [[None] * 3] * 3
+    assert finished(final_of("fop"), tmp_path)["layers"]["rho"] == [[None] * 3] * 3
 
 
 def test_tuning_holds_out_what_finals_train_on(tmp_path: Path) -> None:
@@ -270,8 +270,8 @@ def test_a_batch_larger_than_the_data_is_refused_before_any_run_and_leaves_no_fi
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
-    first = finished(final_of("sgd"), tmp_path / "a.pt")
+    first = finished(final_of("sgd"), tmp_path)
     torch.manual_seed(1234)
-    assert result(first) == result(finished(final_of("sgd"), tmp_path / "a.pt"))
-    other = finished(final_of("sgd", seed=5), tmp_path / "a.pt")
+    assert result(first) == result(finished(final_of("sgd"), tmp_path))
+    other = finished(final_of("sgd", seed=5), tmp_path)
     assert result(first)["curve"] != result(other)["curve"]

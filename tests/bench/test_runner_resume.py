@@ -22,13 +22,12 @@ from torch import nn
 
 import tiny_study
 from fop_bench import execution, runner, training
-from fop_bench.execution import Description, execute
+from fop_bench.execution import Description
 from fop_bench.optimizers import BUILDERS
 from fop_bench.runner import Record
 from tiny_study import (
     CONTENDERS,
     STEPS,
-    WORLD,
     Clock,
     final_of,
     finished,
@@ -37,6 +36,7 @@ from tiny_study import (
     lines,
     made_known,
     result,
+    sat,
     seconds_as_steps,
     tiny_recipe,  # noqa: F401 - for every test here
 )
@@ -65,14 +65,14 @@ def ticking(monkeypatch: pytest.MonkeyPatch, kill_at: float = math.inf) -> None:
 ONE_STEP = 3
 
 
-def in_sittings(described: Description, saved: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Record, int]:
+def in_sittings(described: Description, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Record, int]:
     """Make a run with a stop after every step, each sitting in a process that knows nothing of the last."""
     for sitting in range(1, 100):
         torch.manual_seed(1000 + sitting)
         ticking(monkeypatch)
-        if (record := execute(described, None, WORLD, saved, ONE_STEP, "")) is not None:
+        if (record := sat(described, folder, ONE_STEP)) is not None:
             return record, sitting
-        assert saved.exists()
+        assert len(list(folder.glob("*.pt"))) == 1
     raise AssertionError("the run does not end")
 
 
@@ -83,10 +83,10 @@ def test_a_run_with_a_stop_after_every_step_is_the_same_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, recipe: str
 ) -> None:
     described = final_of(name, recipe)
-    expected = finished(described, tmp_path / "a.pt")
+    expected = finished(described, tmp_path / "a")
     assert not expected["diverged"]
     assert expected["curve"][0]["train_loss"] != expected["curve"][2]["train_loss"]
-    got, sittings = in_sittings(described, tmp_path / "b.pt", monkeypatch)
+    got, sittings = in_sittings(described, tmp_path / "b", monkeypatch)
     assert sittings == 3 * STEPS
     assert result(got) == result(expected)
     assert (expected["layers"] is None) == (CONTENDERS[name].optimizer != "fop")
@@ -96,12 +96,12 @@ def test_a_run_with_a_stop_after_every_step_is_the_same_to_the_bit(
 def test_a_killed_run_goes_on_from_what_was_saved_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
-    expected = finished(final_of("fop"), tmp_path / "a.pt")
+    expected = finished(final_of("fop"), tmp_path / "a")
     monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
-    saved = tmp_path / "b.pt"
+    saved = tmp_path / "b"
     ticking(monkeypatch, kill_at)
     with pytest.raises(KeyboardInterrupt):
-        execute(final_of("fop"), None, WORLD, saved, math.inf, "")
+        sat(final_of("fop"), saved)
     assert saved.exists() == (kill_at > 2)
     ticking(monkeypatch)
     steps = Clock.now
@@ -109,11 +109,13 @@ def test_a_killed_run_goes_on_from_what_was_saved_last(
     assert Clock.now - steps == 3 * STEPS - max(0, kill_at - 3), "no step is made twice but the last"
 
 
-def test_a_file_that_is_no_state_is_named(tmp_path: Path) -> None:
-    saved = tmp_path / "b.pt"
+def test_a_file_that_is_no_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticking(monkeypatch)
+    assert sat(final_of("sgd"), tmp_path, ONE_STEP) is None
+    (saved,) = tmp_path.glob("*.pt")
     saved.write_bytes(b"broken")
     with pytest.raises(ValueError, match=rf"{saved} is not a saved run .*delete it to start that run again"):
-        execute(final_of("sgd"), None, WORLD, saved, math.inf, "")
+        sat(final_of("sgd"), tmp_path)
     assert saved.read_bytes() == b"broken"
 
 
@@ -136,12 +138,12 @@ def test_seconds_are_those_of_all_sittings_without_saving(
         save(state, path)
 
     monkeypatch.setattr(training, "_now", lambda device: Clock.now)
-    assert seconds(finished(final_of("sgd"), tmp_path / "a.pt")) == SECONDS
-    assert seconds(in_sittings(final_of("sgd"), tmp_path / "b.pt", monkeypatch)[0]) == SECONDS
+    assert seconds(finished(final_of("sgd"), tmp_path / "a")) == SECONDS
+    assert seconds(in_sittings(final_of("sgd"), tmp_path / "b", monkeypatch)[0]) == SECONDS
     monkeypatch.setattr(torch, "save", slow_save)
     monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
     ticking(monkeypatch)
-    assert seconds(finished(final_of("sgd"), tmp_path / "c.pt")) == SECONDS
+    assert seconds(finished(final_of("sgd"), tmp_path / "c")) == SECONDS
 
 
 def test_a_killed_run_keeps_the_seconds_of_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +151,11 @@ def test_a_killed_run_keeps_the_seconds_of_its_epoch(tmp_path: Path, monkeypatch
     monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
     ticking(monkeypatch, kill_at=4)
     with pytest.raises(KeyboardInterrupt):
-        execute(final_of("sgd"), None, WORLD, tmp_path / "b.pt", math.inf, "")
+        sat(final_of("sgd"), tmp_path / "b")
     ticking(monkeypatch)
     assert Clock.now == 2
     # The second step is made before the state with it is saved.
-    assert seconds(finished(final_of("sgd"), tmp_path / "b.pt")) == SECONDS
+    assert seconds(finished(final_of("sgd"), tmp_path / "b")) == SECONDS
 
 
 def test_warnings_of_all_sittings_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +172,10 @@ def test_warnings_of_all_sittings_are_recorded(tmp_path: Path, monkeypatch: pyte
         return optimizer
 
     monkeypatch.setitem(BUILDERS, "sgd", ("SGD", noisy))
-    expected = finished(final_of("sgd"), tmp_path / "a.pt")["warnings"]
+    expected = finished(final_of("sgd"), tmp_path / "a")["warnings"]
     assert "UserWarning: in the first step" in expected
     Clock.now = 0.0
-    record, _ = in_sittings(final_of("sgd"), tmp_path / "b.pt", monkeypatch)
+    record, _ = in_sittings(final_of("sgd"), tmp_path / "b", monkeypatch)
     assert set(record["warnings"]) >= set(expected)
 
 

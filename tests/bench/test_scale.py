@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner, Result
 
+from failing_rank import fail_on_rank_1
 from fop_bench import cli, scale
 from fop_bench.architectures import Architecture, architecture_of, embedding, linear, llama, published
 from fop_bench.cli import main
@@ -194,30 +196,19 @@ def test_overlap_is_measured_in_time_not_in_sums() -> None:
 PATIENCE = 600.0
 
 
-def fail_on_rank_1() -> None:
-    if dist.get_rank() == 1:
-        raise ValueError("no such luck")
-    time.sleep(2 * PATIENCE)
-
-
-def end_without_a_word() -> None:
-    # Of a single rank; what fails here is another error than the one that is looked for.
-    assert torch.get_num_threads() == 1
-    assert not dist.is_initialized()
-    raise SystemExit(3)
-
-
 @pytest.mark.timeout(3 * PATIENCE)
 @pytest.mark.parametrize(
-    ("function", "ranks", "message"),
+    ("function", "ranks", "arguments", "message"),
     [
-        (fail_on_rank_1, 2, r"(?s)rank 1 of 2 failed.*ValueError: no such luck"),
-        (end_without_a_word, 1, r"(?s)rank 0 of 1 failed.*exit code 3"),
+        (fail_on_rank_1, 2, (2 * PATIENCE,), r"(?s)rank 1 of 2 failed.*ValueError: no such luck"),
+        (sys.exit, 1, (3,), r"(?s)rank 0 of 1 failed.*exit code 3"),
     ],
 )
-def test_a_failing_rank_ends_all_and_is_named(function: Any, ranks: int, message: str) -> None:
+def test_a_failing_rank_ends_all_and_is_named(
+    function: Any, ranks: int, arguments: tuple[Any, ...], message: str
+) -> None:
     with pytest.raises(RuntimeError, match=message):
-        run_ranks(function, ranks, seconds=PATIENCE)
+        run_ranks(function, ranks, *arguments, seconds=PATIENCE)
 
 
 def test_a_time_limit() -> None:
