@@ -59,11 +59,13 @@ def _bar_of_runs(title: str, hidden: bool = False) -> Iterator[OnRun]:
 
 
 @contextmanager
-def _errors(lines: Path) -> Iterator[None]:
-    """Turn what may go wrong with runs into messages; ``lines`` is where finished ones are."""
+def _errors(lines: Path | None = None) -> Iterator[None]:
+    """Turn what may go wrong into messages; ``lines`` is where finished runs are."""
     try:
         yield
     except KeyboardInterrupt as error:
+        if lines is None:
+            raise
         raise click.ClickException(
             f"stopped; every finished run is in {lines}, and the same command goes on"
         ) from error
@@ -142,7 +144,7 @@ run.help = f"{inspect.cleandoc(run.help or '')}\n\nRecipes and their studies:\n\
 )
 def report(folders: tuple[Path, ...], commit: str | None, paper: Path | None) -> None:
     """Make README.md and its plots in every one of FOLDERS, from the JSON lines in there alone."""
-    with warnings.catch_warnings(record=True) as caught, _errors(Path()):
+    with warnings.catch_warnings(record=True) as caught, _errors():
         warnings.simplefilter("always")
         written = [write_report(folder, commit) for folder in folders]
         if paper is not None:
@@ -295,7 +297,7 @@ def scale(
     if predict:
         predicted = scale_report.predictions(counts)
         tables = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
-        write_json(out / "prediction.json", {"scale_report.assumptions": asdict(H100), "results": tables})
+        write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": tables})
         (out / "prediction.md").write_text(scale_report.predicted_markdown(predicted), encoding="utf-8")
         for sheet in scale_report.predicted_sheets(predicted):
             console.print(sheet.table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -226,86 +227,39 @@ def test_no_run_starts_when_the_time_is_over(tmp_path: Path) -> None:
 # --- Killed
 
 
-class Places:
-    """Where a process kills itself: each function puts the end into a place that is passed ``due`` times."""
-
-    def __init__(self, due: int) -> None:
-        self.passed, self.due = 0, due
-
-    def reached(self) -> bool:
-        self.passed += 1
-        return self.passed == self.due
-
-    def end(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def in_a_step(self) -> None:
-        step = Clock.forward
-
-        def forward(module: Clock, x: torch.Tensor) -> torch.Tensor:
-            if module.training and self.reached():
-                self.end()
-            return step(module, x)
-
-        Clock.forward = forward
-
-    def in_a_state(self) -> None:
-        save = torch.save
-
-        def half(state: Any, path: Path) -> None:
-            save(state, path)
-            if self.reached():
-                path.write_bytes(path.read_bytes()[:1000])
-                self.end()
-
-        torch.save = half
-
-    def before_a_state_gets_its_name(self) -> None:
-        replaced = Path.replace
-
-        def late(path: Path, target: Path) -> Path:
-            if self.reached():
-                self.end()
-            return replaced(path, target)
-
-        Path.replace = late
-
-    def before_a_line(self) -> None:
-        self._with_line(lambda path, record, append: None)
-
-    def in_a_line(self) -> None:
-        def half(path: Path, record: Record, append: Callable[[Path, Record], None]) -> None:
-            before = path.stat().st_size
-            append(path, record)
-            os.truncate(path, (before + path.stat().st_size) // 2)
-
-        self._with_line(half)
-
-    def behind_a_line(self) -> None:
-        self._with_line(lambda path, record, append: append(path, record))
-
-    def _with_line(self, last: Callable[[Path, Record, Callable[[Path, Record], None]], None]) -> None:
-        append = runner._append
-
-        def appended(path: Path, record: Record) -> None:
-            if self.reached():
-                last(path, record, append)
-                self.end()
-            append(path, record)
-
-        runner._append = appended
-
-
-PLACES = [name for name in vars(Places) if name.startswith(("in_", "before_", "behind_"))]
+# Where a process kills itself: at the call of what, and before, half way through or after it.
+PLACES = {
+    "in a step": (Clock, "forward", "before"),
+    "in a state": (torch, "save", "half"),
+    "before a state gets its name": (Path, "replace", "before"),
+    "before a line": (runner, "_append", "before"),
+    "in a line": (runner, "_append", "half"),
+    "behind a line": (runner, "_append", "after"),
+}
 
 
 def killed(out: Path, place: str, due: int) -> None:
-    """Make runs in a process that gets no further than to a place."""
+    """Make runs in a process that gets no further than to a place, reached for the ``due``-th time."""
+    owner, name, when = PLACES[place]
+    call, calls = getattr(owner, name), itertools.count(1)
+
+    def last(*given: Any) -> Any:
+        if next(calls) != due:
+            return call(*given)
+        paths = [each for each in given if isinstance(each, Path)]
+        before = [path.stat().st_size if path.exists() else 0 for path in paths]
+        if when != "before":
+            call(*given)
+        if when == "half":
+            os.truncate(paths[0], (before[0] + paths[0].stat().st_size) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
     child = os.fork()
     if child == 0:
         try:
             execution.SECONDS_BETWEEN_SAVES = 0.0
-            getattr(Places(due), place)()
+            setattr(owner, name, last)
             go(out)
         finally:
             os._exit(0)  # was not killed
@@ -323,11 +277,11 @@ def test_a_kill_at_any_place_loses_nothing(tmp_path: Path, whole: list[Record], 
         assert now.startswith(before)
         before = now[: now.rfind(b"\n") + 1]
     cut = now[len(before) :]
-    assert bool(cut) == (place == "in_a_line")
+    assert bool(cut) == (place == "in a line")
     assert go(tmp_path) == 0
     complete(tmp_path, whole)
     aside = tmp_path / "comparison.cut-off"
-    if place == "in_a_line":
+    if place == "in a line":
         assert aside.read_bytes().endswith(cut + b"\n")
         assert aside.read_bytes().count(b"\n") == 3
     else:
