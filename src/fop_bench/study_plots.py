@@ -68,7 +68,7 @@ def speed_up_reference(study: Study) -> tuple[int, str] | None:
     reached = [f"{kind} epochs" for kind in study.targets]
     known = [(sizes[0], name) for name in ("sgd", "kfac", "fop") if (sizes[0], name) in groups]
     complete = (key for key in known if groups[key][reached].notna().all(axis=None))
-    return next(complete, None) if len(sizes) > 1 else None
+    return next(complete, None) if len(sizes) > 1 and reached else None
 
 
 def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:

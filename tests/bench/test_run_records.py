@@ -43,7 +43,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
         read_runs(write(tmp_path / "a.jsonl", [run]))
     run = line("fop", [0.5], layers={"names": [], "epochs": [], "beta": [], "eta": []})
     del run["environment"]["git"], run["curve"][0]["accuracy"]
-    with pytest.raises(ValueError, match=r"no environment\.git, layers\.rho, curve\.accuracy"):
+    with pytest.raises(ValueError, match=r"no environment\.git, curve\.accuracy, layers\.rho"):
         read_runs(write(tmp_path / "a.jsonl", [run]))
     with pytest.raises(ValueError, match="an empty curve"):
         read_runs(write(tmp_path / "a.jsonl", [line("fop", [])]))

@@ -256,6 +256,25 @@ def test_layers_of_the_outer_batch_sizes_and_the_first_seed() -> None:
     assert [(run["batch_size"], run["seed"]) for run in found] == [(100, 1), (400, 1)]
 
 
+MAPPED = {"study": "map", "options": {"lr": 0.1, "damping": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([line("fop", [0.4], phase="tuning", seed=0)], "No final run yet."),
+        ([line("sgd", [0.4], study="map")], "No run of FOP or K-FAC at batch 100."),
+        ([line("fop", [0.4], **MAPPED)], "of 1 points 0 can be compared."),
+        ([line(name, [], diverged=True, **MAPPED) for name in ("fop", "kfac")], "1 of K-FAC, 1 of FOP"),
+        ([line("fop", [], seed=seed, diverged=True) for seed in (1, 2)], "2 runs, 2 diverged"),
+        ([line("fop", [0.4], targets={}, batch_size=size) for size in (1, 2)], "No plot of the speed-up"),
+    ],
+)
+def test_little_is_reported_too(runs: Runs, said: str, tmp_path: Path) -> None:
+    write(tmp_path / "runs.jsonl", runs)
+    assert said in write_report(tmp_path).read_text()
+
+
 def test_whole_report(tmp_path: Path) -> None:
     runs = noisy_runs()
     runs[0]["warnings"] = ["a | b\nc"]
