@@ -133,6 +133,26 @@ def test_copy_never_feeds_the_optimizer(kind: str, way: str, bare: bool) -> None
 
 
 @models
+def test_copy_in_the_backward_pass_of_the_model(kind: str) -> None:
+    """As a teacher's in distillation."""
+
+    def run(together: bool) -> tuple[Any, Any]:
+        model = make(kind)
+        optimizer = FOP(model, **OPTIONS)
+        twin = copy.deepcopy(model)
+        for seed in range(3):
+            optimizer.zero_grad()
+            loss = loss_of(model, inputs(kind, seed))
+            if together:
+                loss = loss + loss_of(twin, inputs(kind, seed + 20, 4))
+            loss.backward()
+            optimizer.step()
+        return weights(model), snapshot(optimizer)
+
+    assert_equal(run(together=True), run(together=False))
+
+
+@models
 @pytest.mark.parametrize("way", COPIES)
 def test_copy_trains_by_an_optimizer_of_its_own(kind: str, way: str) -> None:
     """As a model that never had another: hooks that came along do nothing, and none are missing."""
