@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import reference
+from fop import FOP
 from reference import half_squared_error
 
 LossFn = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -28,6 +29,8 @@ PLAIN: dict[str, Any] = {
     "kl_clip": None,
     "curvature_interval": 1,
 }
+# After `late` there are no statistics until the next curvature update, a hundred steps later.
+BETWEEN: dict[str, Any] = {"curvature_interval": 100, "lr": 0.02}
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
@@ -150,7 +153,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def layers(model: nn.Module) -> dict[str, reference.Layer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return reference.layers_of(model)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -175,6 +178,68 @@ def halves(
     g1 = gradients(twin, loss_fn(twin, x[:h], y[:h]))
     g2 = gradients(twin, loss_fn(twin, x[h:], y[h:]))
     return {name: (whole[name], g1[name] - g2[name]) for name in whole}
+
+
+def started(build: Callable[[], nn.Module] = mlp, due: bool = True, **options: Any) -> tuple[Any, Any, Any]:
+    """A model, a copy that no optimizer knows, and an optimizer whose next step has statistics or not."""
+    model = build()
+    optimizer = FOP(model, **{**PLAIN, **({} if due else BETWEEN), **options})
+    if not due:
+        late(optimizer, lambda: train_step(model, optimizer, *batch()))
+        optimizer.zero_grad()
+    assert optimizer.curvature_due is due
+    twin = build()
+    twin.load_state_dict(model.state_dict())
+    return model, twin, optimizer
+
+
+def late(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+    """Take a first step, and one as in a long run, where the curvature interval is in full."""
+    step()
+    for group in optimizer.param_groups:
+        group["step"] = 500
+    step()
+
+
+def matrix_of(layer: Any, parts: Any) -> Tensor:
+    """A layer's (groups, out, in) of [weight] or [weight, bias]."""
+    return reference.to_matrix(layer, *parts, *[None] * (2 - len(parts)))
+
+
+def current(model: nn.Module) -> dict[str, tuple[Tensor, None]]:
+    """What is in ``p.grad`` now, without a second gradient."""
+    found = {name: [p.grad for p in layer.parameters()] for name, layer in layers(model).items()}
+    return {name: (matrix_of(layers(model)[name], parts).clone(), None) for name, parts in found.items()}
+
+
+def scaled(pairs: Pairs, factor: float | Tensor) -> Pairs:
+    """Both gradients of each pair times a number."""
+    return {name: (factor * Ga, None if Gd is None else factor * Gd) for name, (Ga, Gd) in pairs.items()}
+
+
+def check_kept_pair(optimizer: Any, names: Any = None, steps: int = 0) -> None:
+    """These layers (or all) had the pair in the last step, and missed it ``steps`` times so far."""
+    found = optimizer.diagnostics().layers
+    assert found
+    for name in found if names is None else names:
+        assert (found[name].kfac_steps, found[name].why_kfac) == (steps, None), name
+
+
+def check_lost_pair(optimizer: Any, names: Any = None, steps: int = 1, why: str = "") -> None:
+    """These layers (or all) had no pair in the last step, said why, and missed it ``steps`` times so far."""
+    found = optimizer.diagnostics().layers
+    assert found
+    for name in found if names is None else names:
+        assert found[name].kfac_steps == steps, name
+        assert found[name].why_kfac and why in found[name].why_kfac, (name, found[name].why_kfac)
+        assert f"{name} took K-FAC's step" in str(optimizer.diagnostics())
+
+
+def check_as_told(model: nn.Module, twin: nn.Module, optimizer: Any, pairs: Pairs) -> None:
+    """Every layer took the step of this pair, or K-FAC's if it says why."""
+    for name, layer in optimizer.diagnostics().layers.items():
+        told = kfac({name: pairs[name]}) if layer.why_kfac else {name: pairs[name]}
+        check_step(model, twin, optimizer, told)
 
 
 def kfac(pairs: Pairs) -> dict[str, tuple[Tensor, None]]:

@@ -351,6 +351,7 @@ def test_freeze(cell: Cell) -> None:
 # --- how the forward pass runs -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compile(cell: Cell) -> None:
     torch.compiler.reset()
     every = cell.batches()

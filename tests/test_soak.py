@@ -284,6 +284,7 @@ def resident() -> int:
     return int(file.read_text().split()[1]) * resource.getpagesize() if file.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*not finite:RuntimeWarning")
 def test_two_thousand_interrupted_steps() -> None:
     run = Run(harmful=1.0, harmless=1.0)

@@ -5,10 +5,10 @@ at a time through autograd, patches by index loops, the Kronecker block as one f
 dense solve, every inner product as a dot product of long vectors.
 
 - equations: the step from dense F, F̂ and gradients.
-- sequential: `ReferenceFOP`, whole runs on an `nn.Sequential` of Linear and Conv2d.
-- kinds, patches, attention: the rows of every other kind of layer.
+- kinds, patches, attention: the rows of every kind of layer.
 - observe: rows and factors of all weights of any small model.
-- steps: an optimizer's steps on such a model against all of these.
+- optimizer: `ReferenceFOP`, whole runs.
+- steps: an optimizer's steps on a small model against all of these.
 - cases: the models, one or more for every kind of layer.
 """
 
@@ -23,34 +23,21 @@ from reference.equations import (
     unvec,
     vec,
 )
-from reference.observe import Block, Tape, Use, estimate, observe
-from reference.patches import patches, transposed_patches
-from reference.sequential import (
-    Layer,
-    LayerSample,
-    LossFn,
-    ReferenceFOP,
-    factors,
-    from_matrix,
-    half_squared_error,
-    layers_of,
-    mean_gradient,
-    per_sample,
-    to_matrix,
-)
-from reference.steps import Case, check_rows, check_steps, double
+from reference.observe import Block, LossFn, Tape, Use, estimate, observe
+from reference.optimizer import Layer, ReferenceFOP, from_matrix, half_squared_error, layers_of, to_matrix
+from reference.steps import Case, check_direction, check_rows, check_steps, double
 
 __all__ = [
     "Block",
     "Case",
     "Correction",
     "Layer",
-    "LayerSample",
     "LossFn",
     "Mixing",
     "ReferenceFOP",
     "Tape",
     "Use",
+    "check_direction",
     "check_rows",
     "check_steps",
     "correct",
@@ -58,18 +45,13 @@ __all__ = [
     "dense_fisher",
     "double",
     "estimate",
-    "factors",
     "from_matrix",
     "full",
     "half_squared_error",
     "layers_of",
-    "mean_gradient",
     "momentum_step",
     "observe",
-    "patches",
-    "per_sample",
     "to_matrix",
-    "transposed_patches",
     "unvec",
     "vec",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reference.equations import correct, dense_damped_fisher, dense_fisher, full, unvec, vec
 from reference.observe import Block, Inputs, Tape, estimate, observe
-from reference.sequential import half_squared_error
+from reference.optimizer import half_squared_error
 
 Pair = tuple[Tensor, Tensor]
 Tensors = dict[str, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from reference.steps import Case, double
 
 
 class Conv1D(nn.Module):
-    """`transformers.pytorch_utils.Conv1D` as of version 4 and 5: attributes, initial values and forward."""
+    """`transformers.pytorch_utils.Conv1D` as of version 4 and 5, but for inputs of any strides."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size_out = (*x.size()[:-1], self.nf)
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+        return torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.weight).view(size_out)
 
 
 def tokens(*shape: int, size: int) -> Callable[[int], Inputs]:
@@ -126,6 +127,50 @@ TRANSPOSED: dict[str, Case] = {
         2,
         1,
         2,
+    ),
+}
+
+IMAGE = (4, 5, 6)
+
+
+def conv(*args: Any, **kwargs: Any) -> Case:
+    return single(lambda: nn.Conv2d(*args, **kwargs), *IMAGE)
+
+
+CONV2D: dict[str, Case] = {
+    "conv": conv(4, 3, 3),
+    "conv-no-bias": conv(4, 3, 3, bias=False),
+    "conv-1x1": conv(4, 3, 1),
+    "conv-stride": conv(4, 3, 3, stride=2),
+    "conv-stride-leftover": conv(4, 3, 2, stride=(3, 2), bias=False),
+    "conv-padding": conv(4, 3, 3, padding=1),
+    "conv-padding-uneven": conv(4, 3, 3, padding=(2, 1), stride=(1, 2)),
+    "conv-valid": conv(4, 3, 3, padding="valid"),
+    "conv-same": conv(4, 3, 3, padding="same"),
+    "conv-same-even-kernel": conv(4, 3, (2, 4), padding="same", bias=False),
+    "conv-same-dilated": conv(4, 3, (2, 3), padding="same", dilation=(3, 2)),
+    "conv-reflect": conv(4, 3, 3, padding=2, padding_mode="reflect"),
+    "conv-circular": conv(4, 3, 3, padding=(1, 2), padding_mode="circular"),
+    "conv-replicate": conv(4, 3, 3, padding=2, padding_mode="replicate", bias=False),
+    "conv-same-reflect": conv(4, 3, (2, 3), padding="same", padding_mode="reflect"),
+    "conv-dilation": conv(4, 3, 2, dilation=(2, 3)),
+    "conv-dilation-stride-padding": conv(4, 3, 3, dilation=2, stride=2, padding=2),
+    "conv-groups": conv(4, 6, 3, groups=2),
+    "conv-groups-no-bias": conv(4, 6, 3, groups=2, bias=False, stride=2, padding=1),
+    "conv-depthwise": conv(4, 4, 3, groups=4),
+    "conv-depthwise-multiplier": conv(4, 8, 2, groups=4, bias=False, dilation=2),
+    "conv-kernel": conv(4, 3, (1, 3)),
+    "conv-kernel-tall": conv(4, 3, (3, 2), stride=(2, 1), padding=(1, 0)),
+    "conv-inplace": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, (2, 3), groups=2, padding="same"),
+            nn.Flatten(),
+            nn.Linear(48, 3),
+        ),
+        double(2, 5, 6),
+        {"0.weight", "2.weight", "4.weight"},
     ),
 }
 
@@ -252,6 +297,12 @@ class BatchSecond(nn.Module):
 
 
 LINEAR: dict[str, Case] = {
+    "linear": single(lambda: nn.Linear(5, 4), 5),
+    "linear-no-bias": single(lambda: nn.Linear(5, 4, bias=False), 5),
+    "linear-one-output": single(lambda: nn.Linear(5, 1), 5),
+    "linear-3d": single(lambda: nn.Linear(5, 4), 3, 5),
+    "linear-3d-no-bias": single(lambda: nn.Linear(5, 4, bias=False), 3, 5),
+    "linear-4d": single(lambda: nn.Linear(5, 4), 2, 3, 5),
     "transformers-conv1d": single(lambda: Conv1D(3, 4), 4),
     "transformers-conv1d-sequence": single(lambda: Conv1D(3, 4), 2, 4),
     "transformers-conv1d-deep": Case(
@@ -306,4 +357,4 @@ SHARED: dict[str, Case] = {
     "tied-bias": Case(lambda: Tied(bias=True), tokens(3, size=6), {"embed.weight", "hidden.weight"}),
     "tied-padding": Case(lambda: Tied(padding_idx=0), tokens(3, size=6), {"embed.weight", "hidden.weight"}),
 }
-LAYERS = {**CONVOLUTIONS, **TRANSPOSED, **LINEAR, **EMBEDDINGS, **SHARED}
+LAYERS = {**CONVOLUTIONS, **CONV2D, **TRANSPOSED, **LINEAR, **EMBEDDINGS, **SHARED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,13 +24,10 @@ def with_options(case: Case, layer_options: dict[str, Any], **estimates: Any) ->
     """The same model with these options for all of its layers."""
     given = case.options.get("layer_options", {})
     options = {"layer_options": {**given, "*": {**given.get("*", {}), **layer_options}}}
-    return Case(
-        case.build,
-        case.inputs,
-        case.blocks,
-        case.whole,
-        {"": {**case.estimates.get("", {}), **estimates}},
-        {**case.options, **options},
+    return replace(
+        case,
+        estimates={"": {**case.estimates.get("", {}), **estimates}},
+        options={**case.options, **options},
     )
 
 
@@ -54,17 +52,13 @@ REDUCE: dict[str, Case] = {
     "transposed": reduced(LAYERS["transposed2d-geometry"]),
     "attention": reduced(ATTENTION["cross"]),
     "encoder": reduced(TRANSFORMERS["encoder"]),
-    "by-name": Case(
-        SEQUENCE.build,
-        SEQUENCE.inputs,
-        SEQUENCE.blocks,
+    "by-name": replace(
+        SEQUENCE,
         estimates={"2.weight": {"reduce": True}},
         options={"layer_options": {"2": {"weight_sharing": "reduce"}}},
     ),
-    "all-but-one": Case(
-        SEQUENCE.build,
-        SEQUENCE.inputs,
-        SEQUENCE.blocks,
+    "all-but-one": replace(
+        SEQUENCE,
         estimates={"2.weight": {"reduce": True}},
         options={
             "layer_options": {
@@ -94,10 +88,8 @@ DIAGONAL: dict[str, Case] = {
     "separate-attention": diagonal(ATTENTION["separate"], 4),
     "reduced": diagonal(reduced(LINEAR), 3),
     "reduced-conv": diagonal(reduced(CONV), 2),
-    "by-name": Case(
-        SEQUENCE.build,
-        SEQUENCE.inputs,
-        SEQUENCE.blocks,
+    "by-name": replace(
+        SEQUENCE,
         estimates={"2.weight": {"max_factor_dim": 4}},
         options={
             "layer_options": {

@@ -1,0 +1,120 @@
+"""Whole runs of FOP and K-FAC on a float64 copy of a model, with curvature updated at every step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from reference.equations import (
+    Correction,
+    Mixing,
+    correct,
+    dense_damped_fisher,
+    dense_fisher,
+    momentum_step,
+    unvec,
+    vec,
+)
+from reference.observe import Block, LossFn, Tape, estimate, observe
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """½‖output − target‖², summed over everything but the samples, mean over the samples."""
+    return 0.5 * (output - target).flatten(1).square().sum(dim=1).mean()
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def to_matrix(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(groups, out, in) from tensors shaped like the layer's weight and bias."""
+    groups = getattr(layer, "groups", 1)
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)
+
+
+def from_matrix(layer: Layer, matrix: Tensor) -> list[Tensor]:
+    """[weight] or [weight, bias] from (groups, out, in)."""
+    if layer.bias is None:
+        return [matrix.reshape(layer.weight.shape)]
+    return [matrix[:, :, :-1].reshape(layer.weight.shape), matrix[:, :, -1].reshape(layer.bias.shape)]
+
+
+@dataclass
+class LayerState:
+    """What the oracle remembers of a layer between steps, and `correction` to look at."""
+
+    A: Tensor | None = None
+    G: Tensor | None = None
+    buffer: Tensor | None = None
+    correction: Correction | None = field(default=None, repr=False)
+
+
+class ReferenceFOP:
+    """beta=0.0 with eta=1.0 is K-FAC. Only Linear, Conv2d and modules without parameters are understood."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        damping: float = 1e-2,
+        stat_decay: float = 0.9,
+        beta: Mixing = "adaptive",
+        eta: Mixing = "adaptive",
+        kl_clip: float | None = None,
+    ) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.tape = Tape(self.model)
+        self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
+        self.damping, self.stat_decay, self.beta, self.eta = damping, stat_decay, beta, eta
+        self.kl_clip = kl_clip
+        self.kl_scale = 1.0
+        self.state = {name: LayerState() for name in layers_of(self.model)}
+
+    def step(self, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
+        """One step on the mean of loss_fn over the samples of the batch (dim 0 of x and y)."""
+        x, y = x.double(), y.double() if y.is_floating_point() else y
+        blocks = observe(self.model, self.tape, (x,), y, loss_fn)
+        layers = {block.weight.removesuffix(".weight"): block for block in blocks.values()}
+        Ga = {name: block.mean_gradient(0, len(x)) for name, block in layers.items()}
+        directions = {name: self._direction(name, block, vec(Ga[name])) for name, block in layers.items()}
+        self.kl_scale = self._kl_scale(sum(float(d @ vec(Ga[name])) for name, d in directions.items()))
+        for name, d in directions.items():
+            self._apply(name, unvec(self.kl_scale * d, like=Ga[name]))
+
+    def _direction(self, name: str, block: Block, Ga: Tensor) -> Tensor:
+        state, N = self.state[name], len(block.samples)
+        fresh = estimate(block)
+        A, G = fresh["A"], fresh["G"]
+        state.A = A if state.A is None else self.stat_decay * state.A + (1 - self.stat_decay) * A
+        state.G = G if state.G is None else self.stat_decay * state.G + (1 - self.stat_decay) * G
+        Gd = None
+        if N > 1:
+            Gd = vec(block.mean_gradient(0, N // 2) - block.mean_gradient(N // 2, N))  # (2), (3)
+        F, F_hat = dense_fisher(state.A, state.G), dense_damped_fisher(state.A, state.G, self.damping)
+        state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
+        return state.correction.direction
+
+    def _kl_scale(self, product: float) -> float:
+        """ν, from the sum over all layers of ⟨direction, gradient⟩."""
+        if self.kl_clip is None or product <= 0:
+            return 1.0
+        return min(1.0, math.sqrt(self.kl_clip / (self.lr**2 * product)))
+
+    def _apply(self, name: str, direction: Tensor) -> None:
+        layer, state = layers_of(self.model)[name], self.state[name]
+        step, state.buffer = momentum_step(direction, state.buffer, self.momentum, self.nesterov)
+        with torch.no_grad():
+            for p, change in zip(layer.parameters(), from_matrix(layer, step), strict=True):
+                p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * change)

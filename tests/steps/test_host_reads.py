@@ -1,0 +1,224 @@
+"""A step without a curvature update never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fop import FOP, KFAC
+from internals import Refusals
+from models import Attentive, late, sentences
+
+
+class HostReadError(Exception):
+    """Something would have waited for the device."""
+
+
+# Read a value, or have an output size that depends on values. lift_fresh is torch.tensor or new_tensor of
+# Python numbers: a copy from pageable memory, for which the host waits as well.
+FORBIDDEN = {
+    "_local_scalar_dense",
+    "item",
+    "equal",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "lift_fresh",
+}
+# These read CPU memory without any operator being called.
+FORBIDDEN_METHODS = {
+    "tolist",
+    "item",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__array__",
+}
+
+
+class NoOperatorReads(TorchDispatchMode):
+    """Fails on operators that a GPU could not run without the host waiting for it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operator = func.overloadpacket.__name__
+        masks = operator in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        if operator in FORBIDDEN or masks:
+            raise HostReadError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class NoMethodReads(TorchFunctionMode):
+    """Fails on methods that would copy a GPU tensor to the host."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in FORBIDDEN_METHODS:
+            raise HostReadError(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+READERS_OF_A_TENSOR: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda t: t.sum().item(),
+    "bool": lambda t: bool(t.any()),
+    "float": lambda t: float(t.sum()),
+    "tolist": lambda t: t.tolist(),
+    "numpy": lambda t: t.numpy(),
+    "equal": lambda t: torch.equal(t, t + 1),
+    "if": lambda t: 1 if t.sum() > 0 else 0,
+    "mask": lambda t: t[t > 0],
+    "nonzero": lambda t: t.nonzero(),
+    "new_tensor": lambda t: t * t.new_tensor(2.0),
+}
+
+
+@pytest.mark.parametrize("reader", READERS_OF_A_TENSOR.values(), ids=READERS_OF_A_TENSOR.keys())
+def test_modes_notice(reader: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(HostReadError), NoMethodReads(), NoOperatorReads():
+        reader(torch.ones(3))
+
+
+def mixed_model() -> nn.Sequential:
+    """Both kinds of layer, and parameters on the AdamW path."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.LayerNorm(4 * 9),
+        nn.Linear(4 * 9, 3),
+    )
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no clip": {"kl_clip": None},
+    "everything": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True, "kl_clip": 1e-9},
+    "fixed": {"beta": 0.1, "eta": 0.5},
+    "no momentum": {"momentum": 0.0, "weight_decay": 0.01},
+    "sum": {"loss_reduction": "sum"},
+    "functions": {"damping": lambda step: 1e-3 / (1 + step), "curvature_interval": lambda step: 100},
+}
+
+
+def backward(model: nn.Module, x: Tensor, sizes: tuple[int, ...] = (6,)) -> None:
+    for size in sizes:
+        (model(x[:size]).square().mean() / len(sizes)).backward()
+
+
+def until_no_curvature_is_due(model: nn.Module, optimizer: FOP, x: Tensor) -> None:
+    def step() -> None:
+        optimizer.zero_grad()
+        backward(model, x)
+        optimizer.step()
+
+    late(optimizer, step)
+    assert not optimizer.curvature_due
+
+
+@pytest.mark.parametrize(
+    ("options", "library", "sizes"),
+    [
+        *((options, FOP, (6,)) for options in OPTIONS),
+        *(("defaults", FOP, sizes) for sizes in ((6, 6), (6, 1, 6))),
+        ("everything", FOP, (6, 1, 6)),
+        ("sum", FOP, (6, 1, 6)),
+        ("defaults", KFAC, (6, 1, 6)),
+        ("everything", KFAC, (6,)),
+    ],
+)
+def test_a_step_without_curvature_reads_nothing(
+    options: str, library: type[FOP], sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = mixed_model(), torch.randn(6, 2, 5, 5)
+    check_reads_nothing(model, library(model.parameters(), **OPTIONS[options]), x, sizes, monkeypatch)
+
+
+@pytest.mark.parametrize(("sizes", "max_factor_dim"), [((6,), 3), ((6, 1, 6), 8192)])
+def test_further_kinds_of_layer_read_nothing(
+    sizes: tuple[int, ...], max_factor_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (ids, _) = Attentive(), sentences()
+    choice = {
+        "*": {"max_factor_dim": max_factor_dim},
+        nn.LayerNorm: {"path": "fop"},
+        nn.GroupNorm: {"path": "fop"},
+    }
+    optimizer = FOP(model.parameters(), layer_options=choice)
+    check_reads_nothing(model, optimizer, ids, sizes, monkeypatch)
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+
+
+def check_reads_nothing(
+    model: nn.Module, optimizer: FOP, x: Tensor, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until_no_curvature_is_due(model, optimizer, x)
+    # On the CPU there is nothing to wait for, so refusals are read and reported at once; elsewhere later.
+    monkeypatch.setattr(Refusals, "report", lambda self: None)
+    before = [p.detach().clone() for p in model.parameters()]
+    with NoMethodReads(), NoOperatorReads():
+        # zero_grad with zeros makes the capture ask whether the gradient is zero.
+        optimizer.zero_grad(set_to_none=False)
+        backward(model, x, sizes)
+        # A gradient changed as a whole, as by clipping: its scale has to be found out.
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.5)
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_refusal_reads_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = mixed_model(), torch.randn(6, 2, 5, 5)
+    optimizer = FOP(model, weight_decay=0.1)
+    until_no_curvature_is_due(model, optimizer, x)
+    monkeypatch.setattr(Refusals, "report", lambda self: None)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.eval()  # a NaN would stay in the running statistics of BatchNorm, which are not ours
+    with NoMethodReads(), NoOperatorReads():
+        optimizer.zero_grad()
+        backward(model, x * float("nan"))
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_curvature_step_does_read() -> None:
+    """The counterpart: the modes see the step of the optimizer, not only calls made in this file."""
+    torch.manual_seed(0)
+    model, x = mixed_model(), torch.randn(6, 2, 5, 5)
+    optimizer = FOP(model)
+    backward(model, x)
+    with pytest.raises(HostReadError), NoMethodReads(), NoOperatorReads():
+        optimizer.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_step_without_curvature_never_syncs_cuda(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = mixed_model().cuda(), torch.randn(6, 2, 5, 5, device="cuda")
+    optimizer = FOP(model, **options)
+    until_no_curvature_is_due(model, optimizer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.zero_grad()
+        backward(model, x)
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
