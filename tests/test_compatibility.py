@@ -351,7 +351,20 @@ def test_freeze(cell: Cell) -> None:
 # --- how the forward pass runs -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+QUICK_TO_COMPILE = {
+    "Conv2d-grouped",
+    "Linear-shared-weight",
+    "Embedding-tied-Linear",
+    "RMSNorm-fop",
+    "LayerNorm",
+}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(name, marks=() if name in QUICK_TO_COMPILE else pytest.mark.slow) for name in LAYERS],
+    indirect=True,
+)
 def test_compile(cell: Cell) -> None:
     torch.compiler.reset()
     every = cell.batches()

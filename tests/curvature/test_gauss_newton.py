@@ -140,22 +140,6 @@ def test_blocks_are_gauss_newton(build: Callable[[], nn.Sequential]) -> None:
         assert_blocks_equal(library_block(build(), x, y, library), exact)
 
 
-def test_paired_design_makes_the_empirical_fisher_exact_too() -> None:
-    """Independence is what factors the mean of vec(g) vec(g)ᵀ; without it A ⊗ G and that mean part ways."""
-    model = linear_model(bias=True)
-    x, y = design(model)
-
-    def error(y: Tensor) -> Tensor:
-        block = observed(model, x, y)["0"]
-        g = torch.stack([reference.vec(block.sample_gradient(n)) for n in range(len(x))])
-        factored = oracle_block(model, x, y)["0"]
-        return (g.T @ g / len(g) - factored).norm() / factored.norm()
-
-    assert error(y) < 1e-10
-    residuals = whitened(model(x).detach() * x[:, :1])  # white still, but they know about x
-    assert error(model(x).detach() - residuals) > 0.1
-
-
 @pytest.mark.parametrize("optimizer_name", ["oracle", "KFAC"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_one_newton_step_solves_least_squares(bias: bool, optimizer_name: str) -> None:

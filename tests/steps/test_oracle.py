@@ -245,19 +245,6 @@ def observed(case: str, N: int) -> dict[str, reference.Block]:
     return observe(model, Tape(model), (x,), y, half_squared_error)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in NETS])
-def test_rows_multiply_to_the_layers_output(case: str) -> None:
-    """The order of a convolution's patches, which gradients alone show too, but not which input they hold."""
-    model, x, y = make(case, torch.float64, N=1)
-    (block,) = observe(model, Tape(model), (x,), y, half_squared_error).values()
-    inputs, _ = block.samples[0][0].factor_rows(block.bias is not None, reduce=False)
-    matrix = block.matrix(dict(model.named_parameters())).detach()
-    rows = torch.cat([m @ a.T for m, a in zip(matrix, inputs, strict=True)])  # (out, R)
-    output = model(x).detach()[0]
-    expected = output if "conv" in case else output.reshape(-1, output.shape[-1]).T
-    torch.testing.assert_close(rows.reshape(-1), expected.reshape(-1))
-
-
 def test_dense_fisher_is_the_kronecker_operator() -> None:
     torch.manual_seed(0)
     A, G = torch.randn(2, 4, 4, dtype=torch.float64), torch.randn(2, 3, 3, dtype=torch.float64)

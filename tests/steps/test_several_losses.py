@@ -300,26 +300,3 @@ def test_gradient_penalty_is_a_kfac_step_and_counted() -> None:
     optimizer.step()
     check_lost_pair(optimizer, ["0"])
     check_step(discriminator, twin, optimizer, {"0": (gradients(twin, loss(twin))["0"], None)})
-
-
-def test_several_generator_steps_between() -> None:
-    """Gradients pile up in the discriminator that nobody zeroes until its own turn: none of them counts."""
-    generator, discriminator = gan()
-    optimizer = FOP(discriminator, **PLAIN)
-    own = FOP(generator, **{**PLAIN, "lr": 0.1})
-    for round_ in range(2):
-        for turn in range(3):
-            own.zero_grad()
-            logistic(discriminator(generator(normal(N, 3, seed=turn))), True).backward()
-            own.step()
-        fake, twin = generator(normal(N, 3)).detach(), copy.deepcopy(discriminator)
-        optimizer.zero_grad(set_to_none=bool(round_))
-        for loss in critic_losses(discriminator, fake, EVERY, round_):
-            loss.backward()
-        optimizer.step()
-
-        def losses(net: nn.Module, part: slice, fake: Tensor = fake, step: int = round_) -> list[Tensor]:
-            return critic_losses(net, fake, part, step)
-
-        check_step(discriminator, twin, optimizer, pairs_of(twin, losses, N))
-    check_kept_pair(optimizer)
