@@ -167,6 +167,18 @@ def test_one_sub_batch_is_kfac(build: Any) -> None:
     assert_equal([*actual.values()], [*expected.values()])
 
 
+def test_one_sub_batch_accumulates() -> None:
+    model, other = mlp(), mlp()
+    for net, optimizer in ((model, FOP(model, sub_batches=1, **OPTIONS)), (other, KFAC(other, **OPTIONS))):
+        for seed in range(3):
+            optimizer.zero_grad()
+            for part in range(3):
+                x, y = batch(4 + part, 10 * seed + part)
+                nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+    assert_equal([*weights(model).values()], [*weights(other).values()])
+
+
 @pytest.mark.parametrize("count", [3, 4])
 def test_a_batch_is_split_by_sample(count: int) -> None:
     """A step with K sub-batches equals one whose backward passes are labelled as these sub-batches."""

@@ -19,13 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from fop import FOP, KFAC
+from fop.curvature import entry_names
 from fop_bench.architectures import Architecture, architecture_of
 from fop_bench.cost_model import INTERVAL, Method, Traffic, factor_bytes, plan_for, traffic
 from fop_bench.scale_trace import ProfiledStep, profiled_step
 from fop_bench.workloads import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
 from fop_bench.world import run_ranks
 
-CURVATURE = ("A", "G", "A_inv", "G_inv")
+CURVATURE = entry_names()
 
 
 @dataclass(frozen=True)

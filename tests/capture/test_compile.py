@@ -6,7 +6,7 @@ import copy
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,15 @@ SHORT = VECTORS[:4]
 
 # torch warns of any global hook; ours is gone after the first pass.
 pytestmark = pytest.mark.filterwarnings("ignore:Using .torch.compile.module.. when there are global hooks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_burden_on_others() -> Iterator[None]:
+    """What the compiler keeps is not walked through by every later `gc.collect`."""
+    yield
+    torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

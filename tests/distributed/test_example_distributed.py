@@ -99,6 +99,7 @@ def test_started_as_users_start_it(tmp_path: Path) -> None:
     assert newest(tmp_path) == EPOCHS
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks_and_resumed_on_three(tmp_path: Path) -> None:
     run_ranks(training, 2, tmp_path, 2 * STEPS_AN_EPOCH + 3, expected=(1, -signal.SIGKILL))
     assert newest(tmp_path) == 2

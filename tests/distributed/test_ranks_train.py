@@ -8,16 +8,20 @@ from cases import CASES, train_alone, train_together
 
 from ranks import run_ranks
 
-THREE = ["lean", "accumulated"]
-FOUR = ["ddp"]
-QUICK = [*((2, name) for name in CASES), *((3, name) for name in THREE), *((4, name) for name in FOUR)]
-THREE_MORE = ["ddp", "plain", "fsdp", "kfac", "sum", "accumulated-fsdp", "synced-lean", "labels"]
-FOUR_MORE = ["lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"]
-MORE = [*((3, name) for name in THREE_MORE), *((4, name) for name in FOUR_MORE)]
-SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
+QUICK = [(3, "lean"), (4, "ddp")]
+SLOW = {
+    2: ["max-norm-fsdp", "synced-lean", "accumulated-lean", "accumulated-fsdp"],
+    3: ["ddp", "plain", "fsdp", "kfac", "sum", "accumulated", "accumulated-fsdp", "synced-lean", "labels"],
+    4: ["lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"],
+}
+EACH = [
+    *((2, name) for name in CASES if name not in SLOW[2]),
+    *QUICK,
+    *(pytest.param(ranks, name, marks=pytest.mark.slow) for ranks, names in SLOW.items() for name in names),
+]
 
 
-@pytest.mark.parametrize(("ranks", "name"), [*QUICK, *SLOW])
+@pytest.mark.parametrize(("ranks", "name"), EACH)
 def test_ranks_train_as_one_process(ranks: int, name: str) -> None:
     """All ranks hold the same weights bit for bit, those of one process; every layer had its pair."""
     first, *others = run_ranks(train_together, ranks, name)
