@@ -96,6 +96,26 @@ def test_messages_that_never_came_are_zeros() -> None:
     assert channel.started == [(0, [0.0, 5.0], "sums")]
 
 
+class Ordered(Channel):
+    """One rank's channel that notes from whom it takes broadcasts."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.sources: list[int] = []
+
+    def broadcast(self, tensor: Tensor, source: int, what: str) -> Any:
+        self.sources.append(source)
+        return Done()
+
+
+def test_all_ranks_broadcast_in_one_order() -> None:
+    """Otherwise they would wait for each other."""
+    for rank in range(3):
+        channel = Ordered(rank)
+        channel.broadcast_all({source: filled(1, 2) for source in (rank, *range(3))}, "updates")
+        assert channel.sources == [0, 1, 2]
+
+
 # --- the pair ----------------------------------------------------------------------------------------
 
 
