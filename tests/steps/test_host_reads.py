@@ -166,9 +166,9 @@ def test_further_kinds_of_layer_read_nothing(
     assert {row.path for row in optimizer.summary().rows} == {"FOP"}
 
 
-def report_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU there is nothing to wait for, so refusals are read and reported at once; elsewhere later."""
-    monkeypatch.setattr(Tensor, "is_cpu", False)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
     monkeypatch.setattr(Refusals, "report", lambda self: None)
 
 
@@ -176,7 +176,7 @@ def check_reads_nothing(
     model: nn.Module, optimizer: FOP, x: Tensor, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     until_no_curvature_is_due(model, optimizer, x)
-    report_later(monkeypatch)
+    as_on_a_device(monkeypatch)
     before = [p.detach().clone() for p in model.parameters()]
     with NoMethodReads(), NoOperatorReads():
         # zero_grad with zeros makes the capture ask whether the gradient is zero.
@@ -193,7 +193,7 @@ def test_a_refusal_reads_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None
     model, x = mixed_model(), torch.randn(6, 2, 5, 5)
     optimizer = FOP(model, weight_decay=0.1)
     until_no_curvature_is_due(model, optimizer, x)
-    report_later(monkeypatch)
+    as_on_a_device(monkeypatch)
     before = [p.detach().clone() for p in model.parameters()]
     model.eval()  # a NaN would stay in the running statistics of BatchNorm, which are not ours
     with NoMethodReads(), NoOperatorReads():
