@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fop.capture.batch import Layout
+from fop.capture import Recorder
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
 from fop.curvature.diagonal import DiagonalCurvature
@@ -88,8 +88,8 @@ __all__ = [
     "KroneckerBlock",
     "Layer",
     "LayerOptions",
-    "Layout",
     "LinearLayer",
+    "Recorder",
     "Refusals",
     "conv",
     "damped_diagonal",

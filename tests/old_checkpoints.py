@@ -86,9 +86,7 @@ WAYS = {
 def result_of(name: str, how: str, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Go on from a checkpoint, on as many ranks as that needs, and return the parameters."""
     if how == "ranks":
-        results: list[dict[str, Tensor]] = run_ranks(
-            go_on, 2, name, checkpoint, how, seconds=1800, timeout=600
-        )
+        results: list[dict[str, Tensor]] = run_ranks(go_on, 2, name, checkpoint, how)
         return results[0]
     return go_on(0, name, checkpoint, how)
 

@@ -871,7 +871,7 @@ def wanted(ranks: int) -> list[tuple[str, str]]:
 @cache
 def train_together(ranks: int) -> list[dict[tuple[str, str], Result]]:
     """All trainings on so many ranks, in the order of ranks."""
-    return run_ranks(train_all, ranks, wanted(ranks), seconds=1800, timeout=600)
+    return run_ranks(train_all, ranks, wanted(ranks))
 
 
 def result_of(name: str, dtype: str) -> Result:
