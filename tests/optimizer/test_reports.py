@@ -363,7 +363,7 @@ def one_label(model: nn.Sequential, optimizer: FOP) -> None:
 
 CHANGED = "p.grad is not what the layer's own backward pass gave"
 NO_PAIR: dict[Callable[[nn.Sequential, FOP], None], str] = {
-    one_sample: "a batch of 1 cannot be split in 2",
+    one_sample: "a batch of 1 has no halves",
     no_sample: "its batch is empty",
     # "its uses have batches of …", or "its input is (…) for a batch of …" after an earlier call.
     other_sizes: "batch",

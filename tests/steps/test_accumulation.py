@@ -241,7 +241,7 @@ def test_single_pass_of_one_sample_says_why() -> None:
     optimizer = FOP(model, **PLAIN)
     backward(model, *micro_batches((1,))[0], 1, "mean")
     optimizer.step()
-    check_lost_pair(optimizer, why="a batch of 1 cannot be split in 2")
+    check_lost_pair(optimizer, why="a batch of 1 has no halves")
 
 
 def test_weighted_passes_have_the_statistics_of_one_batch() -> None:
