@@ -500,7 +500,6 @@ class FOP(JoinableOptimizer, Optimizer):
             super().load_state_dict(state_dict)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
-        self._refresher.forget()
         self._distributor.discard(state_replaced=True)
         self._relink()
         for binding in self._bindings.by_weight.values():
@@ -516,17 +515,21 @@ class FOP(JoinableOptimizer, Optimizer):
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
         if any((p.device, p.dtype) != place for p, place in self._places.items()):
             follow_moves(self.state, self._places)
+            self._refresher.forget()
         self._relink()
 
     def _relink(self) -> None:
         """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
         changed = False
         for binding in self._bindings.by_weight.values():
-            held = self.state.get(binding.weight)
-            if held is not binding.curvature.state and (held is not None or binding.curvature.state):
-                binding.curvature.load({} if held is None else held)
+            # A state may also have been emptied in place.
+            held, curvature = self.state.get(binding.weight) or None, binding.curvature
+            lost = bool(curvature.state) or (curvature.ready and self.plan is None)
+            if held is not curvature.state and (held is not None or lost):
+                curvature.load({} if held is None else held)
                 changed = True
         if changed:
+            self._refresher.forget()
             groups = self._groups()
             for binding in self._bindings:
                 binding.schedule(groups[binding.weight])
@@ -570,7 +573,7 @@ class KFAC(FOP):
     Args:
         params: as for `FOP`.
         lr: as for `FOP`.
-        options: every keyword of `FOP` except ``beta``, ``eta`` and ``sub_batches``.
+        options: every keyword of `FOP` except ``beta`` and ``eta``.
 
     Raises:
         TypeError: for an unknown keyword, ``beta`` or ``eta``.

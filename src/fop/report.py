@@ -106,18 +106,20 @@ class Refusals:
     """Counts updates that were refused because they were not finite, on the device until it is asked."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, ...], Tensor] = {}
+        # By device, too: the model may have moved since the last report.
+        self._counts: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
 
     def count(self, names: tuple[str, ...], finite: Tensor) -> None:
         """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once."""
-        self._counts[names] = (~finite).int() + self._counts.get(names, 0)
+        key = names, finite.device
+        self._counts[key] = (~finite).int() + self._counts.get(key, 0)
         if finite.device.type == "cpu":
             self.report()
 
     def report(self) -> None:
         """Warn of what was refused since the last report; waits for the device."""
         counts, self._counts = self._counts, {}
-        for names, refused in counts.items():
+        for (names, _), refused in counts.items():
             which = [name for name, count in zip(names, refused.tolist(), strict=True) if count]
             if which:
                 warnings.warn(

@@ -50,7 +50,7 @@ class Curvature(ABC):
         shapes = self.entries(layer)
         if any(name in state and tuple(state[name].shape) != shape for name, shape in shapes.items()):
             # Loaded before the layer was known, from a run with other options or bias: estimate again.
-            for name in (*shapes, "refresh_at", "refreshed_at", "complete"):
+            for name in (*shapes, "refresh_at", "refreshed_at", "complete", "inverse_at"):
                 state.pop(name, None)
         self.load(state)
 
@@ -58,7 +58,7 @@ class Curvature(ABC):
         """Use another state."""
         self.state = state
         self.ready = self.held
-        self.pending = state.get("inverse_at", NEVER) != NEVER
+        self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
     def estimated(self) -> bool:
@@ -72,8 +72,9 @@ class Curvature(ABC):
 
     def drop(self) -> None:
         """Forget the tensors; another rank owns the weight."""
-        for name in (*self.averages, *self.inverses):
+        for name in (*self.averages, *self.inverses, "inverse_at"):
             self.state.pop(name, None)
+        self.pending = False
 
     @classmethod
     def unsupported(cls, layer: Layer) -> str | None:
