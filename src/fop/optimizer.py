@@ -357,10 +357,8 @@ class FOP(JoinableOptimizer, Optimizer):
             bad, more = self._refresher.refresh(estimates)
             fallbacks += more
             taken = {each.curvature for each in estimates} - set(bad)
-            outcomes = self._distributor.outcomes(
-                [(binding, binding.curvature in taken, binding.curvature in bad) for binding in statistics]
-            )
-            for binding, was_taken, was_refused in outcomes:
+            own_outcomes = [(each, each.curvature in taken, each.curvature in bad) for each in statistics]
+            for binding, was_taken, was_refused in self._distributor.outcomes(own_outcomes):
                 if was_taken:
                     binding.schedule_refresh(groups[binding.weight])
                 if was_refused:
@@ -570,14 +568,7 @@ class FOP(JoinableOptimizer, Optimizer):
 class KFAC(FOP):
     """K-FAC: `FOP` with ``beta=0.0`` and ``eta=1.0``, so that no second gradient is computed.
 
-    Args:
-        params: as for `FOP`.
-        lr: as for `FOP`.
-        options: every keyword of `FOP` except ``beta`` and ``eta``.
-
-    Raises:
-        TypeError: for an unknown keyword, ``beta`` or ``eta``.
-        ValueError: as `FOP`.
+    It takes every other argument of `FOP`, and raises as `FOP` does; TypeError for ``beta`` and ``eta``.
     """
 
     def __init__(self, params: ParamsLike, lr: float = DEFAULTS["lr"], **options: Any) -> None:

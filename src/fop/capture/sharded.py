@@ -11,7 +11,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor, sharing its memory; a plain tensor as it is."""
+    """Return this rank's shard of a tensor, in the same memory; a plain tensor as it is."""
     mine: Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return mine
 

@@ -23,11 +23,8 @@ NEVER = -1
 class Curvature(ABC):
     """The curvature of one weight: averaged statistics, their damped inverse, products with both.
 
-    A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`.
-
-    Args:
-        views: how each use of the weight sees it, ``layer`` among them.
-        state: the optimizer's state of the weight, so that a checkpoint is complete.
+    A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`. ``views``
+    are the layers of all uses of the weight; ``state`` is the optimizer's, so that a checkpoint is complete.
 
     Attributes:
         averages: names of the averaged statistics in the state.
@@ -89,10 +86,7 @@ class Curvature(ABC):
     @classmethod
     @abstractmethod
     def plausible(cls, state: Mapping[str, Any], shape: torch.Size) -> dict[str, Shape] | None:
-        """Return what `entries` may be of a saved state whose layer is not known; None for another kind's.
-
-        ``shape`` is the parameter's.
-        """
+        """Return what `entries` may be of a parameter's saved state; None for another kind's."""
 
     def estimate(
         self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None

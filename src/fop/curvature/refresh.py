@@ -79,11 +79,8 @@ class Refresher:
                 curvature.state |= NOTHING_PENDING
             if later and curvature.held:
                 step, delay, damping = (group[name] for name in ("step", "inverse_delay", "damping"))
-                curvature.state |= {
-                    "inverse_at": step + delay,
-                    "inverse_of": step,
-                    "inverse_damping": damping,
-                }
+                pending = {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
+                curvature.state |= pending
                 curvature.pending = True
                 self._submit(curvature, damping)
             else:
