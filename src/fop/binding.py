@@ -22,7 +22,7 @@ from fop.capture import (
     in_place,
     local,
     stands_for,
-    trace_anew,
+    retrace,
 )
 from fop.curvature import make_curvature, next_refresh
 from fop.discovery import FoundLayer, find_layers
@@ -298,7 +298,7 @@ class Bindings:
             self.reasons.pop(param, None)
         for weight in {*broken, *replaced}:
             self._drop(weight)
-        trace_anew()
+        retrace()
         renamed = {replaced.get(param, param): group for param, group in groups.items()}
         for root in list(self.roots()):
             self.adopt(root, renamed, state)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings, optimizers, refuse_driven
-from fop.capture import local, trace_anew
+from fop.capture import local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
 from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
@@ -134,7 +134,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._begin(layer_options, schedules, defaults["sub_batches"])
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
-        trace_anew()
+        retrace()
         if root is not None:
             assert isinstance(params, nn.Module)
             self._adopt(params)
@@ -179,7 +179,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._schedules.append({**own, **schedules})
         self._bindings.searching = True
         if self in optimizers:
-            trace_anew()
+            retrace()
             for root in list(self._bindings.roots()):
                 self._adopt(root)
             self._prepare()
