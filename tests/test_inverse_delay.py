@@ -70,3 +70,43 @@ def test_a_resume_in_between_starts_the_same_inversion_again() -> None:
         step(other, resumed, 100 + seed)
     for one, two in zip(weights(model).values(), weights(other).values(), strict=True):
         assert torch.equal(one, two)
+
+
+def pending(optimizer: FOP) -> bool:
+    return any(state.get("inverse_at", -1) != -1 for state in optimizer.state.values())
+
+
+def train_until_pending(model: nn.Module, optimizer: FOP) -> None:
+    while optimizer.param_groups[0]["step"] < 21 or not pending(optimizer):
+        step(model, optimizer, int(optimizer.param_groups[0]["step"]))
+
+
+def test_a_model_may_move_while_an_inverse_is_pending() -> None:
+    model = mlp().float()
+    optimizer = FOP(model, inverse_delay=3, **OPTIONS)
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5), torch.randn(6, 3)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        while optimizer.param_groups[0]["step"] < 21 or dtype is torch.float64:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x.to(dtype)), y.to(dtype)).backward()
+            optimizer.step()
+            if dtype is torch.float64 and not pending(optimizer):
+                break
+        assert pending(optimizer) == (dtype is torch.float32)
+    weight = next(model.parameters())
+    assert {optimizer.state[weight][key].dtype for key in ("A", "A_inv", "G_inv")} == {torch.float64}
+
+
+def test_pending_inverse_of_a_state_that_does_not_fit() -> None:
+    """Parameters without modules take a state of other factors, which is dropped with what was pending."""
+    model = mlp()
+    optimizer = FOP(model, inverse_delay=3, **OPTIONS)
+    train_until_pending(model, optimizer)
+    other = copy.deepcopy(model)
+    resumed = FOP(other.parameters(), inverse_delay=3, layer_options={"*": {"max_factor_dim": 2}}, **OPTIONS)
+    resumed.load_state_dict(optimizer.state_dict())
+    for seed in range(6):
+        step(other, resumed, seed)
+    assert all(layer.steps_since_curvature is not None for layer in resumed.diagnostics().layers.values())

@@ -218,6 +218,18 @@ def test_a_batch_smaller_than_k_takes_kfacs_step() -> None:
     assert reasons == {"a batch of 3 cannot be split in 4"}
 
 
+def test_labels_that_leave_one_out_say_so() -> None:
+    model = mlp()
+    optimizer = FOP(model, sub_batches=3, **OPTIONS)
+    for index in (0, 2):
+        with optimizer.sub_batch(index):
+            x, y = batch(4, index)
+            nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    reasons = {layer.why_kfac for layer in optimizer.diagnostics().layers.values()}
+    assert reasons == {"it had no backward pass of some sub-batches"}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

@@ -22,10 +22,10 @@ from fop.capture import (
     in_place,
     local,
     stands_for,
-    trace_anew,
+    retrace,
 )
 from fop.curvature import make_curvature, next_refresh
-from fop.discovery import FoundLayer, Owner, find_layers
+from fop.discovery import FoundLayer, find_layers
 from fop.layer_options import LayerChoices
 from fop.step_size import Update
 from fop.torch_internals import unwrapped
@@ -37,18 +37,13 @@ State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
 class Binding:
     """A weight that takes the FOP step, with its bias and the modules that use them.
 
-    Args:
-        found: the weight's layer.
-        recorder: what records its passes.
-        state: the optimizer's state of the weight. Beside the curvature's tensors it holds ``refreshed_at``,
-            ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see).
+    Beside the curvature's tensors ``state``, the optimizer's of the weight, holds ``refreshed_at``,
+    ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see).
 
     Attributes:
-        curvature: the weight's curvature.
         corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
-        last: the last update's scalars, for the diagnostics.
         seen: whether the modules knew of the last gradient.
     """
 
@@ -108,12 +103,9 @@ class Binding:
         """
         weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
         bias = self.bias
-        if (
-            bias is None
-            or bias_part is None
-            or not (bias.requires_grad if self.lean else bias.grad is not None)
-        ):
+        if bias is None or not (bias.requires_grad if self.lean else bias.grad is not None):
             return [(self.weight, weight_part)]
+        assert bias_part is not None
         return [(self.weight, weight_part), (bias, bias_part)]
 
     def squared_length(
@@ -136,9 +128,8 @@ class Binding:
         if update.trusted is None:
             self._without += 1
         else:
-            self._distrusted = (~update.trusted).long() + (
-                0 if self._distrusted is None else self._distrusted
-            )
+            before = 0 if self._distrusted is None else self._distrusted
+            self._distrusted = (~update.trusted).long() + before
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
@@ -152,11 +143,8 @@ class Binding:
 class Bindings:
     """The modules behind an optimizer's parameters.
 
-    Args:
-        choices: what the user says of single layers.
-        sub_batches: number of sub-batches K.
-
     Attributes:
+        choices: what the user says of single layers.
         by_weight: what takes the FOP step.
         names: qualified names of parameters, as far as known.
         reasons: why a parameter takes AdamW, for those that do.
@@ -191,8 +179,7 @@ class Bindings:
     def adopt(self, root: nn.Module, groups: Groups, state: State) -> None:
         """Find the layers of these parameters below ``root`` and start to record them.
 
-        Raises:
-            ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
+        ValueError if a module would give its parameter sparse gradients; no binding has been changed then.
         """
         # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
         root = unwrapped(root)
@@ -210,7 +197,7 @@ class Bindings:
             names = found.names
         for param, owners in found.owners.items():
             self.names.setdefault(param, names[param])
-            self._remember(param, owners)
+            self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
         for layer in found.layers:
             self._add(layer, root, found.reasons, state)
             if (binding := self.by_weight.get(layer.weight)) is not None:
@@ -219,9 +206,6 @@ class Bindings:
             self.reasons[param] = reason
             # A weight that a later root shares: no single recorder sees its whole gradient.
             self._drop(param)
-
-    def _remember(self, param: Tensor, owners: list[Owner]) -> None:
-        self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
 
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
         binding = self.by_weight.get(found.weight)
@@ -289,13 +273,9 @@ class Bindings:
                 self._finder = None
 
     def follow(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
-        """Look for parameters and hooks that were replaced since the last step, and catch up.
+        """Catch up with what was replaced since the last step; return new parameters by the old ones.
 
-        Returns:
-            New parameters by the old ones that they replace.
-
-        Raises:
-            ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
+        ValueError if one was replaced by one of another shape; nothing has been changed then.
         """
         for root, watch in self._watches.items():
             if not all(in_place(handle) for handle in watch.handles):
@@ -318,7 +298,7 @@ class Bindings:
             self.reasons.pop(param, None)
         for weight in {*broken, *replaced}:
             self._drop(weight)
-        trace_anew()
+        retrace()
         renamed = {replaced.get(param, param): group for param, group in groups.items()}
         for root in list(self.roots()):
             self.adopt(root, renamed, state)

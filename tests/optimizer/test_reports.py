@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from contract import ours
 from fop import FOP, KFAC
+from internals import Refusals
 from models import Attentive, Mixed, batch, conv_net, loss_of, mlp, sentences, tokens, train_step
 from reference import ReferenceFOP, half_squared_error
 
@@ -444,3 +445,11 @@ def test_reports_alone_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     other.step()
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         other.diagnostics()
+
+
+def test_refusals_of_a_model_that_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was counted on one device does not meet what is counted on the next."""
+    refusals, finite = Refusals(), torch.ones(1, dtype=torch.bool)
+    monkeypatch.setattr(Refusals, "report", lambda self: None)
+    for device in ("meta", "cpu", "meta"):
+        refusals.count(("layer",), finite.to(device))

@@ -1,6 +1,6 @@
 """Hooks on modules that record what one forward and one backward pass give of each weight."""
 
-from fop.capture.compiled import trace_anew
+from fop.capture.compiled import retrace
 from fop.capture.finder import FirstForwardHook, Seen
 from fop.capture.hooks import AttentionUse, ForwardUse, Hook, ModelWatch, in_place, parameter_of, remove_all
 from fop.capture.recorder import Recorder, SubBatchLabel
@@ -21,5 +21,5 @@ __all__ = [
     "parameter_of",
     "remove_all",
     "stands_for",
-    "trace_anew",
+    "retrace",
 ]
