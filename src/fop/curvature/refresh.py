@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -48,7 +49,8 @@ class Refresher:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._jobs: dict[Curvature, _Job] = {}
+        # Weak: a weight whose parameter was replaced gets another curvature.
+        self._jobs: weakref.WeakKeyDictionary[Curvature, _Job] = weakref.WeakKeyDictionary()
 
     def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
         """Take estimates into the averages and invert these.
@@ -84,7 +86,7 @@ class Refresher:
                     "inverse_damping": damping,
                 }
                 curvature.pending = True
-                self._submit(curvature, damping)
+                self._jobs[curvature] = self._submit(curvature, damping)
             else:
                 of_this, added = curvature.matrices(group["damping"])
                 due.append((curvature, group, len(of_this)))
@@ -104,10 +106,11 @@ class Refresher:
             state = curvature.state
             if not curvature.pending or (step is not None and state["inverse_at"] > step):
                 continue
-            if curvature not in self._jobs:
-                # The state was loaded in between.
-                self._submit(curvature, state["inverse_damping"])
-            inversions = self._jobs.pop(curvature)()
+            job = self._jobs.pop(curvature, None)
+            if job is None or not job.inverts(curvature):
+                # The state was loaded, moved or replaced in between.
+                job = self._submit(curvature, state["inverse_damping"])
+            inversions = job()
             fallbacks += _store(curvature, inversions, state["inverse_of"], state["inverse_damping"])
             state["inverse_at"], curvature.pending = NEVER, False
         return fallbacks
@@ -116,10 +119,10 @@ class Refresher:
         """Forget what is pending: another state was loaded."""
         self._jobs.clear()
 
-    def _submit(self, curvature: Curvature, damping: float) -> None:
+    def _submit(self, curvature: Curvature, damping: float) -> _Job:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "fop-inversion")
-        self._jobs[curvature] = _Job(self._pool, *curvature.matrices(damping))
+        return _Job(self._pool, *curvature.matrices(damping))
 
 
 class _Job:
@@ -128,7 +131,13 @@ class _Job:
     def __init__(self, pool: ThreadPoolExecutor, matrices: list[Tensor], shifts: list[Tensor]) -> None:
         self._ready = torch.cuda.current_stream().record_event() if matrices[0].is_cuda else None
         self._done: torch.cuda.Event | None = None
+        self._matrices = matrices
         self._future = pool.submit(self._run, matrices, shifts)
+
+    def inverts(self, curvature: Curvature) -> bool:
+        """Return whether these are the averages that the curvature has now."""
+        now, _ = curvature.matrices(0.0)
+        return all(one is other for one, other in zip(self._matrices, now, strict=True))
 
     @torch.no_grad()
     def _run(self, matrices: list[Tensor], shifts: list[Tensor]) -> list[Inversion]:
