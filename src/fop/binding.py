@@ -307,7 +307,9 @@ class Bindings:
         self.searching = True
         replaced = self._replaced(changed, groups)
         for old, new in replaced.items():
-            state[new] = state.pop(old, {})
+            # An empty one would pass for that of a step that was taken.
+            if old in state:
+                state[new] = state.pop(old)
             if old in self.names:
                 self.names[new] = self.names[old]
         for param in changed:

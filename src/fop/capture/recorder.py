@@ -190,9 +190,8 @@ class Recorder:
             x, b = layout.batched(x), layout.batched(b)
         ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
         if ends and ends[0] == 0:
-            record.problem = (
-                record.problem or f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
-            )
+            how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
+            record.problem = record.problem or f"a batch of {layout.samples} {how}"
         sums = record.sums
         if self.paired and self.sub_batches.split and record.problem is None:
             ranges = zip([0, *ends], ends, strict=False)
