@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fop import FOP, KFAC
+from fop.curvature import NEVER
 from models import batch, conv_net, mlp, weights
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 1e-2, "curvature_interval": 4}
@@ -110,3 +112,50 @@ def test_pending_inverse_of_a_state_that_does_not_fit() -> None:
     for seed in range(6):
         step(other, resumed, seed)
     assert all(layer.steps_since_curvature is not None for layer in resumed.diagnostics().layers.values())
+
+
+def which_pending(optimizer: FOP) -> list[bool]:
+    return [state.get("inverse_at", NEVER) != NEVER for state in optimizer.state.values() if "A" in state]
+
+
+def between(model: nn.Module, optimizer: FOP) -> None:
+    """Train until inverses are pending that do not count yet."""
+    for seed in range(40):
+        step(model, optimizer, seed)
+        if seed > 20 and all(which_pending(optimizer)):
+            return
+    raise AssertionError("no inverse was ever pending")
+
+
+def test_a_model_that_moves_in_between_takes_the_inverse_with_it() -> None:
+    model = mlp()
+    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
+    between(model, optimizer)
+    model.float()
+    for seed in range(8):
+        x, y = (each.float() for each in batch(6, seed))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    inverses = [state["A_inv"] for state in optimizer.state.values() if "A_inv" in state]
+    assert inverses
+    assert all(inverse.dtype == torch.float32 for inverse in inverses)
+
+
+def test_a_state_put_in_place_of_another_is_inverted_itself() -> None:
+    model = mlp()
+    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
+    between(model, optimizer)
+    replaced = {param: copy.deepcopy(entries) for param, entries in optimizer.state.items()}
+    for entries in replaced.values():
+        if "A" in entries:
+            entries["A"] *= 3.0
+    optimizer.state = defaultdict(dict, replaced)
+    other = copy.deepcopy(model)
+    resumed = KFAC(other, inverse_delay=3, **OPTIONS)
+    resumed.load_state_dict(optimizer.state_dict())
+    for seed in range(6):
+        step(model, optimizer, 100 + seed)
+        step(other, resumed, 100 + seed)
+    for one, two in zip(weights(model).values(), weights(other).values(), strict=True):
+        assert torch.equal(one, two)

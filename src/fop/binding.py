@@ -21,8 +21,8 @@ from fop.capture import (
     SubBatchLabel,
     in_place,
     local,
-    stands_for,
     retrace,
+    stands_for,
 )
 from fop.curvature import make_curvature, next_refresh
 from fop.discovery import FoundLayer, find_layers
@@ -78,6 +78,7 @@ class Binding:
         # A state that was saved by one of several ranks lacks the curvature that others owned.
         recorder.due = curvature.state.get("refresh_at", 0) <= group["step"] or not curvature.ready
         recorder.counted = group["loss_reduction"] == "sum"
+        recorder.count = group["sub_batches"]
 
     def schedule_refresh(self, group: Mapping[str, Any]) -> None:
         """Note that the curvature was refreshed, when the next time is, and how far p.grad was seen."""
@@ -152,14 +153,13 @@ class Bindings:
         searching: whether there may be parameters whose modules are not known.
     """
 
-    def __init__(self, choices: LayerChoices, sub_batches: int) -> None:
+    def __init__(self, choices: LayerChoices) -> None:
         self.choices = choices
         self.by_weight: dict[Tensor, Binding] = {}
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.label = SubBatchLabel()
         self.searching = True
-        self._sub_batches = sub_batches
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
@@ -211,7 +211,7 @@ class Bindings:
         binding = self.by_weight.get(found.weight)
         modules = {use.module for use in found.uses}
         if binding is None:
-            recorder = Recorder(found.layer, found.weight, found.bias, self.label, self._sub_batches)
+            recorder = Recorder(found.layer, found.weight, found.bias, self.label)
             # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
             # knows that it must be made.
             binding = Binding(found, recorder, state.get(found.weight, {}))
@@ -288,7 +288,9 @@ class Bindings:
         self.searching = True
         replaced = self._replaced(changed, groups)
         for old, new in replaced.items():
-            state[new] = state.pop(old, {})
+            # An empty one would pass for that of a step that was taken.
+            if old in state:
+                state[new] = state.pop(old)
             if old in self.names:
                 self.names[new] = self.names[old]
         for param in changed:
@@ -296,7 +298,7 @@ class Bindings:
         for param in replaced:
             self.names.pop(param, None)
             self.reasons.pop(param, None)
-        for weight in {*broken, *replaced}:
+        for weight in {*broken, *replaced, *(each.weight for each in self if each.bias in replaced)}:
             self._drop(weight)
         retrace()
         renamed = {replaced.get(param, param): group for param, group in groups.items()}

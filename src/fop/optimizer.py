@@ -131,7 +131,7 @@ class FOP(JoinableOptimizer, Optimizer):
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
         groups, root, names = normalise(params)
-        self._begin(layer_options, schedules, defaults["sub_batches"])
+        self._begin(layer_options, schedules)
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
         retrace()
@@ -141,10 +141,8 @@ class FOP(JoinableOptimizer, Optimizer):
         self._prepare()
         optimizers.add(self)
 
-    def _begin(
-        self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule], sub_batches: int
-    ) -> None:
-        self._bindings = Bindings(LayerChoices(layer_options), sub_batches)
+    def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
+        self._bindings = Bindings(LayerChoices(layer_options))
         self._refresher = Refresher()
         self._distributor: Distributor = make_distributor(self._distribution, self)
         # By index of the group: functions do not belong into a state_dict.
@@ -216,7 +214,7 @@ class FOP(JoinableOptimizer, Optimizer):
             ValueError: another index, or ranks that are each other's sub-batches.
             RuntimeError: inside another ``sub_batch``.
         """
-        count = self.defaults["sub_batches"]
+        count = self.param_groups[0]["sub_batches"]
         if type(index) is not int or not 0 <= index < count:
             known = "0 and 1" if count == 2 else f"0 to {count - 1}"
             raise ValueError(f"sub_batch({index!r}): the sub-batches are {known}")
@@ -500,7 +498,9 @@ class FOP(JoinableOptimizer, Optimizer):
         self._places.clear()
         self._distributor.discard(state_replaced=True)
         self._relink()
+        groups = self._groups()
         for binding in self._bindings.by_weight.values():
+            binding.schedule(groups[binding.weight])
             binding.recorder.clear()
 
     def _follow_model(self) -> None:
@@ -557,7 +557,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
-            self._begin(own[0]["layer_options"], own[1], state["defaults"].get("sub_batches", 2))
+            self._begin(own[0]["layer_options"], own[1])
             self._schedules = own[0]["schedules"]
         super().__setstate__(state)
         if self not in optimizers:

@@ -168,7 +168,8 @@ def summarise(
         if binding is None and not reason:
             path, reason = "unknown", "known after the first forward pass"
         if binding is not None:
-            kfac = not binding.corrected and group["eta"] in (1.0, "adaptive")
+            corrected = group["beta"] != 0.0 and group["sub_batches"] > 1
+            kfac = not corrected and group["eta"] in (1.0, "adaptive")
             path, reason = "K-FAC" if kfac else "FOP", binding.kind
             if len(binding.modules) > 1:
                 reason += f", shared by {', '.join(binding.modules)}"

@@ -190,6 +190,15 @@ def test_summary_of_diagonal_curvature() -> None:
     assert str(optimizer.diagnostics()).count("–") == 2, "the two without G"
 
 
+def test_summary_follows_beta_of_the_group() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    train_step(model, optimizer, *batch(6, 0))
+    for beta, path in ((0.0, "K-FAC"), ("adaptive", "FOP")):
+        optimizer.param_groups[0]["beta"] = beta
+        assert {row.path for row in optimizer.summary().rows} == {path}
+
+
 def test_summary_prints_as_a_table() -> None:
     model = Mixed()
     optimizer = FOP(model.parameters())

@@ -40,6 +40,7 @@ class Recorder:
 
     Attributes:
         params: the weight, and the bias if it belongs to the weight's layer.
+        count: number of sub-batches K, from the coming gradient on.
         paired: whether sub-batch gradients are wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
@@ -53,20 +54,17 @@ class Recorder:
         completed: called when a backward pass has given all gradients of the layer, with these by parameter.
     """
 
-    def __init__(
-        self, layer: Layer, weight: Tensor, bias: Tensor | None, label: SubBatchLabel, count: int
-    ) -> None:
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, label: SubBatchLabel) -> None:
         self.layer = layer
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
-        self.paired, self.due, self.counted = True, True, False
+        self.paired, self.due, self.counted, self.count = True, True, False, 2
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.uses: list[ModuleUse] = []
         self._label = label
-        self._count = count
         # What the running backward passes have given so far.
         self._passes: dict[int, PassRecord] = {}
         self._handles: list[RemovableHandle] = []
@@ -77,7 +75,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget what was recorded: the gradients were zeroed, or a step has used it."""
-        self.sub_batches = SubBatches(self.layer, self.params, self._count)
+        self.sub_batches = SubBatches(self.layer, self.params, self.count)
         self.statistics: Statistics | None = None
         self.samples = 0
         self.averaged = False
@@ -186,7 +184,7 @@ class Recorder:
             x, b = layout.batched(x), layout.batched(b)
         ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
         if ends and ends[0] == 0:
-            how = "has no halves" if len(ends) == 1 else f"cannot be split in {len(ends) + 1}"
+            how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
             record.problem = record.problem or f"a batch of {layout.samples} {how}"
         sums = record.sums
         if self.paired and self.sub_batches.split and record.problem is None:
@@ -251,7 +249,7 @@ class Recorder:
             elif not self.accumulates:
                 # The gradients of the passes so far are gone, their statistics are not.
                 self._last_samples = 0
-                self.sub_batches = SubBatches(self.layer, self.params, self._count)
+                self.sub_batches = SubBatches(self.layer, self.params, self.count)
             return
         self.restarted = gradient is None or (id(gradient), gradient._version) != self._version
         if self.restarted:

@@ -49,6 +49,7 @@ class Refresher:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
+        # Weak: a weight whose parameter was replaced gets another curvature.
         self._jobs: MutableMapping[Curvature, _Job] = weakref.WeakKeyDictionary()
 
     def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
@@ -82,7 +83,7 @@ class Refresher:
                 pending = {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
                 curvature.state |= pending
                 curvature.pending = True
-                self._submit(curvature, damping)
+                self._jobs[curvature] = self._submit(curvature, damping)
             else:
                 of_this, added = curvature.matrices(group["damping"])
                 due.append((curvature, group, len(of_this)))
@@ -102,10 +103,11 @@ class Refresher:
             state = curvature.state
             if not curvature.pending or (step is not None and state["inverse_at"] > step):
                 continue
-            if curvature not in self._jobs:
-                # The state was loaded, or has moved, in between.
-                self._submit(curvature, state["inverse_damping"])
-            inversions = self._jobs.pop(curvature)()
+            job = self._jobs.pop(curvature, None)
+            if job is None or not job.inverts(curvature):
+                # The state was loaded, moved or replaced in between.
+                job = self._submit(curvature, state["inverse_damping"])
+            inversions = job()
             fallbacks += _store(curvature, inversions, state["inverse_of"], state["inverse_damping"])
             state["inverse_at"], curvature.pending = NEVER, False
         return fallbacks
@@ -114,10 +116,10 @@ class Refresher:
         """Compute what is pending again when it is due: another state was loaded, or it has moved."""
         self._jobs.clear()
 
-    def _submit(self, curvature: Curvature, damping: float) -> None:
+    def _submit(self, curvature: Curvature, damping: float) -> _Job:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "fop-inversion")
-        self._jobs[curvature] = _Job(self._pool, *curvature.matrices(damping))
+        return _Job(self._pool, *curvature.matrices(damping))
 
 
 class _Job:
@@ -127,7 +129,13 @@ class _Job:
         device = self._device = matrices[0].device
         self._ready = torch.cuda.current_stream(device).record_event() if matrices[0].is_cuda else None
         self._done: torch.cuda.Event | None = None
+        self._matrices = matrices
         self._future = pool.submit(self._run, matrices, shifts)
+
+    def inverts(self, curvature: Curvature) -> bool:
+        """Return whether these are the averages that the curvature has now."""
+        now, _ = curvature.matrices(0.0)
+        return all(one is other for one, other in zip(self._matrices, now, strict=True))
 
     @torch.no_grad()
     def _run(self, matrices: list[Tensor], shifts: list[Tensor]) -> list[Inversion]:
