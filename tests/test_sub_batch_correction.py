@@ -218,6 +218,18 @@ def test_a_batch_smaller_than_k_takes_kfacs_step() -> None:
     assert reasons == {"a batch of 3 cannot be split in 4"}
 
 
+def test_labels_that_leave_one_out_say_so() -> None:
+    model = mlp()
+    optimizer = FOP(model, sub_batches=3, **OPTIONS)
+    for index in (0, 2):
+        with optimizer.sub_batch(index):
+            x, y = batch(4, index)
+            nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    reasons = {layer.why_kfac for layer in optimizer.diagnostics().layers.values()}
+    assert reasons == {"it had no backward pass of some sub-batches"}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -243,3 +255,27 @@ def test_one_number_for_all_groups() -> None:
         optimizer.sub_batch(3),
     ):
         pass
+
+
+@pytest.mark.parametrize("saved, made", [(1, 2), (2, 1), (3, 2), (2, 4)])
+def test_the_number_comes_with_the_state(saved: int, made: int) -> None:
+    """As every option of a group does: the training goes on with the number that it had."""
+    model = mlp()
+    optimizer = FOP(model, sub_batches=saved, **OPTIONS)
+    step_once(model, optimizer, 0)
+    other = copy.deepcopy(model)
+    resumed = FOP(other, sub_batches=made, **OPTIONS)
+    resumed.load_state_dict(optimizer.state_dict())
+    for seed in range(1, 4):
+        step_once(model, optimizer, seed)
+        step_once(other, resumed, seed)
+    assert_equal(weights(other), weights(model))
+    with pytest.raises(ValueError, match="sub_batch"), resumed.sub_batch(saved):
+        pass
+
+
+def step_once(model: nn.Module, optimizer: FOP, seed: int) -> None:
+    x, y = batch(12, seed, (5,))
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()

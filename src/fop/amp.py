@@ -38,12 +38,9 @@ def unscale(optimizer: Optimizer, params: Iterable[Tensor]) -> Tensor | None:
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         inverse = scale.double().reciprocal().float()
-        by_device: dict[torch.device, list[Tensor]] = {}
         for param in params:
             if param.grad is not None:
-                by_device.setdefault(param.grad.device, []).append(param.grad)
-        for device, gradients in by_device.items():
-            torch._foreach_mul_(gradients, inverse.to(device))
+                param.grad.mul_(inverse.to(param.grad.device))
     elif getattr(optimizer, "found_inf", None) is not None:
         # Clipping may have come on top, so the gradients no longer tell the scale.
         scale = _scale_of_caller()

@@ -21,11 +21,11 @@ from fop.capture import (
     SubBatchLabel,
     in_place,
     local,
+    retrace,
     stands_for,
-    trace_anew,
 )
 from fop.curvature import make_curvature, next_refresh
-from fop.discovery import FoundLayer, Owner, find_layers
+from fop.discovery import FoundLayer, find_layers
 from fop.layer_options import LayerChoices
 from fop.step_size import Update
 from fop.torch_internals import unwrapped
@@ -37,18 +37,13 @@ State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
 class Binding:
     """A weight that takes the FOP step, with its bias and the modules that use them.
 
-    Args:
-        found: the weight's layer.
-        recorder: what records its passes.
-        state: the optimizer's state of the weight. Beside the curvature's tensors it holds ``refreshed_at``,
-            ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see).
+    Beside the curvature's tensors ``state``, the optimizer's of the weight, holds ``refreshed_at``,
+    ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see).
 
     Attributes:
-        curvature: the weight's curvature.
         corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
-        last: the last update's scalars, for the diagnostics.
         seen: whether the modules knew of the last gradient.
     """
 
@@ -83,6 +78,7 @@ class Binding:
         # A state that was saved by one of several ranks lacks the curvature that others owned.
         recorder.due = curvature.state.get("refresh_at", 0) <= group["step"] or not curvature.ready
         recorder.counted = group["loss_reduction"] == "sum"
+        recorder.count = group["sub_batches"]
 
     def schedule_refresh(self, group: Mapping[str, Any]) -> None:
         """Note that the curvature was refreshed, when the next time is, and how far p.grad was seen."""
@@ -108,12 +104,9 @@ class Binding:
         """
         weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
         bias = self.bias
-        if (
-            bias is None
-            or bias_part is None
-            or not (bias.requires_grad if self.lean else bias.grad is not None)
-        ):
+        if bias is None or not (bias.requires_grad if self.lean else bias.grad is not None):
             return [(self.weight, weight_part)]
+        assert bias_part is not None
         return [(self.weight, weight_part), (bias, bias_part)]
 
     def squared_length(
@@ -136,9 +129,8 @@ class Binding:
         if update.trusted is None:
             self._without += 1
         else:
-            self._distrusted = (~update.trusted).long() + (
-                0 if self._distrusted is None else self._distrusted
-            )
+            before = 0 if self._distrusted is None else self._distrusted
+            self._distrusted = (~update.trusted).long() + before
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
@@ -152,11 +144,8 @@ class Binding:
 class Bindings:
     """The modules behind an optimizer's parameters.
 
-    Args:
-        choices: what the user says of single layers.
-        sub_batches: number of sub-batches K.
-
     Attributes:
+        choices: what the user says of single layers.
         by_weight: what takes the FOP step.
         names: qualified names of parameters, as far as known.
         reasons: why a parameter takes AdamW, for those that do.
@@ -164,14 +153,13 @@ class Bindings:
         searching: whether there may be parameters whose modules are not known.
     """
 
-    def __init__(self, choices: LayerChoices, sub_batches: int) -> None:
+    def __init__(self, choices: LayerChoices) -> None:
         self.choices = choices
         self.by_weight: dict[Tensor, Binding] = {}
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.label = SubBatchLabel()
         self.searching = True
-        self._sub_batches = sub_batches
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
@@ -191,8 +179,7 @@ class Bindings:
     def adopt(self, root: nn.Module, groups: Groups, state: State) -> None:
         """Find the layers of these parameters below ``root`` and start to record them.
 
-        Raises:
-            ValueError: if a module would give its parameter sparse gradients; nothing has been changed then.
+        ValueError if a module would give its parameter sparse gradients; no binding has been changed then.
         """
         # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
         root = unwrapped(root)
@@ -210,7 +197,7 @@ class Bindings:
             names = found.names
         for param, owners in found.owners.items():
             self.names.setdefault(param, names[param])
-            self._remember(param, owners)
+            self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
         for layer in found.layers:
             self._add(layer, root, found.reasons, state)
             if (binding := self.by_weight.get(layer.weight)) is not None:
@@ -220,14 +207,11 @@ class Bindings:
             # A weight that a later root shares: no single recorder sees its whole gradient.
             self._drop(param)
 
-    def _remember(self, param: Tensor, owners: list[Owner]) -> None:
-        self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
-
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
         binding = self.by_weight.get(found.weight)
         modules = {use.module for use in found.uses}
         if binding is None:
-            recorder = Recorder(found.layer, found.weight, found.bias, self.label, self._sub_batches)
+            recorder = Recorder(found.layer, found.weight, found.bias, self.label)
             # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
             # knows that it must be made.
             binding = Binding(found, recorder, state.get(found.weight, {}))
@@ -289,13 +273,9 @@ class Bindings:
                 self._finder = None
 
     def follow(self, groups: Groups, state: State) -> dict[Tensor, Tensor]:
-        """Look for parameters and hooks that were replaced since the last step, and catch up.
+        """Catch up with what was replaced since the last step; return new parameters by the old ones.
 
-        Returns:
-            New parameters by the old ones that they replace.
-
-        Raises:
-            ValueError: a parameter was replaced by one of another shape; nothing has been changed then.
+        ValueError if one was replaced by one of another shape; nothing has been changed then.
         """
         for root, watch in self._watches.items():
             if not all(in_place(handle) for handle in watch.handles):
@@ -308,7 +288,9 @@ class Bindings:
         self.searching = True
         replaced = self._replaced(changed, groups)
         for old, new in replaced.items():
-            state[new] = state.pop(old, {})
+            # An empty one would pass for that of a step that was taken.
+            if old in state:
+                state[new] = state.pop(old)
             if old in self.names:
                 self.names[new] = self.names[old]
         for param in changed:
@@ -316,9 +298,9 @@ class Bindings:
         for param in replaced:
             self.names.pop(param, None)
             self.reasons.pop(param, None)
-        for weight in {*broken, *replaced}:
+        for weight in {*broken, *replaced, *(each.weight for each in self if each.bias in replaced)}:
             self._drop(weight)
-        trace_anew()
+        retrace()
         renamed = {replaced.get(param, param): group for param, group in groups.items()}
         for root in list(self.roots()):
             self.adopt(root, renamed, state)

@@ -71,10 +71,8 @@ def helmert(count: int) -> list[list[float]]:
 def contrasts(sums: Sequence[Tensor], shares: Sequence[float], average: Tensor) -> tuple[Tensor, ...]:
     """Return the differences of K sub-batch gradients, Gd = g1 - g2 for K = 2 (3).
 
-    Args:
-        sums: what the first K - 1 sub-batches gave of ``average``; the last gave the rest.
-        shares: the share of the batch in each of the K sub-batches; they add up to 1.
-        average: Ga.
+    ``sums`` are what the first K - 1 sub-batches gave of ``average``, Ga; the last gave the rest. ``shares``
+    of the batch are those of all K, and add up to 1.
     """
     last = shares[-1]
     result = []
@@ -101,11 +99,6 @@ def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor
 def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Tensor) -> Tensor:
     """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where Gd is a multiple of Ga.
 
-    Args:
-        average: Ga.
-        difference: Gd, same shape.
-        fisher_average: F·Ga, same shape.
-
     The ε of (4) is a guard against 0/0 only: with a fixed ε, scaling the loss would change the step.
     Where one gradient is a multiple of the other, up to rounding, Gd - s·Ga is rounding too: a direction that
     means nothing, and that F̂⁻¹ would amplify.
@@ -122,9 +115,7 @@ def orthogonal_component(average: Tensor, difference: Tensor, fisher_average: Te
 def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Return β* = E⁻¹·D (16) for K > 2; 0 for a contrast that adds no direction.
 
-    Args:
-        D: ⟨Ga, F̂⁻¹·G⊥_j⟩ of every contrast (13).
-        E: ⟨G⊥_i, F̂⁻¹·G⊥_j⟩ of every pair (13).
+    D is ⟨Ga, F̂⁻¹·G⊥_j⟩ of every contrast, E ⟨G⊥_i, F̂⁻¹·G⊥_j⟩ of every pair (13).
     """
     count = len(D)
     # Elimination without pivots: E is positive semi-definite. No library call, which would wait for a GPU.
@@ -148,13 +139,8 @@ def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> l
 def combine(metric: Metric, gradients: SubBatchGradients, *, beta: float | None = None) -> Direction:
     """Return F̂⁻¹·Gc for Gc = Ga + Σ β_j·G⊥_j (6), with β of (16); K-FAC's F̂⁻¹·Ga without contrasts.
 
-    Args:
-        metric: F and F̂⁻¹ of the weight.
-        gradients: Ga and the contrasts, of any shape that ``metric`` takes.
-        beta: a fixed mixing coefficient, for K = 2; None for β*.
-
-    The direction does not depend on the order of the sub-batches: Σ β_j·G⊥_j is the projection of Ga, in the
-    metric of F̂⁻¹, on what the G⊥_j span.
+    ``beta`` is a fixed mixing coefficient, for K = 2; None for β*. The order of the sub-batches does not
+    matter: Σ β_j·G⊥_j is the projection of Ga, in the metric of F̂⁻¹, on what the G⊥_j span.
     """
     average = gradients.average
     natural = metric.solve(average)

@@ -66,13 +66,7 @@ class Owner:
 
 @dataclass
 class Found:
-    """Result of looking through a module tree.
-
-    Attributes:
-        layers: the layers that can take the FOP step.
-        owners: every place of every wanted parameter that was met.
-        reasons: why a parameter takes AdamW, for those that do.
-    """
+    """Layers that can take the FOP step, every place of wanted parameters, and why others take AdamW."""
 
     layers: list[FoundLayer] = field(default_factory=list)
     owners: dict[Tensor, list[Owner]] = field(default_factory=dict)
@@ -93,11 +87,7 @@ class Found:
 
 
 def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoices) -> Found:
-    """Look through ``root`` for the owners of the wanted parameters.
-
-    Raises:
-        ValueError: if a module would give its parameter sparse gradients.
-    """
+    """Look through ``root`` for the owners of the wanted parameters; ValueError for sparse gradients."""
     found = Found()
     slots: dict[Tensor, list[Place]] = {}
     why: dict[nn.Module, str] = {}
@@ -142,7 +132,8 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
 def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
     """Add the layer of a weight to ``found``, or return why it cannot be one."""
     # An attention module uses what its submodule owns: one place for both.
-    seen = {_named_owner(place.module, place.slot.weight) for place in places}
+    split = [(place.module, place.slot.weight.rpartition(".")) for place in places]
+    seen = {(module.get_submodule(path), key) for module, (path, _, key) in split}
     others = [owner for owner in found.owners[weight] if (owner.module, owner.key) not in seen]
     if others:
         return f"shared with {', '.join(owner.name for owner in others)}, which takes no FOP step"
@@ -170,11 +161,7 @@ def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
     return None
 
 
-def _reason(
-    owners: list[Owner],
-    slots: dict[Tensor, list[Place]],
-    why: dict[nn.Module, str],
-) -> str:
+def _reason(owners: list[Owner], slots: dict[Tensor, list[Place]], why: dict[nn.Module, str]) -> str:
     """Return why a parameter that belongs to no layer takes AdamW."""
     owner = owners[0]
     if owner.module in why:
@@ -198,8 +185,3 @@ def _refuse_sparse(module: nn.Module, name: str) -> None:
             f"{name or type(module).__name__} has sparse=True, and sparse gradients are not supported; "
             "make it with sparse=False or give its parameters to torch.optim.SparseAdam"
         )
-
-
-def _named_owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return module.get_submodule(path), key

@@ -13,6 +13,7 @@ from torch import nn
 
 from fop.curvature import KINDS
 from fop.layers import LayerOptions
+from fop.torch_internals import outside
 
 # Mappings are invariant in their keys: a variable of the caller's has only one kind of them, or both.
 LayerOptionsLike: TypeAlias = (
@@ -30,15 +31,10 @@ _ALLOWED: dict[str, Collection[Any]] = {
 
 
 class LayerChoices:
-    """What the user says of single layers.
+    """What the user says of single layers; ValueError or TypeError for what is no option.
 
-    Args:
-        given: from a glob pattern on the module's qualified name, or a module type, to options; later entries
-            override earlier ones.
-
-    Raises:
-        ValueError: an unknown option, or a value outside what is allowed.
-        TypeError: something else than patterns, types and options.
+    ``given`` is from a glob pattern on the module's qualified name, or a module type, to options; later
+    entries override earlier ones.
     """
 
     def __init__(self, given: LayerOptionsLike | None) -> None:
@@ -66,7 +62,7 @@ class LayerChoices:
                 f"layer_options: no module matches {_label(key)}; patterns are matched against the names of "
                 "model.named_modules(), as by fnmatch",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=outside(),
             )
         self._unmatched.clear()
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings, optimizers, refuse_driven
-from fop.capture import local, trace_anew
+from fop.capture import local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
 from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
@@ -131,20 +131,18 @@ class FOP(JoinableOptimizer, Optimizer):
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
         groups, root, names = normalise(params)
-        self._begin(layer_options, schedules, defaults["sub_batches"])
+        self._begin(layer_options, schedules)
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
-        trace_anew()
+        retrace()
         if root is not None:
             assert isinstance(params, nn.Module)
             self._adopt(params)
         self._prepare()
         optimizers.add(self)
 
-    def _begin(
-        self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule], sub_batches: int
-    ) -> None:
-        self._bindings = Bindings(LayerChoices(layer_options), sub_batches)
+    def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
+        self._bindings = Bindings(LayerChoices(layer_options))
         self._refresher = Refresher()
         self._distributor: Distributor = make_distributor(self._distribution, self)
         # By index of the group: functions do not belong into a state_dict.
@@ -179,7 +177,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._schedules.append({**own, **schedules})
         self._bindings.searching = True
         if self in optimizers:
-            trace_anew()
+            retrace()
             for root in list(self._bindings.roots()):
                 self._adopt(root)
             self._prepare()
@@ -216,7 +214,7 @@ class FOP(JoinableOptimizer, Optimizer):
             ValueError: another index, or ranks that are each other's sub-batches.
             RuntimeError: inside another ``sub_batch``.
         """
-        count = self.defaults["sub_batches"]
+        count = self.param_groups[0]["sub_batches"]
         if type(index) is not int or not 0 <= index < count:
             known = "0 and 1" if count == 2 else f"0 to {count - 1}"
             raise ValueError(f"sub_batch({index!r}): the sub-batches are {known}")
@@ -357,10 +355,8 @@ class FOP(JoinableOptimizer, Optimizer):
             bad, more = self._refresher.refresh(estimates)
             fallbacks += more
             taken = {each.curvature for each in estimates} - set(bad)
-            outcomes = self._distributor.outcomes(
-                [(binding, binding.curvature in taken, binding.curvature in bad) for binding in statistics]
-            )
-            for binding, was_taken, was_refused in outcomes:
+            own_outcomes = [(each, each.curvature in taken, each.curvature in bad) for each in statistics]
+            for binding, was_taken, was_refused in self._distributor.outcomes(own_outcomes):
                 if was_taken:
                     binding.schedule_refresh(groups[binding.weight])
                 if was_refused:
@@ -500,10 +496,11 @@ class FOP(JoinableOptimizer, Optimizer):
             super().load_state_dict(state_dict)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
-        self._refresher.forget()
         self._distributor.discard(state_replaced=True)
         self._relink()
+        groups = self._groups()
         for binding in self._bindings.by_weight.values():
+            binding.schedule(groups[binding.weight])
             binding.recorder.clear()
 
     def _follow_model(self) -> None:
@@ -516,17 +513,21 @@ class FOP(JoinableOptimizer, Optimizer):
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
         if any((p.device, p.dtype) != place for p, place in self._places.items()):
             follow_moves(self.state, self._places)
+            self._refresher.forget()
         self._relink()
 
     def _relink(self) -> None:
         """Take the state as it is now: a new one was loaded, or the old one was thrown away."""
         changed = False
         for binding in self._bindings.by_weight.values():
-            held = self.state.get(binding.weight)
-            if held is not binding.curvature.state and (held is not None or binding.curvature.state):
-                binding.curvature.load({} if held is None else held)
+            # A state may also have been emptied in place.
+            held, curvature = self.state.get(binding.weight) or None, binding.curvature
+            lost = bool(curvature.state) or (curvature.ready and self.plan is None)
+            if held is not curvature.state and (held is not None or lost):
+                curvature.load({} if held is None else held)
                 changed = True
         if changed:
+            self._refresher.forget()
             groups = self._groups()
             for binding in self._bindings:
                 binding.schedule(groups[binding.weight])
@@ -556,7 +557,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
-            self._begin(own[0]["layer_options"], own[1], state["defaults"].get("sub_batches", 2))
+            self._begin(own[0]["layer_options"], own[1])
             self._schedules = own[0]["schedules"]
         super().__setstate__(state)
         if self not in optimizers:
@@ -567,14 +568,7 @@ class FOP(JoinableOptimizer, Optimizer):
 class KFAC(FOP):
     """K-FAC: `FOP` with ``beta=0.0`` and ``eta=1.0``, so that no second gradient is computed.
 
-    Args:
-        params: as for `FOP`.
-        lr: as for `FOP`.
-        options: every keyword of `FOP` except ``beta``, ``eta`` and ``sub_batches``.
-
-    Raises:
-        TypeError: for an unknown keyword, ``beta`` or ``eta``.
-        ValueError: as `FOP`.
+    It takes every other argument of `FOP`, and raises as `FOP` does; TypeError for ``beta`` and ``eta``.
     """
 
     def __init__(self, params: ParamsLike, lr: float = DEFAULTS["lr"], **options: Any) -> None:

@@ -46,9 +46,7 @@ ONE_FOR_ALL = ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches")
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with plain numbers in place of NumPy's, which a checkpoint could not load safely.
 
-    Raises:
-        ValueError: an option outside its range.
-        TypeError: an option of the wrong type.
+    Raises ValueError or TypeError for the first option outside its range; unknown keys are left alone.
     """
     _check_options(options)
     return {key: _plain(value) if key in DEFAULTS else value for key, value in options.items()}
@@ -69,7 +67,6 @@ def _plain(value: Any) -> Any:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
-    """Raise ValueError or TypeError for the first option outside its range; unknown keys are left alone."""
     for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps"):
         if name in options:
             _check_number(name, options[name], low=0.0)
@@ -86,10 +83,9 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
         raise ValueError(
             f"loss_reduction={options['loss_reduction']!r} must be 'mean' or 'sum', as the loss joins samples"
         )
-    if options.get("kl_clip") is not None:
-        _check_number("kl_clip", options["kl_clip"], low=0.0, strict=True, instead="or None for no clip")
-    if options.get("max_grad_norm") is not None:
-        _check_number("max_grad_norm", options["max_grad_norm"], low=0.0, strict=True, instead="or None")
+    for name, instead in (("kl_clip", "or None for no clip"), ("max_grad_norm", "or None")):
+        if options.get(name) is not None:
+            _check_number(name, options[name], low=0.0, strict=True, instead=instead)
     for name, least, unit in (
         ("curvature_interval", 1, "steps"),
         ("inverse_delay", 0, "steps"),
@@ -117,13 +113,7 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
 
 
 def _check_number(
-    name: str,
-    value: Any,
-    *,
-    low: float,
-    below: float = math.inf,
-    strict: bool = False,
-    instead: str = "",
+    name: str, value: Any, *, low: float, below: float = math.inf, strict: bool = False, instead: str = ""
 ) -> None:
     allowed = f"{'(' if strict else '['}{low:g}, {below:g})"
     remedy = f"{name}={value!r} must be a number in {allowed} {instead}".rstrip()
@@ -137,12 +127,7 @@ def _check_number(
 
 
 def normalise(params: ParamsLike) -> tuple[list[dict[str, Any]], nn.Module | None, dict[Tensor, str]]:
-    """Return parameter groups, the root module if one was given, and the names known so far.
-
-    Raises:
-        TypeError: if ``params`` is a tensor, or holds something other than tensors.
-        ValueError: if ``params`` is empty.
-    """
+    """Return parameter groups, the root module if one was given, and the names known so far."""
     if isinstance(params, nn.Module):
         params = unwrapped(params)
         named = list(params.named_parameters())
@@ -169,10 +154,6 @@ def normalise_group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     """Return one group with a list of plain parameters; names of named parameters go into ``names``.
 
     As torch does since 2.6, names are kept in the group, too, as ``param_names``.
-
-    Raises:
-        TypeError: no dict with parameters.
-        ValueError: an iterator that has been used up, or names for some parameters only.
     """
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group must be a dict with the key 'params'; got {type(group).__name__}")
@@ -204,10 +185,6 @@ def checked_group(
     """Return a new parameter group with checked options, and its functions of the step.
 
     ``first`` is the optimizer's first group; names of named parameters go into ``names``.
-
-    Raises:
-        ValueError: an option outside its range, or that is one for all groups; names for some groups only.
-        TypeError: an option of the wrong type.
     """
     group, schedules = split_schedules(normalise_group(given, names))
     options = {key: value for key, value in group.items() if key != "params"}
@@ -228,12 +205,7 @@ def checked_group(
 
 
 def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:
-    """Raise for parameters that no step could update, and for those given twice.
-
-    Raises:
-        ValueError: duplicates, parameters of another group, non-leaf, sparse or uninitialised ones.
-        TypeError: complex or integer parameters.
-    """
+    """Raise ValueError or TypeError for parameters that no step could update, and for those given twice."""
     for index, param in enumerate(params):
         label = names.get(param, f"parameter {index}")
         if isinstance(param, nn.parameter.UninitializedParameter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,17 @@ from torch import Tensor
 
 from fop.binding import Binding, Bindings
 from fop.curvature import Fallback
+from fop.torch_internals import outside
 
 _FALLBACKS = {
     Fallback.FLOAT64: "needed float64",
     Fallback.DAMPING: "needed more damping",
     Fallback.KEPT: "failed and the last good inverse was kept",
 }
+_UNSEEN = (
+    "no statistics: no backward pass through its {} was seen (a gradient set by hand, a function in place of "
+    "the module, or attention under torch.compile)"
+)
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,20 @@ class Refusals:
     """Counts updates that were refused because they were not finite, on the device until it is asked."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, ...], Tensor] = {}
+        # By device, too: the model may have moved since the last report.
+        self._counts: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
 
     def count(self, names: tuple[str, ...], finite: Tensor) -> None:
         """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once."""
-        self._counts[names] = (~finite).int() + self._counts.get(names, 0)
+        key = names, finite.device
+        self._counts[key] = (~finite).int() + self._counts.get(key, 0)
         if finite.device.type == "cpu":
             self.report()
 
     def report(self) -> None:
         """Warn of what was refused since the last report; waits for the device."""
         counts, self._counts = self._counts, {}
-        for names, refused in counts.items():
+        for (names, _), refused in counts.items():
             which = [name for name, count in zip(names, refused.tolist(), strict=True) if count]
             if which:
                 warnings.warn(
@@ -126,14 +132,6 @@ class Refusals:
                     RuntimeWarning,
                     stacklevel=outside(),
                 )
-
-
-def outside() -> int:
-    """Return the ``stacklevel`` of the first caller outside this library and torch."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fop", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def warn_of_curvature(
@@ -159,9 +157,7 @@ def warn_of_curvature(
 
 
 def summarise(
-    groups: Mapping[Tensor, Mapping[str, Any]],
-    bindings: Bindings,
-    state: Mapping[Tensor, Mapping[str, Any]],
+    groups: Mapping[Tensor, Mapping[str, Any]], bindings: Bindings, state: Mapping[Tensor, Mapping[str, Any]]
 ) -> Summary:
     """Return the table of every parameter's path."""
     by_param = {param: binding for binding in bindings for param in binding.params}
@@ -172,7 +168,8 @@ def summarise(
         if binding is None and not reason:
             path, reason = "unknown", "known after the first forward pass"
         if binding is not None:
-            kfac = not binding.corrected and group["eta"] in (1.0, "adaptive")
+            corrected = group["beta"] != 0.0 and group["sub_batches"] > 1
+            kfac = not corrected and group["eta"] in (1.0, "adaptive")
             path, reason = "K-FAC" if kfac else "FOP", binding.kind
             if len(binding.modules) > 1:
                 reason += f", shared by {', '.join(binding.modules)}"
@@ -183,7 +180,7 @@ def summarise(
             elif param is binding.bias and not binding.weight.requires_grad:
                 path, reason = "AdamW", f"the weight of its {binding.kind} is frozen"
             elif binding.by_adamw:
-                path, reason, factors = "AdamW", _unseen(binding), ""
+                path, reason, factors = "AdamW", _UNSEEN.format(binding.kind), ""
             elif not binding.curvature.ready:
                 reason += ", no curvature yet"
         held = state.get(param, {})
@@ -219,13 +216,6 @@ def diagnose(
             *binding.kfac_steps(),
         )
     return Diagnostics(layers, 1.0 if kl_scale is None else float(kl_scale))
-
-
-def _unseen(binding: Binding) -> str:
-    return (
-        f"no statistics: no backward pass through its {binding.kind} was seen (a gradient set by hand, a "
-        "function in place of the module, or attention under torch.compile)"
-    )
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

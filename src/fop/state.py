@@ -23,13 +23,7 @@ def check_state_dict(
 ) -> dict[str, Any]:
     """Return ``saved`` with the options that an earlier version did not have, at their defaults.
 
-    Args:
-        saved: what `state_dict` of an optimizer gave.
-        groups: the parameter groups that it would be loaded into.
-        layers: the layer of every weight whose layer is known already.
-
-    Raises:
-        ValueError: it does not fit these parameter groups.
+    ``layers`` are those known already, by weight. ValueError if it does not fit these parameter groups.
     """
     check_form(saved)
     if len(saved["param_groups"]) != len(groups):
@@ -99,9 +93,7 @@ def _check_entry(state: Mapping[str, Any], name: str, shape: tuple[int, ...], la
 
 
 def restore_precision(
-    saved: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Tensor, dict[str, Any]],
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
 ) -> None:
     """Put our tensors back as saved: torch casts every state tensor to its parameter's dtype."""
     for old, new in zip(saved["param_groups"], groups, strict=True):
@@ -139,14 +131,7 @@ def make_state(
     groups: Mapping[Tensor, Mapping[str, Any]],
     state: MutableMapping[Tensor, dict[str, Any]],
 ) -> None:
-    """Make the state of a binding's parameters as before the first step: no curvature, no momentum.
-
-    Args:
-        binding: the binding.
-        owned: whether its curvature is kept in this process.
-        groups: parameter group of every parameter.
-        state: where to.
-    """
+    """Make a binding's state as before the first step; the curvature's tensors only where it is ``owned``."""
     weight, curvature, own = binding.weight, binding.curvature, binding.state
     device = local(weight).device
     for name, shape in curvature.entries(binding.layer).items() if owned else ():

@@ -55,9 +55,7 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
 def kl_scale(lengths: Sequence[Tensor], kl_clip: float | None) -> tuple[Tensor, Tensor]:
     """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)), and which are finite.
 
-    Args:
-        lengths: lr²·⟨update, gradient⟩ of every weight, each 0-dim (Ba et al. 2017).
-        kl_clip: κ, None for no clip.
+    ``lengths`` are lr²·⟨update, gradient⟩ of every weight, 0-dim; κ is None for no clip (Ba et al. 2017).
     """
     home = lengths[0].device
     stacked = torch.stack([length.to(home) for length in lengths])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -23,7 +24,6 @@ graph_is_retained: Callable[[], bool] = getattr(
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
 current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
-
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
 # reaches p.grad.
 is_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
@@ -31,6 +31,14 @@ is_legacy_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batc
 
 # The tensor of which a tensor is a view; None if it is no view.
 view_base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
+
+
+def outside() -> int:
+    """Return the ``stacklevel`` of the first caller outside this library and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fop", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def is_exporting() -> bool:

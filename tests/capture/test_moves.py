@@ -416,3 +416,32 @@ def test_module_replaced_by_one_with_new_parameters() -> None:
     rows = optimizer.summary().rows
     assert [row.reason for row in rows[:2]] == ["belongs to no module any more"] * 2
     assert [row.path for row in rows[2:]] == ["FOP", "FOP"]
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_one_parameter_of_a_layer_is_replaced(key: str) -> None:
+    """The other one keeps its place; the state of both goes on."""
+    model = mlp()
+    optimizer = FOP(model, **RUN)
+    layer = model[0]
+    train_step(model, optimizer, *batch(6, 0))
+    momentum = optimizer.state[getattr(layer, key)]["momentum_buffer"]
+    setattr(layer, key, nn.Parameter(getattr(layer, key).detach().clone()))
+    optimizer.zero_grad()
+    for seed in (1, 2):
+        before = snapshot(model)
+        train_step(model, optimizer, *batch(6, seed))
+        assert_differs(snapshot(model), before)
+    assert optimizer.state[getattr(layer, key)]["momentum_buffer"] is momentum
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+    assert [each.why_kfac for each in optimizer.diagnostics().layers.values()] == [None, None]
+
+
+def test_parameters_replaced_before_the_first_step() -> None:
+    """Every parameter then has a state, as without the change: torch.distributed.checkpoint needs it."""
+    model = mlp()
+    optimizer = FOP(model, momentum=0.0)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    for seed in (1, 2):
+        train_step(model, optimizer, *batch(6, seed))
+    assert all(optimizer.state.get(param) for param in model.parameters())

@@ -149,6 +149,8 @@ def test_warning_of_a_pattern_that_nothing_matches(bare: bool) -> None:
     assert "no module matches 'fc*'" in messages[0]
     assert "no module matches Conv2d" in messages[1]
     assert {warning.category for warning in caught} == {UserWarning}
+    here = {__file__, train_step.__code__.co_filename}
+    assert {warning.filename for warning in caught} <= here
 
 
 def test_a_change_of_the_dict_afterwards_has_no_effect() -> None:

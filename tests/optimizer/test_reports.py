@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from contract import ours
 from fop import FOP, KFAC
+from internals import Refusals
 from models import Attentive, Mixed, batch, conv_net, loss_of, mlp, sentences, tokens, train_step
 from reference import ReferenceFOP, half_squared_error
 
@@ -187,6 +188,15 @@ def test_summary_of_diagonal_curvature() -> None:
         "embed", "attention.in_proj", "attention.out_proj", "norm", "down", "up", "group", "head",
     }  # fmt: skip
     assert str(optimizer.diagnostics()).count("–") == 2, "the two without G"
+
+
+def test_summary_follows_beta_of_the_group() -> None:
+    model = mlp()
+    optimizer = FOP(model)
+    train_step(model, optimizer, *batch(6, 0))
+    for beta, path in ((0.0, "K-FAC"), ("adaptive", "FOP")):
+        optimizer.param_groups[0]["beta"] = beta
+        assert {row.path for row in optimizer.summary().rows} == {path}
 
 
 def test_summary_prints_as_a_table() -> None:
@@ -444,3 +454,11 @@ def test_reports_alone_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     other.step()
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         other.diagnostics()
+
+
+def test_refusals_of_a_model_that_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was counted on one device does not meet what is counted on the next."""
+    refusals, finite = Refusals(), torch.ones(1, dtype=torch.bool)
+    monkeypatch.setattr(Refusals, "report", lambda self: None)
+    for device in ("meta", "cpu", "meta"):
+        refusals.count(("layer",), finite.to(device))

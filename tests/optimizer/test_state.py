@@ -255,15 +255,19 @@ def test_state_made_by_a_step_of_nothing_before_the_first_pass(make: Make) -> No
 
 
 @every
-@pytest.mark.parametrize("assign", [False, True])
-def test_state_may_be_thrown_away(make: Make, assign: bool) -> None:
+@pytest.mark.parametrize("steps", [6, 11])
+@pytest.mark.parametrize("way", ["assign", "clear", "clear each"])
+def test_state_may_be_thrown_away(make: Make, way: str, steps: int) -> None:
     """Scripts reset an optimizer by emptying its state; it fills up again, and what is saved is complete."""
-    model, optimizer = trained(make, 6)
+    model, optimizer = trained(make, steps)
     keys = [set(optimizer.state[p]) for p in model.parameters()]
-    if assign:
+    if way == "assign":
         optimizer.state = defaultdict(dict)
-    else:
+    elif way == "clear":
         optimizer.state.clear()
+    else:
+        for state in optimizer.state.values():
+            state.clear()
     train(model, optimizer, range(6, 9))
     assert [set(optimizer.state[p]) for p in model.parameters()] == keys
     twin = copied(model)

@@ -1,6 +1,6 @@
 """Hooks on modules that record what one forward and one backward pass give of each weight."""
 
-from fop.capture.compiled import trace_anew
+from fop.capture.compiled import retrace
 from fop.capture.finder import FirstForwardHook, Seen
 from fop.capture.hooks import AttentionUse, ForwardUse, Hook, ModelWatch, in_place, parameter_of, remove_all
 from fop.capture.recorder import Recorder, SubBatchLabel
@@ -20,6 +20,6 @@ __all__ = [
     "local",
     "parameter_of",
     "remove_all",
+    "retrace",
     "stands_for",
-    "trace_anew",
 ]

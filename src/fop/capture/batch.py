@@ -45,7 +45,7 @@ class Batch:
 
     Attributes:
         size: dim 0 of the model's own input, None if it has no tensor input.
-        ambiguous: whether some modules may have the samples in another dimension, and it is not known which.
+        ambiguous: whether some modules may have the samples in another dimension, unknown which.
         storages: addresses of the model's tensor inputs, None where they are not known.
         sequences: (length, N) of every input to a module with ``batch_first=False``.
         asked: whether a backward pass has asked for a layout.

@@ -28,7 +28,7 @@ _collectors: weakref.WeakValueDictionary[int, ForwardUse] = weakref.WeakValueDic
 _count = itertools.count()
 
 
-def trace_anew() -> None:
+def retrace() -> None:
     """Let torch.compile trace every model again: it does not notice hooks that came after its trace.
 
     Not of this model alone: another model of the same class shares what was compiled for its code.

@@ -167,10 +167,7 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
 class ModuleUse(ABC):
     """One module that uses a weight, and the hooks on it.
 
-    Args:
-        layer: how this module sees the weight.
-        names: the module's names for weight and bias, dotted where a submodule owns them; None for no bias.
-        watch: hooks on the model that the module belongs to.
+    ``names`` are the module's for weight and bias, dotted where a submodule owns them; None for no bias.
     """
 
     def __init__(

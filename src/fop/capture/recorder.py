@@ -38,16 +38,12 @@ class Recorder:
 
     The hooks know it by weak reference only: dropping the optimizer drops the recorder.
 
-    Args:
-        bias: the bias, if it belongs to the weight's layer.
-        label: what the user says of running backward passes.
-        count: number of sub-batches K.
-
     Attributes:
+        params: the weight, and the bias if it belongs to the weight's layer.
+        count: number of sub-batches K, from the coming gradient on.
         paired: whether sub-batch gradients are wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
-        statistics: of the curvature, None if none were due.
         samples: N of all passes together.
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
         taken: whether the gradient is taken away after a pass that averages (FSDP, and mode "lean").
@@ -55,25 +51,20 @@ class Recorder:
         sharded: whether this rank has a shard of the weight only (FSDP).
         accumulates: whether the last pass added to a gradient that was still there, where ``taken``.
         stand_ins: the parameter of every unsharded tensor that FSDP puts in its place while a module runs.
-        uses: the modules that use the weight.
-        completed: called when a backward pass has given all gradients of the layer, with these by parameter;
-            None for nobody to call.
+        completed: called when a backward pass has given all gradients of the layer, with these by parameter.
     """
 
-    def __init__(
-        self, layer: Layer, weight: Tensor, bias: Tensor | None, label: SubBatchLabel, count: int
-    ) -> None:
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, label: SubBatchLabel) -> None:
         self.layer = layer
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
-        self.paired, self.due, self.counted = True, True, False
+        self.paired, self.due, self.counted, self.count = True, True, False, 2
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.uses: list[ModuleUse] = []
         self._label = label
-        self._count = count
         # What the running backward passes have given so far.
         self._passes: dict[int, PassRecord] = {}
         self._handles: list[RemovableHandle] = []
@@ -84,7 +75,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget what was recorded: the gradients were zeroed, or a step has used it."""
-        self.sub_batches = SubBatches(self.layer, self.params, self._count)
+        self.sub_batches = SubBatches(self.layer, self.params, self.count)
         self.statistics: Statistics | None = None
         self.samples = 0
         self.averaged = False
@@ -155,7 +146,7 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch, outer: int = -1) -> None:
-        """Record one use of the weight in a running backward pass, which ``layer`` describes.
+        """Record one use of the weight, which ``layer`` describes, in a running backward pass.
 
         ``x`` is None if it was changed since the forward pass; ``outer`` is the backward pass that repeated
         the forward pass (reentrant checkpointing), -1 if none did.
@@ -193,9 +184,8 @@ class Recorder:
             x, b = layout.batched(x), layout.batched(b)
         ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
         if ends and ends[0] == 0:
-            record.problem = (
-                record.problem or f"a batch of {layout.samples} cannot be split in {len(ends) + 1}"
-            )
+            how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
+            record.problem = record.problem or f"a batch of {layout.samples} {how}"
         sums = record.sums
         if self.paired and self.sub_batches.split and record.problem is None:
             ranges = zip([0, *ends], ends, strict=False)
@@ -259,7 +249,7 @@ class Recorder:
             elif not self.accumulates:
                 # The gradients of the passes so far are gone, their statistics are not.
                 self._last_samples = 0
-                self.sub_batches = SubBatches(self.layer, self.params, self._count)
+                self.sub_batches = SubBatches(self.layer, self.params, self.count)
             return
         self.restarted = gradient is None or (id(gradient), gradient._version) != self._version
         if self.restarted:

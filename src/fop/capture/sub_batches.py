@@ -191,12 +191,8 @@ class SubBatches:
 
         If p.grad was scaled as a whole since the backward pass (unscaling, norm clipping), the sub-batch
         gradients follow; after any other change the differences are 0, which makes the step K-FAC's.
-
-        Args:
-            average: Ga, the gradient matrix of p.grad as it is now.
-            complete: what `compare` found at the last statistics, None before the first.
-            reduction: how the loss joins samples; decides what passes of different N weigh.
-            changed: whether p.grad may have changed since the backward pass.
+        ``average`` is Ga, ``complete`` what `compare` found at the last statistics, and ``changed`` whether
+        p.grad may have changed since the backward pass.
         """
         known = [param for param in self._params if param.grad is not None and param in self.measures]
         recorded = not self._dropped and (all(self._passes) or self.sums.first)
@@ -230,6 +226,8 @@ class SubBatches:
     def _why_unknown(self) -> str:
         if self._reason is None and not any(self._passes):
             return "p.grad was not made by a backward pass through the layer"
+        if self._reason is None and sum(map(bool, self._passes)) > 1:
+            return "it had no backward pass of some sub-batches"
         return self._reason or "its backward passes were all of one sub-batch"
 
     def _earlier_matrix(self, k: int) -> Tensor:

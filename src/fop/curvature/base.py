@@ -23,11 +23,8 @@ NEVER = -1
 class Curvature(ABC):
     """The curvature of one weight: averaged statistics, their damped inverse, products with both.
 
-    A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`.
-
-    Args:
-        views: how each use of the weight sees it, ``layer`` among them.
-        state: the optimizer's state of the weight, so that a checkpoint is complete.
+    A new approximation is a subclass in a file of its own and a row in `fop.curvature.registry`. ``views``
+    are the layers of all uses of the weight; ``state`` is the optimizer's, so that a checkpoint is complete.
 
     Attributes:
         averages: names of the averaged statistics in the state.
@@ -50,7 +47,7 @@ class Curvature(ABC):
         shapes = self.entries(layer)
         if any(name in state and tuple(state[name].shape) != shape for name, shape in shapes.items()):
             # Loaded before the layer was known, from a run with other options or bias: estimate again.
-            for name in (*shapes, "refresh_at", "refreshed_at", "complete"):
+            for name in (*shapes, "refresh_at", "refreshed_at", "complete", "inverse_at"):
                 state.pop(name, None)
         self.load(state)
 
@@ -58,7 +55,7 @@ class Curvature(ABC):
         """Use another state."""
         self.state = state
         self.ready = self.held
-        self.pending = state.get("inverse_at", NEVER) != NEVER
+        self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
     def estimated(self) -> bool:
@@ -72,8 +69,9 @@ class Curvature(ABC):
 
     def drop(self) -> None:
         """Forget the tensors; another rank owns the weight."""
-        for name in (*self.averages, *self.inverses):
+        for name in (*self.averages, *self.inverses, "inverse_at"):
             self.state.pop(name, None)
+        self.pending = False
 
     @classmethod
     def unsupported(cls, layer: Layer) -> str | None:
@@ -88,10 +86,7 @@ class Curvature(ABC):
     @classmethod
     @abstractmethod
     def plausible(cls, state: Mapping[str, Any], shape: torch.Size) -> dict[str, Shape] | None:
-        """Return what `entries` may be of a saved state whose layer is not known; None for another kind's.
-
-        ``shape`` is the parameter's.
-        """
+        """Return what `entries` may be of a parameter's saved state; None for another kind's."""
 
     def estimate(
         self, statistics: Statistics, reduction: Reduction, loss_scale: Tensor | None

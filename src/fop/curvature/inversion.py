@@ -35,14 +35,10 @@ class Inversion:
 def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Inversion]:
     """Return (M + shift·I)⁻¹ for every factor M by Cholesky, same-shape factors as one batch.
 
-    Args:
-        factors: symmetric positive semi-definite matrices, each (groups, d, d), or diagonals, each
-            (groups, d), in float32 or float64.
-        shifts: damping of each group of each factor, each (groups,).
-
-    Fallbacks, for the matrices that fail alone: float32 → float64 → more damping (times 10, at most
-    six times) → no inverse, and the caller keeps the last good one. Transfers one flag per matrix to the
-    host, once, so it belongs in steps with a curvature update only.
+    Factors are symmetric positive semi-definite, (groups, d, d), or diagonals, (groups, d), in float32 or
+    float64; each has ``shifts`` of (groups,). Fallbacks, for the matrices that fail alone: float32 → float64
+    → more damping (times 10, at most six times) → no inverse, and the caller keeps the last good one.
+    Transfers one flag per matrix to the host, once, so it belongs in steps with a curvature update only.
     """
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for index, factor in enumerate(factors):

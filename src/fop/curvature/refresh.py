@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
@@ -48,7 +49,8 @@ class Refresher:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._jobs: dict[Curvature, _Job] = {}
+        # Weak: a weight whose parameter was replaced gets another curvature.
+        self._jobs: MutableMapping[Curvature, _Job] = weakref.WeakKeyDictionary()
 
     def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
         """Take estimates into the averages and invert these.
@@ -78,13 +80,10 @@ class Refresher:
                 curvature.state |= NOTHING_PENDING
             if later and curvature.held:
                 step, delay, damping = (group[name] for name in ("step", "inverse_delay", "damping"))
-                curvature.state |= {
-                    "inverse_at": step + delay,
-                    "inverse_of": step,
-                    "inverse_damping": damping,
-                }
+                pending = {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
+                curvature.state |= pending
                 curvature.pending = True
-                self._submit(curvature, damping)
+                self._jobs[curvature] = self._submit(curvature, damping)
             else:
                 of_this, added = curvature.matrices(group["damping"])
                 due.append((curvature, group, len(of_this)))
@@ -104,38 +103,46 @@ class Refresher:
             state = curvature.state
             if not curvature.pending or (step is not None and state["inverse_at"] > step):
                 continue
-            if curvature not in self._jobs:
-                # The state was loaded in between.
-                self._submit(curvature, state["inverse_damping"])
-            inversions = self._jobs.pop(curvature)()
+            job = self._jobs.pop(curvature, None)
+            if job is None or not job.inverts(curvature):
+                # The state was loaded, moved or replaced in between.
+                job = self._submit(curvature, state["inverse_damping"])
+            inversions = job()
             fallbacks += _store(curvature, inversions, state["inverse_of"], state["inverse_damping"])
             state["inverse_at"], curvature.pending = NEVER, False
         return fallbacks
 
     def forget(self) -> None:
-        """Forget what is pending: another state was loaded."""
+        """Compute what is pending again when it is due: another state was loaded, or it has moved."""
         self._jobs.clear()
 
-    def _submit(self, curvature: Curvature, damping: float) -> None:
+    def _submit(self, curvature: Curvature, damping: float) -> _Job:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "fop-inversion")
-        self._jobs[curvature] = _Job(self._pool, *curvature.matrices(damping))
+        return _Job(self._pool, *curvature.matrices(damping))
 
 
 class _Job:
     """An inversion in another thread, and on a GPU in another stream."""
 
     def __init__(self, pool: ThreadPoolExecutor, matrices: list[Tensor], shifts: list[Tensor]) -> None:
-        self._ready = torch.cuda.current_stream().record_event() if matrices[0].is_cuda else None
+        device = self._device = matrices[0].device
+        self._ready = torch.cuda.current_stream(device).record_event() if matrices[0].is_cuda else None
         self._done: torch.cuda.Event | None = None
+        self._matrices = matrices
         self._future = pool.submit(self._run, matrices, shifts)
+
+    def inverts(self, curvature: Curvature) -> bool:
+        """Return whether these are the averages that the curvature has now."""
+        now, _ = curvature.matrices(0.0)
+        return all(one is other for one, other in zip(self._matrices, now, strict=True))
 
     @torch.no_grad()
     def _run(self, matrices: list[Tensor], shifts: list[Tensor]) -> list[Inversion]:
         with torch.profiler.record_function("fop::inversion"):
             if self._ready is None:
                 return damped_inverses(matrices, shifts)
-            stream = torch.cuda.Stream(matrices[0].device)
+            stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
                 stream.wait_event(self._ready)
                 inversions = damped_inverses(matrices, shifts)
@@ -145,7 +152,12 @@ class _Job:
     def __call__(self) -> list[Inversion]:
         inversions = self._future.result()
         if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._done)
+            for inversion in inversions:
+                if inversion.inverse is not None:
+                    # Its memory is of another stream, which must not reuse it while this one reads.
+                    inversion.inverse.record_stream(stream)
         return inversions
 
 

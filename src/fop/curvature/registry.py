@@ -27,11 +27,7 @@ def kind_of(layer: Layer) -> type[Curvature]:
 
 
 def make_curvature(layer: Layer, views: Sequence[Layer], state: dict[str, Any]) -> Curvature:
-    """Return the curvature of a weight; the arguments are those of `Curvature`.
-
-    Raises:
-        ValueError: the layer's options name an approximation that does not fit it.
-    """
+    """Return the curvature of a weight; ValueError if the layer's options name one that does not fit."""
     kind = kind_of(layer)
     if (why := kind.unsupported(layer)) is not None:
         fitting = [name for name, other in KINDS.items() if other.unsupported(layer) is None]

@@ -44,10 +44,6 @@ def make_distributor(options: Distribution | None, optimizer: JoinableOptimizer)
 class Distributor:
     """This process alone: it owns every weight. `fop.distributed.ranks` has the same for several.
 
-    Args:
-        options: how ranks work together; None if every rank trains a model of its own.
-        optimizer: whose steps these are; held weakly.
-
     Attributes:
         plan: which rank owns which weight; None on one process.
         bytes_sent: bytes sent to other ranks, by category.
@@ -91,13 +87,8 @@ class Distributor:
     ) -> tuple[list[Binding], dict[Binding, Statistics | None]]:
         """Begin a step: bring gradients and statistics together, and clip the gradients.
 
-        Args:
-            max_grad_norm: norm that all gradients together may have, None for any.
-            describe: returns what must be the same on all ranks.
-
-        Returns:
-            The bindings that take part in the step; and, of those whose curvature is due, the statistics,
-            None where this process has none.
+        Returns the bindings that take part in the step; and, of those whose curvature is due, the statistics,
+        None where this process has none. ``describe`` returns what must be the same on all ranks.
         """
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(list(self._groups), max_grad_norm)

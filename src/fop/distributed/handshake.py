@@ -23,11 +23,7 @@ Description: TypeAlias = dict[str, Any]
 def describe(
     groups: Sequence[Mapping[str, Any]], bindings: Bindings, distribution: Distribution | None
 ) -> Description:
-    """Return what this rank says of its model and options.
-
-    Raises:
-        ValueError: the parameters of this rank are on several devices.
-    """
+    """Return what this rank says of its model and options; ValueError if it is on several devices."""
     check_devices((param for group in groups for param in group["params"]), bindings.names)
     said: Description = {"the options of distributed": str(portable(distribution))}
     said["the number of parameter groups"] = len(groups)
@@ -118,9 +114,7 @@ def shake_hands(
 ) -> Plan:
     """Compare model and options with the other ranks, drop the curvature that others own; return the plan.
 
-    Raises:
-        ValueError: the ranks disagree, a pair by parity is asked of an odd number of ranks, there are more
-            than two sub-batches, or parameters are sharded in a way that is not known.
+    ValueError if ranks disagree, or if options or shards are such that ranks cannot work together.
     """
     if options.pair == "parity" and channel.size % 2:
         raise ValueError(

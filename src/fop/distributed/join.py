@@ -17,6 +17,8 @@ class JoinableOptimizer:
 
     param_groups: list[dict[str, Any]]
     _distributor: Any
+    _follow_model: Callable[[], None]
+    _step: Callable[[], None]
 
     @torch.no_grad()
     def step_without_batch(self) -> None:
@@ -28,12 +30,6 @@ class JoinableOptimizer:
         self._follow_model()
         self._step()
         self._distributor.without_batch = False
-
-    def _follow_model(self) -> None:
-        raise NotImplementedError
-
-    def _step(self) -> None:
-        raise NotImplementedError
 
     def join_hook(self, **options: Any) -> JoinHook:
         """Return what `Join` calls on ranks without a batch."""
@@ -54,9 +50,7 @@ class JoinableOptimizer:
 class JoinHook:
     """Takes the steps of the others on a rank that has no batch left.
 
-    Args:
-        optimizer: held weakly.
-        first: the hook of DistributedDataParallel, which is called before; None if `Join` has the optimizer.
+    ``first`` is the hook of DistributedDataParallel, called before; None if `Join` has the optimizer.
     """
 
     def __init__(self, optimizer: JoinableOptimizer, first: Any = None) -> None:

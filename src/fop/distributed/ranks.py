@@ -21,9 +21,8 @@ from fop.distributed.options import Distribution
 from fop.distributed.updates import clip_shared, gather_gradients, share_updates
 from fop.distributed.wrappers import Wrappers, average, average_lean, check_group, share_gradients
 from fop.layers import Statistics
-from fop.report import outside
 from fop.step_size import Update
-from fop.torch_internals import after_backward, is_joining
+from fop.torch_internals import after_backward, is_joining, outside
 
 
 class Ranks(Distributor):

@@ -132,11 +132,8 @@ def clip_shared(
 ) -> list[Shared]:
     """Scale the gradients of a step together, as `torch.nn.utils.clip_grad_norm_`, after updates were made.
 
-    Args:
-        shared: the updates, which grow as their gradients do.
-        squares: squared norms of these gradients.
-        rest: all other gradients, scaled in place.
-        max_norm: the norm that all together may have.
+    Updates grow as their gradients do, of which ``squares`` are the squared norms; ``rest`` are all other
+    gradients, scaled in place.
     """
     squares = [*squares, *(gradient.square().sum().to(squares[0]) for gradient in rest)]
     coefficient = clip_coefficient(squares, max_norm)

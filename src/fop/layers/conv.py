@@ -25,10 +25,8 @@ class ConvLayer(RowLayer):
         self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
     ) -> None:
         self.spatial, self.taps = len(module.kernel_size), prod(module.kernel_size)
-        out_dim, in_dim = (
-            module.out_channels // module.groups,
-            module.in_channels // module.groups * self.taps,
-        )
+        out_dim = module.out_channels // module.groups
+        in_dim = module.in_channels // module.groups * self.taps
         super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
         self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
