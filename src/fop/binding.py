@@ -21,8 +21,8 @@ from fop.capture import (
     SubBatchLabel,
     in_place,
     local,
-    stands_for,
     retrace,
+    stands_for,
 )
 from fop.curvature import make_curvature, next_refresh
 from fop.discovery import FoundLayer, find_layers

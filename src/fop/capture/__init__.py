@@ -20,6 +20,6 @@ __all__ = [
     "local",
     "parameter_of",
     "remove_all",
-    "stands_for",
     "retrace",
+    "stands_for",
 ]
