@@ -31,6 +31,7 @@ from distributed_internals import (
     fop_direction,
     make_plan,
 )
+from fop.curvature import make_curvature
 
 thorough = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
