@@ -31,6 +31,7 @@ from distributed_internals import (
     fop_direction,
     make_plan,
 )
+from fop.curvature import make_curvature
 
 thorough = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -107,17 +108,13 @@ def real(name: str) -> tuple[Layer, LayerSize]:
     described = describe(build(), LayerOptions(**options))
     assert isinstance(described, list), described
     layer = described[0].build("no bias" not in name and name != "embedding", LayerOptions())
-    shapes = layer.factor_shapes
-    groups, out, columns = layer.matrix_shape
-    if "G" not in shapes:
-        return layer, LayerSize(name, groups, out, columns, single=True)
-    return layer, LayerSize(name, groups, out, columns, len(shapes["A"]) == 2, len(shapes["G"]) == 2)
+    return layer, make_curvature(layer, [layer], {}).size(name)
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_sizes_are_those_of_the_tensors(name: str) -> None:
     layer, size = real(name)
-    factors = [torch.empty(shape) for shape in layer.factor_shapes.values()]
+    factors = [torch.empty(shape) for shape in layer.factor_shapes]
     assert size.gradient_elements == torch.empty(layer.matrix_shape).numel()
     assert size.factor_elements == sum(factor.numel() for factor in factors)
     sent = 0
