@@ -21,7 +21,7 @@ _CALLERS = 16
 
 
 def overflowed(optimizer: Optimizer) -> bool:
-    """Return whether a scaler found infinite gradients; waits for the device, as torch does under a scaler."""
+    """Return whether a scaler found infinite gradients; waits for the device, as torch does, too."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
