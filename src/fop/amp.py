@@ -21,20 +21,13 @@ _CALLERS = 16
 
 
 def overflowed(optimizer: Optimizer) -> bool:
-    """Return whether a scaler found infinite gradients, so that the step must change nothing.
-
-    Waits for the device, only under a scaler: as torch does for every optimizer outside the protocol.
-    """
+    """Return whether a scaler found infinite gradients; waits for the device, as torch does, too."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
 
 def unscale(optimizer: Optimizer, params: Iterable[Tensor]) -> Tensor | None:
-    """Unscale p.grad in place if the scaler left that to the optimizer.
-
-    Returns:
-        0-dim, what the loss was multiplied with in the backward pass; None for 1.
-    """
+    """Unscale p.grad in place if the scaler left that to the optimizer; return the loss scale, None for 1."""
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         inverse = scale.double().reciprocal().float()

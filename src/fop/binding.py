@@ -98,10 +98,7 @@ class Binding:
         return self.layer.to_matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
 
     def parts(self, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, its part of a gradient matrix) for the parameters that take part in a step.
-
-        Those are the weight, and the bias if it has a gradient, here or at the owner.
-        """
+        """Return (parameter, its part of a gradient matrix) of the weight, and of a bias with a gradient."""
         weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
         bias = self.bias
         if bias is None or not (bias.requires_grad if self.lean else bias.grad is not None):

@@ -435,13 +435,3 @@ def test_one_parameter_of_a_layer_is_replaced(key: str) -> None:
     assert optimizer.state[getattr(layer, key)]["momentum_buffer"] is momentum
     assert {row.path for row in optimizer.summary().rows} == {"FOP"}
     assert [each.why_kfac for each in optimizer.diagnostics().layers.values()] == [None, None]
-
-
-def test_parameters_replaced_before_the_first_step() -> None:
-    """Every parameter then has a state, as without the change: torch.distributed.checkpoint needs it."""
-    model = mlp()
-    optimizer = FOP(model, momentum=0.0)
-    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-    for seed in (1, 2):
-        train_step(model, optimizer, *batch(6, seed))
-    assert all(optimizer.state.get(param) for param in model.parameters())

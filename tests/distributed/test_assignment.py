@@ -31,6 +31,7 @@ from distributed_internals import (
     fop_direction,
     make_plan,
 )
+from fop.curvature import make_curvature
 
 thorough = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -107,11 +108,7 @@ def real(name: str) -> tuple[Layer, LayerSize]:
     described = describe(build(), LayerOptions(**options))
     assert isinstance(described, list), described
     layer = described[0].build("no bias" not in name and name != "embedding", LayerOptions())
-    shapes = layer.factor_shapes
-    groups, out, columns = layer.matrix_shape
-    if len(shapes) == 1:
-        return layer, LayerSize(name, groups, out, columns, single=True)
-    return layer, LayerSize(name, groups, out, columns, *(len(shape) == 2 for shape in shapes))
+    return layer, make_curvature(layer, [layer], {}).size(name)
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -116,6 +116,10 @@ def shake_hands(
 
     ValueError if ranks disagree, or if options or shards are such that ranks cannot work together.
     """
+    mine = {"description": description, "has": [binding.curvature.held for binding in bindings]}
+    said = channel.gather_objects(mine, "the model and the options")
+    check_agreement([each["description"] for each in said])
+    # After the exchange, so that no rank waits for one that has raised an error.
     if options.pair == "parity" and channel.size % 2:
         raise ValueError(
             f"distributed: pair='parity' needs an even number of ranks, and there are {channel.size}; use "
@@ -126,9 +130,6 @@ def shake_hands(
         raise ValueError(
             f"sub_batches={count} is for one process; several ranks split the batch in two, use sub_batches=2"
         )
-    mine = {"description": description, "has": [binding.curvature.held for binding in bindings]}
-    said = channel.gather_objects(mine, "the model and the options")
-    check_agreement([each["description"] for each in said])
     _check_shards([param for binding in bindings for param in binding.params], channel)
     plan = plan_for(bindings, options, channel.size, groups)
     for index, (binding, owner) in enumerate(zip(bindings, plan.owners, strict=True)):

@@ -27,9 +27,11 @@ class JoinableOptimizer:
             for param in group["params"]:
                 param.grad = None
         self._distributor.without_batch = True
-        self._follow_model()
-        self._step()
-        self._distributor.without_batch = False
+        try:
+            self._follow_model()
+            self._step()
+        finally:
+            self._distributor.without_batch = False
 
     def join_hook(self, **options: Any) -> JoinHook:
         """Return what `Join` calls on ranks without a batch."""
