@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fop.capture import Recorder
+from fop.capture.batch import Batch
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
 from fop.curvature.diagonal import DiagonalCurvature
@@ -79,6 +79,7 @@ def kfac_direction(curvature: Curvature, average: Tensor, *, eta: float | None =
 
 
 __all__ = [
+    "Batch",
     "ConvLayer",
     "Curvature",
     "DiagonalBlock",
@@ -89,7 +90,6 @@ __all__ = [
     "Layer",
     "LayerOptions",
     "LinearLayer",
-    "Recorder",
     "Refusals",
     "conv",
     "damped_diagonal",

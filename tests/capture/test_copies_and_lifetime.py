@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from fop import FOP, KFAC
-from internals import ConvLayer, Layer, LinearLayer, Recorder
+from internals import Batch, ConvLayer, Layer, LinearLayer
 from models import assert_differs, assert_equal, batch, conv_net, mlp, snapshot, train_step, weights
 from reference import half_squared_error
 
@@ -486,9 +486,9 @@ def test_graph_without_backward_dies_with_its_output() -> None:
 
 @pytest.mark.parametrize("library", [FOP, KFAC])
 def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"factor_sums": 0, "gradient": 0, "record": 0}
+    calls = {"factor_sums": 0, "gradient": 0, "layout": 0}
 
-    def count(kind: type[Layer] | type[Recorder], name: str) -> None:
+    def count(kind: type[Layer] | type[Batch], name: str) -> None:
         original = getattr(kind, name)
 
         def counted(self: Any, *args: Tensor) -> Any:
@@ -500,7 +500,7 @@ def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: p
     for kind in (LinearLayer, ConvLayer):
         count(kind, "factor_sums")
         count(kind, "gradient")
-    count(Recorder, "record")
+    count(Batch, "layout")
     model = conv_net()
     optimizer = library(model, curvature_interval=4)
     due_steps = 0
@@ -513,5 +513,5 @@ def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: p
         pair = library is FOP
         # With statistics the second half is computed too, to compare the sum with p.grad.
         gradients = 3 * pair * (1 + due)
-        assert did == {"factor_sums": 3 * due, "gradient": gradients, "record": 3 * (due or pair)}
+        assert did == {"factor_sums": 3 * due, "gradient": gradients, "layout": 3 * (due or pair)}
     assert 10 < due_steps < 30
