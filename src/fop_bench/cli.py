@@ -6,32 +6,35 @@ import inspect
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+from torch.multiprocessing.spawn import ProcessException
 
-from fop_bench import scale_report
+from fop_bench import scale as scaling
 from fop_bench.cost_model import H100
 from fop_bench.defaults_report import write_report as write_defaults_report
-from fop_bench.demo import protocol as demo_protocol
-from fop_bench.demo import run_demo
 from fop_bench.environment import environment
-from fop_bench.overhead import Measurement, measure_overhead
+from fop_bench.overhead import measure_overhead, overhead_sheet
 from fop_bench.paper import paper_page
-from fop_bench.plot import plot_demo
+from fop_bench.plots import plot_surface
 from fop_bench.recipes import DEFAULTS, RECIPES
-from fop_bench.report import demo_markdown, demo_table, overhead_table, write_json
+from fop_bench.report import write_json
+from fop_bench.run_records import read_runs
 from fop_bench.runner import OnRun, Selection, make
-from fop_bench.scale import Measurement as Measured
-from fop_bench.scale import measure_scale
+from fop_bench.study import comparison_table, studies
 from fop_bench.study_report import write_report
-from fop_bench.surface_cli import surface
-from fop_bench.terminal import console_here, data_option, device_option, out_option, progress_bars
+from fop_bench.surface import Question
+from fop_bench.surface import surface as measure_surface
 from fop_bench.workloads import MODELS, PLAIN_STEPS, Workload
 from fop_bench.world import World, under_torchrun, world_on
 
@@ -44,17 +47,46 @@ def main() -> None:
     """Measure FOP against SGD, AdamW and K-FAC."""
 
 
-main.add_command(surface)
+def _device(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.device:
+    name = value or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # timing events are recorded on the current device
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+device_option = click.option(
+    "--device", callback=_device, metavar="DEVICE", help="cpu or cuda[:N]; default: a GPU if there is one."
+)
+data_option = click.option(
+    "--data",
+    help="Folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub; not for digits.",
+)
+
+
+def out_option(default: str | None, *, file: bool = False, **given: Any) -> Callable[[Any], Any]:
+    """Return --out for a folder, or for a file."""
+    kind = click.Path(path_type=Path, file_okay=file, dir_okay=not file)
+    return click.option("--out", type=kind, default=default, **given)
+
+
+def console_here() -> Console:
+    """Return the console; a table that is written to a file or a pipe is not squeezed into 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
 
 
 @contextmanager
 def _bar_of_runs(title: str, hidden: bool = False) -> Iterator[OnRun]:
     """Yield what a runner calls before and after a run."""
-    with progress_bars(console_here()) as progress:
-        progress.disable = hidden
+    with Progress(console=console_here(), disable=hidden) as progress:
         bar = progress.add_task(title, total=None)
         yield lambda done, planned, title: progress.update(
-            bar, completed=done, total=planned, description=title
+            bar, completed=done, total=planned, description=f"{done} of {planned} · {title}"
         )
 
 
@@ -203,27 +235,24 @@ def defaults(
 
 
 @main.command()
-@out_option("fop-demo", help="Folder for the results.")
+@out_option("fop-demo")
 @device_option
 @click.option("--quick", is_flag=True, help="Two seeds, two epochs: shows that all works; not a result.")
 def demo(out: Path, device: torch.device, quick: bool) -> None:
     """Train a small CNN on handwritten digits at batch 64, 512 and the full training set.
 
-    Takes about two minutes on two CPU cores. Writes demo.json, demo.png and README.md into --out.
+    Takes about two minutes on two CPU cores. Writes the runs, README.md and its plots into --out.
     """
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
     torch.set_num_threads(1)
-    where, study = environment(device), "demo-quick" if quick else "demo"
-    with _bar_of_runs("demo") as on_run:
-        entries = run_demo(study, device, on_run)
-    results = [asdict(entry) for entry in entries]
-    write_json(
-        out / "demo.json", {"environment": where, "protocol": demo_protocol(study), "results": results}
-    )
-    plot_demo(entries, out / "demo.png")
-    (out / "README.md").write_text(demo_markdown(entries, where), encoding="utf-8")
-    console_here().print(demo_table(entries))
-    console_here().print(f"Wrote demo.json, demo.png and README.md to {out}", soft_wrap=True)
+    chosen = Selection("digits", "demo-quick" if quick else "demo")
+    (out / f"{chosen.study}.jsonl").unlink(missing_ok=True)
+    with _errors(), _bar_of_runs("demo") as on_run:
+        make(chosen, data=None, world=World(device), out=out, jobs=1, minutes=600.0, on_run=on_run)
+        page = write_report(out)
+    (study,) = (each for each in studies(read_runs(out)) if each.name == chosen.study)
+    console_here().print(Markdown(comparison_table(study)))
+    click.echo(f"Wrote {page}, its plots and {chosen.study}.jsonl")
 
 
 @main.command()
@@ -245,19 +274,15 @@ def overhead(
         for batch in batches
         for precision in ([False, True] if bf16 is None else [bf16])
     ]
-    where = environment(device)
-    measurements: list[Measurement] = []
-    with progress_bars(console_here()) as progress:
-        task = progress.add_task("", total=len(todo) * rounds)
+    where, results = environment(device), []
+    with Progress(console=console_here()) as progress:
+        task = progress.add_task("rounds", total=len(todo) * rounds)
         for workload in todo:
-            precision = "bf16" if workload.bf16 else "float32"
-            progress.update(task, description=f"{workload.model} · batch {workload.batch_size} · {precision}")
-            measurements += measure_overhead(workload, device, rounds, lambda: progress.advance(task))
+            results += measure_overhead(workload, device, rounds, lambda: progress.advance(task))
             # After every workload: one that does not fit into memory takes no other's result with it.
-            results = [asdict(each) for each in measurements]
             write_json(out, {"environment": where, "rounds": rounds, "results": results})
-    console_here().print(overhead_table(measurements))
-    console_here().print(f"Wrote {out}", soft_wrap=True)
+    console_here().print(overhead_sheet(results).table())
+    click.echo(f"Wrote {out}")
 
 
 @main.command()
@@ -270,69 +295,84 @@ def overhead(
 )
 @click.option("--model", type=click.Choice([*MODELS]), default="resnet18", help="Network to step.")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Batch of every rank.")
-@click.option("--mode", type=click.Choice(["compatible", "lean", "both"]), default="both", help="FOP's mode.")
 @click.option("--rounds", type=click.IntRange(min=1), default=2, help="Turns of every optimizer.")
-@click.option("--trace", is_flag=True, help="Also write Chrome traces of curvature steps of rank 0.")
-@click.option("--minutes", type=MINUTES, default=30.0, help="Limit for each number of ranks.")
 @click.option("--predict", is_flag=True, help="Only predict bytes, memory and times for up to 1024 GPUs.")
 @out_option("fop-scale")
-def scale(
-    counts: tuple[int, ...],
-    model: str,
-    batch: int,
-    mode: str,
-    rounds: int,
-    trace: bool,
-    minutes: float,
-    predict: bool,
-    out: Path,
-) -> None:
+def scale(counts: tuple[int, ...], model: str, batch: int, rounds: int, predict: bool, out: Path) -> None:
     """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones.
 
     Writes scale.json and README.md into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(counts)) or (scale_report.GPUS if predict else MEASURED)
+    counts = tuple(dict.fromkeys(counts)) or (scaling.GPUS if predict else MEASURED)
     console = console_here()
     if predict:
-        predicted = scale_report.predictions(counts)
-        tables = {title: [asdict(row) for row in rows] for title, rows in predicted.items()}
-        write_json(out / "prediction.json", {"assumptions": asdict(H100), "results": tables})
-        (out / "prediction.md").write_text(scale_report.predicted_markdown(predicted), encoding="utf-8")
-        for sheet in scale_report.predicted_sheets(predicted):
+        predicted = scaling.predictions(counts)
+        write_json(out / "prediction.json", {"assumptions": H100, "results": predicted})
+        (out / "prediction.md").write_text(scaling.predicted_markdown(predicted), encoding="utf-8")
+        for sheet in scaling.predicted_sheets(predicted):
             console.print(sheet.table())
-        console.print(scale_report.assumptions(), soft_wrap=True)
+        console.print(scaling.ASSUMED, soft_wrap=True)
         console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)
         return
-    workload = Workload(model, batch, bf16=False)
+    workload, cores = Workload(model, batch, bf16=False), os.cpu_count() or 1
     where = environment(torch.device("cpu")) | {"threads": 1}
-    cores = os.cpu_count() or 1
-    modes = ["compatible", "lean"] if mode == "both" else [mode]
     protocol = {
         "workload": asdict(workload),
         "cores": cores,
-        "modes": modes,
         "rounds": rounds,
         "plain_steps_a_round": PLAIN_STEPS,
-        "transport": "gloo over the loopback interface",
     }
-    traces = out if trace else None
-    measurements: list[Measured] = []
-    with progress_bars(console) as progress:
-        task = progress.add_task("", total=len(counts))
-        for count in counts:
-            progress.update(task, description=f"{model} · batch {batch} · {count} rank{'s' * (count > 1)}")
+    results: list[scaling.Row] = []
+    with Progress(console=console) as progress:
+        for count in progress.track(counts, description=f"{model} · batch {batch}"):
             try:
-                measurements += measure_scale(workload, count, modes, rounds, minutes * 60, traces)
-            except (RuntimeError, TimeoutError) as error:
-                raise click.ClickException(str(error)) from error
-            progress.advance(task)
+                results += scaling.measure_scale(workload, count, rounds)
+            except ProcessException as error:
+                raise click.ClickException(f"rank {error.error_index} of {count} failed: {error}") from error
             # After every number of ranks: one that fails takes no other's result with it.
-            results = [asdict(each) for each in measurements]
             write_json(out / "scale.json", {"environment": where, "protocol": protocol, "results": results})
-            (out / "README.md").write_text(
-                scale_report.measured_markdown(measurements, where, cores), encoding="utf-8"
-            )
-    for sheet in scale_report.measured_sheets(measurements):
+            page = scaling.measured_markdown(results, where, cores)
+            (out / "README.md").write_text(page, encoding="utf-8")
+    for sheet in scaling.measured_sheets(results):
         console.print(sheet.table())
     console.print(f"Wrote scale.json and README.md to {out}", soft_wrap=True)
+
+
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
+SURFACE = f"""Draw the loss around a point of a training, with one step of K-FAC and of FOP from there.
+
+Trains with FOP first. Then K-FAC steps on the gradient of each half of one batch and on their mean, and
+FOP on the pair, all with the same curvature. Writes surface.json and surface.png into --out.
+
+RECIPE is one of: {", ".join(RECIPES)}."""
+SURFACE_BATCH = "Samples of a training step, and of the batch of the picture; even."
+
+
+@main.command(help=SURFACE)
+@click.argument("recipe", metavar="RECIPE")
+@data_option
+@click.option("--task", help="Data set of the recipe.  [default: its first]")
+@click.option("--batch", "batch_size", type=click.IntRange(min=2), default=1000, help=SURFACE_BATCH)
+@click.option("--epochs", type=click.IntRange(min=1), default=3, help="Training with FOP before the steps.")
+@click.option("--lr", type=ABOVE_0, default=0.1, help="Learning rate of training (constant) and steps.")
+@click.option("--damping", type=ABOVE_0, default=1e-4, help="λ of the training and steps.")
+@click.option("--seed", type=int, default=1, help="Of weights, order and the choice of the batch.")
+@device_option
+@click.option("--grid", "points", type=click.IntRange(min=2), default=25, help="Points along each side.")
+@out_option("fop-surface")
+def surface(device: torch.device, out: Path, **asked: Any) -> None:
+    """Run what `SURFACE` says."""
+    question = Question(**asked)
+    with _errors(), Progress(console=console_here()) as progress:
+        training = progress.add_task("training epochs", total=question.epochs)
+        rows = progress.add_task("rows of the surface", total=question.points)
+        steps = (lambda: progress.advance(training)), (lambda: progress.advance(rows))
+        result = measure_surface(question, device, on_epoch=steps[0], on_row=steps[1])
+        write_json(out / "surface.json", result)
+        plot_surface(result, out / "surface.png")
+    click.echo(f"loss of the batch: {result['origin']['whole']} at the point")
+    for step in result["steps"].values():
+        share = f"{step['share_in_plane']:.0%} of the step is in the plane"
+        click.echo(f"  {step['losses_at_end']['whole']} after {step['what']} ({share})")
+    click.echo(f"Wrote surface.json and surface.png to {out}")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from fop_bench.report import markdown_table, write_page
+from fop_bench.report import markdown_table, plus_minus, statistic, write_page
 from fop_bench.run_records import of_defaults
-from fop_bench.summary import plus_minus, statistic
 
 SHOWN = 12
 

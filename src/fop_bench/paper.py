@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fop_bench.report import markdown_table
+from fop_bench.report import markdown_table, plus_minus, statistic
 from fop_bench.run_records import Run, of_one_commit, read_runs
 from fop_bench.study import reached, studies
-from fop_bench.summary import plus_minus, statistic
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,22 @@ from pathlib import Path
 import pandas as pd
 
 from fop_bench.paper import PAPER_TABLES, paper_section
+from fop_bench.plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
+from fop_bench.plots import speed_up_reference as reference_of
 from fop_bench.report import markdown_table, write_page
 from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
-from fop_bench.study import Study, comparison_table, fop_table, options_table, studies, tuning_table, unfair
-from fop_bench.study_maps import map_sentence, map_table, maps
-from fop_bench.study_plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
-from fop_bench.study_plots import speed_up_reference as reference_of
+from fop_bench.study import (
+    Study,
+    comparison_table,
+    fop_table,
+    map_sentence,
+    map_table,
+    maps,
+    options_table,
+    studies,
+    tuning_table,
+    unfair,
+)
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "

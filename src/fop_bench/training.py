@@ -32,17 +32,6 @@ class Epoch:
     processor_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run: its curve ends before the epoch in which the loss became non-finite, if it did."""
-
-    learning_rate: float
-    seed: int
-    curve: list[Epoch]
-    diverged: bool
-    warnings: list[str]
-
-
 @dataclass
 class Progress:
     """How far a training is."""

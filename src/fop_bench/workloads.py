@@ -39,12 +39,6 @@ class Workload:
     batch_size: int
     bf16: bool
 
-    def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw inputs and class numbers."""
         shape = MODELS[self.model][1]

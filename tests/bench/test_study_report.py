@@ -10,10 +10,19 @@ import numpy as np
 import pytest
 
 from fop_bench.paper import PAPER_TABLES, paper_page
-from fop_bench.plot import STYLES, styles
-from fop_bench.study import Study, comparison_table, fop_table, reached, studies, tuning_table, unfair
-from fop_bench.study_maps import map_sentence, map_table, maps
-from fop_bench.study_plots import layered_runs, speed_up_reference
+from fop_bench.plots import STYLES, layered_runs, speed_up_reference, styles
+from fop_bench.study import (
+    Study,
+    comparison_table,
+    fop_table,
+    map_sentence,
+    map_table,
+    maps,
+    reached,
+    studies,
+    tuning_table,
+    unfair,
+)
 from fop_bench.study_report import write_report
 from study_records import line, map_runs, noisy_runs, write
 

@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from fop import FOP
 from fop_bench import surface as module
+from fop_bench.cli import surface
 from fop_bench.images import Source
+from fop_bench.plots import ARROWS, plot_surface
 from fop_bench.recipe import Contender, ImageTask, Recipe, Study
 from fop_bench.recipes import RECIPES
 from fop_bench.surface import PARTS, STEPS, FixedBatch, Plane, Point, picture_of, single_step
-from fop_bench.surface_cli import surface
-from fop_bench.surface_plot import ARROWS, plot_surface
 
 SIZE, CLASSES = 6, 3
 
