@@ -22,9 +22,8 @@ from torch.multiprocessing.spawn import ProcessException
 
 from fop_bench import scale as scaling
 from fop_bench.cost_model import H100
-from fop_bench.defaults_report import write_report as write_defaults_report
 from fop_bench.environment import environment
-from fop_bench.overhead import measure_overhead, overhead_sheet
+from fop_bench.overhead import MODELS, PLAIN_STEPS, Workload, measure_overhead, overhead_table
 from fop_bench.paper import paper_page
 from fop_bench.plots import plot_surface
 from fop_bench.recipes import DEFAULTS, RECIPES
@@ -32,14 +31,16 @@ from fop_bench.report import write_json
 from fop_bench.run_records import read_runs
 from fop_bench.runner import OnRun, Selection, make
 from fop_bench.study import comparison_table, studies
-from fop_bench.study_report import write_report
+from fop_bench.study_report import write_defaults, write_report
 from fop_bench.surface import Question
 from fop_bench.surface import surface as measure_surface
-from fop_bench.workloads import MODELS, PLAIN_STEPS, Workload
 from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
-MINUTES = click.FloatRange(min=0, min_open=True)
+MINUTES = ABOVE_0 = click.FloatRange(min=0, min_open=True)
+ABOVE = click.IntRange(min=1)
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -91,20 +92,12 @@ def _bar_of_runs(title: str, hidden: bool = False) -> Iterator[OnRun]:
 
 
 @contextmanager
-def _errors(lines: Path | None = None) -> Iterator[None]:
-    """Turn what may go wrong into messages; ``lines`` is where finished runs are."""
+def _errors() -> Iterator[None]:
+    """Turn what may go wrong into messages."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        if lines is None:
-            raise
-        raise click.ClickException(
-            f"stopped; every finished run is in {lines}, and the same command goes on"
-        ) from error
     except BrokenProcessPool as error:
-        raise click.ClickException(
-            "a worker was killed, perhaps for want of memory; no finished run is lost: go on by fewer --jobs"
-        ) from error
+        raise click.ClickException("a worker was killed; no finished run is lost; fewer --jobs?") from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
@@ -117,29 +110,11 @@ def _errors(lines: Path | None = None) -> Iterator[None]:
 @click.option("--batch", "batches", type=int, multiple=True, help="Only this batch size; may be repeated.")
 @click.option("--optimizer", "optimizers", multiple=True, help="Only this one; may be repeated.")
 @device_option
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    help="Runs at a time.  [default: one a GPU, one a core of the processor]",
-)
-@click.option(
-    "--minutes",
-    type=MINUTES,
-    default=60.0,
-    help="Stop after this time, in the middle of a run if need be; the same command goes on.",
-)
+@click.option("--jobs", type=ABOVE, help="Runs at a time.  [default: one a GPU, one a core]")
+@click.option("--minutes", type=MINUTES, default=60.0, help="Stop after this time, wherever a run is.")
 @out_option(None, help="Folder.  [default: fop-runs/RECIPE]")
 def run(
-    recipe: str,
-    study: str,
-    data: str | None,
-    tasks: tuple[str, ...],
-    batches: tuple[int, ...],
-    optimizers: tuple[str, ...],
-    device: torch.device,
-    jobs: int | None,
-    minutes: float,
-    out: Path | None,
+    recipe: str, study: str, device: torch.device, jobs: int | None, out: Path | None, **asked: Any
 ) -> None:
     """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl.
 
@@ -151,10 +126,11 @@ def run(
     jobs = jobs or (1 if device.type == "cuda" or under_torchrun() else os.cpu_count() or 1)
     if jobs > 1 and under_torchrun():
         raise click.BadParameter("ranks that torchrun started make one run at a time", param_hint="--jobs")
-    with _errors(lines):
-        chosen = Selection(recipe, study, tasks, optimizers, batches).checked()
+    with _errors():
+        chosen = Selection(recipe, study, *(asked.pop(each) for each in ("tasks", "optimizers", "batches")))
+        chosen = chosen.checked()
         with world_on(device) as world, _bar_of_runs(recipe, hidden=world.rank > 0) as on_run:
-            left = make(chosen, data=data, world=world, out=folder, jobs=jobs, minutes=minutes, on_run=on_run)
+            left = make(chosen, world=world, out=folder, jobs=jobs, on_run=on_run, **asked)
     end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
     if world.rank == 0:
         click.echo(f"{lines}: {end}. Tables and plots: fop-bench report {folder}")
@@ -165,23 +141,16 @@ run.help = f"{inspect.cleandoc(run.help or '')}\n\nRecipes and their studies:\n\
 
 
 @main.command()
-@click.argument(
-    "folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
-@click.option("--commit", help="Only the runs of this commit, where a folder holds several.")
-@click.option(
-    "--paper",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also write the paper's tables to this Markdown file, what these folders hold beside them.",
-)
-def report(folders: tuple[Path, ...], commit: str | None, paper: Path | None) -> None:
+@click.argument("folders", nargs=-1, required=True, type=FOLDER)
+@click.option("--paper", type=FILE, help="Also write the paper's tables, with ours, to this Markdown file.")
+def report(folders: tuple[Path, ...], paper: Path | None) -> None:
     """Make README.md and its plots in every one of FOLDERS, from the JSON lines in there alone."""
     with warnings.catch_warnings(record=True) as caught, _errors():
         warnings.simplefilter("always")
-        written = [write_report(folder, commit) for folder in folders]
+        written = [write_report(folder) for folder in folders]
         if paper is not None:
             paper.parent.mkdir(parents=True, exist_ok=True)
-            paper.write_text(paper_page(folders, commit), encoding="utf-8")
+            paper.write_text(paper_page(folders), encoding="utf-8")
             written.append(paper)
     for notice in dict.fromkeys(str(each.message) for each in caught):
         click.echo(f"Note: {notice}", err=True)
@@ -191,14 +160,10 @@ def report(folders: tuple[Path, ...], commit: str | None, paper: Path | None) ->
 
 @main.command()
 @click.argument("study", type=click.Choice([*DEFAULTS[0].studies]))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="CIFAR-10 as an image folder, train/<class>/*; without it only the digits tasks run.",
-)
+@click.option("--data", type=FOLDER, help="CIFAR-10 as train/<class>/*; without it only the digits.")
 @click.option("--tasks", default="", help="Only tasks whose name holds this text.")
 @device_option
-@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Runs at a time, one thread each.")
+@click.option("--jobs", type=ABOVE, default=2, help="Runs at a time, one thread each.")
 @click.option("--minutes", type=MINUTES, default=60.0, help="Stop after this time; call again to go on.")
 @out_option("fop-defaults")
 def defaults(
@@ -219,7 +184,7 @@ def defaults(
     if not chosen:
         raise click.BadParameter(f"{tasks!r} matches none of: {', '.join(names)}", param_hint="--tasks")
     left = 0
-    with _errors(out / f"{study}.jsonl"), _bar_of_runs(study) as on_run:
+    with _errors(), _bar_of_runs(study) as on_run:
         end = time.monotonic() + 60 * minutes
         for plan, batch in chosen:
             left += make(
@@ -231,7 +196,7 @@ def defaults(
                 minutes=(end - time.monotonic()) / 60,
                 on_run=on_run,
             )
-        click.echo(f"Wrote {write_defaults_report(out)}; {left} runs left")
+        click.echo(f"Wrote {write_defaults(out)}; {left} runs left")
 
 
 @main.command()
@@ -257,12 +222,10 @@ def demo(out: Path, device: torch.device, quick: bool) -> None:
 
 @main.command()
 @click.option("--model", type=click.Choice([*MODELS, "all"]), default="all", help="Network to step.")
-@click.option(
-    "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=[128], help="May be repeated."
-)
+@click.option("--batch", "batches", type=ABOVE, multiple=True, default=[128], help="May be repeated.")
 @click.option("--bf16/--no-bf16", default=None, help="bf16 autocast on or off; both by default.")
 @device_option
-@click.option("--rounds", type=click.IntRange(min=1), default=10, help="Turns of every optimizer.")
+@click.option("--rounds", type=ABOVE, default=10, help="Turns of every optimizer.")
 @out_option("fop-overhead.json", file=True)
 def overhead(
     model: str, batches: tuple[int, ...], bf16: bool | None, device: torch.device, rounds: int, out: Path
@@ -281,27 +244,21 @@ def overhead(
             results += measure_overhead(workload, device, rounds, lambda: progress.advance(task))
             # After every workload: one that does not fit into memory takes no other's result with it.
             write_json(out, {"environment": where, "rounds": rounds, "results": results})
-    console_here().print(overhead_sheet(results).table())
+    console_here().print(Markdown(overhead_table(results)))
     click.echo(f"Wrote {out}")
 
 
 @main.command()
-@click.option(
-    "--ranks",
-    "counts",
-    type=click.IntRange(min=1),
-    multiple=True,
-    help="Processes, or GPUs for --predict; may be repeated.  [default: 1, 2, 4; for --predict 1, 2, … 1024]",
-)
+@click.option("--ranks", "counts", type=ABOVE, multiple=True, help="Processes, or GPUs; may be repeated.")
 @click.option("--model", type=click.Choice([*MODELS]), default="resnet18", help="Network to step.")
-@click.option("--batch", type=click.IntRange(min=1), default=32, help="Batch of every rank.")
-@click.option("--rounds", type=click.IntRange(min=1), default=2, help="Turns of every optimizer.")
+@click.option("--batch", type=ABOVE, default=32, help="Batch of every rank.")
+@click.option("--rounds", type=ABOVE, default=2, help="Turns of every optimizer.")
 @click.option("--predict", is_flag=True, help="Only predict bytes, memory and times for up to 1024 GPUs.")
 @out_option("fop-scale")
 def scale(counts: tuple[int, ...], model: str, batch: int, rounds: int, predict: bool, out: Path) -> None:
     """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones.
 
-    Writes scale.json and README.md into --out; with --predict prediction.json and prediction.md.
+    Writes scale.json into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
     counts = tuple(dict.fromkeys(counts)) or (scaling.GPUS if predict else MEASURED)
@@ -309,9 +266,9 @@ def scale(counts: tuple[int, ...], model: str, batch: int, rounds: int, predict:
     if predict:
         predicted = scaling.predictions(counts)
         write_json(out / "prediction.json", {"assumptions": H100, "results": predicted})
-        (out / "prediction.md").write_text(scaling.predicted_markdown(predicted), encoding="utf-8")
-        for sheet in scaling.predicted_sheets(predicted):
-            console.print(sheet.table())
+        tables = scaling.predicted_tables(predicted)
+        (out / "prediction.md").write_text(tables, encoding="utf-8")
+        console.print(Markdown(tables))
         console.print(scaling.ASSUMED, soft_wrap=True)
         console.print(f"Wrote prediction.json and prediction.md to {out}", soft_wrap=True)
         return
@@ -332,14 +289,10 @@ def scale(counts: tuple[int, ...], model: str, batch: int, rounds: int, predict:
                 raise click.ClickException(f"rank {error.error_index} of {count} failed: {error}") from error
             # After every number of ranks: one that fails takes no other's result with it.
             write_json(out / "scale.json", {"environment": where, "protocol": protocol, "results": results})
-            page = scaling.measured_markdown(results, where, cores)
-            (out / "README.md").write_text(page, encoding="utf-8")
-    for sheet in scaling.measured_sheets(results):
-        console.print(sheet.table())
-    console.print(f"Wrote scale.json and README.md to {out}", soft_wrap=True)
+    console.print(Markdown(scaling.measured_tables(results)))
+    console.print(f"Wrote scale.json to {out}", soft_wrap=True)
 
 
-ABOVE_0 = click.FloatRange(min=0, min_open=True)
 SURFACE = f"""Draw the loss around a point of a training, with one step of K-FAC and of FOP from there.
 
 Trains with FOP first. Then K-FAC steps on the gradient of each half of one batch and on their mean, and
@@ -354,7 +307,7 @@ SURFACE_BATCH = "Samples of a training step, and of the batch of the picture; ev
 @data_option
 @click.option("--task", help="Data set of the recipe.  [default: its first]")
 @click.option("--batch", "batch_size", type=click.IntRange(min=2), default=1000, help=SURFACE_BATCH)
-@click.option("--epochs", type=click.IntRange(min=1), default=3, help="Training with FOP before the steps.")
+@click.option("--epochs", type=ABOVE, default=3, help="Training with FOP before the steps.")
 @click.option("--lr", type=ABOVE_0, default=0.1, help="Learning rate of training (constant) and steps.")
 @click.option("--damping", type=ABOVE_0, default=1e-4, help="λ of the training and steps.")
 @click.option("--seed", type=int, default=1, help="Of weights, order and the choice of the batch.")
@@ -364,11 +317,8 @@ SURFACE_BATCH = "Samples of a training step, and of the batch of the picture; ev
 def surface(device: torch.device, out: Path, **asked: Any) -> None:
     """Run what `SURFACE` says."""
     question = Question(**asked)
-    with _errors(), Progress(console=console_here()) as progress:
-        training = progress.add_task("training epochs", total=question.epochs)
-        rows = progress.add_task("rows of the surface", total=question.points)
-        steps = (lambda: progress.advance(training)), (lambda: progress.advance(rows))
-        result = measure_surface(question, device, on_epoch=steps[0], on_row=steps[1])
+    with _errors(), console_here().status("training, then the steps and the losses around"):
+        result = measure_surface(question, device)
         write_json(out / "surface.json", result)
         plot_surface(result, out / "surface.png")
     click.echo(f"loss of the batch: {result['origin']['whole']} at the point")

@@ -1,4 +1,4 @@
-"""Time and peak memory per step of the optimizers, side by side."""
+"""One optimizer on one model and batch; time and peak memory of its steps, side by side with others."""
 
 from __future__ import annotations
 
@@ -6,19 +6,126 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
+from fop_bench.models import ViT, mlp, resnet18
 from fop_bench.optimizers import BUILDERS
-from fop_bench.report import Sheet
-from fop_bench.workloads import COMPARED, PLAIN_STEPS, Trainer, Workload, amortised, in_turns, prepare
+from fop_bench.report import section
+
+CLASSES = 10
+PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
+COMPARED = ("sgd", "adamw", "kfac", "fop")
+# So small that the model hardly moves: every step does the same work, and no loss or gradient vanishes.
+LEARNING_RATE = 1e-4
+# An interval that no measurement lives to see the end of.
+NEVER = 10**9
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (resnet18, (3, 32, 32)),
+    "vit": (ViT, (3, 32, 32)),
+    "mlp": (mlp, (784,)),
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model by name, a batch size, and whether the forward pass runs under bf16 autocast."""
+
+    model: str
+    batch_size: int
+    bf16: bool
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw inputs and class numbers."""
+        shape = MODELS[self.model][1]
+        inputs = torch.randn(self.batch_size, *shape, device=device)
+        return inputs, torch.randint(CLASSES, (self.batch_size,), device=device)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model of its own with its optimizer and a fixed random batch on the device."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    inputs: Tensor
+    targets: Tensor
+    bf16: bool
+
+    def step(self, curvature: bool | None = None) -> None:
+        """Take one training step: forward, backward, update.
+
+        Raises RuntimeError unless it updates the curvature just as the measurement expects, if that is given.
+        """
+        due = getattr(self.optimizer, "curvature_due", False)
+        if curvature is not None and due != curvature:
+            raise RuntimeError(f"the next step has curvature_due={due}, the measurement needs {curvature}")
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.inputs.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = cross_entropy(self.model(self.inputs), self.targets)
+        loss.backward()
+        self.optimizer.step()
+
+    @property
+    def interval(self) -> int | None:
+        """Steps between curvature updates; None for an optimizer without any."""
+        interval: int | None = self.optimizer.param_groups[0].get("curvature_interval")
+        return interval
+
+    def warm_up(self) -> None:
+        """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
+        self.step()
+        for group in self.optimizer.param_groups:
+            if "curvature_interval" in group:
+                group["curvature_interval"] = NEVER
+                # As late in training: in the first steps updates come more often than the interval says.
+                group["step"] = 10 * NEVER
+        self.request_curvature()
+        for _ in range(3):
+            self.step()
+
+    def request_curvature(self) -> bool:
+        """Make the next step update every layer's curvature; False for an optimizer that has none."""
+        if not hasattr(self.optimizer, "request_curvature"):
+            return False
+        self.optimizer.request_curvature()
+        return True
+
+
+def prepare(workload: Workload, optimizer: str, device: torch.device) -> Trainer:
+    """Build the model, its optimizer at default options and the batch; equal for all optimizers."""
+    torch.manual_seed(0)
+    model = MODELS[workload.model][0]().to(device)
+    inputs, targets = workload.batch(device)
+    return Trainer(model, BUILDERS[optimizer][1](model, lr=LEARNING_RATE), inputs, targets, workload.bf16)
+
+
+def amortised(plain: float, curvature: float | None, interval: int | None) -> float:
+    """Return the mean time of a step with one curvature update in every interval."""
+    if curvature is None or interval is None:
+        return plain
+    return (plain * (interval - 1) + curvature) / interval
+
+
+def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
+    """Yield A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour."""
+    for number in range(rounds):
+        turn = number % len(names)
+        yield [*names[turn:], *names[:turn]]
+
 
 M_MMAP_THRESHOLD = -3  # glibc's name and number
 MMAP_BYTES = 64 * 1024
@@ -165,13 +272,13 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def overhead_sheet(rows: Sequence[Row]) -> Sheet:
+def overhead_table(rows: Sequence[Row]) -> str:
     """Lay out time and peak memory per step, one row per workload and optimizer."""
 
     def scaled(value: float | None, scale: float) -> str:
         return "–" if value is None else f"{value * scale:.2f}"
 
-    return Sheet(
+    return section(
         "Median time and peak memory of a step",
         "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's.",
         [
@@ -190,5 +297,4 @@ def overhead_sheet(rows: Sequence[Row]) -> Sheet:
             }
             for each in rows
         ],
-        sections=3,
     )

@@ -272,12 +272,7 @@ DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "ma
 
 
 def plot_surface(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the losses of the batch and its halves on the plane, with the steps, and save it as a PNG.
-
-    Args:
-        result: what `surface.surface` gives, or the JSON of it.
-        path: of the PNG.
-    """
+    """Draw what `surface.surface` gives, losses of the batch and its halves and the steps, as a PNG."""
     figure = canvas(11.5, 8.2)
     panels = figure.subplot_mosaic([["whole", "whole", "first"], ["whole", "whole", "second"]])
     for part in ("first", "second", "whole"):

@@ -1,4 +1,4 @@
-"""Statistics over the seeds, tables for the terminal and as Markdown, JSON for the record."""
+"""Statistics over the seeds, tables as Markdown, JSON for the record."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.table import Table
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -36,44 +33,10 @@ def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> 
     return "\n".join([head_line, "|" + "---|" * len(head), *body])
 
 
-def markdown_list(values: Mapping[str, object]) -> str:
-    """List keys with their values, as at the end of a record's page."""
-    return "\n".join(f"- {key}: `{value}`" for key, value in values.items()) + "\n"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table for the terminal or a README, a row a mapping from headings to cells.
-
-    In the terminal a change in its first ``sections`` columns starts a section.
-    """
-
-    title: str
-    note: str
-    rows: Sequence[Mapping[str, object]]
-    sections: int = 1
-
-    @property
-    def cells(self) -> list[list[str]]:
-        """The rows as texts."""
-        return [[*map(str, row.values())] for row in self.rows]
-
-    def table(self) -> Table:
-        """Lay it out for the terminal."""
-        table = Table(title=self.title, caption=self.note)
-        for heading in self.rows[0] if self.rows else ():
-            table.add_column(heading, justify="left" if heading in ("optimizer", "model") else "right")
-        for _, rows in groupby(self.cells, key=lambda row: row[: self.sections]):
-            for row in rows:
-                table.add_row(*row)
-            if self.sections:
-                table.add_section()
-        return table
-
-    def markdown(self, level: int = 2) -> str:
-        """Lay it out as Markdown."""
-        table = markdown_table(self.rows[0], self.cells)
-        return "\n\n".join([f"{'#' * level} {self.title}", self.note, table])
+def section(title: str, note: str, rows: Sequence[Mapping[str, object]], level: int = 2) -> str:
+    """Return a table with heading and note as Markdown, or "" without rows; a row maps headings to cells."""
+    table = markdown_table(rows[0], (row.values() for row in rows)) if rows else ""
+    return "\n\n".join([f"{'#' * level} {title}", note, table]) if rows else ""
 
 
 # --- Statistics

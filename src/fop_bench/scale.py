@@ -30,8 +30,8 @@ from fop_bench.cost_model import (
     published,
     traffic,
 )
-from fop_bench.report import Sheet, markdown_list
-from fop_bench.workloads import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
+from fop_bench.overhead import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
+from fop_bench.report import section
 from fop_bench.world import run_ranks
 
 Row = dict[str, Any]
@@ -148,8 +148,8 @@ def _evaluate(architecture: Architecture, ranks: int, name: str, samples: list[R
 # --- Tables of what was measured
 
 
-def measured_sheets(rows: Sequence[Row]) -> list[Sheet]:
-    """Make the tables of time, bytes and curvature."""
+def measured_tables(rows: Sequence[Row]) -> str:
+    """Return the tables of time, bytes and curvature as Markdown."""
 
     def named(each: Row, **cells: object) -> dict[str, object]:
         return {"ranks": each["ranks"], "optimizer": CONTENDERS[each["optimizer"]][0], **cells}
@@ -161,8 +161,8 @@ def measured_sheets(rows: Sequence[Row]) -> list[Sheet]:
             for what in ("gradients", "updates", "curvature factors", "control")
         }
 
-    return [
-        Sheet(
+    tables = [
+        section(
             "Time of a step",
             f"Medians of the slowest rank; amortised: one curvature step in {INTERVAL}; ×SGD: amortised over "
             "SGD's on as many ranks.",
@@ -177,7 +177,7 @@ def measured_sheets(rows: Sequence[Row]) -> list[Sheet]:
                 for each in rows
             ],
         ),
-        Sheet(
+        section(
             "Bytes that a rank sends in a step",
             "MB, mean over the ranks: DDP's own computed, those of the optimizer as it counts them; factors "
             f"and control in curvature steps only. Amortised: one curvature step in {INTERVAL}; ×DDP: over "
@@ -194,7 +194,7 @@ def measured_sheets(rows: Sequence[Row]) -> list[Sheet]:
                 if each["ranks"] > 1
             ],
         ),
-        Sheet(
+        section(
             "Factors and inverses",
             "MB in the state of rank 0, 1, …; predicted: by the plan from the sizes of the modules.",
             [
@@ -209,26 +209,7 @@ def measured_sheets(rows: Sequence[Row]) -> list[Sheet]:
             ],
         ),
     ]
-
-
-def measured_markdown(rows: Sequence[Row], environment: Mapping[str, Any], cores: int) -> str:
-    """Return all tables as a README, with the command and the machine."""
-    crowd = max(each["ranks"] for each in rows)
-    crowded = (
-        f"This machine has {cores} cores for up to {crowd} ranks: the times of more ranks than cores say "
-        "little. Bytes and memory do not depend on it."
-    )
-    return "\n\n".join(
-        [
-            "# Several ranks on one machine",
-            "Made by `fop-bench scale`; `scale.json` has every sample. To repeat it:",
-            f"```\n{environment['command']}\n```",
-            *([crowded] if crowd > cores else []),
-            *(sheet.markdown() for sheet in measured_sheets(rows) if sheet.rows),
-            "## Environment",
-            markdown_list(environment),
-        ]
-    )
+    return "\n\n".join(filter(None, tables))
 
 
 # --- Tables of what is predicted
@@ -254,17 +235,12 @@ def _methods(architecture: Architecture) -> Sequence[Method]:
     return ("kfac", "compatible", "lean") if fits else ("fsdp",)
 
 
-def predicted_sheets(predicted: Mapping[str, Sequence[Row]]) -> list[Sheet]:
-    """Make one table an architecture."""
-    return [_predicted(each, predicted[each.title]) for each in published()]
+def predicted_tables(predicted: Mapping[str, Sequence[Row]]) -> str:
+    """Return one table an architecture as Markdown, as docs/scaling.md has them."""
+    return "\n\n".join(_predicted(each, predicted[each.title]) for each in published()) + "\n"
 
 
-def predicted_markdown(predicted: Mapping[str, Sequence[Row]]) -> str:
-    """Return the tables of predictions, as docs/scaling.md has them."""
-    return "\n\n".join(sheet.markdown(level=3) for sheet in predicted_sheets(predicted)) + "\n"
-
-
-def _predicted(architecture: Architecture, rows: Sequence[Row]) -> Sheet:
+def _predicted(architecture: Architecture, rows: Sequence[Row]) -> str:
     methods = _methods(architecture)
     wrapper, where = ("FSDP", "over all GPUs.") if "fsdp" in methods else ("DDP", "on every GPU.")
     memory = REPLICATED * architecture.elements / 1e9
@@ -283,12 +259,12 @@ def _predicted(architecture: Architecture, rows: Sequence[Row]) -> Sheet:
             **{f"{LABELS[n]} sending ms": _short(row["extra_seconds"][n] * 1e3) for n in methods},
         }
 
-    return Sheet(
+    return section(
         f"{architecture.title}, under {wrapper}",
         f"{architecture.elements / 1e6:,.1f} million parameters, {len(architecture.layers)} layers with "
         f"curvature. Weights, gradients and momentum in float32: {memory:,.1f} GB {where}",
         [cells(row) for row in rows],
-        sections=0,
+        level=3,
     )
 
 

@@ -237,15 +237,6 @@ def unfair(study: Study) -> list[str]:
             if len(set(values)) > 1:
                 each = map(" ".join, zip(study.labels.values(), values, strict=True))
                 found.append(f"UNEQUAL {what} at batch {size}: {', '.join(each)}.")
-    for (size, contender), group in study.groups().items():
-        tuning = study.phase("tuning")
-        tuning = tuning[(tuning["batch_size"] == size) & (tuning["contender"] == contender)]
-        best = tuning["options"][tuning["mean"] == tuning["mean"].max()]
-        who = f"{group['label'].iloc[0]} at batch {size}"
-        if len(tuning) and tuning["diverged"].all():
-            found.append(f"NOTHING TO CHOOSE: all {len(tuning)} tuning runs of {who} diverged.")
-        elif len(tuning) and (used := group["options"].iloc[0]) not in set(best):
-            found.append(f"NOT THE BEST OF ITS TUNING: the final runs of {who} have {used}.")
     where = [run["environment"] for run in study.runs["run"]]
     if len(devices := {each["device"] for each in where}) > 1:
         found.append(f"SEVERAL DEVICES: {', '.join(sorted(devices))}; seconds are not of one machine.")
@@ -263,10 +254,7 @@ def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
     The columns up to "FOP train loss" are those of the table. Beside them ``difference`` of the final
     accuracies (FOP's less K-FAC's, in points) and ``loss_ratio`` (log2 of K-FAC's final training loss over
     FOP's), both NaN where a run is missing or diverged; ``verdict`` on the accuracies; ``lost``, whose runs
-    diverged.
-
-    Raises:
-        ValueError: a run without learning rate or damping, or several options at one point.
+    diverged. Raises ValueError for a run without learning rate or damping, or several options at one point.
     """
     final = study.phase("final")[lambda runs: runs["batch_size"] == batch_size]
     parts = final["contender"].str.extract("^(?P<family>fop|kfac)(?P<ending>.*)")

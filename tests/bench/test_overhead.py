@@ -18,7 +18,7 @@ from fop_bench import overhead
 from fop_bench.cli import main
 from fop_bench.models import mlp
 from fop_bench.optimizers import BUILDERS
-from fop_bench.workloads import COMPARED, NEVER, PLAIN_STEPS, Trainer, Workload, in_turns, prepare
+from fop_bench.overhead import COMPARED, NEVER, PLAIN_STEPS, Trainer, Workload, in_turns, prepare
 
 MLP_BYTES = 4 * sum(p.numel() for p in mlp().parameters())
 CPU = torch.device("cpu")
