@@ -107,14 +107,21 @@ def _errors() -> Iterator[None]:
 @click.option("--study", default="comparison", help="Which of the recipe's studies.")
 @data_option
 @click.option("--task", "tasks", multiple=True, help="Only this data set of the recipe; may be repeated.")
-@click.option("--batch", "batches", type=int, multiple=True, help="Only this batch size; may be repeated.")
-@click.option("--optimizer", "optimizers", multiple=True, help="Only this one; may be repeated.")
+@click.option("--batch", "batch_sizes", type=int, multiple=True, help="Only this size; may be repeated.")
+@click.option("--optimizer", "contenders", multiple=True, help="Only this one; may be repeated.")
 @device_option
 @click.option("--jobs", type=ABOVE, help="Runs at a time.  [default: one a GPU, one a core]")
 @click.option("--minutes", type=MINUTES, default=60.0, help="Stop after this time, wherever a run is.")
 @out_option(None, help="Folder.  [default: fop-runs/RECIPE]")
 def run(
-    recipe: str, study: str, device: torch.device, jobs: int | None, out: Path | None, **asked: Any
+    recipe: str,
+    study: str,
+    data: str | None,
+    device: torch.device,
+    jobs: int | None,
+    minutes: float,
+    out: Path | None,
+    **asked: Any,
 ) -> None:
     """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl.
 
@@ -127,10 +134,9 @@ def run(
     if jobs > 1 and under_torchrun():
         raise click.BadParameter("ranks that torchrun started make one run at a time", param_hint="--jobs")
     with _errors():
-        chosen = Selection(recipe, study, *(asked.pop(each) for each in ("tasks", "optimizers", "batches")))
-        chosen = chosen.checked()
+        chosen = Selection(recipe, study, **asked).checked()
         with world_on(device) as world, _bar_of_runs(recipe, hidden=world.rank > 0) as on_run:
-            left = make(chosen, world=world, out=folder, jobs=jobs, on_run=on_run, **asked)
+            left = make(chosen, data=data, world=world, out=folder, jobs=jobs, minutes=minutes, on_run=on_run)
     end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
     if world.rank == 0:
         click.echo(f"{lines}: {end}. Tables and plots: fop-bench report {folder}")
