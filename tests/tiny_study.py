@@ -21,11 +21,9 @@ from torch import nn
 
 import fop
 from fop_bench import environment, execution, runner
-from fop_bench.augmentation import Augmentation
 from fop_bench.execution import Description, Sitting, execute
-from fop_bench.images import Images
-from fop_bench.recipe import Contender, Parts, Recipe, Study
-from fop_bench.recipes import RECIPES, by_plateau
+from fop_bench.images import Augmentation, Images
+from fop_bench.recipes import RECIPES, Contender, Parts, Recipe, Study, by_plateau
 from fop_bench.run_records import ENVIRONMENT_KEYS, KEYS
 from fop_bench.runner import Record, Selection, make
 from fop_bench.world import World

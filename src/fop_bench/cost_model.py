@@ -10,45 +10,137 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from fop.distributed import SKETCH, LayerSize, Plan, make_plan, packed_shape
-from fop_bench.architectures import Architecture
+from fop_bench.models import resnet50
 
 Method = Literal["sgd", "kfac", "compatible", "lean", "fsdp"]
-DDP_METHODS: tuple[Method, ...] = ("kfac", "compatible", "lean")
-FSDP_METHODS: tuple[Method, ...] = ("fsdp",)
-
+MAX_FACTOR_DIM = 8192  # the default: of a factor with a larger side, without the bias, the diagonal is kept
 INTERVAL = 100  # the default of `curvature_interval`
 BYTES = 4  # of an element: gradients, updates and factors travel and stay in float32
 SCALARS = 7  # numbers that go with the update of a layer
 FSDP_GATHERED = 2  # bytes of a weight that FSDP gathers, in bfloat16
 GPUS_PER_NODE = 8
 
-
-@dataclass(frozen=True)
-class Hardware:
-    """Assumed rates of an H100 SXM, per second. None of them was measured by this project."""
-
+# Assumed rates of an H100 SXM, per second. None of them was measured by this project.
+H100 = {
     # Operations of a product with a factor: half of the TF32 peak, 495·10¹² without sparsity (NVIDIA's
     # datasheet). Without TF32, as is torch's default, the peak is 67·10¹².
-    matmul: float = 0.5 * 495e12
+    "matmul": 0.5 * 495e12,
     # Of a Cholesky factorisation and the inverse from it: 15 % of the float32 peak. What cuSOLVER reaches
     # depends on the side, and has to be measured on your own GPU.
-    inversion: float = 0.15 * 67e12
-    inside: float = 450e9  # bytes that a GPU sends inside a node, one direction of NVLink's 900·10⁹
-    outside: float = 50e9  # bytes through one network card, one card to a GPU: 400 Gbit/s
-
-    def bandwidth(self, ranks: int) -> float:
-        """Return the bytes per second of every rank in a collective.
-
-        Its rings go through all GPUs of a node before they leave it, and each takes another card: a node
-        sends what one rank sends, through all of its cards.
-        """
-        return self.inside if ranks <= GPUS_PER_NODE else min(self.inside, GPUS_PER_NODE * self.outside)
+    "inversion": 0.15 * 67e12,
+    "inside": 450e9,  # bytes that a GPU sends inside a node, one direction of NVLink's 900·10⁹
+    "outside": 50e9,  # bytes through one network card, one card to a GPU: 400 Gbit/s
+}
 
 
-H100 = Hardware()
+def bandwidth(ranks: int) -> float:
+    """Return the bytes per second of every rank in a collective.
+
+    Its rings go through all GPUs of a node before they leave it, and each takes another card: a node
+    sends what one rank sends, through all of its cards.
+    """
+    inside, outside = H100["inside"], H100["outside"]
+    return inside if ranks <= GPUS_PER_NODE else min(inside, GPUS_PER_NODE * outside)
+
+
+# --- Sizes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the cost model needs to know of a model."""
+
+    title: str
+    layers: Sequence[LayerSize]  # those that take the FOP step
+    other_elements: int  # number of parameters on the AdamW path
+    buffer_bytes: int = 0  # what DistributedDataParallel copies from rank 0 before a forward pass
+
+    @property
+    def fop_elements(self) -> int:
+        """Number of parameters that take the FOP step."""
+        return sum(layer.gradient_elements for layer in self.layers)
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return self.fop_elements + self.other_elements
+
+
+def linear(name: str, out_dim: int, in_dim: int, *, bias: bool = True, groups: int = 1) -> LayerSize:
+    """Return the size of a linear layer with the default `max_factor_dim`."""
+    diagonals = {"diagonal_A": in_dim > MAX_FACTOR_DIM, "diagonal_G": out_dim > MAX_FACTOR_DIM}
+    return LayerSize(name, groups=groups, out_dim=out_dim, in_dim=in_dim + bias, **diagonals)
+
+
+def embedding(name: str, vocabulary: int, features: int) -> LayerSize:
+    """Return the size of an embedding, whose A is a diagonal of counts."""
+    return LayerSize(name, groups=1, out_dim=features, in_dim=vocabulary, diagonal_A=True)
+
+
+def architecture_of(model: nn.Module, title: str) -> Architecture:
+    """Return the sizes of a model of linear layers and convolutions; all its other parameters take AdamW.
+
+    Written apart from the optimizer's own search, so that a prediction from it can be wrong.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            groups = module.groups if isinstance(module, nn.Conv2d) else 1
+            outputs, inputs = module.weight.flatten(1).shape
+            bias = module.bias is not None
+            layers.append(linear(name, outputs // groups, inputs, bias=bias, groups=groups))
+    taken = sum(layer.gradient_elements for layer in layers)
+    others = sum(param.numel() for param in model.parameters()) - taken
+    return Architecture(title, layers, others, sum(buffer.nbytes for buffer in model.buffers()))
+
+
+def gpt(blocks: int, width: int, vocabulary: int) -> list[LayerSize]:
+    """A GPT whose output layer is tied to the embedding, without learned positions (Radford et al. 2019)."""
+    sizes = {"qkv": (3, 1), "proj": (1, 1), "up": (4, 1), "down": (1, 4)}
+    inner = [
+        linear(f"blocks.{block}.{name}", out * width, of * width)
+        for block in range(blocks)
+        for name, (out, of) in sizes.items()
+    ]
+    return [embedding("embedding", vocabulary, width), *inner]
+
+
+def llama(blocks: int, width: int, key_value_width: int, hidden: int, vocabulary: int) -> list[LayerSize]:
+    """A GPT with grouped queries, SwiGLU, no biases and an output layer of its own (Touvron et al. 2023)."""
+    sizes = {
+        "qkv": (width + 2 * key_value_width, width),
+        "proj": (width, width),
+        "gate": (hidden, width),
+        "up": (hidden, width),
+        "down": (width, hidden),
+    }
+    inner = [
+        linear(f"blocks.{block}.{name}", out, of, bias=False)
+        for block in range(blocks)
+        for name, (out, of) in sizes.items()
+    ]
+    ends = embedding("embedding", vocabulary, width), linear("head", vocabulary, width, bias=False)
+    return [ends[0], *inner, ends[1]]
+
+
+def published() -> list[Architecture]:
+    """Return the models that `fop-bench scale --predict` makes tables of; what is not in layers is norms."""
+    with torch.device("meta"):
+        resnet = architecture_of(resnet50(), "ResNet-50")
+    return [
+        Architecture(resnet.title, resnet.layers, resnet.other_elements),
+        Architecture("GPT, 1.3 billion parameters", gpt(24, 2048, 50257), (2 * 24 + 1) * 2 * 2048),
+        Architecture("GPT, 70 billion parameters", llama(80, 8192, 1024, 28672, 128256), (2 * 80 + 1) * 8192),
+    ]
+
+
+# --- Bytes, memory and times
 
 
 @dataclass(frozen=True)
@@ -127,61 +219,27 @@ def _by_rank(plan: Plan, values: Sequence[int]) -> list[int]:
     return [sum(values[layer] for layer in plan.layers_of(rank)) for rank in range(plan.ranks)]
 
 
-@dataclass(frozen=True)
-class Burden:
-    """What the owner of some layers keeps and computes; of all ranks, the most that one has."""
+def predict(architecture: Architecture, ranks: int, methods: Sequence[Method]) -> dict[str, Any]:
+    """Predict a step of ``methods``, either those under DistributedDataParallel or that under FSDP.
 
-    owners: int  # ranks that own a layer
-    imbalance: float  # largest load as a multiple of the lower bound
-    factor_bytes: int  # factors and inverses
-    inversion_flops: int  # of one curvature update
-    product_flops: int  # of one step
-
-
-def burden(layers: Sequence[LayerSize], plan: Plan) -> Burden:
-    """Return what the owners keep and compute."""
-    return Burden(
-        owners=len(set(plan.owners)),
-        imbalance=plan.imbalance,
-        factor_bytes=max(factor_bytes(layers, plan)),
-        inversion_flops=max(_by_rank(plan, [layer.inversion_flops for layer in layers])),
-        product_flops=max(_by_rank(plan, [layer.product_flops for layer in layers])),
-    )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One row of the tables: an architecture on so many GPUs, one rank each.
-
-    ``ratios`` are the bytes of each method as a multiple of the baseline, curvature updates spread over the
-    interval; None on one rank, which sends nothing. ``extra_seconds`` are for what a method sends beyond the
-    baseline, with nothing hidden behind computation, and without latency.
+    ``ratios`` are the bytes of each method as a multiple of the baseline, what the wrapper sends by itself,
+    with curvature updates spread over the interval; None on one rank, which sends nothing. ``extra_seconds``
+    are for what a method sends beyond it, with nothing hidden behind computation, and without latency. The
+    rest is of the owner that has most: bytes of factors and inverses, seconds of a step's products and of the
+    inversions of a curvature update.
     """
-
-    ranks: int
-    baseline_bytes: float  # that plain DistributedDataParallel, or FSDP, sends per rank and step
-    ratios: Mapping[str, float | None]
-    extra_seconds: Mapping[str, float]
-    burden: Burden  # of the owner that has most
-    product_seconds: float  # of a step
-    inversion_seconds: float  # of a curvature update
-
-
-def predict(
-    architecture: Architecture, ranks: int, methods: Sequence[Method], hardware: Hardware = H100
-) -> Prediction:
-    """Predict a step of ``methods``: either those under DistributedDataParallel or that under FSDP."""
     # Without its optimizer, FSDP sends the same.
     baseline = traffic(architecture, ranks, "fsdp" if "fsdp" in methods else "sgd").wrapper
     sent = {method: traffic(architecture, ranks, method).amortised() for method in methods}
-    bandwidth = hardware.bandwidth(ranks)
-    most = burden(architecture.layers, plan_for(architecture.layers, ranks))
-    return Prediction(
-        ranks=ranks,
-        baseline_bytes=baseline,
-        ratios={name: each / baseline if baseline else None for name, each in sent.items()},
-        extra_seconds={name: (each - baseline) / bandwidth for name, each in sent.items()},
-        burden=most,
-        product_seconds=most.product_flops / hardware.matmul,
-        inversion_seconds=most.inversion_flops / hardware.inversion,
-    )
+    layers, plan = architecture.layers, plan_for(architecture.layers, ranks)
+    return {
+        "ranks": ranks,
+        "baseline_bytes": baseline,
+        "ratios": {name: each / baseline if baseline else None for name, each in sent.items()},
+        "extra_seconds": {name: (each - baseline) / bandwidth(ranks) for name, each in sent.items()},
+        "owners": len(set(plan.owners)),
+        "factor_bytes": max(factor_bytes(layers, plan)),
+        "product_seconds": max(_by_rank(plan, [each.product_flops for each in layers])) / H100["matmul"],
+        "inversion_seconds": max(_by_rank(plan, [each.inversion_flops for each in layers]))
+        / H100["inversion"],
+    }

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from fop import FOP
-from fop_bench.augmentation import Normaliser, training_inputs
 from fop_bench.environment import commit_title, environment
 from fop_bench.formulas import FORMULAS
-from fop_bench.images import Images
+from fop_bench.images import Images, Normaliser, training_inputs
 from fop_bench.optimizers import BUILDERS
-from fop_bench.recipe import Parts
-from fop_bench.recipes import recipe
+from fop_bench.recipes import Parts, recipe
 from fop_bench.training import Training, messages, share_right
 from fop_bench.world import World
 
@@ -58,7 +56,7 @@ class Description:
     @property
     def title(self) -> str:
         """What a progress bar shows."""
-        options = ", ".join(f"{key} {_shown(value)}" for key, value in self.options.items())
+        options = ", ".join(f"{key} {value}" for key, value in self.options.items())
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
 
@@ -144,10 +142,7 @@ class _Run:
                 f"{described.task}; choose smaller ones with --batch, or give all images with --data"
             )
         if described.batch_size % world.size:
-            raise ValueError(
-                f"batch size {described.batch_size} is not divisible by the {world.size} ranks; "
-                "start another number"
-            )
+            raise ValueError(f"batch size {described.batch_size} is not divisible by {world.size} ranks")
         device = world.device
         if max(train.pixels.numel(), judged.pixels.numel()) <= RESIDENT_BYTES:
             train, judged = train.to(device), judged.to(device)
@@ -244,8 +239,7 @@ class _Run:
     def resume(self, path: Path, git: Git) -> list[str]:
         """Go on from the state in a file, if there is one, and return the warnings up to there.
 
-        Raises:
-            ValueError: the file is no state, or one of another commit.
+        Raises ValueError if the file is no state, or one of another commit.
         """
         try:
             state = torch.load(path, weights_only=True) if path.exists() else None
@@ -290,7 +284,3 @@ def _halves(kind: str, labels: Tensor) -> Tensor | None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
-"""Image data sets from folders or the Hugging Face hub, decoded once into memory.
+"""Image data sets from folders or the hub, decoded once into memory, and augmentation of whole batches.
 
-Shapes: N images, H and W pixels, C classes.
+Shapes: N images or batch, H and W pixels, C classes or channels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,9 +55,7 @@ class Source:
     image: str = "image"
     label: str = "label"
     test: str = "test"  # the hub's name of the part to test on
-    size: int = (
-        32  # side of a square: shorter side scaled, centre cut out; images of this size are left alone
-    )
+    size: int = 32  # side of a square: shorter side scaled, centre cut out, unless they have it already
     classes: int | None = None  # so that other data do not pass for these
 
 
@@ -65,9 +64,8 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
 
     ``data`` is a folder with train/<class>/* and test/<class>/*, or another name on the hub.
 
-    Raises:
-        FileNotFoundError: the data set is not there; the message says how to get it.
-        ValueError: other classes, too few images, or one that cannot be decoded, named.
+    Raises FileNotFoundError if the data set is not there, and ValueError for other classes, too few images,
+    or one that cannot be decoded.
     """
     from datasets import Image  # noqa: PLC0415 - takes a second
 
@@ -81,11 +79,6 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
         )
     else:
         rows, image, label = _hub(name, source.test if test else "train"), source.image, source.label
-    if not {image, label} <= rows.features.keys():
-        raise ValueError(
-            f"{name} has no columns {image!r} and {label!r}, but {', '.join(rows.features)}; "
-            "give a data set that has them, or a folder"
-        )
     classes = tuple(rows.features[label].names)
     if source.classes not in (None, len(classes)):
         raise ValueError(
@@ -94,13 +87,7 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
         )
     labels = torch.tensor(rows.with_format(None)[label][:], dtype=torch.int64)
     if choose is not None:
-        absent = [each for at, each in enumerate(classes) if not (labels == at).any()]
-        if absent:
-            raise ValueError(f"class {absent[0]!r} has no images, and this recipe needs some of every class")
-        try:
-            chosen = choose(labels)
-        except ValueError as error:
-            raise ValueError(f"{'test' if test else 'training'} part of {name}: {error}") from error
+        chosen = choose(labels)
         rows, labels = rows.select(chosen.tolist()), labels[chosen]
     rows = rows.cast_column(image, Image(decode=False))
     pixels = torch.empty(len(rows), source.size, source.size, 3, dtype=torch.uint8)
@@ -118,12 +105,9 @@ def _folder(folder: Path, test: bool) -> Dataset:
     names = TEST_FOLDERS if test else ("train",)
     part = next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
     classes = classes_of(part)
-    # The classes are those of the training part, whose numbers the test part must share.
+    # Else the test part's class numbers would mean others.
     if test and (folder / "train").is_dir() and classes != classes_of(folder / "train"):
-        raise FileNotFoundError(
-            f"{part} does not hold the class folders of {folder / 'train'}; "
-            "both must have one folder a class, of the same names"
-        )
+        raise FileNotFoundError(f"{part} does not hold the class folders of {folder / 'train'}")
     files = [(str(path), at) for at, name in enumerate(classes) for path in sorted((part / name).iterdir())]
     files = [(path, at) for path, at in files if Path(path).is_file()]
     if not files:
@@ -139,23 +123,15 @@ def _folder(folder: Path, test: bool) -> Dataset:
 
 def _hub(name: str, part: str) -> Dataset:
     import datasets  # noqa: PLC0415
-    from datasets.exceptions import DatasetsError  # noqa: PLC0415
-    from httpx import HTTPError  # noqa: PLC0415
 
     try:
         return datasets.load_dataset(name, split=part)
-    # Whatever stands between us and the hub, the remedy is the same; the library raises its own, urllib's
-    # and httpx's errors.
-    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
+    except Exception as error:  # the library's own, urllib's or httpx's: the remedy is the same
         raise FileNotFoundError(
-            f"cannot load {name!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}). "
+            f"cannot load {name!r} from the Hugging Face hub ({type(error).__name__}: {error}). "
             "Is there a network? Give --data FOLDER with the images as train/<class>/* and test/<class>/*, "
             f"or download them where there is a network: `hf download --repo-type dataset {name}`"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -165,7 +141,7 @@ def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.ui
             rgb = opened.convert("RGB")
     except (Pillow.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{image['path'] or 'an image of the data set'} cannot be decoded ({_first_line(error)}); "
+            f"{image['path'] or 'an image of the data set'} cannot be decoded ({error}); "
             "download it again or remove it"
         ) from error
     if rgb.size != (size, size):
@@ -220,3 +196,80 @@ def long_tail(imbalance: float, largest: int, *, seed: int = 0) -> Choice:
         return torch.cat(kept)
 
     return choose
+
+
+# --- Augmentation, on the device that holds the batch
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a training image goes through."""
+
+    flip: bool = False  # mirror it, with probability 1/2
+    shift: int = 0  # move it by up to so many pixels either way: zero padding, then a crop of the old size
+    cutout: int = 0  # side of a square at a random place that is set to the mean (DeVries & Taylor 2017)
+
+
+class Normaliser:
+    """Turns pixels (N, H, W, C) uint8 into inputs (N, C, H, W) of zero mean and unit variance, channels last.
+
+    The mean and standard deviation are those of the training images' ``pixels``; ``total`` sums over the
+    processes that share these.
+    """
+
+    def __init__(self, pixels: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+        channels = pixels.shape[-1]
+        sums = torch.zeros(3, channels, dtype=torch.float64)
+        for part in pixels.split(4096):
+            values = part.reshape(-1, channels).double().cpu()
+            sums += torch.stack([values.sum(0), (values * values).sum(0), torch.ones_like(values).sum(0)])
+        first, second, count = total(sums)
+        mean = first / count
+        std = (second / count - mean * mean).clamp(min=1e-12).sqrt()
+        self.mean, self.std = mean.float().to(pixels.device), std.float().to(pixels.device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise a batch."""
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        inputs: Tensor = (pixels.float() - mean) / std
+        return inputs.permute(0, 3, 1, 2)
+
+
+def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor:
+    """Flip and shift a batch (N, H, W, C) of pixels, by random numbers of a generator on its device."""
+    if not (what.flip or what.shift):
+        return pixels
+    count, height, width, _ = pixels.shape
+    device = pixels.device
+    rows = torch.arange(height, device=device).expand(count, height)
+    columns = torch.arange(width, device=device).expand(count, width)
+    if what.flip:
+        mirrored = torch.rand(count, 1, device=device, generator=draw) < 0.5
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+    if what.shift:
+        reach = 2 * what.shift + 1
+        rows = rows + torch.randint(reach, (count, 1), device=device, generator=draw)
+        columns = columns + torch.randint(reach, (count, 1), device=device, generator=draw)
+        pixels = pad(pixels, (0, 0, *(what.shift,) * 4))
+    numbers = torch.arange(count, device=device)
+    return pixels[numbers[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def cut_out(inputs: Tensor, side: int, draw: torch.Generator) -> Tensor:
+    """Set a square of a batch of normalised inputs (N, C, H, W) to zero, cut off at the edges."""
+    if not side:
+        return inputs
+    inside = []
+    for length in inputs.shape[2:]:
+        centre = torch.randint(length, (len(inputs), 1), device=inputs.device, generator=draw)
+        place = torch.arange(length, device=inputs.device) - centre + side // 2
+        inside.append((place >= 0) & (place < side))
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return inputs.masked_fill(hole, 0.0)
+
+
+def training_inputs(
+    pixels: Tensor, what: Augmentation, normalise: Normaliser, draw: torch.Generator
+) -> Tensor:
+    """Return the inputs (N, C, H, W) of a training step, augmented and normalised."""
+    return cut_out(normalise(augment(pixels, what, draw)), what.cutout, draw)

@@ -245,11 +245,6 @@ class T2TViT(nn.Module):
         return logits
 
 
-def t2t_vit(classes: int = 100) -> T2TViT:
-    """Build T2T-ViT_t-14 for 224×224 images."""
-    return T2TViT(classes=classes)
-
-
 # --- Small networks
 
 

@@ -1,98 +1,179 @@
-"""Time and peak memory per step of the optimizers, side by side."""
+"""One optimizer on one model and batch; time and peak memory of its steps, side by side with others."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
-from fop_bench.workloads import COMPARED, PLAIN_STEPS, Trainer, Workload, amortised, in_turns, prepare
+from fop_bench.models import ViT, mlp, resnet18
+from fop_bench.optimizers import BUILDERS
+from fop_bench.report import section
+
+CLASSES = 10
+PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
+COMPARED = ("sgd", "adamw", "kfac", "fop")
+# So small that the model hardly moves: every step does the same work, and no loss or gradient vanishes.
+LEARNING_RATE = 1e-4
+# An interval that no measurement lives to see the end of.
+NEVER = 10**9
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (resnet18, (3, 32, 32)),
+    "vit": (ViT, (3, 32, 32)),
+    "mlp": (mlp, (784,)),
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model by name, a batch size, and whether the forward pass runs under bf16 autocast."""
+
+    model: str
+    batch_size: int
+    bf16: bool
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw inputs and class numbers."""
+        shape = MODELS[self.model][1]
+        inputs = torch.randn(self.batch_size, *shape, device=device)
+        return inputs, torch.randint(CLASSES, (self.batch_size,), device=device)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model of its own with its optimizer and a fixed random batch on the device."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    inputs: Tensor
+    targets: Tensor
+    bf16: bool
+
+    def step(self, curvature: bool | None = None) -> None:
+        """Take one training step: forward, backward, update.
+
+        Raises RuntimeError unless it updates the curvature just as the measurement expects, if that is given.
+        """
+        due = getattr(self.optimizer, "curvature_due", False)
+        if curvature is not None and due != curvature:
+            raise RuntimeError(f"the next step has curvature_due={due}, the measurement needs {curvature}")
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.inputs.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = cross_entropy(self.model(self.inputs), self.targets)
+        loss.backward()
+        self.optimizer.step()
+
+    @property
+    def interval(self) -> int | None:
+        """Steps between curvature updates; None for an optimizer without any."""
+        interval: int | None = self.optimizer.param_groups[0].get("curvature_interval")
+        return interval
+
+    def warm_up(self) -> None:
+        """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
+        self.step()
+        for group in self.optimizer.param_groups:
+            if "curvature_interval" in group:
+                group["curvature_interval"] = NEVER
+                # As late in training: in the first steps updates come more often than the interval says.
+                group["step"] = 10 * NEVER
+        self.request_curvature()
+        for _ in range(3):
+            self.step()
+
+    def request_curvature(self) -> bool:
+        """Make the next step update every layer's curvature; False for an optimizer that has none."""
+        if not hasattr(self.optimizer, "request_curvature"):
+            return False
+        self.optimizer.request_curvature()
+        return True
+
+
+def prepare(workload: Workload, optimizer: str, device: torch.device) -> Trainer:
+    """Build the model, its optimizer at default options and the batch; equal for all optimizers."""
+    torch.manual_seed(0)
+    model = MODELS[workload.model][0]().to(device)
+    inputs, targets = workload.batch(device)
+    return Trainer(model, BUILDERS[optimizer][1](model, lr=LEARNING_RATE), inputs, targets, workload.bf16)
+
+
+def amortised(plain: float, curvature: float | None, interval: int | None) -> float:
+    """Return the mean time of a step with one curvature update in every interval."""
+    if curvature is None or interval is None:
+        return plain
+    return (plain * (interval - 1) + curvature) / interval
+
+
+def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
+    """Yield A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour."""
+    for number in range(rounds):
+        turn = number % len(names)
+        yield [*names[turn:], *names[:turn]]
+
 
 M_MMAP_THRESHOLD = -3  # glibc's name and number
 MMAP_BYTES = 64 * 1024
-LIBC = ctypes.CDLL(None)
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """Peak bytes of a step above those in use before the model was built.
-
-    On a GPU the bytes are the allocator's (`max_memory_allocated`), on a CPU the process's resident set.
-    A None is explained in `missing`.
-    """
-
-    plain_bytes: int | None
-    curvature_bytes: int | None
-    missing: str | None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Seconds of every timed step."""
-
-    plain: list[float]
-    curvature: list[float]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a step of one optimizer costs; times in seconds, medians over `samples`.
-
-    `amortised_seconds` is ((interval - 1) · plain + curvature) / interval, the steady state at the default
-    interval; `ratio_to_sgd` sets it against SGD's, `plain_ratio_to_sgd` sets the plain median against it.
-    """
-
-    workload: Workload
-    optimizer: str
-    interval: int | None
-    plain_seconds: float
-    curvature_seconds: float | None
-    amortised_seconds: float
-    ratio_to_sgd: float
-    plain_ratio_to_sgd: float
-    memory: PeakMemory
-    samples: Samples
+Row = dict[str, Any]
 
 
 def measure_overhead(
     workload: Workload, device: torch.device, rounds: int, on_round: Callable[[], None] = lambda: None
-) -> list[Measurement]:
-    """Measure every optimizer on one workload: memory first, one by one, then time, in turns."""
+) -> list[Row]:
+    """Measure every optimizer on one workload: memory first, one by one, then time, in turns.
+
+    Times are in seconds, medians over `samples`. `amortised_seconds` is ((interval - 1) · plain + curvature)
+    / interval, the steady state at the default interval; `ratio_to_sgd` sets it against SGD's,
+    `plain_ratio_to_sgd` sets the plain median against it.
+    """
     memory = peak_memory(workload, device)
     trainers = {name: prepare(workload, name, device) for name in COMPARED}
     intervals = {name: trainer.interval for name, trainer in trainers.items()}
     for trainer in trainers.values():
         trainer.warm_up()
-    samples = {name: Samples([], []) for name in COMPARED}
+    samples: dict[str, dict[str, list[float]]] = {name: {"plain": [], "curvature": []} for name in COMPARED}
     for names in in_turns(COMPARED, rounds):
         for name in names:
             _take_turn(trainers[name], samples[name])
         on_round()
-    sgd = statistics.median(samples["sgd"].plain)
-    measured = []
+    sgd = statistics.median(samples["sgd"]["plain"])
+    rows = []
     for name, seen in samples.items():
-        plain = statistics.median(seen.plain)
-        curvature = statistics.median(seen.curvature) if seen.curvature else None
-        mean = amortised(plain, curvature, intervals[name])
-        ratios = mean / sgd, plain / sgd
-        measured.append(
-            Measurement(workload, name, intervals[name], plain, curvature, mean, *ratios, memory[name], seen)
+        plain, *curvature = (statistics.median(each) for each in seen.values() if each)
+        seconds = amortised(plain, curvature[0] if curvature else None, intervals[name])
+        rows.append(
+            {
+                "workload": asdict(workload),
+                "optimizer": name,
+                "interval": intervals[name],
+                "plain_seconds": plain,
+                "curvature_seconds": curvature[0] if curvature else None,
+                "amortised_seconds": seconds,
+                "ratio_to_sgd": seconds / sgd,
+                "plain_ratio_to_sgd": plain / sgd,
+                "memory": memory[name],
+                "samples": seen,
+            }
         )
-    return measured
+    return rows
 
 
-def _take_turn(trainer: Trainer, samples: Samples) -> None:
+def _take_turn(trainer: Trainer, samples: dict[str, list[float]]) -> None:
     """Time some plain steps and, where there is such a thing, a curvature step after them.
 
     An untimed plain step before them brings the caches back to this model. On a GPU the host does not wait
@@ -116,62 +197,61 @@ def _take_turn(trainer: Trainer, samples: Samples) -> None:
     if cuda:
         marks[-1].synchronize()
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
-    samples.plain.extend(seconds[:PLAIN_STEPS])
-    samples.curvature.extend(seconds[PLAIN_STEPS:])
+    samples["plain"].extend(seconds[:PLAIN_STEPS])
+    samples["curvature"].extend(seconds[PLAIN_STEPS:])
 
 
 # --- Peak memory, with one model alive at a time
 
 
-def peak_memory(workload: Workload, device: torch.device) -> Mapping[str, PeakMemory]:
-    """Measure the peak of a plain and of a curvature step for every optimizer.
+def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
+    """Measure the peak bytes of a plain and of a curvature step, above those before the model was built.
 
-    Call it while no other model is on the device.
+    On a GPU they are the allocator's, on a CPU the process's resident set, which Linux tells; None elsewhere
+    and for a step that there is not. Call it while no other model is on the device.
     """
     if device.type == "cuda":
         return _measure_all(workload, device)
-    if not sys.platform.startswith("linux"):
-        return dict.fromkeys(COMPARED, PeakMemory(None, None, "on a CPU only Linux's /proc tells the peak"))
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(_measure_all_on_cpu, workload, torch.get_num_threads()).result()
 
 
-def _measure_all_on_cpu(workload: Workload, threads: int) -> Mapping[str, PeakMemory]:
+def _measure_all_on_cpu(workload: Workload, threads: int) -> dict[str, Row]:
     torch.set_num_threads(threads)
-    # Tensors get pages of their own, so that freed ones leave the resident set at once.
-    LIBC.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
     try:
         _reset_peak(torch.device("cpu"))
-    except OSError as error:
-        return dict.fromkeys(COMPARED, PeakMemory(None, None, f"the peak cannot be reset: {error}"))
+    except OSError:
+        return {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
+    # Tensors get pages of their own, so that freed ones leave the resident set at once.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
     return _measure_all(workload, torch.device("cpu"))
 
 
-def _measure_all(workload: Workload, device: torch.device) -> Mapping[str, PeakMemory]:
+def _measure_all(workload: Workload, device: torch.device) -> dict[str, Row]:
     # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
     _measure(workload, "fop", device)
     return {name: _measure(workload, name, device) for name in COMPARED}
 
 
-def _measure(workload: Workload, name: str, device: torch.device) -> PeakMemory:
+def _measure(workload: Workload, name: str, device: torch.device) -> Row:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
-        LIBC.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
     before = _reset_peak(device)
     trainer = prepare(workload, name, device)
     trainer.warm_up()
     _reset_peak(device)
     for _ in range(2):
         trainer.step(curvature=False)
-    plain = _peak(device) - before
+    plain, curvature = _peak(device) - before, None
     _reset_peak(device)
-    if not trainer.request_curvature():
-        return PeakMemory(plain, None, "no curvature steps")
-    trainer.step(curvature=True)
-    return PeakMemory(plain, _peak(device) - before, None)
+    if trainer.request_curvature():
+        trainer.step(curvature=True)
+        curvature = _peak(device) - before
+    return {"plain_bytes": plain, "curvature_bytes": curvature}
 
 
 def _reset_peak(device: torch.device) -> int:
@@ -190,3 +270,31 @@ def _peak(device: torch.device) -> int:
 def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def overhead_table(rows: Sequence[Row]) -> str:
+    """Lay out time and peak memory per step, one row per workload and optimizer."""
+
+    def scaled(value: float | None, scale: float) -> str:
+        return "–" if value is None else f"{value * scale:.2f}"
+
+    return section(
+        "Median time and peak memory of a step",
+        "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's.",
+        [
+            {
+                "model": each["workload"]["model"],
+                "batch": each["workload"]["batch_size"],
+                "precision": "bf16" if each["workload"]["bf16"] else "float32",
+                "optimizer": BUILDERS[each["optimizer"]][0],
+                "plain ms": scaled(each["plain_seconds"], 1e3),
+                "curvature ms": scaled(each["curvature_seconds"], 1e3),
+                "interval": each["interval"] or "–",
+                "amortised ms": scaled(each["amortised_seconds"], 1e3),
+                "×SGD": f"{each['ratio_to_sgd']:.3f}",
+                "plain MiB": scaled(each["memory"]["plain_bytes"], 2**-20),
+                "curvature MiB": scaled(each["memory"]["curvature_bytes"], 2**-20),
+            }
+            for each in rows
+        ],
+    )

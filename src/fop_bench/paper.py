@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fop_bench.report import markdown_table
+from fop_bench.report import markdown_table, plus_minus, statistic
 from fop_bench.run_records import Run, of_one_commit, read_runs
 from fop_bench.study import reached, studies
-from fop_bench.summary import plus_minus, statistic
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,12 @@ NOT_RUN = "not run yet"
 ELSEWHERE = ("map", "ablation", "formula")
 
 
-def paper_page(folders: Sequence[Path], commit: str | None = None) -> str:
+def paper_page(folders: Sequence[Path]) -> str:
     """Return the paper's four tables as Markdown, with what the runs in these folders say beside every cell.
 
     Raises ValueError for a folder without runs, a broken line, or runs that no report may mix.
     """
-    runs = of_one_commit([run for folder in folders for run in read_runs(folder)], commit)
+    runs = of_one_commit([run for folder in folders for run in read_runs(folder)])
     parts = [
         "# The paper's tables, and ours",
         "Lu & Armour, arXiv:2508.13898. Each cell: the paper's number (–: it reports none, the target was "

@@ -143,9 +143,8 @@ def make(
     After ``minutes`` every run stops where it is; calling again goes on from there. Killed at any moment,
     it loses no finished run, and half a minute of an unfinished one.
 
-    Raises:
-        ValueError: unknown names; runs of another commit in ``out``; a broken line in it.
-        BlockingIOError: another process is writing there.
+    Raises ValueError for unknown names, runs of another commit in ``out`` or a broken line in it, and
+    BlockingIOError if another process is writing there.
     """
     chosen = chosen.checked()
     deadline = time.monotonic() + 60 * minutes
@@ -250,16 +249,12 @@ def _refuse_mixing(
     plan = recipe(chosen.recipe)
     for record in done:
         there = record["environment"]
-        pairs: list[tuple[str, Any, Any]] = [
-            # What is installed as a package has no commit, but a version.
-            ("of fop", there["fop"], fop.__version__),
-            ("of", commit_title(there["git"]), commit_title(git)),
-        ]
+        # What is installed as a package has no commit, but a version.
+        pairs: list[tuple[str, Any, Any]] = [("of fop", there["fop"], fop.__version__)]
+        pairs += [("of", commit_title(there["git"]), commit_title(git))]
         if record["recipe"] == plan.name and record["task"] in chosen.tasks:
-            pairs += [
-                ("on", record["data"], data or plan.tasks[record["task"]].origin),
-                ("on ranks:", record["ranks"], ranks),
-            ]
+            pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
+            pairs += [("on ranks:", record["ranks"], ranks)]
         for what, theirs, ours in pairs:
             if theirs != ours:
                 raise ValueError(

@@ -1,163 +1,92 @@
-"""What several ranks pay for a step on this machine: time, bytes, and the curvature that each keeps."""
+"""What several ranks pay for a step: measurement on this machine, and the tables of it and of predictions."""
 
 from __future__ import annotations
 
-import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from fop import FOP, KFAC
 from fop.curvature import entry_names
-from fop_bench.architectures import Architecture, architecture_of
-from fop_bench.cost_model import INTERVAL, Method, Traffic, factor_bytes, plan_for, traffic
-from fop_bench.scale_trace import ProfiledStep, profiled_step
-from fop_bench.workloads import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
+from fop_bench.cost_model import (
+    GPUS_PER_NODE,
+    H100,
+    INTERVAL,
+    Architecture,
+    Method,
+    Traffic,
+    architecture_of,
+    factor_bytes,
+    plan_for,
+    predict,
+    published,
+    traffic,
+)
+from fop_bench.overhead import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
+from fop_bench.report import section
 from fop_bench.world import run_ranks
 
-CURVATURE = entry_names()
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An optimizer among several ranks, and what the cost model calls it."""
-
-    label: str
-    method: Method
-    build: Callable[[nn.Module], Optimizer]
+Row = dict[str, Any]
 
 
 def _fop(mode: str) -> Callable[[nn.Module], Optimizer]:
     return lambda model: FOP(model, lr=LEARNING_RATE, distributed={"mode": mode})
 
 
-CONTENDERS: dict[str, Contender] = {
-    "sgd": Contender("SGD", "sgd", lambda m: SGD(m.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True)),
-    "kfac": Contender("K-FAC", "kfac", lambda m: KFAC(m, lr=LEARNING_RATE)),
-    "fop": Contender("FOP", "compatible", lambda m: FOP(m, lr=LEARNING_RATE)),
-    "fop-compatible": Contender("FOP compatible", "compatible", _fop("compatible")),
-    "fop-lean": Contender("FOP lean", "lean", _fop("lean")),
+# An optimizer among several ranks: its label, what the cost model calls it, and how it is made.
+CONTENDERS: dict[str, tuple[str, Method, Callable[[nn.Module], Optimizer]]] = {
+    "sgd": ("SGD", "sgd", lambda m: SGD(m.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True)),
+    "kfac": ("K-FAC", "kfac", lambda m: KFAC(m, lr=LEARNING_RATE)),
+    "fop": ("FOP", "compatible", lambda m: FOP(m, lr=LEARNING_RATE)),
+    "fop-compatible": ("FOP compatible", "compatible", _fop("compatible")),
+    "fop-lean": ("FOP lean", "lean", _fop("lean")),
 }
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What one rank has seen of one optimizer's plain steps, or of its curvature steps."""
+def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
+    """Measure all optimizers on ``ranks`` new processes of this machine; a row each.
 
-    seconds: list[float] = field(default_factory=list)  # of every timed step
-    bytes: dict[str, float] = field(default_factory=dict)  # of one step, as the optimizer counts, by category
-    window: list[int] = field(default_factory=list)  # through the loopback interface, in every round
-    excess: list[float] = field(default_factory=list)  # sent by gloo's reduce beyond what was counted
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What one rank has seen of one optimizer; ``factor_bytes`` are those of factors and inverses on it."""
-
-    plain: Steps = field(default_factory=Steps)
-    curvature: Steps = field(default_factory=Steps)
-    factor_bytes: int = 0
-    profiled: ProfiledStep | None = None
-
-
-@dataclass(frozen=True)
-class Carried:
-    """Bytes through the loopback interface as a multiple of those counted and computed, of all ranks."""
-
-    ratio: float  # the smallest of all rounds: what other programs send can only add to it
-    expected: float  # since gloo's reduce sends more than it must; see `gloo_reduce_bytes`
-
-
-@dataclass(frozen=True)
-class Transport:
-    """What the operating system says of the bytes in each kind of step; a None is explained in `missing`."""
-
-    plain: Carried | None
-    curvature: Carried | None
-    missing: str | None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One optimizer on so many ranks; times in seconds, medians of every rank, bytes means over the ranks."""
-
-    ranks: int
-    optimizer: str
-    interval: int | None
-    plain_seconds: list[float]
-    curvature_seconds: list[float] | None
-    amortised_seconds: float
-    ratio_to_sgd: float
-    traffic: Traffic
-    predicted: Traffic
-    amortised_bytes: float
-    predicted_bytes: float
-    ratio_to_ddp: float | None
-    transport: Transport
-    factor_bytes: list[int]
-    predicted_factor_bytes: list[int]
-    inversion_seconds: list[float] | None
-    samples: list[Samples]
-
-
-def measure_scale(
-    workload: Workload,
-    ranks: int,
-    modes: Sequence[str],
-    rounds: int,
-    seconds: float,
-    traces: Path | None = None,
-) -> list[Measurement]:
-    """Measure all optimizers, FOP in these modes, on ``ranks`` new processes of this machine.
-
-    The workload has the batch of one rank. Raises RuntimeError if a process failed, and TimeoutError if they
-    have not ended after so many seconds. Traces of a curvature step go into the folder ``traces``.
+    The workload has the batch of one rank. Times are in seconds, medians of every rank, and bytes means over
+    the ranks. Raises ProcessException if a process failed.
     """
-    names = ["sgd", "kfac", *(["fop"] if ranks == 1 else [f"fop-{mode}" for mode in modes])]
-    # Read when a process loads torch: otherwise the profiler announces its start and end on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds, traces, seconds=seconds)
+    names = ["sgd", "kfac", *(["fop"] if ranks == 1 else ["fop-compatible", "fop-lean"])]
+    by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds)
     architecture = architecture_of(MODELS[workload.model][0](), workload.model)
-    of = {name: [samples[name] for samples in by_rank] for name in names}
-    sgd = max(statistics.median(each.plain.seconds) for each in of["sgd"])
-    return [_evaluate(architecture, ranks, name, of[name], sgd) for name in names]
+    rows: list[Row] = []
+    for name in names:
+        rows.append(_evaluate(architecture, ranks, name, [samples[name] for samples in by_rank]))
+        rows[-1]["ratio_to_sgd"] = rows[-1]["amortised_seconds"] / rows[0]["amortised_seconds"]
+    return rows
 
 
-# --- On one rank
-
-
-def _measure_rank(
-    workload: Workload, names: Sequence[str], rounds: int, traces: Path | None
-) -> dict[str, Samples]:
+def _measure_rank(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, Row]:
+    """Return for every optimizer the seconds of its timed steps and the bytes of one, by kind of step."""
     trainers = {name: _prepare(workload, name) for name in names}
     for trainer in trainers.values():
         trainer.warm_up()
-    samples = {name: Samples() for name in names}
+    found: dict[str, Row] = {
+        name: {kind: {"seconds": [], "bytes": {}} for kind in ("plain", "curvature")} for name in names
+    }
     for turns in in_turns(names, rounds):
         for name in turns:
-            _take_turn(trainers[name], samples[name])
+            trainer = trainers[name]
+            trainer.step(curvature=False)  # untimed: it brings the caches back to this model
+            _take_steps(trainer, PLAIN_STEPS, found[name]["plain"])
+            if trainer.request_curvature():
+                _take_steps(trainer, 1, found[name]["curvature"], due=True)
     for name, trainer in trainers.items():
         states = trainer.optimizer.state.values()
-        held = sum(state[key].nbytes for state in states for key in CURVATURE if key in state)
-        profiled = None
-        if trainer.request_curvature():
-            trace = None
-            if traces is not None and dist.is_initialized() and dist.get_rank() == 0:
-                trace = traces / f"trace-{dist.get_world_size()}-{name}.json.gz"
-            profiled = profiled_step(trainer, trace)
-        samples[name] = replace(samples[name], factor_bytes=held, profiled=profiled)
-    return samples
+        held = (state[key].nbytes for state in states for key in entry_names() if key in state)
+        found[name]["factor_bytes"] = sum(held)
+    return found
 
 
 def _prepare(workload: Workload, name: str) -> Trainer:
@@ -167,153 +96,191 @@ def _prepare(workload: Workload, name: str) -> Trainer:
         model = DistributedDataParallel(model)
     torch.manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
     inputs, targets = workload.batch(torch.device("cpu"))
-    return Trainer(model, CONTENDERS[name].build(model), inputs, targets, workload.bf16)
+    return Trainer(model, CONTENDERS[name][2](model), inputs, targets, workload.bf16)
 
 
-def _take_turn(trainer: Trainer, samples: Samples) -> None:
-    """Take some plain steps and, where there is such a thing, a curvature step after them.
-
-    An untimed plain step before them brings the caches back to this model.
-    """
-    trainer.step(curvature=False)
-    _take_steps(trainer, PLAIN_STEPS, samples.plain)
-    if trainer.request_curvature():
-        _take_steps(trainer, 1, samples.curvature, due=True)
-
-
-def _take_steps(trainer: Trainer, steps: int, seen: Steps, due: bool = False) -> None:
+def _take_steps(trainer: Trainer, steps: int, seen: Row, due: bool = False) -> None:
     optimizer = trainer.optimizer
     before = dict(optimizer.bytes_sent) if isinstance(optimizer, FOP) else {}
-    at_start = _interface_bytes()
-    with noting_reduces() as noted:
-        for _ in range(steps):
-            start = time.perf_counter()
-            trainer.step(due)
-            seen.seconds.append(time.perf_counter() - start)
-    at_end = _interface_bytes()
-    if at_start is not None and at_end is not None:
-        seen.window.append(at_end - at_start)
-        seen.excess.append(sum(noted))
+    if dist.is_initialized():
+        dist.barrier()
+    for _ in range(steps):
+        start = time.perf_counter()
+        trainer.step(due)
+        seen["seconds"].append(time.perf_counter() - start)
     after = optimizer.bytes_sent if isinstance(optimizer, FOP) else {}
     counts = {what: (count - before.get(what, 0.0)) / steps for what, count in after.items()}
-    seen.bytes.update({what: count for what, count in counts.items() if count})
+    seen["bytes"].update({what: count for what, count in counts.items() if count})
 
 
-def _interface_bytes() -> int | None:
-    """Read the interface's counter while no rank sends anything; None for a single rank, or uncounted."""
-    if not dist.is_initialized():
-        return None
-    dist.barrier()
-    count = loopback_bytes()
-    dist.barrier()
-    return None if isinstance(count, str) else count
+def _evaluate(architecture: Architecture, ranks: int, name: str, samples: list[Row]) -> Row:
+    def mean(kind: str) -> dict[str, float]:
+        counts = [each[kind]["bytes"] for each in samples]
+        whats = sorted(set().union(*counts))
+        return {what: statistics.fmean(each.get(what, 0.0) for each in counts) for what in whats}
 
+    def medians(kind: str) -> list[float] | None:
+        return [statistics.median(each[kind]["seconds"]) for each in samples if each[kind]["seconds"]] or None
 
-# --- Bytes that processes on this machine send each other, as the operating system counts them
-
-COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
-SEGMENT = 2**20  # bytes, gloo's largest
-
-
-def loopback_bytes() -> int | str:
-    """Return the bytes sent through the loopback interface by all programs, or why they are not known."""
-    try:
-        return int(COUNTER.read_text())
-    except (OSError, ValueError) as error:
-        return f"the loopback interface's counter cannot be read: {error}"
-
-
-def gloo_reduce_bytes(size: int, ranks: int) -> float:
-    """Return the bytes that a rank sends in gloo's reduce of ``size`` bytes, on average over the ranks.
-
-    The sums are scattered over a ring in S segments of 1 MiB at most, two or more for each rank. All but two
-    are sent, where S(W-1)/W would do. Then they are gathered on one rank (gloo/reduce.cc).
-    """
-    if ranks == 1:
-        return 0.0
-    segments = max(2, math.ceil(size / SEGMENT / ranks)) * ranks
-    return size * (1 - 2 / segments) + size / ranks * (ranks - 1) / ranks
-
-
-@contextmanager
-def noting_reduces() -> Iterator[list[float]]:
-    """Note of every reduce how many bytes gloo sends beyond the n(W-1)/W that a pipeline of ranks would."""
-    reduce, noted = dist.reduce, []
-
-    def noting(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        ranks = dist.get_world_size(options.get("group"))
-        noted.append(gloo_reduce_bytes(tensor.nbytes, ranks) - tensor.nbytes * (ranks - 1) / ranks)
-        return reduce(tensor, *args, **options)
-
-    dist.reduce = noting
-    try:
-        yield noted
-    finally:
-        dist.reduce = reduce
-
-
-# --- Over all ranks
-
-
-def _evaluate(
-    architecture: Architecture, ranks: int, name: str, samples: list[Samples], sgd: float
-) -> Measurement:
-    predicted = traffic(architecture, ranks, CONTENDERS[name].method)
-    # What DistributedDataParallel sends is not counted by anybody; the interface's count includes it.
-    plain_bytes, curvature_bytes = (
-        _mean(each.plain for each in samples),
-        _mean(each.curvature for each in samples),
-    )
-    counted = Traffic(predicted.wrapper, plain_bytes, curvature_bytes)
-    plain = [statistics.median(each.plain.seconds) for each in samples]
-    has_curvature = bool(samples[0].curvature.seconds)
-    curvature = [statistics.median(each.curvature.seconds) for each in samples] if has_curvature else None
-    interval = INTERVAL if has_curvature else None
-    seconds = amortised(max(plain), max(curvature) if curvature else None, interval)
+    predicted = traffic(architecture, ranks, CONTENDERS[name][1])
+    # What DistributedDataParallel sends is not counted by anybody.
+    counted = Traffic(predicted.wrapper, mean("plain"), mean("curvature"))
+    plain, curvature = medians("plain") or [], medians("curvature")
     baseline = traffic(architecture, ranks, "sgd").wrapper
-    profiled = [each.profiled for each in samples if each.profiled is not None]
     plan = plan_for(architecture.layers, ranks)
-    return Measurement(
-        ranks=ranks,
-        optimizer=name,
-        interval=interval,
-        plain_seconds=plain,
-        curvature_seconds=curvature,
-        amortised_seconds=seconds,
-        ratio_to_sgd=seconds / sgd,
-        traffic=counted,
-        predicted=predicted,
-        amortised_bytes=counted.amortised(),
-        predicted_bytes=predicted.amortised(),
-        ratio_to_ddp=counted.amortised() / baseline if baseline else None,
-        transport=transport(counted, samples),
-        factor_bytes=[each.factor_bytes for each in samples],
-        predicted_factor_bytes=factor_bytes(architecture.layers, plan) if has_curvature else [0] * ranks,
-        inversion_seconds=[each.inversion_seconds for each in profiled] or None,
-        samples=samples,
+    return {
+        "ranks": ranks,
+        "optimizer": name,
+        "plain_seconds": plain,
+        "curvature_seconds": curvature,
+        "amortised_seconds": amortised(max(plain), max(curvature) if curvature else None, INTERVAL),
+        "traffic": asdict(counted),
+        "predicted": asdict(predicted),
+        "amortised_bytes": counted.amortised(),
+        "predicted_bytes": predicted.amortised(),
+        "ratio_to_ddp": counted.amortised() / baseline if baseline else None,
+        "factor_bytes": [each["factor_bytes"] for each in samples],
+        "predicted_factor_bytes": factor_bytes(architecture.layers, plan) if curvature else [0] * ranks,
+        "samples": samples,
+    }
+
+
+# --- Tables of what was measured
+
+
+def measured_tables(rows: Sequence[Row]) -> str:
+    """Return the tables of time, bytes and curvature as Markdown."""
+
+    def named(each: Row, **cells: object) -> dict[str, object]:
+        return {"ranks": each["ranks"], "optimizer": CONTENDERS[each["optimizer"]][0], **cells}
+
+    def sent(each: Row) -> dict[str, object]:
+        all_of = {**each["traffic"]["plain"], **each["traffic"]["curvature"]}
+        return {
+            what: _mb(all_of.get(what, 0.0))
+            for what in ("gradients", "updates", "curvature factors", "control")
+        }
+
+    tables = [
+        section(
+            "Time of a step",
+            f"Medians of the slowest rank; amortised: one curvature step in {INTERVAL}; ×SGD: amortised over "
+            "SGD's on as many ranks.",
+            [
+                named(each)
+                | {
+                    "plain ms": _ms(each["plain_seconds"]),
+                    "curvature ms": _ms(each["curvature_seconds"]),
+                    "amortised ms": _ms([each["amortised_seconds"]]),
+                    "×SGD": f"{each['ratio_to_sgd']:.2f}",
+                }
+                for each in rows
+            ],
+        ),
+        section(
+            "Bytes that a rank sends in a step",
+            "MB, mean over the ranks: DDP's own computed, those of the optimizer as it counts them; factors "
+            f"and control in curvature steps only. Amortised: one curvature step in {INTERVAL}; ×DDP: over "
+            "plain DistributedDataParallel; predicted: by the cost model, from the sizes of the modules.",
+            [
+                named(each, DDP=_mb(each["traffic"]["wrapper"]), **sent(each))
+                | {
+                    "amortised": _mb(each["amortised_bytes"]),
+                    "×DDP": f"{each['ratio_to_ddp']:.3f}",
+                    "predicted": _mb(each["predicted_bytes"]),
+                    "counted/predicted": f"{each['amortised_bytes'] / each['predicted_bytes']:.5f}",
+                }
+                for each in rows
+                if each["ranks"] > 1
+            ],
+        ),
+        section(
+            "Factors and inverses",
+            "MB in the state of rank 0, 1, …; predicted: by the plan from the sizes of the modules.",
+            [
+                named(each)
+                | {
+                    "MB per rank": _each(each["factor_bytes"]),
+                    "predicted": _each(each["predicted_factor_bytes"]),
+                    "sum": _mb(sum(each["factor_bytes"])),
+                }
+                for each in rows
+                if each["curvature_seconds"]
+            ],
+        ),
+    ]
+    return "\n\n".join(filter(None, tables))
+
+
+# --- Tables of what is predicted
+
+REPLICATED = 3 * 4  # bytes of weight, gradient and momentum of a parameter, which DDP has on every rank
+GPU_BYTES = 80e9
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+LABELS: dict[Method, str] = {"kfac": "K-FAC", "compatible": "compatible", "lean": "lean", "fsdp": "FOP"}
+ASSUMED = (
+    f"Assumed for an H100: {H100['matmul'] / 1e12:.0f} TFLOPS in products, "
+    f"{H100['inversion'] / 1e12:.0f} TFLOPS in Cholesky inversions, {H100['inside'] / 1e9:.0f} GB/s inside a "
+    f"node of {GPUS_PER_NODE}, {H100['outside'] / 1e9:.0f} GB/s per GPU between nodes."
+)
+
+
+def predictions(gpus: Sequence[int] = GPUS) -> dict[str, list[Row]]:
+    """Predict every published architecture on every number of GPUs, by title."""
+    return {each.title: [predict(each, ranks, _methods(each)) for ranks in gpus] for each in published()}
+
+
+def _methods(architecture: Architecture) -> Sequence[Method]:
+    fits = REPLICATED * architecture.elements < GPU_BYTES
+    return ("kfac", "compatible", "lean") if fits else ("fsdp",)
+
+
+def predicted_tables(predicted: Mapping[str, Sequence[Row]]) -> str:
+    """Return one table an architecture as Markdown, as docs/scaling.md has them."""
+    return "\n\n".join(_predicted(each, predicted[each.title]) for each in published()) + "\n"
+
+
+def _predicted(architecture: Architecture, rows: Sequence[Row]) -> str:
+    methods = _methods(architecture)
+    wrapper, where = ("FSDP", "over all GPUs.") if "fsdp" in methods else ("DDP", "on every GPU.")
+    memory = REPLICATED * architecture.elements / 1e9
+
+    def cells(row: Row) -> dict[str, object]:
+        ratios = {name: row["ratios"][name] for name in methods}
+        return {
+            "GPUs": row["ranks"],
+            f"{wrapper} GB": _short(row["baseline_bytes"] / 1e9),
+            **{f"{LABELS[n]} ×{wrapper}": f"{r:.3f}" if r else "–" for n, r in ratios.items()},
+            "owners": row["owners"],
+            "curvature GB": _short(row["factor_bytes"] / 1e9),
+            "products ms": _short(row["product_seconds"] * 1e3),
+            "inversion ms": _short(row["inversion_seconds"] * 1e3),
+            f"inversion ms ÷ {INTERVAL}": _short(row["inversion_seconds"] * 1e3 / INTERVAL),
+            **{f"{LABELS[n]} sending ms": _short(row["extra_seconds"][n] * 1e3) for n in methods},
+        }
+
+    return section(
+        f"{architecture.title}, under {wrapper}",
+        f"{architecture.elements / 1e6:,.1f} million parameters, {len(architecture.layers)} layers with "
+        f"curvature. Weights, gradients and momentum in float32: {memory:,.1f} GB {where}",
+        [cells(row) for row in rows],
+        level=3,
     )
 
 
-def _mean(of_ranks: Iterable[Steps]) -> dict[str, float]:
-    counts = [each.bytes for each in of_ranks]
-    whats = sorted(set().union(*counts))
-    return {what: statistics.fmean(each.get(what, 0.0) for each in counts) for what in whats}
+def _ms(seconds: Sequence[float] | None) -> str:
+    """Write the longest of some times."""
+    return "–" if seconds is None else f"{max(seconds) * 1e3:.1f}"
 
 
-def transport(counted: Traffic, samples: list[Samples]) -> Transport:
-    """Compare the operating system's count of the bytes with the optimizers' own, over all ranks."""
-    ranks = len(samples)
-    if ranks == 1:
-        return Transport(None, None, "one rank sends nothing")
-    if isinstance(why := loopback_bytes(), str):
-        return Transport(None, None, why)
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.3f}"
 
-    def carried(seen: list[Steps], sent: Mapping[str, float], steps: int) -> Carried:
-        # All ranks read the same counter, and all rounds send the same.
-        total = ranks * steps * (counted.wrapper + sum(sent.values()))
-        return Carried(min(seen[0].window) / total, 1 + sum(each.excess[0] for each in seen) / total)
 
-    plain = carried([each.plain for each in samples], counted.plain, PLAIN_STEPS)
-    if not samples[0].curvature.window:
-        return Transport(plain, None, "no curvature steps")
-    return Transport(plain, carried([each.curvature for each in samples], counted.curvature, 1), None)
+def _each(values: Sequence[float]) -> str:
+    return ", ".join(f"{value / 1e6:.1f}" for value in values)
+
+
+def _short(value: float) -> str:
+    """Write three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,g}"

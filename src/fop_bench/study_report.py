@@ -1,21 +1,33 @@
-"""README.md and plots of `fop-bench run`'s studies, made from their JSON lines alone."""
+"""README.md and plots of `fop-bench run`'s and `defaults`' studies, made from their JSON lines alone."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from fop_bench.paper import PAPER_TABLES, paper_section
-from fop_bench.report import markdown_table, write_page
+from fop_bench.plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
+from fop_bench.plots import speed_up_reference as reference_of
+from fop_bench.report import markdown_table, plus_minus, statistic, write_page
 from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
-from fop_bench.study import Study, comparison_table, fop_table, options_table, studies, tuning_table, unfair
-from fop_bench.study_maps import map_sentence, map_table, maps
-from fop_bench.study_plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
-from fop_bench.study_plots import speed_up_reference as reference_of
+from fop_bench.study import (
+    Study,
+    comparison_table,
+    fop_table,
+    map_sentence,
+    map_table,
+    maps,
+    options_table,
+    studies,
+    tuning_table,
+    unfair,
+)
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
@@ -30,14 +42,12 @@ AGAINST = (
 )
 
 
-def write_report(folder: Path, commit: str | None = None) -> Path:
+def write_report(folder: Path) -> Path:
     """Write ``folder``/README.md and its plots from the JSON lines in there; return its path.
 
-    ``commit``, or its first characters, is the one to report where a study has runs of several. Raises
-    ValueError if there are no runs, a line is broken, or runs are there that no report may mix.
+    Raises ValueError if there are no runs, a line is broken, or runs are there that no report may mix.
     """
-    read = read_runs(folder)
-    runs = of_one_commit(read, commit)
+    runs = of_one_commit(read_runs(folder))
     parts = [
         "# Results of `fop-bench run`",
         "Made by `fop-bench report` from the JSON lines in this folder; do not edit. Every line holds its "
@@ -45,8 +55,6 @@ def write_report(folder: Path, commit: str | None = None) -> Path:
         "epochs and seconds to a target are over the runs that reached it. A diverged run counts as that and "
         "nothing else.",
     ]
-    if len(runs) < len(read):
-        parts.append(f"**{len(read) - len(runs)} runs of other commits than {commit} are left out.**")
     for recipe, of_recipe in groupby(studies(runs), key=lambda study: study.recipe):
         for task, of_task in groupby(of_recipe, key=lambda study: study.task):
             each = list(of_task)
@@ -143,11 +151,6 @@ def _plots(study: Study, folder: Path) -> list[str]:
             f"{reference[0]}, the smallest, over a contender's at each batch size. A point is there "
             "only if every seed reached the target.",
         ]
-    elif study.phase("final")["batch_size"].nunique() > 1:
-        parts.append(
-            "No plot of the speed-up: neither SGD, K-FAC nor FOP reached every target with every seed at the "
-            "smallest batch size."
-        )
     if layered := layered_runs(study):
         plot_layers(layered, folder / f"{stem}-layers.png")
         note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
@@ -179,3 +182,100 @@ def _map(study: Study, folder: Path) -> list[str]:
 def _stem(study: Study) -> str:
     name = f"{study.recipe}-{study.task}-{study.name}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# --- The defaults
+
+SHOWN = 12
+
+
+def _of_defaults(run: Run) -> Run:
+    """Return what the report of the defaults shows of a run; lines of version 0.1 are that already."""
+    if "curve" not in run:
+        return run
+    full = run["batch_size"] >= run["train_samples"]
+    last = {} if run["diverged"] else run["curve"][-1]
+    return {
+        "task": f"{run['task']}, {'full batch' if full else 'batch ' + str(run['batch_size'])}",
+        "optimizer": run["contender"],
+        **{key: run[key] for key in ("options", "seed", "diverged", "warnings")},
+        **{key: last.get(key) for key in ("accuracy", "train_loss", "seconds")},
+        "environment": {key: run["environment"][key] for key in ("device", "torch", "fop", "git", "threads")},
+    }
+
+
+def read_defaults(path: Path) -> list[dict[str, Any]]:
+    """Read one study, lines of either runner."""
+    return [_of_defaults(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_defaults(folder: Path) -> Path:
+    """Write ``folder``/README.md from all studies in ``folder``; return its path."""
+    parts = [
+        "# Defaults: the measurement",
+        "Made by `fop-bench defaults` from the JSON lines in this folder; do not edit. Every line holds its "
+        "commit, versions and device. Accuracy is on the validation part after the last epoch; *regret* is "
+        "the distance to the best accuracy that any run of the study had on that task, in percentage points; "
+        "a diverged run counts as accuracy 0.",
+    ]
+    for path in sorted(folder.glob("*.jsonl")):
+        if lines := read_defaults(path):
+            parts += _defaults(path.stem, lines)
+    return write_page(folder, parts)
+
+
+def _defaults(name: str, lines: list[dict[str, Any]]) -> list[str]:
+    runs = pd.DataFrame(lines)
+    runs["accuracy"] = 100 * runs["accuracy"].astype(float).fillna(0.0)
+    where = sorted({json.dumps(each, sort_keys=True) for each in runs["environment"]})
+    head = [
+        f"## {name}",
+        f"To repeat: `fop-bench defaults {name} --data CIFAR10 --out FOLDER`; CIFAR-10 as an image folder "
+        "(without `--data` only the digits).",
+        f"{len(runs)} runs on {runs['task'].nunique()} tasks, {runs['diverged'].sum()} diverged. "
+        f"Measured on: {'; '.join(f'`{each}`' for each in where)}",
+    ]
+    return head + (_rates(runs) if name == "comparison" else _regrets(runs))
+
+
+def _regrets(runs: pd.DataFrame) -> list[str]:
+    runs["label"] = [", ".join(f"{key}={value}" for key, value in each.items()) for each in runs["options"]]
+    runs["regret"] = runs.groupby("task")["accuracy"].transform("max") - runs["accuracy"]
+    tasks = runs.pivot_table(index="label", columns="task", values="regret", sort=False).dropna()
+    tasks = tasks.sort_index(axis="columns")
+    # Rounded, so that combinations with equal regrets keep their order.
+    means = tasks.mean(axis="columns").round(9).sort_values(kind="stable")
+    best = tasks.loc[means.index[:SHOWN]]
+    best.insert(0, "mean regret", best.mean(axis="columns"))
+    best.insert(1, "worst regret", best.drop(columns="mean regret").max(axis="columns"))
+    table = markdown_table(
+        ["options", *best], ([label, *(f"{each:.2f}" for each in row)] for label, *row in best.itertuples())
+    )
+    # One row for every run and option, with the mean regret of the run's combination.
+    values = runs["options"].map(lambda each: [(key, str(value)) for key, value in each.items()])
+    marginal = pd.DataFrame({"value": values, "regret": runs["label"].map(means)}).explode("value").dropna()
+    spread = marginal.groupby("value")["regret"].agg(["median", "min", "max"])
+    by_value = markdown_table(
+        ["option", "value", "median of the mean regrets", "best", "worst"],
+        ([*value, *(f"{each:.2f}" for each in row)] for value, *row in spread.itertuples()),
+    )
+    shown = f"The best {len(best)} of {len(means)} combinations, by mean regret over the tasks:"
+    return [shown, table, "Every value of an option, over all values of the others:", by_value]
+
+
+def _rates(runs: pd.DataFrame) -> list[str]:
+    parts = [
+        "Every learning rate of every optimizer, other options at their defaults; mean ± standard deviation "
+        "over n seeds of final accuracy (%) and training loss. Nothing is selected. "
+        "The runs shared the processor, so there are no times here."
+    ]
+    runs["lr"] = [options["lr"] for options in runs["options"]]
+    head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
+    for task, of_task in runs.groupby("task"):
+        rows = []
+        for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
+            accuracy, loss = (statistic(each[name].astype(float)) for name in ("accuracy", "train_loss"))
+            counts = [len(each), each["diverged"].sum()]
+            rows.append([optimizer, f"{lr:g}", *counts, plus_minus(accuracy, 2), plus_minus(loss, 4)])
+        parts += [f"### {task}", markdown_table(head, rows)]
+    return parts

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -19,16 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from fop import FOP, KFAC
-from fop_bench.augmentation import Normaliser, training_inputs
 from fop_bench.environment import environment
-from fop_bench.images import Images
-from fop_bench.recipe import Recipe
-from fop_bench.recipes import recipe
+from fop_bench.images import Images, Normaliser, training_inputs
+from fop_bench.recipes import Recipe, recipe
 from fop_bench.training import Training, messages
 
 # In the order of the legend: what each step was made from.
@@ -40,7 +38,6 @@ STEPS = {
     "fop_rows": "FOP as in training, halves by layer rows",
 }
 PARTS = ("whole", "first", "second")
-Done = Callable[[], None]
 # A backward pass: inside what, over which samples, and by what its mean loss is multiplied.
 Pass = tuple[AbstractContextManager[None], slice, float]
 MARGIN = 0.35  # of the side that holds all steps, free on each side of it
@@ -116,19 +113,14 @@ class Plane:
     u (P,) is the direction of the step of the whole batch, v (P,) of the difference of the halves' steps,
     both filter-normalised. After that, v loses its component along u, in the plain inner product over all
     parameters, and gets the length of u. So 1 along u is the norm of every filter; along v it is that as a
-    root mean square over the filters. `cosine` is that of their angle before they were made orthogonal.
-    Raises ValueError if the directions span no plane.
+    root mean square over the filters. Raises ValueError if the directions span no plane.
     """
 
     def __init__(self, weights: Sequence[Tensor], along_u: Tensor, along_v: Tensor) -> None:
         self.u, v = filter_normalised(along_u, weights), filter_normalised(along_v, weights)
-        self.cosine = cosine_similarity(self.u, v, dim=0).item()
         v = v - (self.u @ v) / (self.u @ self.u) * self.u
         if not v.norm() > 1e-6 * self.u.norm() > 0:
-            raise ValueError(
-                "the steps of the two halves and of the batch span no plane; "
-                "take another --batch or --seed, or a --lr at which the training does not break down"
-            )
+            raise ValueError("the steps span no plane; take another --batch or --seed, or a smaller --lr")
         self.v = v * (self.u.norm() / v.norm())
 
     def place(self, step: Tensor) -> tuple[float, float, float]:
@@ -172,13 +164,10 @@ def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float
     return x, y
 
 
-def surface(
-    asked: Question, device: torch.device, *, on_epoch: Done = lambda: None, on_row: Done = lambda: None
-) -> dict[str, Any]:
+def surface(asked: Question, device: torch.device) -> dict[str, Any]:
     """Train to the point, take the steps and measure the loss on the plane; return all that the plot needs.
 
-    Raises ValueError for an unknown recipe or task, a batch that cannot be had, and a training that diverged,
-    FileNotFoundError if the data set is not there.
+    Raises ValueError for an unknown task, a batch that cannot be had, and a training that diverged.
     """
     plan = recipe(asked.recipe)
     task = asked.task or next(iter(plan.tasks))
@@ -187,16 +176,15 @@ def surface(
     train = plan.tasks[task].load(asked.data).training(final=True)
     if asked.batch_size % 2 or not 2 <= asked.batch_size <= len(train):
         raise ValueError(
-            f"batch size {asked.batch_size} must be even, so that its halves are alike, and from 2 to the "
-            f"{len(train)} training images of {task}"
+            f"batch size {asked.batch_size} must be even, and from 2 to {len(train)}, all of {task}"
         )
     normalise = Normaliser(train.pixels)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        point, losses = _trained(plan, asked, train, normalise, device, on_epoch)
+        point, losses = _trained(plan, asked, train, normalise, device)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
         chosen = train[order[: asked.batch_size]].to(device)
-        picture = picture_of(point, FixedBatch(normalise(chosen.pixels), chosen.labels), asked.points, on_row)
+        picture = picture_of(point, FixedBatch(normalise(chosen.pixels), chosen.labels), asked.points)
     return {
         **asdict(asked),
         "task": task,
@@ -210,7 +198,7 @@ def surface(
 
 
 def _trained(
-    plan: Recipe, asked: Question, train: Images, normalise: Normaliser, device: torch.device, on_epoch: Done
+    plan: Recipe, asked: Question, train: Images, normalise: Normaliser, device: torch.device
 ) -> tuple[Point, list[float]]:
     """Train the recipe's network with the recipe's options of FOP; return every epoch's mean loss too."""
     torch.manual_seed(asked.seed)
@@ -236,7 +224,6 @@ def _trained(
         epochs=asked.epochs,
         seed=asked.seed,
         bf16=plan.bf16 and device.type == "cuda",
-        on_epoch=on_epoch,
     )
     training.run()
     now = training.progress
@@ -247,19 +234,16 @@ def _trained(
 
 def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
     """Return the fixed options of the recipe's first contender that is FOP as in the paper."""
-    for study in plan.studies.values():
-        for contender in study.contenders.values():
-            if contender.optimizer == "fop" and contender.formula == "paper":
-                return dict(contender.options(batch_size))
-    return {}
+    contenders = (each for study in plan.studies.values() for each in study.contenders.values())
+    plain = (each for each in contenders if (each.optimizer, each.formula) == ("fop", "paper"))
+    return next((dict(each.options(batch_size)) for each in plain), {})
 
 
-def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lambda: None) -> dict[str, Any]:
+def picture_of(point: Point, batch: FixedBatch, points: int) -> dict[str, Any]:
     """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays."""
-    names, weights = zip(*point.model.named_parameters(), strict=True)
+    weights = list(point.model.parameters())
     sizes = [weight.numel() for weight in weights]
-    taken = {name: single_step(point, batch, name) for name in STEPS}
-    steps = {name: step for name, (step, _) in taken.items()}
+    steps = {name: single_step(point, batch, name)[0] for name in STEPS}
     plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
     places = {name: plane.place(step) for name, step in steps.items()}
     x, y = grid([(0.0, 0.0), *(place[:2] for place in places.values())], points)
@@ -271,18 +255,9 @@ def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lamb
             parameter.copy_(part.view(parameter.shape))
         return batch.parts(model)
 
-    rows = []
-    for along_v in y:
-        rows.append([losses(plane.at(along_u, along_v)) for along_u in x])
-        on_row()
-    moved = {name: bool(part.any()) for name, part in zip(names, steps["average"].split(sizes), strict=True)}
+    rows = [[losses(plane.at(along_u, along_v)) for along_u in x] for along_v in y]
     return {
         "step_options": {"lr": point.options["lr"], "damping": point.options["damping"], **BARE},
-        "parameters_shown": [name for name in names if moved[name]],
-        "parameters_kept": [name for name in names if not moved[name]],
-        "norm_of_axes": plane.u.norm().item(),
-        "cosine_before_orthogonalisation": plane.cosine,
-        "layers": {name: asdict(each) for name, each in taken["fop"][1].diagnostics().layers.items()},
         "origin": losses(torch.zeros_like(plane.u)),
         "steps": {
             name: {
@@ -290,10 +265,8 @@ def picture_of(point: Point, batch: FixedBatch, points: int, on_row: Done = lamb
                 "x": places[name][0],
                 "y": places[name][1],
                 "norm": step.norm().item(),
-                "cosine_to_average": cosine_similarity(step, steps["average"], dim=0).item(),
                 "share_in_plane": places[name][2],
                 "losses_at_end": losses(step),
-                "losses_in_plane": losses(plane.at(*places[name][:2])),
             }
             for name, step in steps.items()
         },
@@ -308,8 +281,7 @@ def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> t
 
     The pair of "fop" is the gradients of the two halves' losses, those of "first" and "second". The pair of
     "fop_rows" is each layer's gradient summed over its rows of either half, as in a training that labels no
-    passes. They are the same unless BatchNorm ties the samples of a batch together. ``changes`` are options
-    of the optimizer in place of the point's.
+    passes. They are the same unless BatchNorm ties samples together. ``changes`` are optimizer options.
     """
     model, kind = deepcopy(point.model), FOP if name in ("fop", "fop_rows") else KFAC
     adaptive = () if kind is FOP else ("beta", "eta")

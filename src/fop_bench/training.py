@@ -32,17 +32,6 @@ class Epoch:
     processor_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run: its curve ends before the epoch in which the loss became non-finite, if it did."""
-
-    learning_rate: float
-    seed: int
-    curve: list[Epoch]
-    diverged: bool
-    warnings: list[str]
-
-
 @dataclass
 class Progress:
     """How far a training is."""
@@ -85,14 +74,13 @@ class Training:
         seed: int,
         bf16: bool = False,
         mean: Callable[[Tensor], float] = float,
-        on_epoch: Callable[[], None] = lambda: None,
     ) -> None:
         if not 1 <= batch_size <= samples:
             raise ValueError(
                 f"batch_size is {batch_size}; it must be from 1 to the {samples} training samples"
             )
         self.model, self.optimizer = model, optimizer
-        self.batch, self.evaluate, self.on_epoch = batch, evaluate, on_epoch
+        self.batch, self.evaluate = batch, evaluate
         self.samples, self.batch_size, self.epochs = samples, batch_size, epochs
         self.steps = samples // batch_size  # of an epoch
         self.bf16, self.mean = bf16, mean
@@ -160,7 +148,6 @@ class Training:
         assert now.loss is not None
         loss = self.mean(now.loss) / self.steps
         now.epoch, now.step, now.order, now.loss = now.epoch + 1, 0, None, None
-        self.on_epoch()
         if not math.isfinite(loss):
             now.diverged = True
             return

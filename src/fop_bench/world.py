@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -80,51 +77,27 @@ def world_on(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """Call ``function(*arguments)`` in ``ranks`` new processes of one thread, joined by gloo if several.
 
-    Returns what it returned, by rank.
-
-    Raises:
-        RuntimeError: a process failed; the message has its traceback. The others are ended.
-        TimeoutError: they have not ended after so many seconds, and are ended.
+    Returns what it returned, by rank. Raises ProcessException if a process failed; its message has the
+    traceback, and the others are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = (ranks, folder, seconds, function, arguments)
-        context = start_processes(_rank, given, ranks, join=False, start_method="spawn")
-        assert context is not None
-        end = time.monotonic() + seconds
-        try:
-            while not context.join(timeout=max(0.0, end - time.monotonic())):
-                if time.monotonic() >= end:
-                    raise TimeoutError(
-                        f"{ranks} processes did not end in {seconds:g} s; give them more time, or less to do"
-                    )
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            raise RuntimeError(f"rank {error.error_index} of {ranks} failed:\n{error}") from error
-        finally:
-            for process in context.processes:
-                process.kill()
-                process.join()
+        spawn(_rank, (ranks, folder, function, arguments), ranks)
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
 def _rank(
-    rank: int,
-    ranks: int,
-    folder: str,
-    seconds: float,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         if sys.platform.startswith("linux"):
             # Otherwise gloo looks up the name of the host, which need not have an address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        limit = timedelta(seconds=math.ceil(seconds))
         store = f"file://{folder}/rendezvous"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(*arguments)))
     if ranks > 1:
         dist.barrier()

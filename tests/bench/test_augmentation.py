@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fop_bench.augmentation import Augmentation, Normaliser, augment, cut_out
+from fop_bench.images import Augmentation, Normaliser, augment, cut_out
 
 # Not square, so that rows are told from columns.
 HEIGHT, WIDTH = 5, 7

@@ -14,10 +14,9 @@ from PIL import Image
 
 from fop_bench import execution
 from fop_bench.cli import main
-from fop_bench.defaults_report import read_runs, write_report
 from fop_bench.images import per_class
-from fop_bench.recipe import Contender, ImageTask
-from fop_bench.recipes import CIFAR10, DEFAULTS, RECIPES
+from fop_bench.recipes import CIFAR10, DEFAULTS, RECIPES, Contender, ImageTask
+from fop_bench.study_report import read_defaults, write_defaults
 
 
 def invoke(out: Path, *asked: str) -> Result:
@@ -45,7 +44,7 @@ def test_runs_are_made_once_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert first.exit_code == 0, first.output
     assert f"Wrote {tmp_path}/README.md; 0 runs left" in first.output
     content = (tmp_path / "clip.jsonl").read_bytes()
-    runs = read_runs(tmp_path / "clip.jsonl")
+    runs = read_defaults(tmp_path / "clip.jsonl")
     assert [run["task"] for run in runs] == ["digits-mlp, batch 64", "digits-mlp, full batch"]
     assert {(run["optimizer"], run["seed"], run["diverged"]) for run in runs} == {("fop", 0, False)}
     assert runs[0]["accuracy"] > 0.8
@@ -76,7 +75,7 @@ def test_cifar_is_read_from_the_training_folder_alone(
     data = ("--data", str(tmp_path))
     told = invoke(tmp_path / "out", "clip", "--tasks", "cifar-small, batch 6", *data)
     assert told.exit_code == 0, told.output
-    (run,) = read_runs(tmp_path / "out" / "clip.jsonl")
+    (run,) = read_defaults(tmp_path / "out" / "clip.jsonl")
     assert run["task"] == "cifar-small, full batch"
     (tmp_path / "train" / "dog" / "4.png").unlink()
     execution.parts_of.cache_clear()
@@ -113,7 +112,7 @@ def _line(lr: float, task: str, accuracy: float | None, seed: int = 0) -> dict[s
 def test_regret_counts_divergence_as_no_accuracy(tmp_path: Path) -> None:
     runs = [_line(0.1, "a", 0.9), _line(0.1, "b", 0.5), _line(1.0, "a", None), _line(1.0, "b", 0.8)]
     (tmp_path / "trust.jsonl").write_text("\n".join(map(json.dumps, runs)))
-    text = write_report(tmp_path).read_text()
+    text = write_defaults(tmp_path).read_text()
     assert "4 runs on 2 tasks, 1 diverged" in text
     # lr 0.1 is best on a and 30 points short on b; lr 1 diverged on a, 90 points short.
     assert "| lr=0.1 | 15.00 | 30.00 | 0.00 | 30.00 |" in text
@@ -123,13 +122,6 @@ def test_regret_counts_divergence_as_no_accuracy(tmp_path: Path) -> None:
 def test_comparison_shows_every_rate(tmp_path: Path) -> None:
     runs = [_line(0.1, "a", 0.9, 1), _line(0.1, "a", 0.8, 2), _line(1.0, "a", None, 1)]
     (tmp_path / "comparison.jsonl").write_text("\n".join(map(json.dumps, runs)))
-    text = write_report(tmp_path).read_text()
+    text = write_defaults(tmp_path).read_text()
     assert "| fop | 0.1 | 2 | 0 | 85.00 ± 7.07 | 0.1000 ± 0.0000 |" in text
     assert "| fop | 1 | 1 | 1 | 0.00 | – |" in text
-
-
-def test_broken_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "trust.jsonl"
-    path.write_text('{"task": "a"}\n{"task": ')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_runs(path)

@@ -23,9 +23,8 @@ from fop_bench.models import (
     resnet50,
     sinusoids,
     soft_split,
-    t2t_vit,
 )
-from fop_bench.workloads import MODELS
+from fop_bench.overhead import MODELS
 
 
 def elements(model: nn.Module) -> int:
@@ -60,7 +59,7 @@ def t2t_elements(classes: int) -> int:
 def test_parameters_are_those_of_the_papers() -> None:
     for classes in (10, 1000):
         assert elements(resnet50(classes)) == resnet50_elements(classes)
-        assert elements(t2t_vit(classes)) == t2t_elements(classes)
+        assert elements(T2TViT(classes=classes)) == t2t_elements(classes)
     assert resnet50_elements(1000) == 25_557_032
     # Table 2 of the paper says 21.5 million, the 197 × 384 constants of the positions among them or not.
     assert t2t_elements(1000) == 21_465_422

@@ -18,8 +18,7 @@ from fop_bench import overhead
 from fop_bench.cli import main
 from fop_bench.models import mlp
 from fop_bench.optimizers import BUILDERS
-from fop_bench.overhead import PeakMemory
-from fop_bench.workloads import COMPARED, NEVER, PLAIN_STEPS, Trainer, Workload, in_turns, prepare
+from fop_bench.overhead import COMPARED, NEVER, PLAIN_STEPS, Trainer, Workload, in_turns, prepare
 
 MLP_BYTES = 4 * sum(p.numel() for p in mlp().parameters())
 CPU = torch.device("cpu")
@@ -65,7 +64,7 @@ def test_ratios_follow_from_the_timed_steps(results: dict[str, Any]) -> None:
 def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str, Any]) -> None:
     memory = {name: each["memory"] for name, each in results.items()}
     if all(each["plain_bytes"] is None for each in memory.values()):
-        pytest.skip(memory["sgd"]["missing"])
+        pytest.skip("the peak cannot be reset here")
     # Weights and gradients, and one or two moments; the resident set is counted in pages and batches of them.
     assert 2.9 * MLP_BYTES < memory["sgd"]["plain_bytes"] < 10 * MLP_BYTES
     assert 3.9 * MLP_BYTES < memory["adamw"]["plain_bytes"] < 10 * MLP_BYTES
@@ -73,7 +72,6 @@ def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str,
         assert memory[name]["plain_bytes"] > memory["sgd"]["plain_bytes"]
         assert memory[name]["curvature_bytes"] > memory[name]["plain_bytes"]
     assert memory["sgd"]["curvature_bytes"] is None
-    assert memory["sgd"]["missing"]
 
 
 class Booking(SGD):
@@ -110,17 +108,17 @@ def test_plain_and_curvature_steps_are_booked_apart_and_amortised(monkeypatch: p
     for name in COMPARED:
         monkeypatch.setitem(BUILDERS, name, (name, lambda model, lr: Booking(model, lr, clock, 1.0)))
     monkeypatch.setitem(BUILDERS, "fop", ("FOP", lambda model, lr: FakeFOP(model, lr, clock, 2.0)))
-    none = dict.fromkeys(COMPARED, PeakMemory(None, None, "not measured"))
+    none = {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
     monkeypatch.setattr(overhead, "peak_memory", lambda workload, device: none)
     monkeypatch.setattr(overhead.time, "perf_counter", lambda: clock[0])
     measured = overhead.measure_overhead(Workload("mlp", 2, False), CPU, rounds=3)
-    by_name = {each.optimizer: each for each in measured}
+    by_name = {each["optimizer"]: each for each in measured}
     fop = by_name["fop"]
-    assert (fop.plain_seconds, fop.curvature_seconds, fop.interval) == (2.0, 10.0, 5)
-    assert fop.amortised_seconds == pytest.approx((4 * 2.0 + 10.0) / 5)
-    assert fop.ratio_to_sgd == pytest.approx(3.6)
-    assert fop.plain_ratio_to_sgd == pytest.approx(2.0)
-    assert by_name["adamw"].ratio_to_sgd == 1.0
+    assert (fop["plain_seconds"], fop["curvature_seconds"], fop["interval"]) == (2.0, 10.0, 5)
+    assert fop["amortised_seconds"] == pytest.approx((4 * 2.0 + 10.0) / 5)
+    assert fop["ratio_to_sgd"] == pytest.approx(3.6)
+    assert fop["plain_ratio_to_sgd"] == pytest.approx(2.0)
+    assert by_name["adamw"]["ratio_to_sgd"] == 1.0
 
 
 def test_turns_begin_with_another_every_time() -> None:
@@ -155,11 +153,7 @@ def test_bf16_runs_the_forward_pass_in_bf16() -> None:
     assert seen == [torch.bfloat16]
 
 
-def test_unknown_model_and_bad_batch_are_clear_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'alexnet'.*resnet18, vit, mlp"):
-        Workload("alexnet", 2, False)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        Workload("mlp", 0, False)
+def test_unknown_model_is_a_clear_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["overhead", "--model", "alexnet", "--out", str(tmp_path / "o.json")])
     assert result.exit_code == 2
     assert "alexnet" in result.output

@@ -18,9 +18,8 @@ from fop_bench.environment import environment, git_state
 from fop_bench.images import Source
 from fop_bench.optimizers import BUILDERS
 from fop_bench.paper import PAPER_TABLES
-from fop_bench.recipe import DigitsTask, ImageTask, digits_split
 from fop_bench.recipes import CIFAR10_SMALL as SMALL
-from fop_bench.recipes import DEFAULTS, RECIPES, recipe
+from fop_bench.recipes import DEFAULTS, RECIPES, DigitsTask, ImageTask, digits_split, recipe
 
 # --- Who is compared
 

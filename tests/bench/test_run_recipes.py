@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fop_bench import defaults_report, study_report
+from fop_bench import study_report
 from fop_bench.paper import paper_page
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def test_the_page_of_the_defaults_is_made_from_the_committed_lines(tmp_path: Pat
     record = ROOT / "records" / "defaults"
     for file in record.glob("*.jsonl"):
         (tmp_path / file.name).symlink_to(file)
-    made = defaults_report.write_report(tmp_path).read_text(encoding="utf-8")
+    made = study_report.write_defaults(tmp_path).read_text(encoding="utf-8")
     assert made == (record / "README.md").read_text(encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ def test_a_cut_off_last_line_is_left_out_and_named(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("broken", ['{"recipe": ', '{"recipe": NaN}', '["recipe"]'])
+@pytest.mark.parametrize("broken", ['{"recipe": ', '{"recipe": NaN}'])
 def test_a_broken_line_elsewhere_is_an_error(tmp_path: Path, broken: str) -> None:
     path = write(tmp_path / "a.jsonl", [line("fop", [0.5])], broken + "\n")
     write_end = path.read_text() + json.dumps(line("fop", [0.5], seed=2)) + "\n"
@@ -41,12 +41,10 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     del run["seed"], run["halves"]
     with pytest.raises(ValueError, match="line 1 has no seed, halves"):
         read_runs(write(tmp_path / "a.jsonl", [run]))
-    run = line("fop", [0.5], layers={"names": [], "epochs": [], "beta": [], "eta": []})
-    del run["environment"]["git"], run["curve"][0]["accuracy"]
-    with pytest.raises(ValueError, match=r"no environment\.git, curve\.accuracy, layers\.rho"):
+    run = line("fop", [0.5])
+    del run["environment"]["git"]
+    with pytest.raises(ValueError, match=r"no environment\.git"):
         read_runs(write(tmp_path / "a.jsonl", [run]))
-    with pytest.raises(ValueError, match="an empty curve"):
-        read_runs(write(tmp_path / "a.jsonl", [line("fop", [])]))
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
@@ -59,27 +57,17 @@ def test_commits_are_not_mixed(tmp_path: Path) -> None:
     old = [line("fop", [0.5, 0.6], seed=seed) for seed in (1, 2)]
     new = [line("fop", [0.5, 0.6], git={"commit": OTHER, "dirty": True})]
     alone = [line("fop", [0.5], study="elsewhere", git=None)]
-    runs = old + new + alone
-    with pytest.raises(
-        ValueError, match=rf"small, task images, study comparison .*{ONE} \(2 runs\), {OTHER} \(1 run\)"
-    ):
-        of_one_commit(runs)
-    assert of_one_commit(runs, ONE[:7]) == old + alone
-    assert of_one_commit(runs, OTHER) == new + alone
-    for commit, problem in (("3" * 7, "not known"), (ONE[:6], "too short"), ("none", "choose one")):
-        with pytest.raises(ValueError, match=problem):
-            of_one_commit(runs, commit)
-    write(tmp_path / "comparison.jsonl", runs)
-    text = write_report(tmp_path, OTHER[:10]).read_text()
-    assert "**2 runs of other commits than 2222222222 are left out.**" in text
+    several = rf"small, task images, study comparison .*{ONE} \(2\), {OTHER} \(1\)"
+    with pytest.raises(ValueError, match=several):
+        of_one_commit(old + new + alone)
+    write(tmp_path / "comparison.jsonl", new + alone)
+    text = write_report(tmp_path).read_text()
     assert f"`{OTHER}` **with uncommitted changes**" in text
     assert "in no checkout" in text
 
 
 def test_the_same_run_twice_is_an_error() -> None:
     run = line("fop", [0.5])
-    with pytest.raises(
-        ValueError, match=r"1 run is there more than once.*contender fop.*seed 1, halves random"
-    ):
+    with pytest.raises(ValueError, match=r"there more than once.*contender fop.*seed 1, halves random"):
         of_one_commit([run, copy.deepcopy(run)])
     assert len(of_one_commit([run, {**run, "halves": "fixed"}, {**run, "seed": 2}])) == 3

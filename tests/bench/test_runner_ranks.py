@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fop_bench import execution, runner
-from fop_bench.augmentation import Augmentation
 from fop_bench.cli import run as command
-from fop_bench.recipe import Contender, Study
-from fop_bench.recipes import RECIPES
+from fop_bench.images import Augmentation
+from fop_bench.recipes import RECIPES, Contender, Study
 from fop_bench.runner import Record
 from tiny_study import (
     HELD_OUT,

@@ -1,20 +1,90 @@
-"""Plots of the studies: curves, speed-up over the batch size, maps, and the scalars of FOP's layers."""
+"""Plots of the studies, curves, speed-up, maps and the scalars of FOP's layers; and of the loss surface."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from fop_bench.plot import canvas, draw_band, finish, legend, save, styles
 from fop_bench.run_records import Run
 from fop_bench.study import UNITS, Study, clock, target_label
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; line styles for print in black and white.
+STYLES: dict[str, dict[str, Any]] = {
+    "sgd": {"color": "#7f7f7f", "linestyle": ":"},
+    "adamw": {"color": "#E69F00", "linestyle": "-."},
+    "kfac": {"color": "#56B4E9", "linestyle": "--"},
+    "fop": {"color": "#D55E00", "linestyle": "-"},
+    "lamb": {"color": "#009E73", "linestyle": (0, (5, 1, 1, 1))},
+    "soap": {"color": "#0072B2", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+    "muon": {"color": "#CC79A7", "linestyle": (0, (7, 2))},
+    "shampoo": {"color": "#000000", "linestyle": (0, (1, 1))},
+}
+# For variants of an optimizer: the colours that no other contender of the picture has.
+SPARE = ("lamb", "soap", "muon", "shampoo", "adamw", "sgd")
+
+
+def styles(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return for every contender a colour and a line: the known ones theirs, the others what is left."""
+    left = [STYLES[name] for name in SPARE if name not in contenders] + [
+        {"color": "#8C510A", "linestyle": "--"}
+    ]
+    others = [name for name in contenders if name not in STYLES]
+    spare = {name: left[number % len(left)] for number, name in enumerate(others)}
+    return {name: STYLES.get(name) or spare[name] for name in contenders}
+
+
+def canvas(width: float, height: float) -> Figure:
+    """Return a figure of so many inches that draws to a file without asking for a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a PNG, creating the folder if need be; the same data give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_band(panel: Axes, epochs: pd.DataFrame, x: str, y: str, **look: Any) -> None:
+    """Draw the mean over the runs at every epoch, with a band from the lowest ``y`` to the highest."""
+    by_epoch = epochs.groupby("epoch")
+    at, values = by_epoch[x].mean(), by_epoch[y]
+    panel.fill_between(at, values.min(), values.max(), color=look["color"], alpha=0.18, linewidth=0)
+    panel.plot(at, values.mean(), linewidth=1.8, **look)
+
+
+def finish(panel: Axes, value: str, targets: Iterable[float] = ()) -> None:
+    """Add grid, targets and, for an accuracy, percent signs to a panel of curves."""
+    for target in targets:
+        panel.axhline(target, color="black", linewidth=0.8, alpha=0.6, zorder=1)
+    if value == "accuracy":
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def legend(figure: Figure) -> None:
+    """Name every line of a figure once, below its panels."""
+    found: dict[str, Any] = {}
+    for panel in figure.axes:
+        found |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if found:
+        # Inches that an entry takes, about: the line, and a letter at this size.
+        columns = int(figure.get_figwidth() / (0.8 + 0.085 * max(map(len, found))))
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(len(found), columns))}
+        figure.legend(found.values(), found.keys(), frameon=False, handlelength=3.2, **place)
+
 
 SCALARS = {"beta": "β", "eta": "η", "rho": "ρ"}
 NAMED_LAYERS = 40
@@ -182,3 +252,80 @@ def plot_layers(runs: Sequence[Run], path: Path) -> None:
     first = runs[0]
     figure.suptitle(f"{first['recipe']}, {first['task']}, {first['study']}: FOP's layers")
     save(figure, path)
+
+
+# The loss surface
+
+FOP, KFAC = STYLES["fop"]["color"], STYLES["kfac"]["color"]
+# The step of the whole batch is broad, because FOP's often lies on it.
+ARROWS: dict[str, dict[str, Any]] = {
+    "average": {"color": KFAC, "linestyle": "-", "linewidth": 6.5},
+    "first": {"color": STYLES["lamb"]["color"], "linestyle": "-", "linewidth": 2.2},
+    "second": {"color": STYLES["muon"]["color"], "linestyle": "-", "linewidth": 2.2},
+    "fop": {"color": FOP, "linestyle": "-", "linewidth": 2.2},
+    "fop_rows": {"color": FOP, "linestyle": (0, (2, 1)), "linewidth": 2.2},
+}
+PANELS = {"whole": "loss of the whole batch", "first": "of the first half", "second": "of the second half"}
+# The grey of high losses leaves the arrows their colours.
+GREYS = LinearSegmentedColormap.from_list("light greys", ["#ffffff", "#8c8c8c"])
+DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "markeredgecolor": "white"}
+
+
+def plot_surface(result: Mapping[str, Any], path: Path) -> None:
+    """Draw what `surface.surface` gives, losses of the batch and its halves and the steps, as a PNG."""
+    figure = canvas(11.5, 8.2)
+    panels = figure.subplot_mosaic([["whole", "whole", "first"], ["whole", "whole", "second"]])
+    for part in ("first", "second", "whole"):
+        filled = _draw(panels[part], result, part)
+        panels[part].set_title(PANELS[part], fontsize=11)
+    figure.colorbar(filled, ax=panels["whole"], shrink=0.75, pad=0.02, label="cross-entropy (nats)")
+    unit = "in units of ‖w‖ per filter"
+    panels["whole"].set_xlabel(f"along the K-FAC step of the whole batch, {unit}")
+    panels["whole"].set_ylabel(f"along the difference of the halves' steps, {unit}")
+    epochs = "one epoch" if result["epochs"] == 1 else f"{result['epochs']} epochs"
+    figure.suptitle(
+        f"{result['title']}, batch {result['batch_size']}, after {epochs} of FOP\n"
+        f"one step each with the same curvature; learning rate {result['lr']:g}, "
+        f"damping {result['damping']:g}, seed {result['seed']}"
+    )
+    handles = [Line2D([], [], label=f"the point: loss {_number(result['origin']['whole'])}", **DOT)]
+    for name, step in result["steps"].items():
+        ends = f"loss {_number(step['losses_at_end']['whole'])} at its end"
+        label = f"{step['what']}: {ends}, {step['share_in_plane']:.0%} of its norm in this plane"
+        handles.append(Line2D([], [], label=label, **ARROWS[name]))
+    place: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5}
+    figure.legend(handles=handles, **place)
+    save(figure, path)
+
+
+def _draw(panel: Axes, result: Mapping[str, Any], part: str) -> Any:
+    """Draw the contours of the loss of a part of the batch, and the steps."""
+    large = part == "whole"
+    losses = np.array(result["losses"][part], dtype=float)  # NaN, which contours leave out, for None
+    if not np.isfinite(losses).any():
+        raise ValueError("the loss is not finite anywhere on the surface; give a smaller --lr")
+    # At most 22 round levels at equal distances; the highest twentieth of the window has one colour.
+    levels = list(MaxNLocator(22).tick_values(np.nanmin(losses), np.nanquantile(losses, 0.95)))
+    filled = panel.contourf(result["x"], result["y"], losses, levels, cmap=GREYS, extend="max")
+    lines = panel.contour(result["x"], result["y"], losses, levels, colors="#6e6e6e", linewidths=0.6)
+    panel.clabel(lines, levels[1 :: 2 if large else 4], fontsize=7 if large else 6, fmt="%.3g")
+    panel.set_facecolor("#8c8c8c")  # where the loss is not finite
+    panel.set_aspect("equal")  # the axes are orthogonal and of one length: angles are true
+    panel.tick_params(labelsize=8)
+    scale = 1.0 if large else 0.55
+    for name, look in ARROWS.items():
+        end = (result["steps"][name]["x"], result["steps"][name]["y"])
+        arrow = look | {
+            "arrowstyle": "-|>",
+            "linewidth": scale * look["linewidth"],
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        arrow |= {"mutation_scale": scale * (18 + 2 * look["linewidth"]), "capstyle": "butt"}
+        panel.annotate("", end, (0, 0), arrowprops=arrow)
+    panel.plot(0, 0, markersize=8 * scale, zorder=6, **DOT)
+    return filled
+
+
+def _number(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
