@@ -15,7 +15,6 @@ from fop.torch_internals import scale_of
 # How many callers of a step are looked through for the scaler; wrappers and step hooks lie between.
 _CALLERS = 16
 
-
 # torch's protocol: in `GradScaler.step` an optimizer with ``_step_supports_amp_scaling`` has the attributes
 # ``found_inf``, and ``grad_scale`` unless the user has called ``scaler.unscale_``.
 

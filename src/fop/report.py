@@ -71,7 +71,7 @@ class LayerDiagnostics:
         damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1]; None where another rank
             owns the layer.
         damping_G: the same for G + γ/π I; None for a diagonal curvature, which has no G.
-        steps_since_curvature: steps since the inverses were computed; None before the first time.
+        steps_since_curvature: age of the statistics in the inverses, in steps; None before the first.
         fallbacks: how often an inversion needed each fallback.
         kfac_steps: number of steps so far that had no gradient pair and were K-FAC's.
         why_kfac: why the last step was one of them, None if it was not.

@@ -14,8 +14,7 @@ from fop.curvature import KINDS, NEVER, NOTHING_PENDING, entry_names, expected_e
 from fop.layers import Layer
 from fop.options import DEFAULTS
 
-# Options that a state_dict of an earlier version lacks.
-_NEWER = ("sub_batches",)
+_NEWER = ("sub_batches",)  # options that a state_dict of an earlier version lacks
 
 
 def check_state_dict(
