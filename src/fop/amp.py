@@ -30,9 +30,11 @@ def unscale(optimizer: Optimizer, params: Iterable[Tensor]) -> Tensor | None:
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         inverse = scale.double().reciprocal().float()
-        for param in params:
-            if param.grad is not None:
-                param.grad.mul_(inverse.to(param.grad.device))
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in (param.grad for param in params if param.grad is not None):
+            by_device.setdefault(gradient.device, []).append(gradient)
+        for device, gradients in by_device.items():
+            torch._foreach_mul_(gradients, inverse.to(device))
     elif getattr(optimizer, "found_inf", None) is not None:
         # Clipping may have come on top, so the gradients no longer tell the scale.
         scale = _scale_of_caller()
