@@ -302,7 +302,7 @@ class FOP(JoinableOptimizer, Optimizer):
         # Owners compute the updates of their weights, (3) to (18), and share them.
         ready = [binding for binding in active if binding.curvature.ready]
         if ready:
-            own = {binding: self._update(binding, groups) for binding in ready if distributor.owns(binding)}
+            own = {binding: self._update(binding, groups) for binding in distributor.owned(ready)}
             shared = distributor.share(ready, own)
 
             # All ranks move the weights alike.
@@ -342,7 +342,7 @@ class FOP(JoinableOptimizer, Optimizer):
         loss_scale: Tensor | None,
     ) -> list[Binding]:
         """Take the statistics of a step into the curvature; return the bindings whose were not finite."""
-        own = [binding for binding in active if self._distributor.owns(binding)]
+        own = self._distributor.owned(active)
         fallbacks = self._refresher.finish([(b.curvature, groups[b.weight]["step"]) for b in own])
         refused: list[Binding] = []
         if statistics:
@@ -513,7 +513,6 @@ class FOP(JoinableOptimizer, Optimizer):
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
         if any((p.device, p.dtype) != place for p, place in self._places.items()):
             follow_moves(self.state, self._places)
-            self._refresher.forget()
         self._relink()
 
     def _relink(self) -> None:
@@ -527,7 +526,6 @@ class FOP(JoinableOptimizer, Optimizer):
                 curvature.load({} if held is None else held)
                 changed = True
         if changed:
-            self._refresher.forget()
             groups = self._groups()
             for binding in self._bindings:
                 binding.schedule(groups[binding.weight])
@@ -535,9 +533,9 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _make_state(self) -> None:
         """Make the state as before the first step; AdamW's for a parameter whose module is not known yet."""
-        groups = self._groups()
+        groups, owned = self._groups(), self._distributor.owned(list(self._bindings))
         for binding in self._bindings:
-            make_state(binding, owned=self._distributor.owns(binding), groups=groups, state=self.state)
+            make_state(binding, owned=binding in owned, groups=groups, state=self.state)
         covered = self._bindings.covered()
         rest = [param for param in groups if param not in covered and param.requires_grad]
         make_adamw_state(rest, self.state)

@@ -112,10 +112,6 @@ class Refresher:
             state["inverse_at"], curvature.pending = NEVER, False
         return fallbacks
 
-    def forget(self) -> None:
-        """Compute what is pending again when it is due: another state was loaded, or it has moved."""
-        self._jobs.clear()
-
     def _submit(self, curvature: Curvature, damping: float) -> _Job:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "fop-inversion")

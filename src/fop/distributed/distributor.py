@@ -78,9 +78,9 @@ class Distributor:
     def see(self, root: nn.Module) -> None:
         """Look at a model for what wraps it."""
 
-    def owns(self, binding: Binding) -> bool:
-        """Return whether this process keeps the weight's curvature."""
-        return True
+    def owned(self, bindings: Sequence[Binding]) -> list[Binding]:
+        """Return the bindings whose curvature this process keeps."""
+        return list(bindings)
 
     def reduce(
         self, max_grad_norm: float | None, describe: Callable[[], Description]

@@ -91,13 +91,14 @@ class Ranks(Distributor):
         binding = self._binding_of.get(param)
         return binding is not None and binding.lean
 
-    def owns(self, binding: Binding) -> bool:
-        """Return whether this rank keeps the weight's curvature."""
+    def owned(self, bindings: Sequence[Binding]) -> list[Binding]:
+        """Return the bindings whose curvature this rank keeps."""
         if self._agreed:
-            return self._reductions.owns(binding)
+            return [binding for binding in bindings if self._reductions.owns(binding)]
         # No message is needed: the plan is the same on all ranks.
         plan = plan_for(self._bindings, self._options, dist.get_world_size(self.group), self._groups)
-        return plan.owners[self._bindings.index(binding)] == dist.get_rank(self.group)
+        owner = dict(zip(self._bindings, plan.owners, strict=True))
+        return [binding for binding in bindings if owner[binding] == dist.get_rank(self.group)]
 
     # What a backward pass must give
 
@@ -342,9 +343,10 @@ class Ranks(Distributor):
 
     def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
         """Return what became of the statistics of bindings, as their owners say."""
+        owns = self._reductions.owns
         # 1 taken in, 2 refused; 4 more if there is a curvature.
         said = [
-            1.0 * taken + 2.0 * refused + 4.0 * binding.curvature.ready if self.owns(binding) else 0.0
+            1.0 * taken + 2.0 * refused + 4.0 * binding.curvature.ready if owns(binding) else 0.0
             for binding, taken, refused in own
         ]
         codes = torch.tensor(said, dtype=torch.float32).to(local(own[0][0].weight).device)
@@ -352,7 +354,7 @@ class Ranks(Distributor):
         outcomes = []
         for (binding, *_), code in zip(own, map(int, codes.tolist()), strict=True):
             taken, refused, ready = bool(code & 1), bool(code & 2), bool(code & 4)
-            if not self.owns(binding):
+            if not owns(binding):
                 binding.curvature.ready = ready
                 if taken:
                     binding.state["refreshed_at"] = self._groups[binding.weight]["step"]
