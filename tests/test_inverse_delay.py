@@ -20,6 +20,8 @@ OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 1e-2, "curvature_interval": 4}
 
 def step(model: nn.Module, optimizer: FOP, seed: int) -> None:
     x, y = batch(6, seed, (2, 5, 6) if isinstance(model[0], nn.Conv2d) else (5,))  # type: ignore[index]
+    dtype = next(model.parameters()).dtype
+    x, y = x.to(dtype), y.to(dtype)
     optimizer.zero_grad()
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
@@ -56,14 +58,21 @@ def test_delay_changes_the_training_and_no_delay_does_not_wait() -> None:
     assert not torch.equal(*finals)
 
 
-def test_a_resume_in_between_starts_the_same_inversion_again() -> None:
-    model = mlp()
-    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
-    while True:
-        due = optimizer.curvature_due
-        step(model, optimizer, int(optimizer.param_groups[0]["step"]))
-        if due and optimizer.param_groups[0]["step"] > 20:
-            break
+def until_pending(model: nn.Module, optimizer: FOP) -> None:
+    """Train until inverses are pending that do not count yet."""
+    for seed in range(40):
+        step(model, optimizer, seed)
+        if seed > 20 and all(pending(optimizer)):
+            return
+    raise AssertionError("no inverse was ever pending")
+
+
+def pending(optimizer: FOP) -> list[bool]:
+    return [state.get("inverse_at", NEVER) != NEVER for state in optimizer.state.values() if "A" in state]
+
+
+def check_resumes(model: nn.Module, optimizer: FOP) -> None:
+    """A copy that takes over the state trains as the first goes on, bit for bit."""
     other = copy.deepcopy(model)
     resumed = KFAC(other, inverse_delay=3, **OPTIONS)
     resumed.load_state_dict(optimizer.state_dict())
@@ -74,88 +83,55 @@ def test_a_resume_in_between_starts_the_same_inversion_again() -> None:
         assert torch.equal(one, two)
 
 
-def pending(optimizer: FOP) -> bool:
-    return any(state.get("inverse_at", -1) != -1 for state in optimizer.state.values())
+def test_a_resume_in_between_starts_the_same_inversion_again() -> None:
+    model = mlp()
+    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
+    until_pending(model, optimizer)
+    check_resumes(model, optimizer)
 
 
-def train_until_pending(model: nn.Module, optimizer: FOP) -> None:
-    while optimizer.param_groups[0]["step"] < 21 or not pending(optimizer):
-        step(model, optimizer, int(optimizer.param_groups[0]["step"]))
+def test_a_state_put_in_place_of_another_is_inverted_itself() -> None:
+    model = mlp()
+    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
+    until_pending(model, optimizer)
+    replaced = {param: copy.deepcopy(entries) for param, entries in optimizer.state.items()}
+    for entries in replaced.values():
+        if "A" in entries:
+            entries["A"] *= 3.0
+    optimizer.state = defaultdict(dict, replaced)
+    check_resumes(model, optimizer)
 
 
-def test_a_model_may_move_while_an_inverse_is_pending() -> None:
-    model = mlp().float()
-    optimizer = FOP(model, inverse_delay=3, **OPTIONS)
-    torch.manual_seed(0)
-    x, y = torch.randn(6, 5), torch.randn(6, 3)
-    for dtype in (torch.float32, torch.float64):
-        model.to(dtype)
-        while optimizer.param_groups[0]["step"] < 21 or dtype is torch.float64:
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x.to(dtype)), y.to(dtype)).backward()
-            optimizer.step()
-            if dtype is torch.float64 and not pending(optimizer):
-                break
-        assert pending(optimizer) == (dtype is torch.float32)
-    weight = next(model.parameters())
-    assert {optimizer.state[weight][key].dtype for key in ("A", "A_inv", "G_inv")} == {torch.float64}
+@pytest.mark.parametrize("library", [FOP, KFAC])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_model_that_moves_in_between_takes_the_inverse_with_it(
+    dtypes: tuple[torch.dtype, torch.dtype], library: type[FOP]
+) -> None:
+    before, after = dtypes
+    model = mlp().to(before)
+    optimizer = library(model, inverse_delay=3, **OPTIONS)
+    until_pending(model, optimizer)
+    model.to(after)
+    for seed in range(8):
+        step(model, optimizer, seed)
+        if not any(pending(optimizer)):
+            break
+    assert not any(pending(optimizer))
+    kept = [
+        state[key] for state in optimizer.state.values() if "A" in state for key in ("A", "A_inv", "G_inv")
+    ]
+    assert kept
+    assert {tensor.dtype for tensor in kept} == {after}
 
 
 def test_pending_inverse_of_a_state_that_does_not_fit() -> None:
     """Parameters without modules take a state of other factors, which is dropped with what was pending."""
     model = mlp()
     optimizer = FOP(model, inverse_delay=3, **OPTIONS)
-    train_until_pending(model, optimizer)
+    until_pending(model, optimizer)
     other = copy.deepcopy(model)
     resumed = FOP(other.parameters(), inverse_delay=3, layer_options={"*": {"max_factor_dim": 2}}, **OPTIONS)
     resumed.load_state_dict(optimizer.state_dict())
     for seed in range(6):
         step(other, resumed, seed)
     assert all(layer.steps_since_curvature is not None for layer in resumed.diagnostics().layers.values())
-
-
-def which_pending(optimizer: FOP) -> list[bool]:
-    return [state.get("inverse_at", NEVER) != NEVER for state in optimizer.state.values() if "A" in state]
-
-
-def between(model: nn.Module, optimizer: FOP) -> None:
-    """Train until inverses are pending that do not count yet."""
-    for seed in range(40):
-        step(model, optimizer, seed)
-        if seed > 20 and all(which_pending(optimizer)):
-            return
-    raise AssertionError("no inverse was ever pending")
-
-
-def test_a_model_that_moves_in_between_takes_the_inverse_with_it() -> None:
-    model = mlp()
-    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
-    between(model, optimizer)
-    model.float()
-    for seed in range(8):
-        x, y = (each.float() for each in batch(6, seed))
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-    inverses = [state["A_inv"] for state in optimizer.state.values() if "A_inv" in state]
-    assert inverses
-    assert all(inverse.dtype == torch.float32 for inverse in inverses)
-
-
-def test_a_state_put_in_place_of_another_is_inverted_itself() -> None:
-    model = mlp()
-    optimizer = KFAC(model, inverse_delay=3, **OPTIONS)
-    between(model, optimizer)
-    replaced = {param: copy.deepcopy(entries) for param, entries in optimizer.state.items()}
-    for entries in replaced.values():
-        if "A" in entries:
-            entries["A"] *= 3.0
-    optimizer.state = defaultdict(dict, replaced)
-    other = copy.deepcopy(model)
-    resumed = KFAC(other, inverse_delay=3, **OPTIONS)
-    resumed.load_state_dict(optimizer.state_dict())
-    for seed in range(6):
-        step(model, optimizer, 100 + seed)
-        step(other, resumed, 100 + seed)
-    for one, two in zip(weights(model).values(), weights(other).values(), strict=True):
-        assert torch.equal(one, two)
