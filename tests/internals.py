@@ -1,11 +1,17 @@
 """What the tests take from behind the public API: when a name moves inside `fop`, only this file changes."""
 
+import contextlib
+import operator
+from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from fop.capture import recorder, sub_batches
 from fop.capture.batch import Batch
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
@@ -17,6 +23,27 @@ from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from fop.report import Refusals
 from fop.step_size import scale_update
+
+
+@contextlib.contextmanager
+def contiguous_sub_batches() -> Iterator[None]:
+    """Split every batch in K pieces one after the other, as versions did that recorded trajectories."""
+
+    def ends(samples: int, count: int) -> list[int]:
+        return [samples * k // count for k in range(count + 1)]
+
+    def sizes(self: sub_batches.SubBatches, samples: int) -> list[int]:
+        return torch.tensor(ends(samples, self.count)).diff().tolist()  # type: ignore[no-any-return]
+
+    def entries(samples: int, count: int, rows: int, device: torch.device) -> list[slice]:
+        return [slice(rows * start, rows * end) for start, end in pairwise(ends(samples, count))]
+
+    with (
+        mock.patch.object(sub_batches.SubBatches, "sizes", sizes),
+        mock.patch.object(recorder, "sub_batch_entries", entries),
+        mock.patch.object(recorder, "_select", operator.getitem),
+    ):
+        yield
 
 
 def curvature_of(kind: type[Any], shapes: tuple[tuple[int, ...], ...], state: dict[str, Tensor]) -> Any:

@@ -13,20 +13,26 @@ from torch.optim import Optimizer
 
 from fop.capture import (
     AttentionUse,
+    BatchSize,
     FirstForwardHook,
     ForwardUse,
+    FunctionUse,
     ModelWatch,
     Recorder,
     Seen,
+    Source,
     SubBatchLabel,
     in_place,
     local,
     retrace,
+    source_of,
     stands_for,
 )
 from fop.curvature import make_curvature, next_refresh
-from fop.discovery import FoundLayer, find_layers
+from fop.discovery import FoundLayer, Use, find_layers
 from fop.layer_options import LayerChoices
+from fop.layers import FunctionCall, Slot
+from fop.recognition import Recogniser
 from fop.step_size import Update
 from fop.torch_internals import unwrapped
 
@@ -49,7 +55,7 @@ class Binding:
 
     def __init__(self, found: FoundLayer, recorder: Recorder, state: dict[str, Any]) -> None:
         self.name = found.name
-        self.kind = type(found.uses[0].module).__name__
+        self.kind = found.kind
         self.modules = tuple(use.name for use in found.uses)
         self.layer = found.layer
         self.weight = found.weight
@@ -143,20 +149,23 @@ class Bindings:
 
     Attributes:
         choices: what the user says of single layers.
+        batch_size: the number of samples from the arguments of a model, as the user says; None if nothing.
         by_weight: what takes the FOP step.
         names: qualified names of parameters, as far as known.
         reasons: why a parameter takes AdamW, for those that do.
         label: what the user says of running backward passes.
         searching: whether there may be parameters whose modules are not known.
+        recogniser: watches functions for weights that no module's class tells about.
     """
 
-    def __init__(self, choices: LayerChoices) -> None:
-        self.choices = choices
+    def __init__(self, choices: LayerChoices, batch_size: BatchSize | None) -> None:
+        self.choices, self.batch_size = choices, batch_size
         self.by_weight: dict[Tensor, Binding] = {}
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.label = SubBatchLabel()
         self.searching = True
+        self.recogniser = Recogniser()
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
         self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
@@ -200,21 +209,19 @@ class Bindings:
             if (binding := self.by_weight.get(layer.weight)) is not None:
                 binding.schedule(groups[layer.weight])
         for param, reason in found.reasons.items():
+            if param in found.watched and param in self.by_weight:
+                # Recognised by its functions before.
+                continue
             self.reasons[param] = reason
             # A weight that a later root shares: no single recorder sees its whole gradient.
             self._drop(param)
+        self.recogniser.watch(root, found.watched - self.covered())
 
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
         binding = self.by_weight.get(found.weight)
         modules = {use.module for use in found.uses}
         if binding is None:
-            recorder = Recorder(found.layer, found.weight, found.bias, self.label)
-            # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
-            # knows that it must be made.
-            binding = Binding(found, recorder, state.get(found.weight, {}))
-            self.by_weight[found.weight] = binding
-            for param in binding.params:
-                self.reasons.pop(param, None)
+            binding = self._bind(found, state)
         elif binding.layer.matrix_shape != found.layer.matrix_shape or binding.bias is not found.bias:
             known = set(binding.recorder.modules) >= modules
             if found.bias is not None and binding.bias is None and known:
@@ -225,9 +232,7 @@ class Bindings:
                 )
             return
         known_modules = set(binding.recorder.modules)
-        if root not in self._watches:
-            self._watches[root] = ModelWatch(root)
-        watch = self._watches[root]
+        watch = self._watch(root)
         # A part that was called by itself before its model: the model knows more.
         binding.recorder.belongs_to(watch)
         for use in found.uses:
@@ -236,16 +241,99 @@ class Bindings:
                 names = use.slot.weight, use.slot.bias
                 binding.recorder.attach(kind(binding.recorder, use.layer, use.module, names, watch))
 
+    def _bind(self, found: FoundLayer, state: State) -> Binding:
+        recorder = Recorder(found.layer, found.weight, found.bias, self.label)
+        # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
+        # knows that it must be made.
+        binding = Binding(found, recorder, state.get(found.weight, {}))
+        self.by_weight[found.weight] = binding
+        for param in binding.params:
+            self.reasons.pop(param, None)
+            self.recogniser.waiting.pop(param, None)
+        return binding
+
+    def _watch(self, root: nn.Module) -> ModelWatch:
+        if root not in self._watches:
+            self._watches[root] = ModelWatch(root, self.batch_size)
+        return self._watches[root]
+
+    def recognise(
+        self, call: FunctionCall, source: Source, module: nn.Module, groups: Groups, state: State
+    ) -> bool:
+        """Record a call of a function that uses a weight in ``module``; return whether it could be."""
+        weight = self._known(source.leaf)
+        if not isinstance(weight, nn.Parameter):
+            return False
+        binding = self.by_weight.get(weight)
+        for use in [] if binding is None else binding.recorder.uses:
+            if use.module() is module:
+                # A module whose own output is the layer's is recorded by its hook.
+                return use.sees(call) if isinstance(use, FunctionUse) else True
+        owner, key = next(((owner, key) for ref, key in self._owners[weight] if (owner := ref())), (None, ""))
+        root = next((root for root in self.roots() if module in set(root.modules())), None)
+        if root is None or owner is None or (binding is None and weight not in self.recogniser.waiting):
+            return False
+        bias = None if source.computed else self._bias_of(call, binding)
+        named = {each: name for name, each in root.named_modules()}
+        own, path = self.names[weight].removesuffix(".weight"), named.get(module, "")
+        options = (
+            self.choices.of((named.get(owner, own), owner), (path, module))
+            if binding is None
+            else binding.layer.options
+        )
+        layer = call.layer(turned=source.turned, bias=bias is not None, options=options)
+        if layer is None or options.path == "adamw":
+            return False
+        if binding is None:
+            kind = (
+                f"{call.name}{' of a computed weight' if source.computed else ''} in {type(module).__name__}"
+            )
+            name = type(owner).__name__ if own == "weight" else own
+            uses = (Use(path, module, Slot(key, None, lambda *_: layer), layer),)
+            found = FoundLayer(name, kind, layer, weight, bias, uses)
+            binding = self._bind(found, state)
+            binding.schedule(groups[weight])
+        elif not layer.same_as(binding.layer):
+            return False
+        added = FunctionUse(binding.recorder, layer, module, (key, None), self._watch(root), owner)
+        binding.recorder.attach(added)
+        return added.sees(call)
+
+    def _known(self, leaf: Tensor) -> Tensor | None:
+        """Return the parameter that a leaf of a forward pass is, or stands for (FSDP)."""
+        if leaf in self._owners:
+            return leaf
+        each = ((param, ref(), key) for param, owners in self._owners.items() for ref, key in owners)
+        return next(
+            (param for param, owner, key in each if owner and owner._parameters.get(key) is leaf), None
+        )
+
+    def _bias_of(self, call: FunctionCall, binding: Binding | None) -> nn.Parameter | None:
+        """Return the bias of a call, if it belongs to the weight's layer."""
+        given = source_of(call.given.get("bias"))
+        bias = None if given is None or given.computed or given.turned else self._known(given.leaf)
+        if not isinstance(bias, nn.Parameter) or bias.dim() != 1 or len(self._owners[bias]) != 1:
+            return None
+        free = bias not in self.covered() if binding is None else bias is binding.bias
+        return bias if free else None
+
+    def settle(self) -> None:
+        """Note at a step, while the recogniser is open, what takes AdamW after all."""
+        self.reasons |= self.recogniser.settle(self.names)
+
     def _drop(self, param: Tensor) -> None:
         binding = self.by_weight.pop(param, None)
         if binding is not None:
             binding.recorder.detach()
 
-    def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def enter(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any] | None:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
         watch = self._watches.get(unwrapped(root))
         if watch is not None:
             watch.enter(root, args, kwargs)
+        return self.recogniser.enter(root, args, kwargs)
 
     def give_up(self, params: list[Tensor]) -> None:
         """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, overload
 
@@ -13,13 +14,13 @@ from torch.optim import Optimizer
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings, optimizers, refuse_driven
-from fop.capture import local, retrace
+from fop.capture import BatchSize, Source, local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
 from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
 from fop.distributed.options import DistributedLike, checked_distribution, portable
 from fop.layer_options import LayerChoices, LayerOptionsLike
-from fop.layers import Statistics
+from fop.layers import FunctionCall, Statistics
 from fop.options import (
     DEFAULTS,
     ParamsLike,
@@ -85,6 +86,8 @@ class FOP(JoinableOptimizer, Optimizer):
             "kronecker" or "diagonal"). Later entries override earlier ones.
         max_grad_norm: gradients of all parameters are scaled together to this norm at most, as by
             `torch.nn.utils.clip_grad_norm_`; None for no clip.
+        batch_size: a function from the arguments of the model to the number of samples in the batch, such as
+            ``lambda x, mask: len(x)``. If not given, dim 0 of the model's tensor inputs, where they agree.
         distributed: how ranks of `torch.distributed` train one model together, a dict with any of ``mode``,
             ``pair``, ``group``, ``factor_dtype`` and ``ranks_per_node`` (docs/distributed.md); False if every
             rank trains a model of its own.
@@ -124,6 +127,7 @@ class FOP(JoinableOptimizer, Optimizer):
         loss_reduction: Literal["mean", "sum"] = DEFAULTS["loss_reduction"],
         max_grad_norm: float | None = DEFAULTS["max_grad_norm"],
         layer_options: LayerOptionsLike | None = None,
+        batch_size: BatchSize | None = None,
         distributed: DistributedLike = None,
     ) -> None:
         given = locals()
@@ -131,7 +135,7 @@ class FOP(JoinableOptimizer, Optimizer):
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
         groups, root, names = normalise(params)
-        self._begin(layer_options, schedules)
+        self._begin(layer_options, batch_size, schedules)
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
         retrace()
@@ -141,8 +145,19 @@ class FOP(JoinableOptimizer, Optimizer):
         self._prepare()
         optimizers.add(self)
 
-    def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
-        self._bindings = Bindings(LayerChoices(layer_options))
+    def _begin(
+        self,
+        layer_options: LayerOptionsLike | None,
+        batch_size: BatchSize | None,
+        schedules: dict[str, Schedule],
+    ) -> None:
+        if batch_size is not None and not callable(batch_size):
+            raise TypeError(
+                f"batch_size={batch_size!r} must be a function from the arguments of the model to the number "
+                "of samples, such as lambda x, mask: len(x)"
+            )
+        self._bindings = Bindings(LayerChoices(layer_options), batch_size)
+        self._bindings.recogniser.found = weakref.WeakMethod(self._recognise)
         self._refresher = Refresher()
         self._distributor: Distributor = make_distributor(self._distribution, self)
         # By index of the group: functions do not belong into a state_dict.
@@ -188,11 +203,19 @@ class FOP(JoinableOptimizer, Optimizer):
             self._distributor.see(root)
         self._bindings.adopt(root, groups, self.state)
 
-    def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _seen(self, root: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         self._adopt(root)
-        self._bindings.enter(root, args, kwargs)
+        entered = self._bindings.enter(root, args, kwargs)
         # Not only in the step: torch.compile would leave the model in the pieces that the hook made of it.
         self._prepare()
+        return entered
+
+    def _recognise(self, call: FunctionCall, source: Source, module: nn.Module) -> bool:
+        known = len(self._bindings.by_weight)
+        taken = self._bindings.recognise(call, source, module, self._groups(), self.state)
+        if len(self._bindings.by_weight) > known:
+            self._prepare()
+        return taken
 
     def _prepare(self) -> None:
         """Get ready for the coming forward pass."""
@@ -323,6 +346,8 @@ class FOP(JoinableOptimizer, Optimizer):
         if len(moved) < len(groups):
             self._step_adamw(moved)
 
+        if self._bindings.recogniser.open:
+            self._bindings.settle()
         if self._bindings.searching:
             self._bindings.give_up([param for param in groups if param.grad is not None])
         for group in self.param_groups:
@@ -544,6 +569,7 @@ class FOP(JoinableOptimizer, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {
             "layer_options": self._bindings.choices.given,
+            "batch_size": self._bindings.batch_size,
             "schedules": self._schedules,
             "distribution": portable(self._distribution),
         }
@@ -555,7 +581,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
-            self._begin(own[0]["layer_options"], own[1])
+            self._begin(own[0]["layer_options"], own[0].get("batch_size"), own[1])
             self._schedules = own[0]["schedules"]
         super().__setstate__(state)
         if self not in optimizers:

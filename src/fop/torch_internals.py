@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.overrides
 from torch import Tensor, nn
 
 # The backward pass that is running in this thread; -1 if none is.
@@ -24,6 +25,9 @@ graph_is_retained: Callable[[], bool] = getattr(
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
 current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
+# Whether torch.jit.trace is running.
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
 # reaches p.grad.
 is_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
@@ -31,6 +35,53 @@ is_legacy_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batc
 
 # The tensor of which a tensor is a view; None if it is no view.
 view_base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
+
+
+# The function mode that sees calls in this thread first; None if there is none.
+top_function_mode: Callable[[], Any] = torch.overrides._get_current_function_mode
+
+# Backward nodes of operations that give a copy of their input.
+_COPIES = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
+_TURNS = ("TBackward0", "TransposeBackward", "PermuteBackward0", "NumpyTBackward0")
+
+
+def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
+    """Return the one leaf of the shape of a computed tensor, and whether that is more than its copy.
+
+    None if there is not exactly one, or if it may have been transposed.
+    """
+    leaves: dict[int, Tensor] = {}
+    more, waiting = False, [computed.grad_fn]
+    for _ in range(64):
+        if not waiting:
+            break
+        if (node := waiting.pop()) is None:
+            continue
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+            continue
+        if node.name().startswith(_TURNS):
+            return None
+        more |= node.name() not in _COPIES
+        waiting += [each for each, _ in node.next_functions]
+    alike = [leaf for leaf in leaves.values() if leaf.shape == computed.shape]
+    return (alike[0], more) if len(alike) == 1 and not waiting else None
+
+
+def running_modules() -> list[nn.Module]:
+    """Return the modules that are being called in this thread, the innermost first."""
+    code, frame, found = nn.Module._call_impl.__code__, sys._getframe(1), []
+    while frame is not None:
+        if frame.f_code is code:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def has_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile has a part of a module, which would trace function modes, too."""
+    parts = list(module.modules())
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
 
 
 def outside() -> int:

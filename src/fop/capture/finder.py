@@ -13,13 +13,15 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-Seen: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+Entered: TypeAlias = tuple[Any, Any] | None
+Seen: TypeAlias = Callable[[nn.Module, Any, Mapping[str, Any]], Entered]
 
 
 class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
-    ``seen``, a bound method, is called with each module and its arguments; it is held by weak reference.
+    ``seen``, a bound method held by weak reference, is called with each module and its arguments; it may
+    return others.
     """
 
     def __init__(self, seen: Seen) -> None:
@@ -28,14 +30,16 @@ class FirstForwardHook:
         # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
         self._handle = register_module_forward_pre_hook(torch.compiler.disable(self._show))
 
-    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         seen = self._seen()
         if seen is None:
             self.remove()
         elif module not in self._known:
             # Its children's own forward passes, which follow, need no look of their own.
             self._known.update(module.modules())
-            seen(module, args, _keywords(module))
+            entered = seen(module, args, _keywords(module))
+            return None if entered is None else entered[0]
+        return None
 
     @property
     def used(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +16,33 @@ from fop.capture.batch import Batch, Layout
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import PassRecord, SubBatches
+from fop.capture.sub_batches import PassRecord, SubBatches, sub_batch_entries
 from fop.layers import Layer, Statistics
 from fop.torch_internals import (
     current_backward_pass,
     graph_is_retained,
     is_legacy_vmapped,
     is_vmapped,
+    outside,
     view_base,
+)
+
+_UNCLEAR = (
+    "it is not clear where the samples of a batch are in the input of a layer: {}. Such layers take K-FAC's "
+    "step. Give FOP batch_size=lambda x, mask: len(x), with the arguments of your model, or batch_dim in "
+    "layer_options"
 )
 
 
 @dataclass
 class SubBatchLabel:
-    """Which sub-batch the user says that backward passes make up; shared by all recorders."""
+    """Which sub-batch the user says that backward passes make up; shared by all recorders.
+
+    ``warned`` notes whether the user was told of batches whose samples are not known.
+    """
 
     index: int | None = None
+    warned: bool = False
 
 
 class Recorder:
@@ -157,6 +169,9 @@ class Recorder:
             x, layout = None, Layout(0, 0, problem="its input is sparse or nested")
         else:
             layout = batch.layout(layer, x)
+            if layout.unclear and self.paired and not self._label.warned:
+                self._label.warned = True
+                warnings.warn(_UNCLEAR.format(layout.problem), UserWarning, stacklevel=outside())
         task = current_backward_pass()
         if task not in self._passes:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
@@ -182,18 +197,17 @@ class Recorder:
             return record
         if layout.dim != 0 or layout.folded:
             x, b = layout.batched(x), layout.batched(b)
-        ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
-        if ends and ends[0] == 0:
+        if layout.samples < self.count:
             how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
             record.problem = record.problem or f"a batch of {layout.samples} {how}"
-        sums = record.sums
+        sums, last = record.sums, None
         if self.paired and self.sub_batches.split and record.problem is None:
-            ranges = zip([0, *ends], ends, strict=False)
-            sums.first = [layer.gradient(x[start:end], b[start:end]) for start, end in ranges]
+            *parts, last = sub_batch_entries(layout.samples, self.sub_batches.count, layout.rows, x.device)
+            sums.first = [layer.gradient(_select(x, part), _select(b, part)) for part in parts]
         if self.due:
             record.statistics = gather_statistics(layer, x, b, layout.samples)
-            if sums.first:
-                sums.whole = layer.gradient(x[ends[-1] :], b[ends[-1] :])
+            if last is not None:
+                sums.whole = layer.gradient(_select(x, last), _select(b, last))
                 for each in reversed(sums.first):
                     sums.whole = each + sums.whole
         return record
@@ -257,6 +271,13 @@ class Recorder:
             if gradient is not None:
                 # Zeros are as good as None; anything else is a gradient whose sub-batches nobody knows.
                 self.sub_batches.clean = gradient.count_nonzero() == 0
+
+
+def _select(x: Tensor, entries: Tensor) -> Tensor:
+    """Return entries of dim 0; the memory format stays, which decides how fast a convolution is."""
+    if x.dim() > 3 and not x.is_contiguous() and (last := x.movedim(1, -1)).is_contiguous():
+        return last.index_select(0, entries).movedim(-1, 1)
+    return x.index_select(0, entries)
 
 
 class _Keep(torch.autograd.Function):
