@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fop.capture import recorder, sub_batches
+from fop.capture import functions, recorder, sub_batches
 from fop.capture.batch import Batch
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
@@ -128,3 +128,8 @@ __all__ = [
     "kronecker_product",
     "mean_eigenvalue",
 ]
+
+
+def function_watches() -> int:
+    """How many calls of modules are watched for functions in this thread."""
+    return len(functions._thread.watchers)

@@ -155,6 +155,7 @@ class Bindings:
         reasons: why a parameter takes AdamW, for those that do.
         label: what the user says of running backward passes.
         searching: whether there may be parameters whose modules are not known.
+        watches: what is known of the batch in forward passes of every model.
         recogniser: watches functions for weights that no module's class tells about.
     """
 
@@ -168,7 +169,7 @@ class Bindings:
         self.recogniser = Recogniser()
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
-        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
+        self.watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
         self._finder: FirstForwardHook | None = None
 
     def __iter__(self) -> Iterator[Binding]:
@@ -253,9 +254,9 @@ class Bindings:
         return binding
 
     def _watch(self, root: nn.Module) -> ModelWatch:
-        if root not in self._watches:
-            self._watches[root] = ModelWatch(root, self.batch_size)
-        return self._watches[root]
+        if root not in self.watches:
+            self.watches[root] = ModelWatch(root, self.batch_size)
+        return self.watches[root]
 
     def recognise(
         self, call: FunctionCall, source: Source, module: nn.Module, groups: Groups, state: State
@@ -330,7 +331,7 @@ class Bindings:
         self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Any] | None:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
-        watch = self._watches.get(unwrapped(root))
+        watch = self.watches.get(unwrapped(root))
         if watch is not None:
             watch.enter(root, args, kwargs)
         return self.recogniser.enter(root, args, kwargs)
@@ -362,7 +363,7 @@ class Bindings:
 
         ValueError if one was replaced by one of another shape; nothing has been changed then.
         """
-        for root, watch in self._watches.items():
+        for root, watch in self.watches.items():
             if not all(in_place(handle) for handle in watch.handles):
                 # Somebody has cleared hooks of the model.
                 watch.register(root)

@@ -455,6 +455,8 @@ class FOP(JoinableOptimizer, Optimizer):
         super().zero_grad(set_to_none)
         self._distributor.discard()
         self._relink()
+        for watch in self._bindings.watches.values():
+            watch.thread.running.clear()
         for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
 

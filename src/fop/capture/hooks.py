@@ -19,7 +19,13 @@ from fop.capture.compiled import AMBIGUOUS, UNKNOWN, key_of, tap
 from fop.capture.functions import ComputedLayer, begin_watch, end_watch, rows_of, source_of, watches
 from fop.capture.sharded import stands_for
 from fop.layers import FunctionCall, Layer, PackedLayer
-from fop.torch_internals import current_backward_pass, current_transform, is_exporting, is_tracing
+from fop.torch_internals import (
+    current_backward_pass,
+    current_transform,
+    is_exporting,
+    is_tracing,
+    running_modules,
+)
 
 if TYPE_CHECKING:
     from fop.capture.recorder import Recorder
@@ -78,7 +84,7 @@ class ModelWatch:
 
     def __init__(self, root: nn.Module, batch_size: BatchSize | None) -> None:
         self.batch_size = batch_size
-        self._thread = _Thread()
+        self.thread = _Thread()
         self.handles: list[RemovableHandle] = []
         self.sequence_first = False
         self.register(root)
@@ -102,24 +108,27 @@ class ModelWatch:
 
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        batch = self._thread.last = Batch()
+        if self.thread.running and root not in running_modules()[1:]:
+            # A pass that was interrupted, by KeyboardInterrupt for instance, has left its batch.
+            self.thread.running.clear()
+        batch = self.thread.last = Batch()
         if self.batch_size is None:
             batch.see([*args, *kwargs.values()])
         else:
             batch.tell(self.batch_size(*args, **kwargs))
-        self._thread.running.append(batch)
+        self.thread.running.append(batch)
 
     def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward pass."""
-        if self._thread.running:
-            batch = self._thread.running.pop()
+        if self.thread.running:
+            batch = self.thread.running.pop()
             outputs = {x.shape[0] for x in tensors_in([output]) if x.dim() > 0}
             if batch.size not in outputs:
                 batch.doubt(outputs)
 
     def enter_child(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a call of a child of the model, which tells the batch if the model itself was not called."""
-        thread = self._thread
+        thread = self.thread
         if not thread.running and torch.compiler.is_compiling():
             return
         batch = self.batch()
@@ -142,14 +151,14 @@ class ModelWatch:
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        batch = self._thread.running[-1] if self._thread.running else Batch()
+        batch = self.thread.running[-1] if self.thread.running else Batch()
         if self.sequence_first or batch.sizes:
             return AMBIGUOUS
         return UNKNOWN if batch.size is None else batch.size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
-        thread = self._thread
+        thread = self.thread
         if thread.running:
             return thread.running[-1]
         # A module that runs in the backward pass is being recomputed (reentrant checkpointing); otherwise
@@ -310,6 +319,9 @@ class FunctionUse(ModuleUse):
         """Record a call of a function if it uses the weight; return whether it does."""
         source, recorder = source_of(call.given["weight"]), self.recorder()
         if source is None or recorder is None or source.leaf is not self.current():
+            return False
+        if len(recorder.uses) > 1 and running_modules()[0] is not self.module():
+            # Another module inside this one uses the weight, too, and has a use of its own.
             return False
         layer = call.layer(turned=source.turned, bias=self.layer.bias, options=self.layer.options)
         if layer is None or layer.matrix_shape != self.layer.matrix_shape:

@@ -105,10 +105,7 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | Unfit:
         in_dim, out_dim = weight.shape
         return [_slot("weight", "bias", partial(LinearLayer, out_dim, in_dim, transposed=True))]
     kind = type(module)
-    known = kind.__module__.startswith("torch.nn.modules.") and kind not in (
-        nn.ParameterList,
-        nn.ParameterDict,
-    )
+    known = kind.__module__.startswith("torch.nn.modules.") and not kind.__module__.endswith(".container")
     return Unfit(f"no Kronecker factors for {kind.__name__}", watched=not known)
 
 
