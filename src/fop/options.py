@@ -43,18 +43,13 @@ DEFAULTS: dict[str, Any] = {
 SCHEDULED = ("damping", "curvature_interval")
 ONE_FOR_ALL = ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches")
 
-# Options whose ranges depend on each other.
+# Options that schedules change in many groups at once, and those whose ranges depend on each other.
+_RATES = ("lr", "weight_decay")
 _COUPLED = ("momentum", "nesterov", "beta", "sub_batches")
 _UNKNOWN = object()
 
 # What a parameter group holds beside them: the first rate, the last one, and the number of steps taken.
 _OWN = ("base_lr", "last_lr", "step")
-
-# What torch and its schedulers put into groups; names as these resemble those of options.
-_OF_TORCH = (
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
-    *("name", "param_names"),
-)
 
 # Options under other names, and those of other optimizers.
 _ELSEWHERE = {
@@ -70,27 +65,30 @@ _ELSEWHERE = {
     "differentiable": "leave it out; a step cannot be differentiated",
     "dampening": "leave it out; momentum is that of torch.optim.SGD without dampening",
     "decoupled_weight_decay": "leave it out; weight_decay is always decoupled",
+    "layer_options": "layer_options is an argument of the constructor",
+    "distributed": "distributed is an argument of the constructor",
 }
-_OF_CONSTRUCTOR = ("layer_options", "distributed")
 
 
 def check_names(names: Iterable[Any], owner: str, *, group: bool = False) -> None:
-    """Raise for a name that is no option: TypeError, and ValueError if it is a key of a parameter group.
+    """Raise for a name that is no option: TypeError, and ValueError for a key of a parameter group.
 
-    A group may have keys of the user's own, unless they resemble an option or are one of other optimizers.
+    A group may have keys of the user's own, and of schedulers, unless they look like a misspelt option or are
+    options of another optimizer.
     """
     for name in names:
-        if group and (not isinstance(name, str) or name in (*DEFAULTS, *_OWN, *_OF_TORCH, "params")):
+        if group and (not isinstance(name, str) or name in (*DEFAULTS, *_OWN, "params")):
             continue
-        plain = name.lower().replace("-", "_")
-        near = difflib.get_close_matches(plain, (*DEFAULTS, *_ELSEWHERE, *_OF_CONSTRUCTOR), 1, 0.75)
-        remedy = f"the options are {', '.join(DEFAULTS)}"
-        if near:
+        plain = name.lower().replace("-", "_").strip("_")
+        near = difflib.get_close_matches(plain, (*DEFAULTS, *_ELSEWHERE), n=1, cutoff=0.8)
+        # As max_momentum, or weight_decay_mult.
+        longer = near and near[0] != plain and f"_{near[0]}_" in f"_{plain}_"
+        if near and not longer:
             remedy = _ELSEWHERE.get(near[0], f"did you mean {near[0]}?")
-            if near[0] in _OF_CONSTRUCTOR:
-                remedy = f"give {near[0]} to the constructor"
         elif group:
             continue
+        else:
+            remedy = f"the options are {', '.join(DEFAULTS)}"
         raise (ValueError if group else TypeError)(f"{owner} has no option {name!r}: {remedy}")
 
 
@@ -265,20 +263,23 @@ def recheck(groups: Sequence[dict[str, Any]], known: Sequence[tuple[Any, ...]]) 
     Raises ValueError or TypeError for the first that is out of range, or not the same in all groups though it
     is one for the whole step; nothing has been changed then.
     """
-    new: list[dict[str, Any]] = []
+    new: dict[int, dict[str, Any]] = {}
     for index, group in enumerate(groups):
         before = dict(zip(DEFAULTS, known[index], strict=True)) if index < len(known) else {}
         changed = {name: group[name] for name in DEFAULTS if group[name] is not before.get(name, _UNKNOWN)}
+        if all(name in _RATES and type(v) is float and 0 <= v < math.inf for name, v in changed.items()):
+            continue
         if isinstance(lr := changed.get("lr"), float) and -1e-12 * group["base_lr"] < lr < 0:
             # Schedulers that end at 0, such as LinearLR, may miss it by rounding.
             changed["lr"] = 0.0
         try:
-            new.append(checked({**{name: group[name] for name in _COUPLED}, **changed}))
+            new[index] = checked({**{name: group[name] for name in _COUPLED}, **changed})
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None
-    check_shared([{**group, **options} for group, options in zip(groups, new, strict=True)], "param_groups")
-    for group, options in zip(groups, new, strict=True):
-        group.update(options)
+    if new:
+        check_shared([{**group, **new.get(index, {})} for index, group in enumerate(groups)], "param_groups")
+    for index, options in new.items():
+        groups[index].update(options)
 
 
 def check_shared(groups: Sequence[Mapping[str, Any]], where: str) -> None:
