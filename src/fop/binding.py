@@ -19,7 +19,6 @@ from fop.capture import (
     SubBatchLabel,
     in_place,
     local,
-    remove_all,
     retrace,
     stands_for,
 )
@@ -260,8 +259,6 @@ class Bindings:
         """Take every hook away for good; ``why`` is told of all parameters."""
         for weight in list(self.by_weight):
             self._drop(weight)
-        for watch in self._watches.values():
-            remove_all(watch.handles)
         if self._finder is not None:
             self._finder.remove()
             self._finder = None
