@@ -80,9 +80,7 @@ def check_replaced(optimizer: FOP) -> None:
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("before", ["module", "bare"])
 @pytest.mark.parametrize("after", ["module", "bare", "groups"])
-def test_made_again_trains_as_the_only_one(
-    after: str, before: str, steps: int, first: type[FOP], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_made_again_trains_as_the_only_one(after: str, before: str, steps: int, first: type[FOP]) -> None:
     """A notebook cell run twice: bit for bit, and with no hook of the first left."""
     model, clean = mlp(), mlp()
     old = first(given(model, before), lr=0.3)
