@@ -565,6 +565,8 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _follow_model(self) -> None:
         """Catch up with parameters that were replaced or moved, and with a state that was."""
+        if self._retired:
+            raise RuntimeError(self._retired)
         replaced = self._bindings.follow(self._groups(), self.state)
         if replaced:
             for group in self.param_groups:
