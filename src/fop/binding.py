@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fop.capture import (
     AttentionUse,
@@ -28,7 +26,7 @@ from fop.capture import (
     source_of,
     stands_for,
 )
-from fop.curvature import make_curvature, next_refresh
+from fop.curvature import kind_of, make_curvature, next_refresh
 from fop.discovery import FoundLayer, Use, find_layers
 from fop.layer_options import LayerChoices
 from fop.layers import FunctionCall, Slot
@@ -157,7 +155,10 @@ class Bindings:
         searching: whether there may be parameters whose modules are not known.
         watches: what is known of the batch in forward passes of every model.
         recogniser: watches functions for weights that no module's class tells about.
+        why_unknown: why the path of a parameter without a binding or a reason is not known.
     """
+
+    why_unknown = "known after the first forward pass"
 
     def __init__(self, choices: LayerChoices, batch_size: BatchSize | None) -> None:
         self.choices, self.batch_size = choices, batch_size
@@ -186,7 +187,8 @@ class Bindings:
     def adopt(self, root: nn.Module, groups: Groups, state: State) -> None:
         """Find the layers of these parameters below ``root`` and start to record them.
 
-        ValueError if a module would give its parameter sparse gradients; no binding has been changed then.
+        ValueError if a module would give its parameter sparse gradients, or its options name a curvature that
+        does not fit; no binding has been changed then.
         """
         # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
         root = unwrapped(root)
@@ -194,6 +196,8 @@ class Bindings:
         found = find_layers(root, groups.keys(), self.choices)
         if not found.owners:
             return
+        for layer in found.layers:
+            kind_of(layer.layer)
         if all(known is not root for known in self.roots()):
             self._roots.append(weakref.ref(root))
         names = found.names
@@ -336,6 +340,24 @@ class Bindings:
             watch.enter(root, args, kwargs)
         return self.recogniser.enter(root, args, kwargs)
 
+    def current(self) -> set[Tensor]:
+        """Return what modules have now in the place of the parameters that were found in them."""
+        return {now for param in self._owners for now in self._current(param)}
+
+    def release(self, why: str) -> None:
+        """Take every hook away for good; ``why`` is told of all parameters."""
+        for weight in list(self.by_weight):
+            self._drop(weight)
+        if self._finder is not None:
+            self._finder.remove()
+            self._finder = None
+        self.watches.clear()
+        self.recogniser.close()
+        self._owners.clear()
+        self._roots.clear()
+        self.reasons.clear()
+        self.searching, self.why_unknown = False, why
+
     def give_up(self, params: list[Tensor]) -> None:
         """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
         if self._finder is None or not self._finder.used:
@@ -448,27 +470,3 @@ class Bindings:
                 )
             replaced[old] = current[0]
         return replaced
-
-
-# Every optimizer in use: two on one parameter would take each other's gradients.
-optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def refuse_driven(optimizer: Optimizer, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> None:
-    """Raise ValueError for a parameter that another optimizer drives."""
-    if not _driven(optimizer, params):
-        return
-    # An optimizer that nobody can reach any more may still wait for the collector.
-    gc.collect()
-    for param in _driven(optimizer, params):
-        label = f"{names.get(param, 'a parameter')} {tuple(param.shape)}"
-        raise ValueError(
-            f"{label} is already driven by another live FOP or KFAC; delete that optimizer and what holds it "
-            "(del optimizer, scheduler, trainer), or give each its own parameters"
-        )
-
-
-def _driven(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
-    groups = [group for other in optimizers if other is not optimizer for group in other.param_groups]
-    others = {param for group in groups for param in group["params"]}
-    return [param for param in params if param in others]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
-from fop.binding import Binding, Bindings, optimizers, refuse_driven
+from fop.binding import Binding, Bindings
 from fop.capture import BatchSize, Source, local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
@@ -25,10 +26,12 @@ from fop.options import (
     DEFAULTS,
     ParamsLike,
     Schedule,
+    check_names,
     check_parameters,
     checked,
     checked_group,
     normalise,
+    recheck,
     split_schedules,
 )
 from fop.report import Diagnostics, Refusals, Summary, diagnose, summarise, warn_of_curvature
@@ -44,12 +47,21 @@ from fop.state import (
 )
 from fop.step_size import Update, kl_scale, momentum_of, scale_update
 
+# Every optimizer in use: two on one parameter would take each other's gradients.
+_live: weakref.WeakSet[FOP] = weakref.WeakSet()
+
+_options_of: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*DEFAULTS)
+
 
 class FOP(JoinableOptimizer, Optimizer):
     """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026, Algorithm 1).
 
     Linear, convolution, embedding and attention weights take η0·η*·F̂⁻¹·(Ga + β*·G⊥) with Kronecker-factored
     F; all other parameters take AdamW in the same step. Nothing in the training loop changes.
+
+    Making an optimizer of a parameter that another live FOP or KFAC has, or adding it in a group, replaces
+    that optimizer as a whole: its hooks go, and its `step` and `add_param_group` raise RuntimeError. Its
+    `zero_grad` and `state_dict` work on. Optimizers of different parameters do not mind each other.
 
     Args:
         params: an `nn.Module`, parameters, named parameters, or parameter groups. From bare parameters the
@@ -93,9 +105,9 @@ class FOP(JoinableOptimizer, Optimizer):
             rank trains a model of its own.
 
     Raises:
-        ValueError: an option out of range; empty, duplicate, shared or sparse parameters; parameters that
-            another live FOP drives.
-        TypeError: an option of the wrong type; complex or integer parameters.
+        ValueError: an option out of range; empty, duplicate, shared or sparse parameters; an unknown key of a
+            parameter group that resembles an option, or is one of another optimizer.
+        TypeError: an option of the wrong type or of an unknown name; complex or integer parameters.
     """
 
     @property
@@ -129,8 +141,10 @@ class FOP(JoinableOptimizer, Optimizer):
         layer_options: LayerOptionsLike | None = None,
         batch_size: BatchSize | None = None,
         distributed: DistributedLike = None,
+        **unknown: NoReturn,
     ) -> None:
         given = locals()
+        check_names(unknown, type(self).__name__)
         defaults, schedules = split_schedules({name: given[name] for name in DEFAULTS})
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
@@ -143,7 +157,7 @@ class FOP(JoinableOptimizer, Optimizer):
             assert isinstance(params, nn.Module)
             self._adopt(params)
         self._prepare()
-        optimizers.add(self)
+        self._take_over()
 
     def _begin(
         self,
@@ -167,6 +181,31 @@ class FOP(JoinableOptimizer, Optimizer):
         self._kl_scale: Tensor | None = None
         self._refusals = Refusals()
         self._warned: set[tuple[str, Fallback]] = set()
+        # Of each group, the options that were checked last.
+        self._checked: list[tuple[Any, ...]] = []
+        # Why no step is taken any more.
+        self._retired = ""
+
+    def _take_over(self) -> None:
+        """Replace every other optimizer that has any of these parameters."""
+        mine = self._groups()
+        for other in list(_live):
+            shared = mine.keys() & (other._groups().keys() | other._bindings.current())
+            if other is not self and shared:
+                names = {**other._bindings.names, **self._bindings.names}
+                other._retire(next((names[param] for param in mine if param in shared & names.keys()), ""))
+        _live.add(self)
+
+    def _retire(self, name: str) -> None:
+        _live.discard(self)
+        taken = f"its parameter {name!r}" if name else "some of its parameters"
+        self._retired = (
+            f"this {type(self).__name__} was replaced: a newer FOP or KFAC has {taken}. Step with the newer "
+            "one, and give it to schedulers and trainers; or make each optimizer of parameters of its own"
+        )
+        self._bindings.release("a newer optimizer has replaced this one")
+        self._refresher = Refresher()
+        self._distributor = Distributor(None, self)
 
     # Parameters and modules
 
@@ -180,22 +219,31 @@ class FOP(JoinableOptimizer, Optimizer):
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: as the constructor, for the group's parameters and options.
+            ValueError: as the constructor, for the group's parameters and options; nothing has been changed
+                then.
             TypeError: likewise.
+            RuntimeError: if a newer optimizer has replaced this one.
         """
+        if self._retired:
+            raise RuntimeError(self._retired)
         names, first = self._bindings.names, self.param_groups[0] if self.param_groups else None
         group, schedules = checked_group(param_group, names, self.defaults, first)
         check_parameters(group["params"], names, set(self._parameters()))
-        refuse_driven(self, group["params"], names)
         super().add_param_group(group)
         own = {name: each for name, each in self._default_schedules.items() if name not in param_group}
         self._schedules.append({**own, **schedules})
         self._bindings.searching = True
-        if self in optimizers:
+        if self in _live:
             retrace()
-            for root in list(self._bindings.roots()):
-                self._adopt(root)
+            try:
+                for root in list(self._bindings.roots()):
+                    self._adopt(root)
+            except ValueError:
+                self.param_groups.pop()
+                self._schedules.pop()
+                raise
             self._prepare()
+            self._take_over()
 
     def _adopt(self, root: nn.Module) -> None:
         groups = self._groups()
@@ -272,8 +320,15 @@ class FOP(JoinableOptimizer, Optimizer):
 
         Raises:
             ValueError: for sparse gradients, and for parameters replaced by others of another shape; nothing
-                has been changed then.
+                has been changed then; for options that were set in ``param_groups`` and are out of range.
+            TypeError: for such options of the wrong type.
+            RuntimeError: if a newer optimizer has replaced this one.
         """
+        if self._retired:
+            raise RuntimeError(self._retired)
+        if [*map(_options_of, self.param_groups)] != self._checked:
+            recheck(self.param_groups, self._checked)
+            self._checked = [*map(_options_of, self.param_groups)]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -285,7 +340,7 @@ class FOP(JoinableOptimizer, Optimizer):
                     f"{self._bindings.names.get(param, 'a parameter')} has a sparse gradient, which is not "
                     "supported; make its module with sparse=False or give it to torch.optim.SparseAdam"
                 )
-        if not self.state and asks_for_state(self.param_groups, self._bindings):
+        if self.state.keys().isdisjoint(groups) and asks_for_state(self.param_groups, self._bindings):
             self._make_state()
             return loss
         if hasattr(self, "found_inf"):
@@ -312,7 +367,7 @@ class FOP(JoinableOptimizer, Optimizer):
         distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
 
         # Gradients, sub-batch gradients and statistics of all ranks meet at the owners of the weights.
-        active, statistics = distributor.reduce(self.defaults["max_grad_norm"], self._describe)
+        active, statistics = distributor.reduce(self.param_groups[0]["max_grad_norm"], self._describe)
         for binding in active:
             if self.state.get(binding.weight) is not binding.curvature.state:
                 enter_state(binding, self.state)
@@ -330,7 +385,8 @@ class FOP(JoinableOptimizer, Optimizer):
 
             # All ranks move the weights alike.
             updates = [update for update, _ in shared]
-            self._kl_scale, finite = kl_scale([update.length for update in updates], self.defaults["kl_clip"])
+            kl_clip = self.param_groups[0]["kl_clip"]
+            self._kl_scale, finite = kl_scale([update.length for update in updates], kl_clip)
             for index, (binding, (update, parts)) in enumerate(zip(ready, shared, strict=True)):
                 binding.note(update)
                 fine = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
@@ -357,7 +413,7 @@ class FOP(JoinableOptimizer, Optimizer):
             binding.recorder.clear()
             binding.schedule(groups[binding.weight])
         self._prepare()
-        self._places = {param: (param.device, param.dtype) for param in self.state}
+        self._places = {param: (param.device, param.dtype) for param in groups if param in self.state}
 
     def _refresh_curvature(
         self,
@@ -471,10 +527,13 @@ class FOP(JoinableOptimizer, Optimizer):
     def request_curvature(self) -> None:
         """Refresh every layer's curvature at the coming step, for instance after new weights were loaded."""
         groups = self._groups()
+        for param, group in groups.items():
+            # Also in a state that was loaded before the parameter's module is known.
+            if "refresh_at" in (held := self.state.get(param, {})):
+                held["refresh_at"] = group["step"]
         for binding in self._bindings:
-            group = groups[binding.weight]
-            binding.state["refresh_at"] = group["step"]
-            binding.schedule(group)
+            binding.state["refresh_at"] = groups[binding.weight]["step"]
+            binding.schedule(groups[binding.weight])
         self._prepare()
 
     def summary(self) -> Summary:
@@ -508,7 +567,8 @@ class FOP(JoinableOptimizer, Optimizer):
         """Load the state of an optimizer over the same model; continuing equals never having stopped.
 
         Raises:
-            ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
+            ValueError: if the state belongs to another model or optimizer, or holds what no step could use;
+                nothing has been changed then.
         """
         check_form(state_dict)
         loaded: list[dict[str, Any]] = []
@@ -522,7 +582,6 @@ class FOP(JoinableOptimizer, Optimizer):
         with self.register_load_state_dict_pre_hook(check):
             super().load_state_dict(state_dict)
         restore_precision(loaded[0], self.param_groups, self.state)
-        self._places.clear()
         self._distributor.discard(state_replaced=True)
         self._relink()
         groups = self._groups()
@@ -532,14 +591,16 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _follow_model(self) -> None:
         """Catch up with parameters that were replaced or moved, and with a state that was."""
+        if self._retired:
+            raise RuntimeError(self._retired)
         replaced = self._bindings.follow(self._groups(), self.state)
         if replaced:
             for group in self.param_groups:
                 group["params"] = [replaced.get(param, param) for param in group["params"]]
             # Where the old ones were is where their state is.
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
-        if any((p.device, p.dtype) != place for p, place in self._places.items()):
-            follow_moves(self.state, self._places)
+        if moved := [p for p, place in self._places.items() if (p.device, p.dtype) != place]:
+            follow_moves(self.state, moved)
         self._relink()
 
     def _relink(self) -> None:
@@ -566,6 +627,7 @@ class FOP(JoinableOptimizer, Optimizer):
         covered = self._bindings.covered()
         rest = [param for param in groups if param not in covered and param.requires_grad]
         make_adamw_state(rest, self.state)
+        self._places = {param: (param.device, param.dtype) for param in groups}
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -578,17 +640,22 @@ class FOP(JoinableOptimizer, Optimizer):
         return {**super().__getstate__(), "_own": (own, self._default_schedules)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own = state.pop("_own", None)
+        own, fresh = state.pop("_own", None), False
         # A copy or an unpickled optimizer has no modules yet: it finds them as from bare parameters.
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
             self._begin(own[0]["layer_options"], own[0].get("batch_size"), own[1])
             self._schedules = own[0]["schedules"]
+            fresh = True
         super().__setstate__(state)
-        if self not in optimizers:
+        groups = self._groups()
+        self._places = {param: (param.device, param.dtype) for param in groups}
+        if fresh:
+            # The original's parameters may have moved since its last step.
+            follow_moves(self.state, groups)
             self._prepare()
-            optimizers.add(self)
+            self._take_over()
 
 
 class KFAC(FOP):

@@ -111,7 +111,12 @@ class Recogniser:
         for param in reasons:
             del self.waiting[param]
         if self._passes and not any(param.requires_grad for param in self.waiting):
-            self.open = False
-            self._roots.clear()
-            remove_all(self._handles)
+            self.close()
         return reasons
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self.open = False
+        self.waiting.clear()
+        self._roots.clear()
+        remove_all(self._handles)
