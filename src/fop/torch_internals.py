@@ -24,6 +24,9 @@ graph_is_retained: Callable[[], bool] = getattr(
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
 current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
+# What torch.jit.trace (TensorBoard, torch.onnx) is recording in this thread; None if nothing.
+current_trace: Callable[[], Any] = torch._C._get_tracing_state
+
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
 # reaches p.grad.
 is_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from fop.torch_internals import current_trace, is_exporting
+
 Seen: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
 
@@ -25,9 +27,15 @@ class FirstForwardHook:
     def __init__(self, seen: Seen) -> None:
         self._seen = weakref.WeakMethod(seen)
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
-        self._handle = register_module_forward_pre_hook(torch.compiler.disable(self._show))
+        self._handle = register_module_forward_pre_hook(self._before)
 
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Whoever records or exports a model wants nothing else in it, and may run it with other parameters.
+        if not is_exporting() and current_trace() is None:
+            self._show(module, args)
+
+    # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _show(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen = self._seen()
         if seen is None:
@@ -49,7 +57,7 @@ class FirstForwardHook:
 
 def _keywords(module: nn.Module) -> Mapping[str, Any]:
     """Return the keyword arguments of the running call of ``module``, which such hooks are not given."""
-    for frame, _ in islice(walk_stack(sys._getframe(1)), 8):
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 9):
         given = frame.f_locals.get("kwargs")
         if frame.f_locals.get("self") is module and isinstance(given, Mapping):
             return given

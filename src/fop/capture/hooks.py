@@ -19,7 +19,7 @@ from fop.capture.batch import AttentionBatch, Batch
 from fop.capture.compiled import AMBIGUOUS, UNKNOWN, key_of, tap
 from fop.capture.sharded import stands_for
 from fop.layers import Layer, PackedLayer
-from fop.torch_internals import current_backward_pass, current_transform, is_exporting
+from fop.torch_internals import current_backward_pass, current_trace, current_transform, is_exporting
 
 if TYPE_CHECKING:
     from fop.capture.recorder import Recorder
@@ -36,7 +36,8 @@ class Hook(Generic[Target]):
 
     def __call__(self, *args: Any) -> Any:
         target = self.target()
-        return None if target is None else self.method(target, *args)
+        # What a hook computes must not become a part of a model that torch.jit.trace records.
+        return None if target is None or current_trace() is not None else self.method(target, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return contextlib.nullcontext().__exit__
