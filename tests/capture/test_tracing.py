@@ -1,4 +1,4 @@
-"""A model that is recorded or exported while an optimizer lives: nothing of ours in it, and training goes on."""
+"""A model that is recorded or exported while an optimizer lives: nothing of ours in it, training goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fop import FOP
-from models import Attentive, Mixed, assert_equal, batch, conv_net, loss_of, mlp, sentences, tokens, train_step, weights
+from models import (
+    Attentive,
+    Mixed,
+    assert_equal,
+    batch,
+    conv_net,
+    loss_of,
+    mlp,
+    sentences,
+    tokens,
+    train_step,
+    weights,
+)
 
 
 class Recurrent(nn.Module):

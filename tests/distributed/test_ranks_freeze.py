@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from fop import FOP
 from models import batch, loss_of, mlp, weights
 from ranks import run_ranks
 
-# SGD's view of the AdamW path: a step has the sign of the gradient, so that ranks must agree on its mean.
 FROZEN = {"weights": ["0.weight", "2.weight"], "one weight": ["0.weight"], "bias": ["0.bias"]}
 
 
@@ -44,7 +43,7 @@ def train(rank: int, frozen: str, when: int, wrap: str, mode: str, more: dict[st
 
 
 def alone(frozen: str, when: int, more: dict[str, Any]) -> list[Weights]:
-    """The same in one process: both batches at once, which is the pair of `mode="halves"` only without one."""
+    """The same in one process, with both batches at once."""
     model = mlp()
     if not when:
         freeze(model, FROZEN[frozen])
@@ -54,7 +53,9 @@ def alone(frozen: str, when: int, more: dict[str, Any]) -> list[Weights]:
         if seed and seed == when:
             freeze(model, FROZEN[frozen])
         optimizer.zero_grad(set_to_none=seed % 2 == 0)
-        x, y = (torch.cat(both) for both in zip(*(batch(4, 10 * seed + rank) for rank in range(2)), strict=True))
+        x, y = (
+            torch.cat(both) for both in zip(*(batch(4, 10 * seed + rank) for rank in range(2)), strict=True)
+        )
         loss_of(model, x, y).backward()
         optimizer.step()
         seen.append(weights(model))
@@ -80,7 +81,7 @@ def check(frozen: str, when: int, wrap: str, mode: str, more: dict[str, Any]) ->
     """Ranks take the steps of one process; what is frozen stays, everything else moves in every step."""
     expected = alone(frozen, when, more)
     for rank, seen in enumerate(run_ranks(train, 2, frozen, when, wrap, mode, more)):
-        for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+        for step, (before, after) in enumerate(pairwise(seen)):
             for name, value in before.items():
                 stays = name in FROZEN[frozen] and step >= when
                 assert torch.equal(after[name], value) == stays, (rank, step, name)

@@ -81,7 +81,9 @@ def test_only_empty_passes(kind: str, reduction: str) -> None:
     optimizer.zero_grad()
     LOSSES[reduction](model(inputs(6))).backward()
     optimizer.step()
-    assert all(torch.isfinite(p).all() and not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(
+        torch.isfinite(p).all() and not torch.equal(p, before[name]) for name, p in model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("reduction", LOSSES)

@@ -369,7 +369,9 @@ class Ranks(Distributor):
         shared, squares = share_updates(self._reductions, bindings, updates)
         if self._max_norm is not None:
             moving = {param for binding in bindings for param in binding.params}
-            rest = [p.grad for p in self._groups if p.requires_grad and p.grad is not None and p not in moving]
+            rest = [
+                p.grad for p in self._groups if p.requires_grad and p.grad is not None and p not in moving
+            ]
             shared = clip_shared(shared, squares, rest, self._max_norm)
             self._max_norm = None
         return shared
