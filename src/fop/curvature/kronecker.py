@@ -70,8 +70,8 @@ class KroneckerCurvature(Curvature):
 
     def fisher_trace(self) -> Tensor:
         A, G = self.state["A"], self.state["G"]
-        means: Tensor = mean_eigenvalue(A) * mean_eigenvalue(G)
-        return means.sum() * (A.shape[-1] * G.shape[-1])
+        trace: Tensor = (mean_eigenvalue(A) * mean_eigenvalue(G)).sum() * (A.shape[-1] * G.shape[-1])
+        return trace
 
     def describe(self) -> str:
         groups, out, columns = self.layer.matrix_shape
