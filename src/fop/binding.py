@@ -97,15 +97,20 @@ class Binding:
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
 
     def gradient(self) -> Tensor:
-        """Return p.grad of weight and bias as gradient matrix."""
+        """Return p.grad of weight and bias as gradient matrix, with zeros for a bias that takes no part."""
         assert self.weight.grad is not None
-        return self.layer.to_matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
+        bias = self.bias
+        trained = bias is not None and bias.requires_grad
+        return self.layer.to_matrix(self.weight.grad, bias.grad if trained else None)  # type: ignore[union-attr]
 
     def parts(self, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, its part of a gradient matrix) of the weight, and of a bias with a gradient."""
+        """Return (parameter, its part of a gradient matrix) of the weight, and of a bias that takes part.
+
+        That is one that requires a gradient and has one; a frozen one may still have an old p.grad.
+        """
         weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
         bias = self.bias
-        if bias is None or not (bias.requires_grad if self.lean else bias.grad is not None):
+        if bias is None or not (bias.requires_grad and (self.lean or bias.grad is not None)):
             return [(self.weight, weight_part)]
         assert bias_part is not None
         return [(self.weight, weight_part), (bias, bias_part)]

@@ -496,11 +496,12 @@ class FOP(JoinableOptimizer, Optimizer):
         weight.add_((update * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
 
     def _step_adamw(self, done: set[Tensor]) -> None:
-        """Step every other parameter that has a gradient."""
+        """Step every other parameter that is trained and has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for param in group["params"]:
-                if param.grad is not None and param.numel() and param not in done:
+                wanted = param.requires_grad and param.grad is not None and param.numel()
+                if wanted and param not in done:
                     alike.setdefault((param.device, param.dtype), []).append(param)
             for params in alike.values():
                 refused = adamw_step(params, group, self.state, self._distributor.any)

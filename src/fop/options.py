@@ -294,7 +294,10 @@ def check_shared(groups: Sequence[Mapping[str, Any]], where: str) -> None:
 
 
 def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:
-    """Raise ValueError or TypeError for parameters that no step could update, and for those given twice."""
+    """Raise ValueError or TypeError for parameters that no step could update, and for those given twice.
+
+    Integer and quantised ones of a module are frozen for good and pass: they never have a gradient.
+    """
     for index, param in enumerate(params):
         label = names.get(param, f"parameter {index}")
         if isinstance(param, nn.parameter.UninitializedParameter):
@@ -302,10 +305,16 @@ def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], take
                 f"{label} is uninitialised; run the lazy module once before making the optimizer"
             )
         label = f"{label} {tuple(param.shape)}"
-        if not param.is_floating_point():
+        number = param.is_floating_point() or param.is_complex()
+        if not number and not isinstance(param, nn.Parameter):
             raise TypeError(
-                f"{label} has dtype {param.dtype}; only real floating point can be "
-                "trained; leave it out (a buffer?), or train a complex one through torch.view_as_real"
+                f"{label} has dtype {param.dtype}; only floating point and complex numbers can be trained; "
+                "leave it out (a buffer?)"
+            )
+        if number and param.requires_grad and torch.finfo(param.dtype).bits < 16:
+            raise TypeError(
+                f"{label} has dtype {param.dtype}, in which no step can be added; freeze it with "
+                "requires_grad_(False), or keep it in bfloat16 or more"
             )
         if param.layout is not torch.strided:
             raise ValueError(f"{label} has layout {param.layout}; only dense parameters are supported")

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, Source, begin_watch, end_watch, parts_called, remove_all, source_of, watches
 from fop.layers import FunctionCall
-from fop.torch_internals import current_transform, has_compiled, is_tracing, outside, running_modules
+from fop.torch_internals import current_transform, has_compiled, outside, running_modules
 
 # Takes a call of a function, the source of its weight, and the innermost module that runs; returns whether it
 # is recorded.
@@ -60,7 +60,7 @@ class Recogniser:
         """Begin a call of a model or of one of its parts; return its arguments, to be used for it."""
         if torch.compiler.is_compiling() or not (self.open and torch.is_grad_enabled()):
             return None
-        if watches(self.sees) or is_tracing() or current_transform() is not None:
+        if watches(self.sees) or current_transform() is not None:
             return None
         self._passes += 1
         return begin_watch(module, args, self.sees, self.passes), kwargs

@@ -25,8 +25,8 @@ graph_is_retained: Callable[[], bool] = getattr(
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
 current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
-# Whether torch.jit.trace is running.
-is_tracing: Callable[[], bool] = torch._C._is_tracing
+# What torch.jit.trace (TensorBoard, torch.onnx) is recording in this thread; None if nothing.
+current_trace: Callable[[], Any] = torch._C._get_tracing_state
 
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
 # reaches p.grad.

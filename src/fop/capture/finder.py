@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from fop.torch_internals import current_trace, is_exporting
+
 Entered: TypeAlias = tuple[Any, Any] | None
 Seen: TypeAlias = Callable[[nn.Module, Any, Mapping[str, Any]], Entered]
 
@@ -27,9 +29,16 @@ class FirstForwardHook:
     def __init__(self, seen: Seen) -> None:
         self._seen = weakref.WeakMethod(seen)
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
-        self._handle = register_module_forward_pre_hook(torch.compiler.disable(self._show))
+        self._handle = register_module_forward_pre_hook(self._before)
 
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        # Whoever records or exports a model wants nothing else in it, and may run it with other parameters.
+        if not is_exporting() and current_trace() is None:
+            return self._show(module, args)
+        return None
+
+    # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _show(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         seen = self._seen()
         if seen is None:
@@ -53,7 +62,7 @@ class FirstForwardHook:
 
 def _keywords(module: nn.Module) -> Mapping[str, Any]:
     """Return the keyword arguments of the running call of ``module``, which such hooks are not given."""
-    for frame, _ in islice(walk_stack(sys._getframe(1)), 8):
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 9):
         given = frame.f_locals.get("kwargs")
         if frame.f_locals.get("self") is module and isinstance(given, Mapping):
             return given

@@ -21,9 +21,9 @@ from fop.capture.sharded import stands_for
 from fop.layers import FunctionCall, Layer, PackedLayer
 from fop.torch_internals import (
     current_backward_pass,
+    current_trace,
     current_transform,
     is_exporting,
-    is_tracing,
     running_modules,
 )
 
@@ -43,7 +43,8 @@ class Hook(Generic[Target]):
 
     def __call__(self, *args: Any) -> Any:
         target = self.target()
-        return None if target is None else self.method(target, *args)
+        # What a hook computes must not become a part of a model that torch.jit.trace records.
+        return None if target is None or current_trace() is not None else self.method(target, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return contextlib.nullcontext().__exit__
@@ -299,7 +300,7 @@ class FunctionUse(ModuleUse):
     def enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         """Begin to see the functions in a call of the module."""
         # A compiled module is one graph, in which nobody can look for the weight.
-        if torch.compiler.is_compiling() or is_tracing() or current_transform() is not None:
+        if torch.compiler.is_compiling() or current_transform() is not None:
             return None
         recorder, owner = self.recorder(), self.owner()
         # A shallow copy or a replica of the module shares the hook, but is not the module.

@@ -16,7 +16,7 @@ from fop.capture.batch import Batch, Layout
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import PassRecord, SubBatches, sub_batch_entries
+from fop.capture.sub_batches import EMPTY, PassRecord, SubBatches, sub_batch_entries
 from fop.layers import Layer, Statistics
 from fop.torch_internals import (
     current_backward_pass,
@@ -180,8 +180,8 @@ class Recorder:
             # Every repeated forward pass runs a backward pass of its own; together they are one.
             self._continued = outer != -1 and outer == self._outer
             self._outer = outer
-            if not self._continued:
-                samples = layout.samples if layout.problem is None else 0
+            samples = layout.samples if layout.problem is None else 0
+            if not self._continued and (samples or layout.problem is not None):
                 self.sub_batches.begin(samples, self._label.index)
         with torch.autocast(b.device.type, enabled=False):
             record = self._record_of(layer, x, b, layout)
@@ -193,7 +193,7 @@ class Recorder:
     def _record_of(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> PassRecord:
         record = PassRecord(layout.samples, layout.problem, precise=torch.finfo(b.dtype).bits > 16)
         if x is None or not x.numel() or not b.numel():
-            record.problem = record.problem or "its batch is empty"
+            record.problem = record.problem or EMPTY
             return record
         if layout.dim != 0 or layout.folded:
             x, b = layout.batched(x), layout.batched(b)

@@ -21,6 +21,7 @@ _SAME_SUM, _SAME_SUM_HALF = 1e-2, 5e-2
 
 _CPU = torch.device("cpu")
 
+EMPTY = "its batch is empty"
 _CHANGED = (
     "p.grad is not what the layer's own backward pass gave (changed since, not finite, not zeroed before, "
     "or other paths in the loss)"
@@ -168,7 +169,14 @@ class SubBatches:
         self._label = label
 
     def add(self, record: PassRecord, continued: bool) -> None:
-        """Add a finished backward pass; ``continued`` if it is one with the pass before it."""
+        """Add a finished backward pass; ``continued`` if it is one with the pass before it.
+
+        One without samples adds nothing to any sub-batch.
+        """
+        if not record.samples:
+            self._reason = self._reason or record.problem
+            if record.problem == EMPTY:
+                return
         self._precise &= record.precise
         if self.split and not self._dropped:
             if record.problem is None:
@@ -210,7 +218,8 @@ class SubBatches:
         p.grad may have changed since the backward pass.
         """
         known = [param for param in self._params if param.grad is not None and param in self.measures]
-        recorded = not self._dropped and (all(self._passes) or self.sums.first)
+        counts = self._passes if reduction == "mean" else self._samples
+        recorded = not self._dropped and (all(counts) or self.sums.first)
         if not recorded or (changed and not known):
             return SubBatchGradients(average, reason=self._why_unknown())
         if changed:
@@ -225,7 +234,6 @@ class SubBatches:
             sums = [each.to(average.dtype) * scale for each in self.sums.first]
             vetoes.append(complete)
         else:
-            counts = self._passes if reduction == "mean" else self._samples
             shares = [count / sum(counts) for count in counts[:-1]]
             sums = [self._earlier_matrix(k) * scale for k in range(self.count - 1)]
             if self._label < len(sums):
