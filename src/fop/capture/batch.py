@@ -62,7 +62,8 @@ class Batch:
         tensors = [x for x in _tensors(inputs) if x.dim() > 0]
         sizes = [x.shape[0] for x in tensors]
         # A single time step, for instance, may come before the samples.
-        self.size = next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+        known = [size for size in sizes if size != 1] or sizes
+        self.size = known[0] if known else None
         if not torch.compiler.is_compiling():
             self.storages = frozenset(map(_address, tensors))
 

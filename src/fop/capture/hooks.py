@@ -58,8 +58,8 @@ def remove_all(handles: list[RemovableHandle]) -> None:
     handles.clear()
 
 
-class _Thread(threading.local):
-    """What is known in one thread: others run the same model, as one that trains and one that evaluates."""
+class _Passes:
+    """What is known of the forward passes of a model in one thread."""
 
     def __init__(self) -> None:
         # Forward passes of the model that are running, the inner ones last.
@@ -67,6 +67,16 @@ class _Thread(threading.local):
         self.last: Batch | None = None
         # Modules that were called one by one since the last round.
         self.called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Thread(threading.local):
+    """Others run the same model, as one that trains and one that evaluates.
+
+    It holds an object and not the values: torch.compile could not trace a change of them before torch 2.X.
+    """
+
+    def __init__(self) -> None:
+        self.state = _Passes()
 
 
 class ModelWatch:
@@ -97,18 +107,18 @@ class ModelWatch:
 
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        batch = self._thread.last = Batch()
+        batch = self._thread.state.last = Batch()
         batch.see([*args, *kwargs.values()])
-        self._thread.running.append(batch)
+        self._thread.state.running.append(batch)
 
     def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward pass."""
-        if self._thread.running:
-            self._thread.running.pop()
+        if self._thread.state.running:
+            self._thread.state.running.pop()
 
     def enter_child(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a call of a child of the model, which tells the batch if the model itself was not called."""
-        thread = self._thread
+        thread = self._thread.state
         if not thread.running and torch.compiler.is_compiling():
             return
         batch = self.batch()
@@ -131,12 +141,12 @@ class ModelWatch:
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        size = self._thread.running[-1].size if self._thread.running else None
+        size = self._thread.state.running[-1].size if self._thread.state.running else None
         return AMBIGUOUS if self.sequence_first else UNKNOWN if size is None else size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
-        thread = self._thread
+        thread = self._thread.state
         if thread.running:
             return thread.running[-1]
         # A module that runs in the backward pass is being recomputed (reentrant checkpointing); otherwise
@@ -218,9 +228,11 @@ class ForwardUse(ModuleUse):
         """Record one call of the module; under torch.compile the output goes through an operator of ours."""
         # Without keyword arguments where quantisation has put it back; a hook may have replaced the output.
         kwargs, output = rest[0] if len(rest) > 1 else {}, rest[-1]
-        x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-        if x is None or not isinstance(output, Tensor):
+        # Not `next(..., None)`, which torch 2.5 cannot trace.
+        inputs = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
+        if not inputs or not isinstance(output, Tensor):
             return None
+        x = inputs[0]
         normalised = self.layer.normalised
         if torch.compiler.is_compiling():
             if not (torch.is_grad_enabled() and output.requires_grad) or is_exporting():
