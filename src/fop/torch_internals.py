@@ -6,7 +6,7 @@ import operator
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,15 @@ is_legacy_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batc
 
 # The tensor of which a tensor is a view; None if it is no view.
 view_base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
+
+
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def untraced_before_2_5(function: Function) -> Function:
+    """Let torch.compile break its graph at a function where it fails to trace it."""
+    return function if VERSION >= (2, 5) else torch._disable_dynamo(function)
 
 
 def outside() -> int:

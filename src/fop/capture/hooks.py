@@ -19,7 +19,7 @@ from fop.capture.batch import AttentionBatch, Batch
 from fop.capture.compiled import AMBIGUOUS, UNKNOWN, key_of, tap
 from fop.capture.sharded import stands_for
 from fop.layers import Layer, PackedLayer
-from fop.torch_internals import current_backward_pass, current_transform, is_exporting
+from fop.torch_internals import current_backward_pass, current_transform, is_exporting, untraced_before_2_5
 
 if TYPE_CHECKING:
     from fop.capture.recorder import Recorder
@@ -34,6 +34,7 @@ class Hook(Generic[Target]):
         self.target: Callable[[], Target | None] = weakref.ref(target)
         self.method = method
 
+    @untraced_before_2_5
     def __call__(self, *args: Any) -> Any:
         target = self.target()
         return None if target is None else self.method(target, *args)
@@ -72,7 +73,7 @@ class _Passes:
 class _Thread(threading.local):
     """Others run the same model, as one that trains and one that evaluates.
 
-    It holds an object and not the values: torch.compile could not trace a change of them before torch 2.X.
+    It holds an object and not the values: torch.compile could not trace a change of them before torch 2.6?.
     """
 
     def __init__(self) -> None:
