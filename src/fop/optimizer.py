@@ -491,9 +491,14 @@ class FOP(JoinableOptimizer, Optimizer):
             loaded.append(check_state_dict(saved, self.param_groups, layers))
             return loaded[0]
 
+        names = [group.get("param_names") for group in self.param_groups]
         # After the user's hooks, which may make another state of it.
         with self.register_load_state_dict_pre_hook(check):
             super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, names, strict=True):
+            # torch keeps names over a state without them since 2.6.
+            if own is not None:
+                group.setdefault("param_names", own)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._places.clear()
         self._distributor.discard(state_replaced=True)

@@ -52,8 +52,7 @@ def outside() -> int:
 
 def is_exporting() -> bool:
     """Return whether torch.export is tracing."""
-    ask = getattr(torch.compiler, "is_exporting", None)
-    return bool(ask()) if ask is not None else False
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -4,8 +4,7 @@ In a traced forward pass the output of a layer goes through `tap`, whose backwar
 be gathered is decided when that runs, not when it is traced.
 """
 
-# Not `from __future__ import annotations`: the operators' schemas are read from the annotations, which torch 2.4
-# cannot do where they are strings.
+# Not `from __future__ import annotations`: torch 2.4 cannot read the operators' schemas from strings.
 import itertools
 import sys
 import weakref

@@ -73,7 +73,7 @@ class _Passes:
 class _Thread(threading.local):
     """Others run the same model, as one that trains and one that evaluates.
 
-    It holds an object and not the values: torch.compile could not trace a change of them before torch 2.6?.
+    It holds an object and not the values: torch.compile could not trace a change of them before torch 2.6.
     """
 
     def __init__(self) -> None:
