@@ -19,7 +19,7 @@ from fop.capture.batch import AttentionBatch, Batch
 from fop.capture.compiled import AMBIGUOUS, UNKNOWN, key_of, tap
 from fop.capture.sharded import stands_for
 from fop.layers import Layer, PackedLayer
-from fop.torch_internals import current_backward_pass, current_transform, is_exporting, untraced_before_2_5
+from fop.torch_internals import current_backward_pass, current_transform, is_exporting, untraced_hook
 
 if TYPE_CHECKING:
     from fop.capture.recorder import Recorder
@@ -34,7 +34,7 @@ class Hook(Generic[Target]):
         self.target: Callable[[], Target | None] = weakref.ref(target)
         self.method = method
 
-    @untraced_before_2_5
+    @untraced_hook
     def __call__(self, *args: Any) -> Any:
         target = self.target()
         return None if target is None else self.method(target, *args)
