@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # The backward pass that is running in this thread; -1 if none is.
-# Seen in 2.4 to 2.14. Without it: import fails, for nothing public tells two backward passes apart.
+# Seen in 2.4 to 2.14. Without it: import fails, for nothing public numbers backward passes.
 current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
 # Whether that pass was called with retain_graph=True.
@@ -53,7 +53,10 @@ def untraced_hook(function: Function) -> Function:
 
     Seen in 2.4, which alone needs it. Without it: torch.compile fails there.
     """
-    return function if HOOKS_ARE_TRACED else torch._disable_dynamo(function)
+    if HOOKS_ARE_TRACED:
+        return function
+    untraced: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return untraced
 
 
 def outside() -> int:
