@@ -10,7 +10,7 @@ import operator
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,7 @@ def untraced_hook(function: Function) -> Function:
     """
     if HOOKS_ARE_TRACED:
         return function
-    untraced: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
-    return untraced
+    return cast(Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 def outside() -> int:
