@@ -37,8 +37,10 @@ from fop import FOP, KFAC
 from models import PLAIN, assert_differs, assert_equal, snapshot, weights
 from reference import Case, check_steps, half_squared_error, joined, split
 from reference.cases.options import diagonal, reduced
+from versions import one_graph
 
 Optimizer = torch.optim.Optimizer
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(params=LAYERS)
@@ -365,6 +367,7 @@ QUICK_TO_COMPILE = {
     [pytest.param(name, marks=() if name in QUICK_TO_COMPILE else pytest.mark.slow) for name in LAYERS],
     indirect=True,
 )
+@one_graph
 def test_compile(cell: Cell) -> None:
     torch.compiler.reset()
     every = cell.batches()

@@ -513,7 +513,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._distributor.discard()
         self._relink()
         for watch in self._bindings.watches.values():
-            watch.thread.running.clear()
+            watch.thread.state.running.clear()
         for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
 
@@ -579,9 +579,14 @@ class FOP(JoinableOptimizer, Optimizer):
             loaded.append(check_state_dict(saved, self.param_groups, layers))
             return loaded[0]
 
+        names = [group.get("param_names") for group in self.param_groups]
         # After the user's hooks, which may make another state of it.
         with self.register_load_state_dict_pre_hook(check):
             super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, names, strict=True):
+            # torch keeps names over a state without them since 2.6.
+            if own is not None:
+                group.setdefault("param_names", own)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._distributor.discard(state_replaced=True)
         self._relink()

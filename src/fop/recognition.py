@@ -66,9 +66,8 @@ class Recogniser:
         return begin_watch(module, args, self.sees, self.passes), kwargs
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """End the call that has begun to be watched."""
-        if module is running_modules()[-1]:
-            end_watch(self.sees)
+        """End a call, which is watched if it was the first to begin."""
+        end_watch(module, self.sees)
 
     def sees(self, call: FunctionCall) -> bool:
         """Take a call of a function; return whether it is recorded."""

@@ -1,4 +1,8 @@
-"""All that reaches behind torch's public names, in one place."""
+"""All that reaches behind torch's public names, in one place.
+
+Each entry says in which versions it was seen to work (tests/test_torch_internals.py, which tools/torch_matrix
+runs on all of them), and what happens where torch has it no longer.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,56 @@ import operator
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.overrides
 from torch import Tensor, nn
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # The backward pass that is running in this thread; -1 if none is.
+# Seen in 2.4 to 2.14. Without it: import fails, for nothing public numbers backward passes.
 current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
-# Whether that pass was called with retain_graph=True. Where torch lacks it, a second pass through a graph has
-# no sub-batch gradients.
+# Whether that pass was called with retain_graph=True.
+# Seen in 2.5 to 2.14. Without it: a second pass through a graph has no sub-batch gradients.
 graph_is_retained: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", bool
 )
 
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
-current_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+# Seen in 2.4 to 2.14. Without it: what runs under torch.func is recorded like any other pass.
+current_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 # What torch.jit.trace (TensorBoard, torch.onnx) is recording in this thread; None if nothing.
 current_trace: Callable[[], Any] = torch._C._get_tracing_state
 
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
-# reaches p.grad.
-is_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
-is_legacy_vmapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# reaches p.grad. Seen in 2.4 to 2.14. Without them: False; vectorized Jacobians may fail.
+is_vmapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_batchedtensor", lambda _: False)
+is_legacy_vmapped: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda _: False
+)
 
 # The tensor of which a tensor is a view; None if it is no view.
+# Seen in 2.4 to 2.14. Without it: AttributeError at the first forward pass; nothing public tells.
 view_base: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
+
+# Whether torch.compile traces our hooks. 2.4 cannot, and breaks the graph at each.
+# Seen in 2.5 to 2.14. Without it: False, and hooks go through `untraced_hook`.
+HOOKS_ARE_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
+
+
+def untraced_hook(function: Function) -> Function:
+    """Let torch.compile break its graph at a function where it fails to trace it.
+
+    Seen in 2.4, which alone needs it. Without it: torch.compile fails there.
+    """
+    if HOOKS_ARE_TRACED:
+        return function
+    return cast(Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 # The function mode that sees calls in this thread first; None if there is none.
@@ -85,7 +110,10 @@ def has_compiled(module: nn.Module) -> bool:
 
 
 def outside() -> int:
-    """Return the ``stacklevel`` of the first caller outside this library and torch."""
+    """Return the ``stacklevel`` of the first caller outside this library and torch.
+
+    Seen in 2.4 to 2.14. Without it (no names of torch; frames of Python): warnings name a line of ours.
+    """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fop", "torch"):
         frame, level = frame.f_back, level + 1
@@ -93,35 +121,53 @@ def outside() -> int:
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export is tracing."""
-    ask = getattr(torch.compiler, "is_exporting", None)
-    return bool(ask()) if ask is not None else False
+    """Return whether torch.export is tracing.
+
+    Not by `torch.compiler.is_exporting`, which is True under torch.compile in 2.8.
+    Seen in 2.8 to 2.14. Without it: the operators of the capture are in an exported graph.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Call ``function`` when the running backward pass is over, and DistributedDataParallel has finished."""
+    """Call ``function`` when the running backward pass is over, and DistributedDataParallel has finished.
+
+    Seen in 2.4 to 2.14. Without it: AttributeError in the first backward pass of several ranks.
+    """
     engine = torch.autograd.Variable._execution_engine
     # Callbacks run in the order in which they were asked for, and may ask for more.
     engine.queue_callback(lambda: engine.queue_callback(function))
 
 
 def running_ddp() -> Any:
-    """Return the DistributedDataParallel whose forward pass is running, None if none is."""
+    """Return the DistributedDataParallel whose forward pass is running, None if none is.
+
+    Seen in 2.4 to 2.14. Without it: None, and a model given without its wrapper counts as plain.
+    """
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
 
 
 def is_ddp(module: nn.Module) -> bool:
-    """Return whether a module is a DistributedDataParallel."""
+    """Return whether a module is a DistributedDataParallel.
+
+    Seen in 2.4 to 2.14. Without it: nothing private.
+    """
     return isinstance(module, nn.parallel.DistributedDataParallel)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the user's own module inside `torch.compile` and `DistributedDataParallel`, in any order."""
+    """Return the user's own module inside `torch.compile` and `DistributedDataParallel`, in any order.
+
+    Seen in 2.4 to 2.14. Without it: as `wrappers`.
+    """
     return wrappers(module)[-1]
 
 
 def wrappers(module: nn.Module) -> list[nn.Module]:
-    """Return a module, what it wraps, and so on; the last is the user's own."""
+    """Return a module, what it wraps, and so on; the last is the user's own.
+
+    Seen in 2.4 to 2.14. Without it: the wrapper of torch.compile counts as the user's own module.
+    """
     inner: Any = module
     found: list[nn.Module] = []
     while inner is not None:
@@ -133,19 +179,28 @@ def wrappers(module: nn.Module) -> list[nn.Module]:
 
 
 def fsdp_group(module: nn.Module) -> Any:
-    """Return what fully_shard knows of the parameters of a module; None if it manages none there."""
+    """Return what fully_shard knows of the parameters of a module; None if it manages none there.
+
+    Seen in 2.8 to 2.14. Without it: None, and a model of fully_shard counts as wrapped by nobody.
+    """
     state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
     return None if state is None else state._fsdp_param_group
 
 
 def is_joining(joinable: Any) -> bool:
-    """Return whether an optimizer or a DistributedDataParallel is inside a `Join`."""
+    """Return whether an optimizer or a DistributedDataParallel is inside a `Join`.
+
+    Seen in 2.4 to 2.14. Without it: False, and ranks with fewer batches make the others wait.
+    """
     config = getattr(joinable, "_join_config", None)
     return config is not None and bool(config.enable)
 
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """Return the timeout of a process group; None where it does not tell."""
+    """Return the timeout of a process group; None where it does not tell.
+
+    Seen in 2.4 to 2.14. Without it: None, and the default of the process group holds.
+    """
     for device in ("cpu", "cuda"):
         try:
             timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
@@ -156,5 +211,8 @@ def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
 
 
 def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
-    """Return the loss scale of a GradScaler, 0-dim; None before its first use."""
+    """Return the loss scale of a GradScaler, 0-dim; None before its first use.
+
+    Seen in 2.4 to 2.14. Without it: AttributeError in a step after ``scaler.unscale_``.
+    """
     return scaler._scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -30,6 +31,7 @@ from models import (
     train_step,
     weights,
 )
+from versions import one_graph
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -85,6 +87,28 @@ def eager(
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(weights(model), weights(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.core
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's own backend needs g++")
+def test_code_that_torch_compiles_itself() -> None:
+    """The default backend; its sums may have another order."""
+    model = mlp()
+    optimizer = FOP(model, **OPTIONS)
+    train(torch.compile(model), optimizer, VECTORS)
+    torch.testing.assert_close(weights(model), weights(eager(mlp, VECTORS)), rtol=1e-8, atol=1e-8)
+    check_kept_pair(optimizer)
+
+
+@pytest.mark.core
+@one_graph
+@pytest.mark.parametrize("make", [FOP, KFAC])
+def test_one_graph_without_breaks(make: type[FOP]) -> None:
+    model = conv_net()
+    optimizer = make(model, **OPTIONS)
+    train(compiled(model, fullgraph=True), optimizer, IMAGES)
+    assert_same(model, eager(conv_net, IMAGES, make))
+    assert (graphs(), breaks()) == (1, 0)
 
 
 # --- every order of compiling and constructing -------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -148,6 +147,9 @@ def make(case: Case, model: nn.Module, **more: Any) -> FOP:
 
 def wrapped(model: nn.Module, how: str) -> nn.Module:
     """The model as ranks call it."""
+    if how.startswith("fsdp"):
+        # Since torch 2.6.
+        from torch.distributed.fsdp import fully_shard
     if how == "fsdp-layers":
         for child in model.children():
             if any(True for _ in child.parameters()):

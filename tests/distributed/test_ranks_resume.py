@@ -138,6 +138,7 @@ def test_what_rank_0_saves_alone_can_be_loaded_by_any_number_of_ranks(tmp_path: 
         assert owned == [1] * len(missing)
 
 
+@pytest.mark.core
 def test_a_checkpoint_of_torch_continues_bit_for_bit(tmp_path: Path) -> None:
     """torch.distributed.checkpoint keeps no strides, and reads only what is there to read into."""
     warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ import torch
 from cases import CASES, train_alone, train_together
 
 from ranks import run_ranks
+from versions import fsdp_on_cpu
 
 QUICK = [(3, "lean"), (4, "ddp")]
 SLOW = {
@@ -14,10 +15,24 @@ SLOW = {
     3: ["ddp", "plain", "fsdp", "kfac", "sum", "accumulated", "accumulated-fsdp", "synced-lean", "labels"],
     4: ["lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"],
 }
+CORE = {"ddp", "lean", "plain", "fsdp", "fsdp-layers"}
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [
+        *([pytest.mark.core] if name in CORE else []),
+        *([fsdp_on_cpu] if "fsdp" in name else []),
+    ]
+
+
 EACH = [
-    *((2, name) for name in CASES if name not in SLOW[2]),
+    *(pytest.param(2, name, marks=marks(name)) for name in CASES if name not in SLOW[2]),
     *QUICK,
-    *(pytest.param(ranks, name, marks=pytest.mark.slow) for ranks, names in SLOW.items() for name in names),
+    *(
+        pytest.param(ranks, name, marks=[pytest.mark.slow, *([fsdp_on_cpu] if "fsdp" in name else [])])
+        for ranks, names in SLOW.items()
+        for name in names
+    ),
 ]
 
 

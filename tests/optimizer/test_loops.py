@@ -15,18 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    checkpoint_sequential,
-    create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
-)
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
 from contract import ours
 from fop import FOP, KFAC
 from models import PLAIN, batch, check_step, gradients, halves, kfac, mlp, weights
 from reference import half_squared_error
+from versions import knows_retained_graphs, requires_torch
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 # From step 10 on, the curvature is renewed in every second step only.
@@ -267,6 +262,8 @@ def nested_reentrant(block: nn.Module, x: Tensor) -> Tensor:
 
 def selective(block: nn.Module, x: Tensor) -> Tensor:
     """Matrix products are kept, the rest is computed again."""
+    # Since torch 2.5.
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -342,7 +339,16 @@ def test_loops_that_change_nothing(loop: Callable[[Net, FOP, int], None], librar
 
 
 @ours
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=requires_torch("2.5", "it has selective checkpointing"))
+        if way is selective
+        else way
+        for way in WAYS
+    ],
+)
 def test_checkpointing_changes_nothing(way: Run, library: type[FOP]) -> None:
     assert_close(trained(run=way, library=library), expected(library))
 
@@ -443,6 +449,8 @@ def assert_all_paired(optimizer: FOP) -> None:
     assert {name for name, d in optimizer.diagnostics().layers.items() if d.kfac_steps} == set()
 
 
+@pytest.mark.core
+@knows_retained_graphs
 def test_the_same_graph_twice_is_twice_the_gradient() -> None:
     model = mlp()
     twin = copy.deepcopy(model)
@@ -564,6 +572,7 @@ def alive_between(run: Run, driven: bool) -> tuple[set[str], set[str]]:
     return between, after
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("way", LETS_GO)
 def test_no_activation_of_a_region_lives_between_the_passes(way: Run) -> None:
     assert alive_between(way, driven=True) == (set(), set())
@@ -574,6 +583,7 @@ def test_other_ways_keep_what_they_keep_without_the_optimizer(way: Run) -> None:
     assert alive_between(way, driven=True) == alive_between(way, driven=False)
 
 
+@pytest.mark.core
 def test_without_checkpointing_no_activation_is_kept_that_autograd_would_not_keep() -> None:
     """This is also what makes the tests above able to fail."""
     between, after = alive_between(directly, driven=False)
@@ -581,6 +591,7 @@ def test_without_checkpointing_no_activation_is_kept_that_autograd_would_not_kee
     assert alive_between(directly, driven=True) == (between, after)
 
 
+@pytest.mark.core
 def test_saved_tensor_hooks_see_the_inputs() -> None:
     """All that our hooks keep goes through autograd: nothing is left when everything is packed away."""
 

@@ -121,6 +121,7 @@ def compare(
 # --- the library against the oracle --------------------------------------------------------------------
 
 
+@pytest.mark.core
 @dtypes
 @pytest.mark.parametrize("N", [6, 5, 1])
 @pytest.mark.parametrize("case", CASES)
@@ -148,6 +149,7 @@ def test_fixed_mixing(case: str, mixing: str, dtype: torch.dtype) -> None:
     compare(model, [(x, y)], tolerance=TOLERANCE[dtype], **MIXING[mixing])
 
 
+@pytest.mark.core
 @dtypes
 @pytest.mark.parametrize(
     ("case", "library", "nesterov"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,8 +56,8 @@ class Batch:
     """
 
     size: int | None = None
-    sizes: frozenset[int] = frozenset()
-    seconds: frozenset[int] = frozenset()
+    sizes: list[int] = field(default_factory=list)
+    seconds: list[int] = field(default_factory=list)
     ambiguous: bool = False
     sequences: set[tuple[int, int]] = field(default_factory=set)
     asked: bool = False
@@ -75,16 +74,18 @@ class Batch:
         """Take the size of the batch from the inputs of a model, or of one of its modules."""
         shapes = [x.shape for x in tensors_in(inputs) if x.dim() > 0]
         # A single time step, for instance, may come beside the samples.
-        counts = Counter([shape[0] for shape in shapes if shape[0] != 1] or [1] * bool(shapes))
-        most = max(counts.values(), default=0)
-        found = [size for size, count in counts.items() if count == most]
-        self.size, self.sizes = (found[0], frozenset()) if len(found) == 1 else (None, frozenset(counts))
-        self.seconds = frozenset([shape[1] for shape in shapes if len(shape) > 1])
+        firsts = [shape[0] for shape in shapes if shape[0] != 1] or [1] * bool(shapes)
+        counts = [firsts.count(size) for size in firsts]
+        common = [size for size, count in zip(firsts, counts, strict=True) if count == max(counts)]
+        agreed = all(size == common[0] for size in common)
+        self.size = common[0] if common and agreed else None
+        self.sizes = [] if agreed else firsts
+        self.seconds = [shape[1] for shape in shapes if len(shape) > 1]
 
     def doubt(self, outputs: set[int]) -> None:
         """Take into account that the model's outputs have other sizes along dim 0 than N."""
-        if self.size is not None and (moved := self.seconds & outputs):
-            self.sizes, self.size = moved | {self.size}, None
+        if self.size is not None and (moved := outputs.intersection(self.seconds)):
+            self.sizes, self.size = [*moved, self.size], None
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x``, input of ``layer``, are."""
@@ -118,11 +119,11 @@ class Batch:
 
     def _in_doubt(self, shape: tuple[int, ...], dims: int) -> Layout:
         if not self.sequences and not self.ambiguous:
-            fitting = self.sizes.intersection(shape[:2])
+            fitting = set(self.sizes).intersection(shape[:2])
             if len(fitting) == 1:
                 (N,) = fitting
                 return Layout(0, N) if shape[0] == N else _not_first(N, shape, dims)
-            why = f"its input is {shape}, and inputs and outputs of the model have sizes {sorted(self.sizes)}"
+            why = f"its input is {shape}, and the model has inputs or outputs of {sorted(set(self.sizes))}"
             return Layout(0, shape[0], problem=why, unclear=True)
         if not self.sequences:
             why = "a compiled model with batch_first=False, or inputs of several sizes, needs batch_dim"

@@ -4,8 +4,7 @@ In a traced forward pass the output of a layer goes through `tap`, whose backwar
 be gathered is decided when that runs, not when it is traced.
 """
 
-from __future__ import annotations
-
+# Not `from __future__ import annotations`: torch 2.4 cannot read the operators' schemas from strings.
 import itertools
 import sys
 import weakref
@@ -24,7 +23,7 @@ UNKNOWN, AMBIGUOUS = -1, -2
 
 # A compiled model keeps the number of each of its layers, also when another optimizer comes to feed.
 _numbers: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
-_collectors: weakref.WeakValueDictionary[int, ForwardUse] = weakref.WeakValueDictionary()
+_collectors: "weakref.WeakValueDictionary[int, ForwardUse]" = weakref.WeakValueDictionary()
 _count = itertools.count()
 
 
@@ -37,7 +36,7 @@ def retrace() -> None:
         torch.compiler.reset()
 
 
-def key_of(module: nn.Module, weight: str, collector: ForwardUse) -> Tensor:
+def key_of(module: nn.Module, weight: str, collector: "ForwardUse") -> Tensor:
     """Return the number of a module's weight, and let its gradients go to ``collector`` from now on.
 
     A tensor, 0-dim: a number would be a constant in the graph, and every layer would be compiled by itself.

@@ -95,7 +95,7 @@ class _End:
     def __del__(self) -> None:
         # Another hook may have replaced the arguments of a call that still runs.
         if self.watcher in _thread.watchers and self.watcher.module not in running_modules():
-            end_watch(self.watcher.sees)
+            end_watch(self.watcher.module, self.watcher.sees)
 
 
 def begin_watch(
@@ -118,10 +118,10 @@ def watches(sees: Sees) -> bool:
     return any(watcher.sees == sees for watcher in _thread.watchers)
 
 
-def end_watch(sees: Sees) -> None:
-    """End the latest watch that has begun in this thread for ``sees``, if any."""
+def end_watch(module: nn.Module, sees: Sees) -> None:
+    """End the latest watch that has begun in this thread in a call of a module for ``sees``, if any."""
     for index in reversed(range(len(_thread.watchers))):
-        if _thread.watchers[index].sees == sees:
+        if _thread.watchers[index].module is module and _thread.watchers[index].sees == sees:
             del _thread.watchers[index]
             break
     mode = _thread.mode

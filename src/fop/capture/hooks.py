@@ -25,6 +25,7 @@ from fop.torch_internals import (
     current_transform,
     is_exporting,
     running_modules,
+    untraced_hook,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Hook(Generic[Target]):
         self.target: Callable[[], Target | None] = weakref.ref(target)
         self.method = method
 
+    @untraced_hook
     def __call__(self, *args: Any) -> Any:
         target = self.target()
         # What a hook computes must not become a part of a model that torch.jit.trace records.
@@ -66,8 +68,8 @@ def remove_all(handles: list[RemovableHandle]) -> None:
     handles.clear()
 
 
-class _Thread(threading.local):
-    """What is known in one thread: others run the same model, as one that trains and one that evaluates."""
+class _Passes:
+    """What is known of the forward passes of a model in one thread."""
 
     def __init__(self) -> None:
         # Forward passes of the model that are running, the inner ones last.
@@ -75,6 +77,16 @@ class _Thread(threading.local):
         self.last: Batch | None = None
         # Modules that were called one by one since the last round.
         self.called: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Thread(threading.local):
+    """Others run the same model, as one that trains and one that evaluates.
+
+    It holds an object and not the values: torch.compile could not trace a change of them before torch 2.6.
+    """
+
+    def __init__(self) -> None:
+        self.state = _Passes()
 
 
 class ModelWatch:
@@ -109,27 +121,30 @@ class ModelWatch:
 
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        if self.thread.running and root not in running_modules()[1:]:
+        thread = self.thread.state
+        if thread.running and root not in running_modules()[1:]:
             # A pass that was interrupted, by KeyboardInterrupt for instance, has left its batch.
-            self.thread.running.clear()
-        batch = self.thread.last = Batch()
+            thread.running.clear()
+        batch = thread.last = Batch()
         if self.batch_size is None:
             batch.see([*args, *kwargs.values()])
         else:
             batch.tell(self.batch_size(*args, **kwargs))
-        self.thread.running.append(batch)
+        thread.running.append(batch)
 
     def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward pass."""
-        if self.thread.running:
-            batch = self.thread.running.pop()
-            outputs = {x.shape[0] for x in tensors_in([output]) if x.dim() > 0}
-            if batch.size not in outputs:
-                batch.doubt(outputs)
+        thread = self.thread.state
+        if thread.running:
+            batch = thread.running.pop()
+            if not torch.compiler.is_compiling():
+                outputs = {x.shape[0] for x in tensors_in([output]) if x.dim() > 0}
+                if batch.size not in outputs:
+                    batch.doubt(outputs)
 
     def enter_child(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a call of a child of the model, which tells the batch if the model itself was not called."""
-        thread = self.thread
+        thread = self.thread.state
         if not thread.running and torch.compiler.is_compiling():
             return
         batch = self.batch()
@@ -152,14 +167,15 @@ class ModelWatch:
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        batch = self.thread.running[-1] if self.thread.running else Batch()
+        running = self.thread.state.running
+        batch = running[-1] if running else Batch()
         if self.sequence_first or batch.sizes:
             return AMBIGUOUS
         return UNKNOWN if batch.size is None else batch.size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
-        thread = self.thread
+        thread = self.thread.state
         if thread.running:
             return thread.running[-1]
         # A module that runs in the backward pass is being recomputed (reentrant checkpointing); otherwise
@@ -241,9 +257,11 @@ class ForwardUse(ModuleUse):
         """Record one call of the module; under torch.compile the output goes through an operator of ours."""
         # Without keyword arguments where quantisation has put it back; a hook may have replaced the output.
         kwargs, output = rest[0] if len(rest) > 1 else {}, rest[-1]
-        x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-        if x is None or not isinstance(output, Tensor):
+        # Not `next(..., None)`, which torch 2.5 cannot trace.
+        inputs = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
+        if not inputs or not isinstance(output, Tensor):
             return None
+        x = inputs[0]
         normalised = self.layer.normalised
         if torch.compiler.is_compiling():
             if not (torch.is_grad_enabled() and output.requires_grad) or is_exporting():
@@ -314,7 +332,7 @@ class FunctionUse(ModuleUse):
         return begin_watch(module, args, self.sees), kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        end_watch(self.sees)
+        end_watch(module, self.sees)
 
     def sees(self, call: FunctionCall) -> bool:
         """Record a call of a function if it uses the weight; return whether it does."""

@@ -299,7 +299,8 @@ class _OutputHook:
     def __init__(self, recorder: Recorder, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size) -> None:
         self._recorder = weakref.ref(recorder)
         self._layer, self._batch, self._shape = layer, batch, shape
-        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x).grad_fn  # type: ignore[no-untyped-call]
+        # The output and not its node: before torch 2.13 the node's tensors went with the output.
+        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
         self._outer = current_backward_pass()
 
     def __call__(self, b: Tensor | None) -> None:
@@ -313,7 +314,7 @@ class _OutputHook:
         x: Tensor | None = None
         if kept is not None:
             try:
-                x = kept.saved_tensors[0]
+                x = kept.grad_fn.saved_tensors[0]
             except RuntimeError as error:
                 # Legal where autograd kept a copy of its own, as under autocast.
                 if "modified by an inplace operation" not in str(error):
