@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
 
-from fop import FOP, KFAC
 from fop.curvature import entry_names
 from fop_bench.cost_model import (
     GPUS_PER_NODE,
@@ -30,32 +24,25 @@ from fop_bench.cost_model import (
     published,
     traffic,
 )
-from fop_bench.overhead import LEARNING_RATE, MODELS, PLAIN_STEPS, Trainer, Workload, amortised, in_turns
+from fop_bench.overhead import MODELS, Row, Workload, amortised, measure_in_turns, prepare
 from fop_bench.report import section
 from fop_bench.world import run_ranks
 
-Row = dict[str, Any]
-
-
-def _fop(mode: str) -> Callable[[nn.Module], Optimizer]:
-    return lambda model: FOP(model, lr=LEARNING_RATE, distributed={"mode": mode})
-
-
-# An optimizer among several ranks: its label, what the cost model calls it, and how it is made.
-CONTENDERS: dict[str, tuple[str, Method, Callable[[nn.Module], Optimizer]]] = {
-    "sgd": ("SGD", "sgd", lambda m: SGD(m.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True)),
-    "kfac": ("K-FAC", "kfac", lambda m: KFAC(m, lr=LEARNING_RATE)),
-    "fop": ("FOP", "compatible", lambda m: FOP(m, lr=LEARNING_RATE)),
-    "fop-compatible": ("FOP compatible", "compatible", _fop("compatible")),
-    "fop-lean": ("FOP lean", "lean", _fop("lean")),
+# An optimizer among several ranks: its label, what the cost model calls it, and how FOP shares its work.
+CONTENDERS: dict[str, tuple[str, Method, dict[str, Any]]] = {
+    "sgd": ("SGD", "sgd", {}),
+    "kfac": ("K-FAC", "kfac", {}),
+    "fop": ("FOP", "compatible", {}),
+    "fop-compatible": ("FOP compatible", "compatible", {"distributed": {"mode": "compatible"}}),
+    "fop-lean": ("FOP lean", "lean", {"distributed": {"mode": "lean"}}),
 }
 
 
 def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
     """Measure all optimizers on ``ranks`` new processes of this machine; a row each.
 
-    The workload has the batch of one rank. Times are in seconds, medians of every rank, and bytes means over
-    the ranks. Raises ProcessException if a process failed.
+    Times are in seconds, medians of every rank, and bytes means over the ranks. Raises ProcessException if a
+    process failed.
     """
     names = ["sgd", "kfac", *(["fop"] if ranks == 1 else ["fop-compatible", "fop-lean"])]
     by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds)
@@ -68,49 +55,15 @@ def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
 
 
 def _measure_rank(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, Row]:
-    """Return for every optimizer the seconds of its timed steps and the bytes of one, by kind of step."""
-    trainers = {name: _prepare(workload, name) for name in names}
-    for trainer in trainers.values():
-        trainer.warm_up()
-    found: dict[str, Row] = {
-        name: {kind: {"seconds": [], "bytes": {}} for kind in ("plain", "curvature")} for name in names
-    }
-    for turns in in_turns(names, rounds):
-        for name in turns:
-            trainer = trainers[name]
-            trainer.step(curvature=False)  # untimed: it brings the caches back to this model
-            _take_steps(trainer, PLAIN_STEPS, found[name]["plain"])
-            if trainer.request_curvature():
-                _take_steps(trainer, 1, found[name]["curvature"], due=True)
+    """Return for every optimizer what its steps took, by kind of step, and the bytes of its curvature."""
+    cpu = torch.device("cpu")
+    trainers = {name: prepare(workload, name.split("-")[0], cpu, **CONTENDERS[name][2]) for name in names}
+    found = measure_in_turns(trainers, rounds)
     for name, trainer in trainers.items():
         states = trainer.optimizer.state.values()
         held = (state[key].nbytes for state in states for key in entry_names() if key in state)
         found[name]["factor_bytes"] = sum(held)
     return found
-
-
-def _prepare(workload: Workload, name: str) -> Trainer:
-    torch.manual_seed(0)
-    model = MODELS[workload.model][0]()
-    if dist.is_initialized():
-        model = DistributedDataParallel(model)
-    torch.manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
-    inputs, targets = workload.batch(torch.device("cpu"))
-    return Trainer(model, CONTENDERS[name][2](model), inputs, targets, workload.bf16)
-
-
-def _take_steps(trainer: Trainer, steps: int, seen: Row, due: bool = False) -> None:
-    optimizer = trainer.optimizer
-    before = dict(optimizer.bytes_sent) if isinstance(optimizer, FOP) else {}
-    if dist.is_initialized():
-        dist.barrier()
-    for _ in range(steps):
-        start = time.perf_counter()
-        trainer.step(due)
-        seen["seconds"].append(time.perf_counter() - start)
-    after = optimizer.bytes_sent if isinstance(optimizer, FOP) else {}
-    counts = {what: (count - before.get(what, 0.0)) / steps for what, count in after.items()}
-    seen["bytes"].update({what: count for what, count in counts.items() if count})
 
 
 def _evaluate(architecture: Architecture, ranks: int, name: str, samples: list[Row]) -> Row:
