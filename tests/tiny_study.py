@@ -241,6 +241,6 @@ def program() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     program()
 if __name__ == "__main__":
-    from fop_bench.cli import run
+    from fop_bench.cli import main
 
-    run()
+    main()

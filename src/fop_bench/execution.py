@@ -23,6 +23,7 @@ from fop_bench.formulas import FORMULAS
 from fop_bench.images import Images, Normaliser, training_inputs
 from fop_bench.optimizers import BUILDERS
 from fop_bench.recipes import Parts, recipe
+from fop_bench.report import replacing
 from fop_bench.training import Training, messages, share_right
 from fop_bench.world import World
 
@@ -231,10 +232,8 @@ class _Run:
             "git": git,
             "warnings": warned,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            torch.save(state, unfinished)
 
     def resume(self, path: Path, git: Git) -> list[str]:
         """Go on from the state in a file, if there is one, and return the warnings up to there.

@@ -95,8 +95,8 @@ def digits_split() -> tuple[Tensor, Tensor, Tensor]:
 
     1024 = 16 × 64 = 2 × 512: no batch size of the demo leaves samples over.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     labels = load_digits().target
     train, rest = train_test_split(range(len(labels)), train_size=1024, stratify=labels, random_state=0)
@@ -112,7 +112,7 @@ class DigitsTask:
 
     def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
         """Return a rank's share of the three parts; raises ValueError if other data are asked for."""
-        from sklearn.datasets import load_digits  # noqa: PLC0415
+        from sklearn.datasets import load_digits
 
         if data is not None:
             raise ValueError(f"--data is {data}; the digits come with scikit-learn, leave it out")

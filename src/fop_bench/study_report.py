@@ -14,8 +14,8 @@ import pandas as pd
 from fop_bench.paper import PAPER_TABLES, paper_section
 from fop_bench.plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
 from fop_bench.plots import speed_up_reference as reference_of
-from fop_bench.report import markdown_table, plus_minus, statistic, write_page
-from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
+from fop_bench.report import markdown_table, plus_minus, statistic, write_text
+from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs, record_files
 from fop_bench.study import (
     Study,
     comparison_table,
@@ -66,7 +66,7 @@ def write_report(folder: Path) -> Path:
             table = PAPER_TABLES[recipe]
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
-    return write_page(folder, parts)
+    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _how_to_repeat(runs: list[Run]) -> list[str]:
@@ -218,10 +218,10 @@ def write_defaults(folder: Path) -> Path:
         "the distance to the best accuracy that any run of the study had on that task, in percentage points; "
         "a diverged run counts as accuracy 0.",
     ]
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in record_files(folder):
         if lines := read_defaults(path):
             parts += _defaults(path.stem, lines)
-    return write_page(folder, parts)
+    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _defaults(name: str, lines: list[dict[str, Any]]) -> list[str]:
