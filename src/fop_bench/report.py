@@ -1,15 +1,16 @@
-"""Statistics over the seeds, tables as Markdown, JSON for the record."""
+"""Statistics over the seeds as text, tables as Markdown, files that are whole or as they were."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextmanager
@@ -55,45 +56,24 @@ def section(title: str, note: str, rows: Sequence[Mapping[str, object]], level: 
     return "\n\n".join([f"{'#' * level} {title}", note, table]) if rows else ""
 
 
-# --- Statistics
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and sample standard deviation (None for a single value) of `n` values."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-def statistic(values: Iterable[float]) -> Statistic | None:
-    """Return mean and standard deviation of the values that are not NaN, or None if there are none."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return None
-    return Statistic(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
-
-
-def plus_minus(value: Statistic | None, digits: int, scale: float = 1.0) -> str:
-    """Format a statistic as mean ± std, as the mean alone for a single value, or as a dash."""
-    if value is None:
+def plus_minus(values: pd.Series, digits: int, scale: float = 1.0) -> str:
+    """Format mean ± sample standard deviation of what is not NaN: one value alone, none as a dash."""
+    if values.count() == 0:
         return "–"
-    mean = f"{value.mean * scale:.{digits}f}"
-    return mean if value.std is None else f"{mean} ± {value.std * scale:.{digits}f}"
+    mean = f"{values.mean() * scale:.{digits}f}"
+    return mean if values.count() == 1 else f"{mean} ± {values.std() * scale:.{digits}f}"
 
 
-def compare(
-    ours: Statistic | None, theirs: Statistic | None, *, low: bool
-) -> Literal["ahead", "behind", "within the spread"] | None:
+def compare(ours: pd.Series, theirs: pd.Series, *, low: bool) -> str | None:
     """Compare two means by their pooled standard deviation; None, no claim, for single or missing values.
 
     With ``low`` the lower mean is ahead.
     """
-    if ours is None or theirs is None or ours.std is None or theirs.std is None:
+    counts = ours.count(), theirs.count()
+    if min(counts) < 2:
         return None
-    squares = (ours.n - 1) * ours.std**2 + (theirs.n - 1) * theirs.std**2
-    gain = theirs.mean - ours.mean if low else ours.mean - theirs.mean
-    if abs(gain) <= math.sqrt(squares / (ours.n + theirs.n - 2)):
+    squares = (counts[0] - 1) * ours.var() + (counts[1] - 1) * theirs.var()
+    gain = theirs.mean() - ours.mean() if low else ours.mean() - theirs.mean()
+    if abs(gain) <= math.sqrt(squares / (sum(counts) - 2)):
         return "within the spread"
     return "ahead" if gain > 0 else "behind"

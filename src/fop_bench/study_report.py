@@ -14,7 +14,7 @@ import pandas as pd
 from fop_bench.paper import PAPER_TABLES, paper_section
 from fop_bench.plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
 from fop_bench.plots import speed_up_reference as reference_of
-from fop_bench.report import markdown_table, plus_minus, statistic, write_text
+from fop_bench.report import markdown_table, plus_minus, write_text
 from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs, record_files
 from fop_bench.study import (
     Study,
@@ -274,8 +274,8 @@ def _rates(runs: pd.DataFrame) -> list[str]:
     for task, of_task in runs.groupby("task"):
         rows = []
         for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
-            accuracy, loss = (statistic(each[name].astype(float)) for name in ("accuracy", "train_loss"))
-            counts = [len(each), each["diverged"].sum()]
-            rows.append([optimizer, f"{lr:g}", *counts, plus_minus(accuracy, 2), plus_minus(loss, 4)])
+            counts, losses = [len(each), each["diverged"].sum()], each["train_loss"].astype(float)
+            ends = [plus_minus(each["accuracy"], 2), plus_minus(losses, 4)]
+            rows.append([optimizer, f"{lr:g}", *counts, *ends])
         parts += [f"### {task}", markdown_table(head, rows)]
     return parts
