@@ -29,7 +29,6 @@ from fop_bench.runner import OnRun, Selection, make
 from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
-INSTALL = "pip install 'fop-optim[bench]', or '.[bench]' in a clone"
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -45,7 +44,7 @@ def run(asked: argparse.Namespace) -> None:
     if jobs > 1 and under_torchrun():
         raise ValueError(f"--jobs is {jobs}; ranks that torchrun started make one run at a time")
     how = {"data": asked.data, "out": folder, "jobs": jobs, "minutes": asked.minutes}
-    with world_on(asked.device) as world, _bar_of_runs(chosen.recipe, hidden=world.rank > 0) as on_run:
+    with world_on(asked.device) as world, _bar(chosen.recipe, hidden=world.rank > 0) as on_run:
         left = make(chosen, world=world, on_run=on_run, **how)
     end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
     if world.rank == 0:
@@ -81,7 +80,7 @@ def defaults(asked: argparse.Namespace) -> None:
         raise ValueError(f"--tasks is {asked.tasks!r}, which is in none of: {', '.join(tasks)}")
     left, end = 0, time.monotonic() + 60 * asked.minutes
     how = {"world": World(asked.device), "out": asked.out, "jobs": asked.jobs}
-    with _bar_of_runs(asked.study) as on_run:
+    with _bar(asked.study) as on_run:
         for task, plan in chosen.items():
             data, minutes = None if "digits" in task else str(asked.data), (end - time.monotonic()) / 60
             left += make(Selection(plan.name, asked.study), data=data, minutes=minutes, on_run=on_run, **how)
@@ -101,7 +100,7 @@ def demo(asked: argparse.Namespace) -> None:
     chosen, out = Selection("digits", "demo-quick" if asked.quick else "demo"), asked.out
     lines = out / f"{chosen.study}.jsonl"
     lines.unlink(missing_ok=True)
-    with _bar_of_runs("demo") as on_run:
+    with _bar("demo") as on_run:
         make(chosen, data=None, world=World(asked.device), out=out, jobs=1, minutes=600.0, on_run=on_run)
         page = write_report(out)
     (study,) = studies(read_runs(lines))
@@ -118,10 +117,10 @@ def overhead(asked: argparse.Namespace) -> None:
         for bf16 in ([False, True] if asked.bf16 is None else [asked.bf16])
     ]
     where, results = environment(asked.device), []
-    with _progress() as progress:
-        bar = progress.add_task("rounds", total=len(todo) * asked.rounds)
-        for workload in todo:
-            results += measure_overhead(workload, asked.device, asked.rounds, lambda: progress.advance(bar))
+    with _bar("overhead") as on_run:
+        for at, workload in enumerate(todo):
+            on_run(at, len(todo), f"{workload.model} · batch {workload.batch_size}")
+            results += measure_overhead(workload, asked.device, asked.rounds)
             # After every workload: one that does not fit into memory takes no other's result with it.
             write_json(asked.out, {"environment": where, "rounds": asked.rounds, "results": results})
     _show(overhead_table(results))
@@ -134,7 +133,7 @@ def scale(asked: argparse.Namespace) -> None:
     Writes scale.json into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(asked.ranks)) or (scaling.GPUS if asked.predict else MEASURED)
+    counts = tuple(dict.fromkeys(asked.ranks or ())) or (scaling.GPUS if asked.predict else MEASURED)
     if asked.predict:
         predicted = scaling.predictions(counts)
         write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
@@ -148,8 +147,9 @@ def scale(asked: argparse.Namespace) -> None:
     protocol["plain_steps_a_round"] = PLAIN_STEPS
     record: dict[str, Any] = {"environment": where | {"threads": 1}, "protocol": protocol}
     results: list[Row] = []
-    with _progress() as progress:
-        for count in progress.track(counts, description=f"{asked.model} · batch {asked.batch}"):
+    with _bar(asked.model) as on_run:
+        for at, count in enumerate(counts):
+            on_run(at, len(counts), f"{count} ranks")
             results += scaling.measure_scale(workload, count, asked.rounds)
             # After every number of ranks: one that fails takes no other's result with it.
             write_json(asked.out / "scale.json", record | {"results": results})
@@ -196,16 +196,12 @@ def _show(markdown: str) -> None:
     _console().print(Markdown(markdown))
 
 
-def _progress(hidden: bool = False) -> Any:
+@contextmanager
+def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
+    """Yield what shows how many runs are done and planned, and what is run now."""
     from rich.progress import Progress
 
-    return Progress(console=_console(), disable=hidden)
-
-
-@contextmanager
-def _bar_of_runs(title: str, hidden: bool = False) -> Iterator[OnRun]:
-    """Yield what a runner calls before and after a run."""
-    with _progress(hidden) as progress:
+    with Progress(console=_console(), disable=hidden) as progress:
         bar = progress.add_task(title, total=None)
         yield lambda done, planned, title: progress.update(
             bar, completed=done, total=planned, description=f"{done} of {planned} · {title}"
@@ -248,118 +244,105 @@ def _device(name: str) -> torch.device:
     return device
 
 
-Option = tuple[str, dict[str, Any]]
+def _option(
+    name: str, what: str, default: Any = None, kind: Any = str, **how: Any
+) -> tuple[str, dict[str, Any]]:
+    """Return what argparse is told of an option; a default is given as it would be typed."""
+    shown = f"{what} (default: {default})" if default else what
+    if how.get("action") == "store_true":
+        return name, {"help": shown, **how}
+    return name, {"help": shown, "default": default, "type": kind, **how}
 
 
-def _option(name: str, what: str, **how: Any) -> Option:
-    return name, {"help": what, **how}
-
-
-def _several(name: str, what: str, kind: Callable[[str], Any] = str) -> Option:
-    return _option(name, f"{what}; may be repeated", action="append", type=kind, default=[])
-
-
-def _out(default: str | None, what: str = "folder") -> Option:
-    return _option("--out", what, type=Path, default=default and Path(default))
-
-
-def _rounds(default: int) -> Option:
-    return _option("--rounds", "turns of every optimizer", type=_at_least(1), default=default)
-
-
-RECIPE = ("recipe", {"metavar": "RECIPE", "help": ", ".join(RECIPES)})
-DEVICE = _option(
-    "--device", "cpu or cuda[:N]", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
-)
+RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
+DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
-MINUTES = _option("--minutes", "stop after this time, wherever a run is", type=_above_0, default=60.0)
+MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", _above_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
-COMMANDS: dict[Callable[[argparse.Namespace], None], Sequence[Option]] = {
-    demo: [_out("fop-demo"), DEVICE, _option("--quick", "two epochs: no result", action="store_true")],
+OPTIONS = {
+    demo: [
+        _option("--out", "folder", "fop-demo", Path),
+        DEVICE,
+        _option("--quick", "two seeds, two epochs: shows that all works; not a result", action="store_true"),
+    ],
     run: [
         RECIPE,
-        _option("--study", f"which study: {STUDIES}", default="comparison", metavar="STUDY"),
+        _option("--study", f"which study: {STUDIES}", "comparison", metavar="STUDY"),
         DATA,
-        _several("--task", "only this data set"),
-        _several("--batch", "only this batch size", int),
-        _several("--optimizer", "only this optimizer"),
+        _option("--task", "only this data set; may be repeated", action="append"),
+        _option("--batch", "only this size; may be repeated", kind=int, action="append"),
+        _option("--optimizer", "only this one; may be repeated", action="append"),
         DEVICE,
-        _option("--jobs", "runs at a time; else one a GPU, one a core", type=_at_least(1)),
+        _option("--jobs", "runs at a time; else one a GPU, one a core", kind=_at_least(1)),
         MINUTES,
-        _out(None, "folder; else fop-runs/RECIPE"),
+        _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
-        ("folders", {"metavar": "FOLDER", "nargs": "+", "type": _folder}),
-        _option("--paper", "also write the paper's tables, with ours, to this Markdown file", type=Path),
+        _option("folders", "with JSON lines", kind=_folder, nargs="+", metavar="FOLDER"),
+        _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
-        _option("--model", "network to step", choices=[*MODELS, "all"], default="all"),
-        _several("--batch", "batch size; else 128", _at_least(1)),
+        _option("--model", "network to step", "all", choices=[*MODELS, "all"]),
+        _option("--batch", "may be repeated; else 128", kind=_at_least(1), action="append"),
         _option("--bf16", "autocast; else both", action=argparse.BooleanOptionalAction),
         DEVICE,
-        _rounds(10),
-        _out("fop-overhead.json", "file"),
+        _option("--rounds", "turns of every optimizer", "10", _at_least(1)),
+        _option("--out", "file", "fop-overhead.json", Path),
     ],
     scale: [
-        _several("--ranks", "number of processes, or GPUs", _at_least(1)),
-        _option("--model", "network to step", choices=[*MODELS], default="resnet18"),
-        _option("--batch", "batch of every rank", type=_at_least(1), default=32),
-        _rounds(2),
+        _option("--ranks", "processes, or GPUs; may be repeated", kind=_at_least(1), action="append"),
+        _option("--model", "network to step", "resnet18", choices=[*MODELS]),
+        _option("--batch", "batch of every rank", "32", _at_least(1)),
+        _option("--rounds", "turns of every optimizer", "2", _at_least(1)),
         _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),
-        _out("fop-scale"),
+        _option("--out", "folder", "fop-scale", Path),
     ],
     defaults: [
-        ("study", {"choices": [*DEFAULTS[0].studies]}),
-        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", type=_folder),
-        _option("--tasks", "only tasks whose name holds this text", default=""),
+        _option("study", "what is varied", choices=[*DEFAULTS[0].studies]),
+        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=_folder),
+        _option("--tasks", "only tasks whose name holds this text", ""),
         DEVICE,
-        _option("--jobs", "runs at a time, one thread each", type=_at_least(1), default=2),
+        _option("--jobs", "runs at a time, one thread each", "2", _at_least(1)),
         MINUTES,
-        _out("fop-defaults"),
+        _option("--out", "folder", "fop-defaults", Path),
     ],
     surface: [
         RECIPE,
         DATA,
         _option("--task", "data set of the recipe; else its first"),
-        _option("--batch", "samples of a step; even", dest="batch_size", type=_at_least(2), default=1000),
-        _option("--epochs", "training with FOP before the steps", type=_at_least(1), default=3),
-        _option("--lr", "learning rate of training (constant) and steps", type=_above_0, default=0.1),
-        _option("--damping", "λ of training and steps", type=_above_0, default=1e-4),
-        _option("--seed", "of weights, order and the choice of the batch", type=int, default=1),
+        _option("--batch", "samples of a step; even", "1000", _at_least(2), dest="batch_size"),
+        _option("--epochs", "training with FOP before the steps", "3", _at_least(1)),
+        _option("--lr", "learning rate of training (constant) and steps", "0.1", _above_0),
+        _option("--damping", "λ of training and steps", "1e-4", _above_0),
+        _option("--seed", "of weights, order and the choice of the batch", "1", int),
         DEVICE,
-        _option("--grid", "points along each side", dest="points", type=_at_least(2), default=25),
-        _out("fop-surface"),
+        _option("--grid", "points along each side", "25", _at_least(2), dest="points"),
+        _option("--out", "folder", "fop-surface", Path),
     ],
 }
 
 
-def _parse(
-    arguments: Sequence[str] | None,
-) -> tuple[Callable[[argparse.Namespace], None], argparse.Namespace]:
-    """Return the command that is asked for, and its options."""
-    parser = argparse.ArgumentParser("fop-bench", description="Measure FOP against SGD, AdamW and K-FAC.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for function, options in COMMANDS.items():
-        text = inspect.getdoc(function) or ""
-        made = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
-        for name, how in options:
-            shown = "" if how.get("default") in (None, [], "") else " (default: %(default)s)"
-            made.add_argument(name, **{**how, "help": f"{how.get('help', '')}{shown}"})
-    asked = parser.parse_args(arguments)
-    by_name = {function.__name__: function for function in COMMANDS}
-    return by_name[vars(asked).pop("command")], asked
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Be the command, by default with the arguments of this process; what may go wrong ends in a message."""
-    command, asked = _parse(arguments)
+    parser = argparse.ArgumentParser("fop-bench", description="Measure FOP against SGD, AdamW and K-FAC.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for function, options in OPTIONS.items():
+        text = inspect.getdoc(function) or ""
+        command = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
+        command.set_defaults(function=function)
+        for name, how in options:
+            command.add_argument(name, **how)
+    asked = parser.parse_args(arguments)
     try:
-        command(asked)
+        vars(asked).pop("function")(asked)
     except BrokenProcessPool:
         sys.exit("Error: a worker was killed; no finished run is lost; fewer --jobs?")
     except ProcessException as error:
         sys.exit(f"Error: rank {error.error_index} failed: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"Error: this command needs {str(error.name).partition('.')[0]}: {INSTALL}")
+        package = str(error.name).partition(".")[0]
+        sys.exit(
+            f"Error: this command needs {package}: pip install 'fop-optim[bench]', or '.[bench]' in a clone"
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")

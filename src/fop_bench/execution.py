@@ -149,11 +149,9 @@ class _Run:
             train, judged = train.to(device), judged.to(device)
         torch.manual_seed(described.seed)
         self.draw = torch.Generator(device).manual_seed(described.seed * world.size + world.rank)
-        model = plan.model(len(train.classes)).to(device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
-        model = world.wrap(model)
+        model = world.wrap(plan.network(len(train.classes), device))
         self.options = {**contender.options(described.batch_size), **described.options}
-        self.optimizer = BUILDERS[contender.optimizer][1](model, **self.options)
+        optimizer = BUILDERS[contender.optimizer][1](model, **self.options)
         self.layers: dict[str, Any] | None = None
         normalise = Normaliser(train.pixels, world.total)
         order = _halves(contender.halves, train.labels.to(device))
@@ -170,13 +168,14 @@ class _Run:
             return normalise(pixels), labels
 
         def evaluate() -> float:
-            self._note_layers()
+            if contender.optimizer == "fop" and self.final and isinstance(optimizer, FOP):
+                self._note_layers(optimizer)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return share_right(model, len(judged), judged_batch, world.total)
 
         self.training = Training(
             model,
-            self.optimizer,
+            optimizer,
             plan.schedule,
             batch,
             evaluate,
@@ -189,11 +188,9 @@ class _Run:
             mean=lambda loss: world.total(loss).item() / world.size,
         )
 
-    def _note_layers(self) -> None:
-        """Keep β, η and ρ of every layer after the epoch, in FOP's final runs."""
-        if self.contender.optimizer != "fop" or not self.final or not isinstance(self.optimizer, FOP):
-            return
-        layers = self.optimizer.diagnostics().layers
+    def _note_layers(self, optimizer: FOP) -> None:
+        """Keep β, η and ρ of every layer after the epoch."""
+        layers = optimizer.diagnostics().layers
         if self.layers is None:
             self.layers = {"names": list(layers), "epochs": [], "beta": [], "eta": [], "rho": []}
         self.layers["epochs"].append(self.training.progress.epoch)

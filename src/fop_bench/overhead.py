@@ -129,9 +129,7 @@ def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
         yield [*names[turn:], *names[:turn]]
 
 
-def measure_in_turns(
-    trainers: Mapping[str, Trainer], rounds: int, on_round: Callable[[], None] = lambda: None
-) -> dict[str, Row]:
+def measure_in_turns(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Row]:
     """Return for every trainer the seconds of its timed steps and the bytes sent in one, by kind of step."""
     for trainer in trainers.values():
         trainer.warm_up()
@@ -141,7 +139,6 @@ def measure_in_turns(
     for names in in_turns([*trainers], rounds):
         for name in names:
             _take_turn(trainers[name], **seen[name])
-        on_round()
     return seen
 
 
@@ -179,9 +176,7 @@ def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
     curvature["seconds"] += seconds[PLAIN_STEPS:]
 
 
-def measure_overhead(
-    workload: Workload, device: torch.device, rounds: int, on_round: Callable[[], None] = lambda: None
-) -> list[Row]:
+def measure_overhead(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
     """Measure every optimizer on one workload: memory first, one by one, then time, in turns.
 
     Times are in seconds, medians over `samples`; `amortised_seconds` is the steady state at the default
@@ -191,7 +186,7 @@ def measure_overhead(
     trainers = {name: prepare(workload, name, device) for name in COMPARED}
     intervals = {name: trainer.interval for name, trainer in trainers.items()}
     rows: list[Row] = []
-    for name, seen in measure_in_turns(trainers, rounds, on_round).items():
+    for name, seen in measure_in_turns(trainers, rounds).items():
         samples = {kind: each["seconds"] for kind, each in seen.items()}
         plain, *curvature = (statistics.median(each) for each in samples.values() if each)
         seconds = amortised(plain, curvature[0] if curvature else None, intervals[name])
@@ -226,29 +221,26 @@ def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
     and for a step that there is not. Call it while no other model is on the device.
     """
     if device.type == "cuda":
-        return _measure_all(workload, device)
+        return _measure_memory(workload, device)
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_measure_all_on_cpu, workload, torch.get_num_threads()).result()
+        return fresh.submit(_measure_memory, workload, device, torch.get_num_threads()).result()
 
 
-def _measure_all_on_cpu(workload: Workload, threads: int) -> dict[str, Row]:
-    torch.set_num_threads(threads)
-    try:
-        _reset_peak(torch.device("cpu"))
-    except OSError:
-        return {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
-    # Tensors get pages of their own, so that freed ones leave the resident set at once.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    return _measure_all(workload, torch.device("cpu"))
-
-
-def _measure_all(workload: Workload, device: torch.device) -> dict[str, Row]:
+def _measure_memory(workload: Workload, device: torch.device, threads: int = 1) -> dict[str, Row]:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+        try:
+            _reset_peak(device)
+        except OSError:
+            return {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
+        # Tensors get pages of their own, so that freed ones leave the resident set at once.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
     # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
-    return {name: _measure(workload, name, device) for name in ("fop", *COMPARED)}
+    return {name: _peaks(workload, name, device) for name in ("fop", *COMPARED)}
 
 
-def _measure(workload: Workload, name: str, device: torch.device) -> Row:
+def _peaks(workload: Workload, name: str, device: torch.device) -> Row:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -289,26 +281,24 @@ def _resident(field: str) -> int:
 def overhead_table(rows: Sequence[Row]) -> str:
     """Lay out time and peak memory per step, one row per workload and optimizer."""
 
-    def scaled(value: float | None, scale: float) -> str:
-        return "–" if value is None else f"{value * scale:.2f}"
+    def cells(each: Row) -> Row:
+        workload, memory = each["workload"], each["memory"]
+        columns = {
+            f"{kind} ms": (each[f"{kind}_seconds"], 1e3) for kind in ("plain", "curvature", "amortised")
+        }
+        columns |= {f"{kind} MiB": (memory[f"{kind}_bytes"], 2**-20) for kind in ("plain", "curvature")}
+        shown = {
+            head: "–" if value is None else f"{value * scale:.2f}" for head, (value, scale) in columns.items()
+        }
+        return {
+            "model": workload["model"],
+            "batch": workload["batch_size"],
+            "precision": "bf16" if workload["bf16"] else "float32",
+            "optimizer": BUILDERS[each["optimizer"]][0],
+            "interval": each["interval"] or "–",
+            **shown,
+            "×SGD": f"{each['ratio_to_sgd']:.3f}",
+        }
 
-    return section(
-        "Median time and peak memory of a step",
-        "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's.",
-        [
-            {
-                "model": each["workload"]["model"],
-                "batch": each["workload"]["batch_size"],
-                "precision": "bf16" if each["workload"]["bf16"] else "float32",
-                "optimizer": BUILDERS[each["optimizer"]][0],
-                "plain ms": scaled(each["plain_seconds"], 1e3),
-                "curvature ms": scaled(each["curvature_seconds"], 1e3),
-                "interval": each["interval"] or "–",
-                "amortised ms": scaled(each["amortised_seconds"], 1e3),
-                "×SGD": f"{each['ratio_to_sgd']:.3f}",
-                "plain MiB": scaled(each["memory"]["plain_bytes"], 2**-20),
-                "curvature MiB": scaled(each["memory"]["curvature_bytes"], 2**-20),
-            }
-            for each in rows
-        ],
-    )
+    note = "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's."
+    return section("Median time and peak memory of a step", note, [cells(row) for row in rows])

@@ -178,6 +178,12 @@ class Recipe:
     schedule: Callable[[Optimizer, int], LRScheduler] = cosine  # given the number of all steps
     bf16: bool = True  # whether all runs use bf16 autocast on a GPU
 
+    def network(self, classes: int, device: torch.device) -> nn.Module:
+        """Build the network on a device, for images whose channels come last in memory."""
+        model = self.model(classes).to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        return model
+
 
 Grid = Mapping[str, Sequence[Any]]
 Options = Callable[[int], Mapping[str, Any]]

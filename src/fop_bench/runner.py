@@ -50,8 +50,8 @@ class Selection:
     def checked(self) -> Selection:
         """Return it with names in full; raises ValueError for what the recipe does not have."""
 
-        def known(what: str, chosen: Sequence[Any], there: Mapping[Any, Any]) -> tuple[Any, ...]:
-            for each in chosen:
+        def known(what: str, chosen: Sequence[Any] | None, there: Mapping[Any, Any]) -> tuple[Any, ...]:
+            for each in chosen or ():
                 if each not in there:
                     raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
             return tuple(each for each in there if not chosen or each in chosen)

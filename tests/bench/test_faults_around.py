@@ -139,7 +139,7 @@ def test_help_needs_no_extra() -> None:
         ("pandas matplotlib datasets PIL sklearn pytorch_optimizer", ("scale", "--predict"), None),
         ("pandas", ("report", "OUT"), "pandas"),
         ("matplotlib", ("report", "OUT"), "matplotlib"),
-        ("sklearn", ("run", "digits", "--out", "OUT"), "sklearn"),
+        ("sklearn", ("run", "digits"), "sklearn"),
         ("rich", ("demo",), "rich"),
     ],
 )
@@ -148,7 +148,7 @@ def test_what_is_missing_is_named_by_the_command_that_needs_it(
 ) -> None:
     write(tmp_path / "comparison.jsonl", [line("fop", [0.5])])
     asked = [str(tmp_path) if each == "OUT" else each for each in arguments]
-    if "--predict" in asked or "demo" in asked:
+    if "report" not in asked:
         asked += ["--out", str(tmp_path / "new")]
     code, told = without(packages, *asked)
     if missing is None:
