@@ -20,7 +20,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from fop_bench import scale as scaling
-from fop_bench.cost_model import H100
+from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
 from fop_bench.environment import environment
 from fop_bench.overhead import MODELS, PLAIN_STEPS, Row, Workload, measure_overhead, overhead_table
 from fop_bench.recipes import DEFAULTS, RECIPES
@@ -133,14 +133,14 @@ def scale(asked: argparse.Namespace) -> None:
     Writes scale.json into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(asked.ranks or ())) or (scaling.GPUS if asked.predict else MEASURED)
+    counts = tuple(dict.fromkeys(asked.ranks or ())) or (GPUS if asked.predict else MEASURED)
     if asked.predict:
-        predicted = scaling.predictions(counts)
+        predicted = predictions(counts)
         write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
-        tables = scaling.predicted_tables(predicted)
+        tables = predicted_tables(predicted)
         write_text(asked.out / "prediction.md", tables)
         _show(tables)
-        print(f"{scaling.ASSUMED}\nWrote prediction.json and prediction.md to {asked.out}")
+        print(f"{ASSUMED}\nWrote prediction.json and prediction.md to {asked.out}")
         return
     workload, where = Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}

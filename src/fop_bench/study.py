@@ -25,9 +25,9 @@ NAN = math.nan
 class Study:
     """All runs of one study of a recipe on a task, one row of ``runs`` each.
 
-    Columns: `KEYS`, the options as text, and what came out, NaN for a diverged run: final, best and mean
-    ``accuracy``, final ``train_loss``, and by target "accuracy epochs", "accuracy seconds" and so on, NaN
-    for a target that was missed; "run" is the whole record.
+    Columns: `KEYS`, the options as text, and what came out: final, best and mean ``accuracy``, final
+    ``train_loss``, and by target "accuracy epochs", "accuracy seconds" and so on, NaN for a target that was
+    missed and for a diverged run; "run" is the whole record.
     """
 
     recipe: str
@@ -84,12 +84,10 @@ def studies(runs: Sequence[Run]) -> list[Study]:
 
 def _row(run: Run) -> dict[str, Any]:
     curve = [] if run["diverged"] else run["curve"]
-    accuracies = [epoch["accuracy"] for epoch in curve]
-    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run, "train_loss": NAN}
-    row |= dict.fromkeys(("accuracy", "best", "mean"), NAN)
-    if curve:
-        row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
-        row["train_loss"] = curve[-1]["train_loss"]
+    accuracies = [epoch["accuracy"] for epoch in curve] or [NAN]
+    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run}
+    row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
+    row["train_loss"] = curve[-1]["train_loss"] if curve else NAN
     for kind, value in run["targets"].items():
         row |= {f"{kind} {unit}": each for unit, each in zip(UNITS, reached(run, kind, value), strict=True)}
     return row
@@ -135,10 +133,7 @@ def target_label(kind: str, value: float) -> str:
 
 
 def comparison_table(study: Study) -> str:
-    """Return one row for every batch size and contender with final runs; the best of a batch size is bold.
-
-    Only the mean of at least two runs can be the best; of epochs and seconds only if every run has them.
-    """
+    """Return a row a batch size and contender; the best mean of several runs, if all have it, is bold."""
     head = ["batch", "optimizer", "options", "n", "diverged"]
     for kind, value in study.targets.items():
         head += [f"{target_label(kind, value)}: reached", *UNITS]
@@ -209,9 +204,9 @@ def tuning_table(study: Study) -> str:
     rows = []
     for _, run in study.phase("tuning").sort_values(["batch_size", "contender"], kind="stable").iterrows():
         used = chosen.get((run["batch_size"], run["contender"])) == run["options"]
-        what = [run["batch_size"], run["label"], run["options"], run["seed"]]
-        accuracies = ("–" if run["diverged"] else f"{100 * run[key]:.2f}" for key in ("mean", "accuracy"))
-        rows.append([*what, *accuracies, "yes" if run["diverged"] else "no", "chosen" if used else ""])
+        accuracies = ["–" if run["diverged"] else f"{100 * run[key]:.2f}" for key in ("mean", "accuracy")]
+        ends = [*accuracies, "yes" if run["diverged"] else "no", "chosen" if used else ""]
+        rows.append([*run[["batch_size", "label", "options", "seed"]], *ends])
     head = ["batch", "optimizer", "options", "seed", "mean accuracy %", "final accuracy %", "diverged", ""]
     return markdown_table(head, rows)
 
@@ -249,9 +244,8 @@ def unfair(study: Study) -> list[str]:
 def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
     """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping.
 
-    The columns up to "FOP train loss" are those of the table. Beside them ``difference`` of the final
-    accuracies (FOP's less K-FAC's, in points) and ``loss_ratio`` (log2 of K-FAC's final training loss over
-    FOP's), both NaN where a run is missing or diverged; ``verdict`` on the accuracies; ``lost``, whose runs
+    The columns up to "FOP train loss" are those of the table; then ``difference`` of the final accuracies, in
+    points, and ``loss_ratio`` (log2), NaN where a run is missing or diverged, and ``lost``, whose runs
     diverged. Raises ValueError for a run without learning rate or damping, or several options at one point.
     """
     final = study.phase("final")[lambda runs: runs["batch_size"] == batch_size]
@@ -321,10 +315,10 @@ def map_sentence(title: str, points: pd.DataFrame) -> str:
     single = compared["difference"][compared["verdict"].isna()]
     parts = []
     if len(verdicts):
+        counts = [verdicts.get(verdict, 0) for verdict in ("ahead", "behind", "within the spread")]
         parts.append(
-            "by more than the spread (pooled standard deviation over the seeds) in "
-            f"{verdicts.get('ahead', 0)}, K-FAC higher than FOP in {verdicts.get('behind', 0)}, "
-            f"within it in {verdicts.get('within the spread', 0)}"
+            "by more than the spread (pooled standard deviation over the seeds) in {}, K-FAC higher than FOP "
+            "in {}, within it in {}".format(*counts)
         )
     if len(single):
         parts.append(

@@ -107,8 +107,8 @@ class FixedBatch:
 class Plane:
     """The plane of the picture, spanned by filter-normalised directions (Li et al. 2018).
 
-    After that, v loses its component along u and gets the length of u. So 1 along u is the norm of every
-    filter; along v it is that as a root mean square. Raises ValueError if the directions span no plane.
+    The second one, v (P,), loses its component along the first, u (P,), and gets its length. So 1 along u is
+    the norm of every filter; along v as a root mean square. Raises ValueError if they span no plane.
     """
 
     def __init__(self, weights: Sequence[Tensor], along_u: Tensor, along_v: Tensor) -> None:

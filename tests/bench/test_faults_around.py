@@ -139,7 +139,7 @@ def test_help_needs_no_extra() -> None:
         ("pandas matplotlib datasets PIL sklearn pytorch_optimizer", ("scale", "--predict"), None),
         ("pandas", ("report", "OUT"), "pandas"),
         ("matplotlib", ("report", "OUT"), "matplotlib"),
-        ("sklearn", ("run", "digits"), "sklearn"),
+        ("sklearn", ("run", "digits", "--jobs", "1"), "sklearn"),
         ("rich", ("demo",), "rich"),
     ],
 )

@@ -26,12 +26,13 @@ from fop_bench.cost_model import (
     llama,
     plan_for,
     predict,
+    predicted_tables,
+    predictions,
     published,
     traffic,
 )
 from fop_bench.models import ViT, mlp, resnet18
 from fop_bench.overhead import PLAIN_STEPS
-from fop_bench.scale import predicted_tables, predictions
 from fop_bench.world import run_ranks
 
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
