@@ -120,11 +120,9 @@ def made_known() -> Iterator[pytest.MonkeyPatch]:
         for module in (runner, environment):
             patched.setattr(module, "git_state", lambda source: COMMIT)
         patched.setattr(Clock, "now", 0.0)
-        for cache in (execution.parts_of, execution._where):
-            cache.cache_clear()
+        execution.parts_of.cache_clear()
         yield patched
-    for cache in (execution.parts_of, execution._where):
-        cache.cache_clear()
+    execution.parts_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -92,8 +92,9 @@ def demo(asked: argparse.Namespace) -> None:
 
     Takes about two minutes on two CPU cores. Writes the runs, README.md and its plots into --out.
     """
+    from fop_bench.run_records import read_runs
     from fop_bench.study import comparison_table, studies
-    from fop_bench.study_report import read_runs, write_report
+    from fop_bench.study_report import write_report
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
     torch.set_num_threads(1)

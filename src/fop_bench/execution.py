@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fop import FOP
-from fop_bench.environment import commit_title, environment
+from fop_bench.environment import commit_title, machine
 from fop_bench.formulas import FORMULAS
-from fop_bench.images import Images, Normaliser, training_inputs
+from fop_bench.images import Normaliser, training_inputs
 from fop_bench.optimizers import BUILDERS
 from fop_bench.recipes import Parts, recipe
 from fop_bench.report import replacing
@@ -108,8 +107,7 @@ def execute(described: Description, sitting: Sitting, world: World) -> dict[str,
         if not finished:
             run.save(saved, sitting.git, warned)
             return None
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    where = {**_where(world.device), "date": date, "command": sitting.command, "git": sitting.git}
+    where = {**machine(world.device), "command": sitting.command, "git": sitting.git}
     data = sitting.data or run.plan.tasks[described.task].origin
     return {**run.record(), "data": data, "warnings": warned, "environment": where}
 
@@ -118,11 +116,6 @@ def execute(described: Description, sitting: Sitting, world: World) -> dict[str,
 def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
     """Load a rank's share of a task's images, once a process."""
     return recipe(recipe_name).tasks[task].load(data, rank, ranks)
-
-
-@cache
-def _where(device: torch.device) -> dict[str, Any]:
-    return {**environment(device), "processor": device.type}
 
 
 class _Run:
@@ -160,12 +153,12 @@ class _Run:
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
             if order is not None:
                 numbers = numbers[order[numbers].argsort(stable=True)]
-            pixels, labels = _taken(train, numbers, device)
-            return training_inputs(pixels, plan.augmentation, normalise, self.draw), labels
+            images = train.taken(numbers, device)
+            return training_inputs(images.pixels, plan.augmentation, normalise, self.draw), images.labels
 
         def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            pixels, labels = _taken(judged, numbers, device)
-            return normalise(pixels), labels
+            images = judged.taken(numbers, device)
+            return normalise(images.pixels), images.labels
 
         def evaluate() -> float:
             if contender.optimizer == "fop" and self.final and isinstance(optimizer, FOP):
@@ -260,12 +253,6 @@ class _Run:
         self.layers = state["layers"]
         warned: list[str] = state["warnings"]
         return warned
-
-
-def _taken(images: Images, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return pixels and labels on a device, from where the images are."""
-    numbers = numbers.to(images.labels.device)
-    return images.pixels[numbers].to(device), images.labels[numbers].to(device)
 
 
 def _halves(kind: str, labels: Tensor) -> Tensor | None:

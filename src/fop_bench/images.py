@@ -42,6 +42,10 @@ class Images:
         """Copy pixels and labels to a device."""
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
+    def taken(self, numbers: Tensor, device: torch.device) -> Images:
+        """Return the images of these numbers on a device, from where they are."""
+        return self[numbers.to(self.labels.device)].to(device)
+
     def __getitem__(self, numbers: Tensor | slice) -> Images:
         """Return the images of these numbers; those of a slice share its memory."""
         return Images(self.pixels[numbers], self.labels[numbers], self.classes)

@@ -198,7 +198,7 @@ def _trained(
     options = {**_fop_options(plan, asked.batch_size), "lr": asked.lr, "damping": asked.damping}
 
     def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        images = train[numbers.cpu()].to(device)
+        images = train.taken(numbers, device)
         return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
 
     training = Training(

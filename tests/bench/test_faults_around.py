@@ -6,17 +6,20 @@ import ast
 import json
 import re
 import resource
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fop_bench
-from fop_bench import execution
+from command import invoke
+from fop_bench import cli, execution
 from fop_bench.report import write_json
 from fop_bench.run_records import read_runs
 from fop_bench.study_report import write_defaults
@@ -187,3 +190,39 @@ def test_what_is_imported_is_declared() -> None:
     assert bench == declared["bench"]
     tests = imported(Path(__file__).parents[1])
     assert tests - {"tomli"} <= declared["bench"] | declared["test"] | declared["test-integrations"]
+
+
+# --- Commands that somebody may have written down
+
+SHOWN = re.compile(r"fop[-_]bench ((?:demo|run|report|overhead|scale|defaults|surface)\b[^`\n\"#\\|;,()]*)")
+# A command's name in prose, and an option that the page of its record says is gone.
+NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report|defaults|surface)$")
+
+
+def test_commands_of_documents_and_records_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("records/*/README.md"),
+    ]
+    files += [*ROOT.glob("records/*/*.json"), *ROOT.glob("records/*/*.jsonl")]
+    shown = {each.strip() for file in files for each in SHOWN.findall(file.read_text(encoding="utf-8"))}
+    commands = {each for each in shown if not NOT_TODAY.search(each)}
+    assert len(commands) > 20
+    understood: list[str] = []
+
+    def instead_of(command: Callable[..., None]) -> Callable[..., None]:
+        return wraps(command)(lambda asked: understood.append(command.__name__))
+
+    monkeypatch.setattr(cli, "OPTIONS", {instead_of(each): options for each, options in cli.OPTIONS.items()})
+    monkeypatch.chdir(tmp_path)
+    for folder in ("CIFAR10", "fop-runs/cifar10-small", "records/cifar10-small"):
+        Path(folder).mkdir(parents=True)
+    for command in sorted(commands):
+        told = invoke(*shlex.split(command))
+        assert told.exit_code == 0, (command, told.output)
+    names = {"demo", "run", "report", "overhead", "scale", "defaults", "surface"}
+    assert set(understood) == names == {each.__name__ for each in cli.OPTIONS}

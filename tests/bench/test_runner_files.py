@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import command
-from fop_bench import environment, execution, runner
+from fop_bench import environment, runner
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import Record
 from fop_bench.world import World
@@ -178,7 +178,6 @@ def test_records_name_the_commit_that_the_command_began_with(
     now = [COMMIT]
     for module in (runner, environment):
         monkeypatch.setattr(module, "git_state", lambda source: now[0])
-    execution._where.cache_clear()
 
     def commit_something(done: int, planned: int, title: str) -> None:
         now[0] = OTHER
