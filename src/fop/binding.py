@@ -278,7 +278,7 @@ class Bindings:
         for use in [] if binding is None else binding.recorder.uses:
             if use.module() is module:
                 # A module whose own output is the layer's is recorded by its hook.
-                return use.sees(call) if isinstance(use, FunctionUse) else True
+                return use.sees(call) if type(use) is FunctionUse else True
         owner, key = next(((owner, key) for ref, key in self._owners[weight] if (owner := ref())), (None, ""))
         root = next((root for root in self.roots() if module in set(root.modules())), None)
         if root is None or owner is None or (binding is None and weight not in self.recogniser.waiting):
@@ -329,7 +329,8 @@ class Bindings:
 
     def settle(self) -> None:
         """Note at a step, while the recogniser is open, what takes AdamW after all."""
-        self.reasons |= self.recogniser.settle(self.names)
+        for param, why in self.recogniser.settle(self.names).items():
+            self.reasons[param] = f"{self.reasons[param]}; {why}"
 
     def _drop(self, param: Tensor) -> None:
         binding = self.by_weight.pop(param, None)

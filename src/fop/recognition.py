@@ -72,7 +72,7 @@ class Recogniser:
     def sees(self, call: FunctionCall) -> bool:
         """Take a call of a function; return whether it is recorded."""
         source, found, modules = source_of(call.given["weight"]), self.found(), running_modules()
-        if source is None or found is None or not modules:
+        if source is None or found is None or not modules or not torch.is_grad_enabled():
             return False
         if found(call, source, modules[0]):
             return True
