@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
-from contract import Make, every, ours
+from contract import Make, every, ours, saved
 from fop import FOP, KFAC
 from models import assert_differs, assert_equal, batch, loss_of, mlp, snapshot, train_step, weights
 
@@ -180,10 +180,13 @@ def test_option_set_to_a_bad_value(
 def test_options_that_go_together() -> None:
     model = mlp()
     optimizer = FOP(model, nesterov=True)
+    train_step(model, optimizer, *batch())
     optimizer.param_groups[0]["momentum"] = 0.0
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
         optimizer.step()
-    optimizer.param_groups[0].update(momentum=0.5, sub_batches=4, beta=0.5)
+    optimizer.param_groups[0].update(momentum=0.5, beta=0.5)
+    train_step(model, optimizer, *batch())
+    optimizer.param_groups[0]["sub_batches"] = 4
     with pytest.raises(ValueError, match="fixes the mixing of two"):
         optimizer.step()
 
@@ -221,6 +224,16 @@ def test_schedule_that_misses_zero_by_rounding(make: Make) -> None:
     before = weights(model)
     train_step(model, optimizer, *batch())
     torch.testing.assert_close(weights(model), before, rtol=0, atol=1e-12)
+
+
+def test_numbers_of_numpy_set_by_a_schedule() -> None:
+    np = pytest.importorskip("numpy")
+    model = mlp()
+    optimizer = FOP(model)
+    train_step(model, optimizer, *batch())
+    optimizer.param_groups[0].update(lr=np.float64(0.1), curvature_interval=np.int64(3))
+    train_step(model, optimizer, *batch())
+    saved(optimizer.state_dict())  # refuses whatever is not a plain number
 
 
 @pytest.mark.parametrize(
