@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, Source, begin_watch, end_watch, parts_called, remove_all, source_of, watches
 from fop.layers import FunctionCall
-from fop.torch_internals import current_transform, has_compiled, outside, running_modules
+from fop.torch_internals import current_transform, is_compiled, outside, running_modules
 
 # Takes a call of a function, the source of its weight, and the innermost module that runs; returns whether it
 # is recorded.
@@ -27,7 +27,7 @@ _UNSEEN = "no function that FOP knows was seen to use it"
 
 
 class Recogniser:
-    """Watches functions in the first forward passes of models.
+    """Watches functions in the first forward passes of models, but of none that torch.compile would trace.
 
     Attributes:
         open: whether forward passes are watched.
@@ -48,8 +48,7 @@ class Recogniser:
         """Watch the coming forward passes of a model; ``params`` are those that no class tells about."""
         self.waiting |= {param: set() for param in params if param not in self.waiting}
         self.open, self._passes = True, 0
-        # torch.compile would trace the mode that watches.
-        known = root in self._roots or has_compiled(root)
+        known = root in self._roots
         self._roots.add(root)
         for part in [] if known else [root, *parts_called(root)]:
             before, after = Hook(self, Recogniser.enter), Hook(self, Recogniser.leave)
@@ -60,7 +59,7 @@ class Recogniser:
         """Begin a call of a model or of one of its parts; return its arguments, to be used for it."""
         if torch.compiler.is_compiling() or not (self.open and torch.is_grad_enabled()):
             return None
-        if watches(self.sees) or current_transform() is not None:
+        if watches(self.sees) or current_transform() is not None or is_compiled(module):
             return None
         self._passes += 1
         return begin_watch(module, args, self.sees, self.passes), kwargs

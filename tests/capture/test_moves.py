@@ -361,7 +361,7 @@ def test_weight_norm_after_construction(bare: bool) -> None:
     train_step(model, optimizer, *batch(6, 2))
     assert_differs(weights(model), before)
     rows = [row for row in optimizer.summary().rows if "original" in row.name]
-    assert [(row.path, bool(row.reason)) for row in rows] == [("AdamW", True)] * 2
+    assert [(row.path, bool(row.reason)) for row in rows] == [("AdamW", True), ("FOP", True)]
 
 
 # --- modules replaced --------------------------------------------------------------------------------------

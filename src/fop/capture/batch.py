@@ -49,7 +49,7 @@ class Batch:
     Attributes:
         size: N, dim 0 of the model's own inputs; None if it has no tensor input, or they do not agree.
         sizes: what N may be, if they do not agree.
-        seconds: dim 1 of the inputs.
+        seconds: dim 1 of the inputs; None where they are not known.
         ambiguous: whether some modules may have the samples in another dimension, unknown which.
         sequences: (length, N) of every input to a module with ``batch_first=False``.
         asked: whether a backward pass has asked for a layout.
@@ -57,7 +57,7 @@ class Batch:
 
     size: int | None = None
     sizes: list[int] = field(default_factory=list)
-    seconds: list[int] = field(default_factory=list)
+    seconds: list[int] | None = None
     ambiguous: bool = False
     sequences: set[tuple[int, int]] = field(default_factory=set)
     asked: bool = False
@@ -68,7 +68,7 @@ class Batch:
             raise TypeError(f"batch_size gave {size!r}; it must give the number of samples of a batch")
         if size < 0:
             raise ValueError(f"batch_size gave {size}; it must give the number of samples, 0 or more")
-        self.size = int(size)
+        self.size, self.sizes = int(size), []
 
     def see(self, inputs: Iterable[Any]) -> None:
         """Take the size of the batch from the inputs of a model, or of one of its modules."""
@@ -84,7 +84,7 @@ class Batch:
 
     def doubt(self, outputs: set[int]) -> None:
         """Take into account that the model's outputs have other sizes along dim 0 than N."""
-        if self.size is not None and (moved := outputs.intersection(self.seconds)):
+        if self.size is not None and (moved := outputs.intersection(self.seconds or [])):
             self.sizes, self.size = [*moved, self.size], None
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
@@ -115,7 +115,7 @@ class Batch:
         if self.size is None or len(shape) > 1:
             return self.size is not None and shape[0] == 1 != self.size
         # There may be as many positions as samples.
-        return shape[0] != self.size or self.size in self.seconds
+        return shape[0] != self.size or self.seconds is None or self.size in self.seconds
 
     def _in_doubt(self, shape: tuple[int, ...], dims: int) -> Layout:
         if not self.sequences and not self.ambiguous:

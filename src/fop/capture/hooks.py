@@ -126,9 +126,8 @@ class ModelWatch:
             # A pass that was interrupted, by KeyboardInterrupt for instance, has left its batch.
             thread.running.clear()
         batch = thread.last = Batch()
-        if self.batch_size is None:
-            batch.see([*args, *kwargs.values()])
-        else:
+        batch.see([*args, *kwargs.values()])
+        if self.batch_size is not None:
             batch.tell(self.batch_size(*args, **kwargs))
         thread.running.append(batch)
 
