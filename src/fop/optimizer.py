@@ -519,7 +519,7 @@ class FOP(JoinableOptimizer, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and forget what was recorded with them.
 
-        But for the curvature, if gradients are put there by hand next (PCGrad, MAML): that of the passes so far.
+        But for the curvature of the passes so far, if gradients are put there by hand next (PCGrad, MAML).
         """
         super().zero_grad(set_to_none)
         self._distributor.discard()

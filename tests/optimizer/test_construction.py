@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     "twice": (twice, ValueError, ("(6, 5)", "2 times", "give each parameter once")),
     "two-groups": (shared_between_groups, ValueError, ("(3, 6)", "more than one parameter group", "once")),
     "integer": (lambda: [torch.zeros(2, dtype=torch.int64)], TypeError, ("int64", REAL)),
-    "float8": (lambda: Holder(torch.zeros(2).to(torch.float8_e4m3fn)), TypeError, ("odd", "float8", "freeze it")),
+    "float8": (lambda: Holder(torch.zeros(2).to(torch.float8_e5m2)), TypeError, ("odd", "float8", "freeze")),
     "boolean": (lambda: [torch.zeros(2, dtype=torch.bool)], TypeError, ("bool", REAL)),
     "not-a-leaf": (lambda: [mlp()[0].weight * 2], ValueError, ("(6, 5)", "leaf", "computed from")),
     "sparse": (lambda: [torch.eye(3).to_sparse().requires_grad_()], ValueError, ("sparse", "dense")),

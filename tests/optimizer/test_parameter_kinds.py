@@ -1,4 +1,4 @@
-"""Parameters of every dtype and shape: integers, quantised, complex, half precision, empty, scalar, lazy, moved."""
+"""Parameters of every dtype and shape: integer, quantised, complex, half precision, scalar, lazy, moved."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ def test_complex_parameters_are_those_of_adamw(
         adamw.step()
         if step == 4:
             saved = copy.deepcopy(optimizer.state_dict())
+            del optimizer
             optimizer = FOP([param], adamw_lr=0.01, weight_decay=0.1, maximize=maximize)
             optimizer.load_state_dict(saved)
     assert torch.equal(param, twin)
@@ -210,6 +211,7 @@ def test_another_dtype_after_the_optimizer_was_made(to: torch.dtype, loaded: boo
     if loaded:
         train_step(model, optimizer, *batch(6, 0))
         saved = copy.deepcopy(optimizer.state_dict())
+        del optimizer
         optimizer = FOP(model)
         optimizer.load_state_dict(saved)
     model.to(to)

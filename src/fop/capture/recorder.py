@@ -46,7 +46,7 @@ class SubBatchLabel:
 
 
 class Cleared(NamedTuple):
-    """What passes gave whose gradients were cleared; ``version`` is that of p.grad then, None for no p.grad."""
+    """What passes gave whose gradients were cleared; ``version`` is then p.grad's, None for no p.grad."""
 
     statistics: Statistics | None
     samples: int
