@@ -367,7 +367,7 @@ class FOP(JoinableOptimizer, Optimizer):
         # Parameters may have been replaced since the last step.
         distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
 
-        for binding in self._bindings:
+        for binding in self._bindings.by_weight.values():
             recorder, gradient = binding.recorder, binding.weight.grad
             if gradient is None or recorder.cleared is None:
                 continue
