@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings
-from fop.capture import BatchSize, Source, local, retrace
+from fop.capture import BatchSize, Cleared, Source, local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
 from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
@@ -107,7 +107,8 @@ class FOP(JoinableOptimizer, Optimizer):
     Raises:
         ValueError: an option out of range; empty, duplicate, shared or sparse parameters; an unknown key of a
             parameter group that resembles an option, or is one of another optimizer.
-        TypeError: an option of the wrong type or of an unknown name; complex or integer parameters.
+        TypeError: an option of the wrong type or of an unknown name; integer tensors, and
+            float8 parameters that are not frozen.
     """
 
     @property
@@ -366,6 +367,14 @@ class FOP(JoinableOptimizer, Optimizer):
         # Parameters may have been replaced since the last step.
         distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
 
+        for binding in self._bindings.by_weight.values():
+            recorder, gradient = binding.recorder, binding.weight.grad
+            if gradient is None or recorder.cleared is None:
+                continue
+            if recorder.cleared.version != (id(gradient), gradient._version):
+                # Put there by hand since `zero_grad`.
+                recorder.statistics, recorder.samples, _ = recorder.cleared
+
         # Gradients, sub-batch gradients and statistics of all ranks meet at the owners of the weights.
         active, statistics = distributor.reduce(self.param_groups[0]["max_grad_norm"], self._describe)
         for binding in active:
@@ -508,14 +517,22 @@ class FOP(JoinableOptimizer, Optimizer):
                 self._refusals.count((f"all {len(params)} AdamW parameters of a group",), ~refused[None])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients and forget what was recorded with them."""
+        """Reset the gradients and forget what was recorded with them.
+
+        But for the curvature of the passes so far, if gradients are put there by hand next (PCGrad, MAML).
+        """
         super().zero_grad(set_to_none)
         self._distributor.discard()
         self._relink()
         for watch in self._bindings.watches.values():
             watch.thread.state.running.clear()
         for binding in self._bindings.by_weight.values():
-            binding.recorder.clear()
+            recorder, gradient = binding.recorder, binding.weight.grad
+            cleared = recorder.cleared
+            if recorder.samples and not recorder.taken:
+                version = None if gradient is None else (id(gradient), gradient._version)
+                cleared = Cleared(recorder.statistics, recorder.samples, version)
+            recorder.clear(cleared)
 
     # Curvature and reports
 

@@ -15,12 +15,13 @@ from fop.capture.hooks import (
     parts_called,
     remove_all,
 )
-from fop.capture.recorder import Recorder, SubBatchLabel
+from fop.capture.recorder import Cleared, Recorder, SubBatchLabel
 from fop.capture.sharded import is_sharded, local, stands_for
 
 __all__ = [
     "AttentionUse",
     "BatchSize",
+    "Cleared",
     "FirstForwardHook",
     "ForwardUse",
     "FunctionUse",

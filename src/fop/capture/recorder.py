@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,14 @@ class SubBatchLabel:
     warned: bool = False
 
 
+class Cleared(NamedTuple):
+    """What passes gave whose gradients were cleared; ``version`` is then p.grad's, None for no p.grad."""
+
+    statistics: Statistics | None
+    samples: int
+    version: tuple[int, int] | None
+
+
 class Recorder:
     """Records one weight between two optimizer steps.
 
@@ -57,6 +65,7 @@ class Recorder:
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
         samples: N of all passes together.
+        cleared: what they gave before `zero_grad`; serves a gradient that is put there by hand since.
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
         taken: whether the gradient is taken away after a pass that averages (FSDP, and mode "lean").
         restarted: whether the last pass found a gradient that it knew nothing of: None, zeroed, or changed.
@@ -85,8 +94,9 @@ class Recorder:
         weakref.finalize(self, remove_all, self._handles)
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, cleared: Cleared | None = None) -> None:
         """Forget what was recorded: the gradients were zeroed, or a step has used it."""
+        self.cleared = cleared
         self.sub_batches = SubBatches(self.layer, self.params, self.count)
         self.statistics: Statistics | None = None
         self.samples = 0
@@ -220,6 +230,7 @@ class Recorder:
         param = self.stand_ins.get(param, param)
         sub_batches = self.sub_batches
         if param is self.weight:
+            self.cleared = None
             record = self._passes.pop(current_backward_pass(), None)
             if record is None:
                 sub_batches.drop("its gradient came by a path that no hook saw")
@@ -267,7 +278,8 @@ class Recorder:
             return
         self.restarted = gradient is None or (id(gradient), gradient._version) != self._version
         if self.restarted:
-            self.clear()
+            # This pass may never reach p.grad.
+            self.clear(self.cleared)
             if gradient is not None:
                 # Zeros are as good as None; anything else is a gradient whose sub-batches nobody knows.
                 self.sub_batches.clean = gradient.count_nonzero() == 0
