@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import reference
 from fop import FOP, KFAC
 from models import weights
 
@@ -70,7 +71,7 @@ def test_halves_that_are_nearly_alike(build: Callable[..., tuple[nn.Module, Tens
     worst = 0.0
     for seed in (2, 7, 10, 53, 62, 99):
         model, x = build(seed, 2 + seed % 2)
-        x = torch.cat([x, x + noise * torch.randn_like(x)])
+        x = reference.joined(x, x + noise * torch.randn_like(x))
         worst = max(worst, error(model, x, damping=1e-2))
     assert worst < 0.07
 
@@ -85,7 +86,7 @@ def test_halves_that_are_alike_are_kfac(rows: int, dtype: torch.dtype) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
         model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype), torch.randn(rows, 5)
-        x = torch.cat([x, x[torch.randperm(rows)]]).to(dtype)
+        x = reference.joined(x, x[torch.randperm(rows)]).to(dtype)
         _, optimizer = one_step(model, x)
         assert [(row.beta, row.rho) for row in optimizer.diagnostics().layers.values()] == [(0, 0)] * 2
 
