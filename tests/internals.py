@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fop.capture import functions, recorder, sub_batches
 from fop.capture.batch import Batch
+from fop.capture.sub_batches import sub_batch_entries
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
 from fop.curvature.diagonal import DiagonalCurvature
@@ -127,6 +128,7 @@ __all__ = [
     "kfac_direction",
     "kronecker_product",
     "mean_eigenvalue",
+    "sub_batch_entries",
 ]
 
 

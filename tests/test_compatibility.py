@@ -409,3 +409,11 @@ def test_every_file_named_exists() -> None:
     files = re.findall(r"(?:tests|docs)/[\w*/.]*\w", DOC.read_text())
     assert len(files) > 15
     assert [name for name in files if not any(root.glob(name))] == []
+
+
+def test_tests_that_the_document_names_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", DOC.read_text())
+    assert len(named) > 40
+    for path, function in named:
+        source = (DOC.parents[1] / path).read_text()
+        assert not function or f"def {function}(" in source, (path, function)

@@ -32,7 +32,7 @@ from fop.layer_options import LayerChoices
 from fop.layers import FunctionCall, Slot
 from fop.recognition import Recogniser
 from fop.step_size import Update
-from fop.torch_internals import unwrapped
+from fop.torch_internals import runs_compiled, unwrapped
 
 Groups: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
 State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
@@ -342,7 +342,8 @@ class Bindings:
     ) -> tuple[Any, Any] | None:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
         watch = self.watches.get(unwrapped(root))
-        if watch is not None:
+        # Where torch.compile traces the call, it also runs the new hook.
+        if watch is not None and not runs_compiled():
             watch.enter(root, args, kwargs)
         return self.recogniser.enter(root, args, kwargs)
 

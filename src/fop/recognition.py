@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, Source, begin_watch, end_watch, parts_called, remove_all, source_of, watches
 from fop.layers import FunctionCall
-from fop.torch_internals import current_transform, is_compiled, outside, running_modules
+from fop.torch_internals import current_transform, has_compiled, outside, running_modules, runs_compiled
 
 # Takes a call of a function, the source of its weight, and the innermost module that runs; returns whether it
 # is recorded.
@@ -59,7 +59,10 @@ class Recogniser:
         """Begin a call of a model or of one of its parts; return its arguments, to be used for it."""
         if torch.compiler.is_compiling() or not (self.open and torch.is_grad_enabled()):
             return None
-        if watches(self.sees) or current_transform() is not None or is_compiled(module):
+        if watches(self.sees) or current_transform() is not None:
+            return None
+        # torch.compile would trace the mode that watches.
+        if runs_compiled() or has_compiled(module):
             return None
         self._passes += 1
         return begin_watch(module, args, self.sees, self.passes), kwargs

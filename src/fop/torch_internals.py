@@ -111,15 +111,11 @@ def running_modules() -> list[nn.Module]:
     return found
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether torch.compile has a part of a module, or runs it; it would trace function modes, too.
+def runs_compiled() -> bool:
+    """Return whether torch.compile runs the caller's caller, or leads to it.
 
     Seen in 2.4 to 2.14. Without it: parts of a model are compiled twice.
     """
-    if any(
-        hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) for each in module.modules()
-    ):
-        return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         # `torch.compiler.disable` has a frame there, too, without a compiler to call.
@@ -127,6 +123,15 @@ def is_compiled(module: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def has_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile has a part of a module.
+
+    Seen in 2.4 to 2.14. Without it: parts of a model are compiled twice.
+    """
+    parts = list(module.modules())
+    return any(hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) for each in parts)
 
 
 def outside() -> int:

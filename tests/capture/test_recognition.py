@@ -478,6 +478,17 @@ def test_function_outside_the_model() -> None:
     assert {row.name: row.path for row in optimizer.summary().rows}["out"] == "AdamW"
 
 
+def test_compiled_model_has_its_own_classes_only() -> None:
+    """Functions cannot be seen in a graph: a warning names the weight; torch's own classes take FOP."""
+    model = nn.Sequential(Own(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = FOP(model, **PLAIN)
+    with pytest.warns(UserWarning, match="0.weight: functions are not seen under torch.compile"):
+        train_step(compiled, optimizer, vectors(0), torch.zeros(8, 3, dtype=torch.float64))  # type: ignore[arg-type]
+    assert [row.path for row in optimizer.summary().rows] == ["AdamW", "AdamW", "FOP", "FOP"]
+    assert function_modes() == []
+
+
 @pytest.mark.parametrize("rate", [nn.LSTM, nn.Bilinear])
 def test_layers_of_torch_without_factors_do_not_warn(rate: type[nn.Module]) -> None:
     class Net(nn.Module):

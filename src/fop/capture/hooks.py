@@ -122,7 +122,7 @@ class ModelWatch:
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
         thread = self.thread.state
-        if thread.running and not torch.compiler.is_compiling() and root not in running_modules()[1:]:
+        if not torch.compiler.is_compiling() and thread.running and root not in running_modules()[1:]:
             # A pass that was interrupted, by KeyboardInterrupt for instance, has left its batch.
             thread.running.clear()
         batch = thread.last = Batch()
