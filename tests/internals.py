@@ -1,12 +1,19 @@
 """What the tests take from behind the public API: when a name moves inside `fop`, only this file changes."""
 
+import contextlib
+import operator
+from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from fop.capture import functions, recorder, sub_batches
 from fop.capture.batch import Batch
+from fop.capture.sub_batches import sub_batch_entries
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
 from fop.curvature.diagonal import DiagonalCurvature
@@ -17,6 +24,27 @@ from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from fop.report import Refusals
 from fop.step_size import scale_update
+
+
+@contextlib.contextmanager
+def contiguous_sub_batches() -> Iterator[None]:
+    """Split every batch in K pieces one after the other, as versions did that recorded trajectories."""
+
+    def ends(samples: int, count: int) -> list[int]:
+        return [samples * k // count for k in range(count + 1)]
+
+    def sizes(self: sub_batches.SubBatches, samples: int) -> list[int]:
+        return torch.tensor(ends(samples, self.count)).diff().tolist()  # type: ignore[no-any-return]
+
+    def entries(samples: int, count: int, rows: int, device: torch.device) -> list[slice]:
+        return [slice(rows * start, rows * end) for start, end in pairwise(ends(samples, count))]
+
+    with (
+        mock.patch.object(sub_batches.SubBatches, "sizes", sizes),
+        mock.patch.object(recorder, "sub_batch_entries", entries),
+        mock.patch.object(recorder, "_select", operator.getitem),
+    ):
+        yield
 
 
 def curvature_of(kind: type[Any], shapes: tuple[tuple[int, ...], ...], state: dict[str, Tensor]) -> Any:
@@ -100,4 +128,10 @@ __all__ = [
     "kfac_direction",
     "kronecker_product",
     "mean_eigenvalue",
+    "sub_batch_entries",
 ]
+
+
+def function_watches() -> int:
+    """How many calls of modules are watched for functions in this thread."""
+    return len(functions._thread.watchers)

@@ -168,15 +168,13 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def halves(
     twin: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = loss_of
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(Ga, Gd) by layer from separate backward passes over the whole batch and its two halves.
+    """(Ga, Gd) by layer from separate backward passes over the whole batch and its two sub-batches.
 
     ``twin`` is a copy that no optimizer knows. Ga is the gradient of the whole batch, which for an odd
     batch is not the plain mean of g1 and g2.
     """
-    h = len(x) // 2
     whole = gradients(twin, loss_fn(twin, x, y))
-    g1 = gradients(twin, loss_fn(twin, x[:h], y[:h]))
-    g2 = gradients(twin, loss_fn(twin, x[h:], y[h:]))
+    g1, g2 = (gradients(twin, loss_fn(twin, x[part], y[part])) for part in reference.split(len(x)))
     return {name: (whole[name], g1[name] - g2[name]) for name in whole}
 
 

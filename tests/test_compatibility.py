@@ -35,7 +35,7 @@ from compatibility import (
 )
 from fop import FOP, KFAC
 from models import PLAIN, assert_differs, assert_equal, snapshot, weights
-from reference import Case, check_steps, half_squared_error
+from reference import Case, check_steps, half_squared_error, joined, split
 from reference.cases.options import diagonal, reduced
 from versions import one_graph
 
@@ -258,12 +258,12 @@ def test_accumulate(cell: Cell) -> None:
     if cell.case.whole:
         # Equal inputs have the statistics of either batch.
         second = (first[0], second[1])
-    h = len(first[1]) // 2
+    parts = split(len(first[1]))
 
-    def joined(left: Tensor, right: Tensor) -> Tensor:
-        return torch.cat([left[:h], right[:h], left[h:], right[h:]])
+    def both_of(left: Tensor, right: Tensor) -> Tensor:
+        return joined(*(torch.cat([left[part], right[part]]) for part in parts))
 
-    both = tuple(map(joined, first[0], second[0])), joined(first[1], second[1])
+    both = tuple(map(both_of, first[0], second[0])), both_of(first[1], second[1])
     expected, model = trained(cell, [both]), cell.case.model()
     optimizer = cell.optimizer(model)
     for batch in (first, second):
@@ -274,14 +274,14 @@ def test_accumulate(cell: Cell) -> None:
 
 
 def test_sub_batch(cell: Cell) -> None:
-    (inputs, y), h = cell.batches(1)[0], 2
+    inputs, y = cell.batches(1)[0]
     if cell.case.whole:
-        inputs = tuple(torch.cat([x[:h], x[:h]]) for x in inputs)
+        inputs = tuple(joined(x[:2], x[:2]) for x in inputs)
     expected, model = trained(cell, [(inputs, y)]), cell.case.model()
     optimizer = cell.optimizer(model)
-    for i, half in enumerate((slice(h), slice(h, None))):
+    for i, part in enumerate(split(len(y))):
         with optimizer.sub_batch(i):
-            (loss_of(model, (tuple(x[half] for x in inputs), y[half])) / 2).backward()
+            (loss_of(model, (tuple(x[part] for x in inputs), y[part])) / 2).backward()
     optimizer.step()
     assert_same(model, expected)
     assert_took(cell, model, optimizer)
@@ -409,3 +409,11 @@ def test_every_file_named_exists() -> None:
     files = re.findall(r"(?:tests|docs)/[\w*/.]*\w", DOC.read_text())
     assert len(files) > 15
     assert [name for name in files if not any(root.glob(name))] == []
+
+
+def test_tests_that_the_document_names_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", DOC.read_text())
+    assert len(named) > 40
+    for path, function in named:
+        source = (DOC.parents[1] / path).read_text()
+        assert not function or f"def {function}(" in source, (path, function)

@@ -31,7 +31,7 @@ MAX_LINES = 500
 LOW = {"torch_internals", "correction", "layers"}
 CAPTURE = LOW | {"capture"}
 CURVATURE = {"torch_internals", "layers", "curvature"}
-BINDING = CAPTURE | CURVATURE | {"layer_options", "discovery", "step_size", "binding"}
+BINDING = CAPTURE | CURVATURE | {"layer_options", "discovery", "recognition", "step_size", "binding"}
 TOP = BINDING | {"options", "report", "distributed"}
 MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step_size": {"correction"},
     "layer_options": CURVATURE,
     "discovery": CAPTURE | {"layer_options"},
+    "recognition": CAPTURE,
     "binding": BINDING,
     "options": {"torch_internals"},
     "report": BINDING,

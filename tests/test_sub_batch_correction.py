@@ -31,7 +31,7 @@ class Kronecker:
         shifts = list(damping_split(self.A, self.G, DAMPING))
         self.inverses = [each.inverse for each in damped_inverses([self.A, self.G], shifts)]
         self.dense, self.damped = dense_fisher(self.A, self.G), dense_damped_fisher(self.A, self.G, DAMPING)
-        self.shape = (groups, out, columns)
+        self.shape, self.trace = (groups, out, columns), self.dense.trace()
 
     def fisher(self, V: Tensor) -> Tensor:
         return self.G @ V @ self.A

@@ -120,11 +120,9 @@ def made_known() -> Iterator[pytest.MonkeyPatch]:
         for module in (runner, environment):
             patched.setattr(module, "git_state", lambda source: COMMIT)
         patched.setattr(Clock, "now", 0.0)
-        for cache in (execution.parts_of, execution._where):
-            cache.cache_clear()
+        execution.parts_of.cache_clear()
         yield patched
-    for cache in (execution.parts_of, execution._where):
-        cache.cache_clear()
+    execution.parts_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +239,6 @@ def program() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     program()
 if __name__ == "__main__":
-    from fop_bench.cli import run
+    from fop_bench.cli import main
 
-    run()
+    main()

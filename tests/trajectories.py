@@ -1,8 +1,8 @@
 """Short trainings with everything that the optimizer supports, to show that a change of it changes no number.
 
 `TRAININGS` names them: 40 steps each, and 100 random networks of 10 steps. `tools/record_trajectories.py`
-writes what they give to `data/`, `test_trajectories.py` compares. They use the public interface of `fop`
-alone, so that the same file runs on any version of it.
+writes what they give to `data/`, `test_trajectories.py` compares. Batches are split in contiguous halves, as
+they were when `data/` was recorded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from fop import FOP, KFAC
+from internals import contiguous_sub_batches
 from ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {
@@ -830,7 +831,7 @@ def train(name: str, dtype: str, rank: int = 0) -> Result:
     training = TRAININGS[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
+    with contiguous_sub_batches(), warnings.catch_warnings():
         # Steps without a pair and steps that are refused are meant here.
         warnings.simplefilter("ignore")
         try:

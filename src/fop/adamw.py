@@ -37,11 +37,11 @@ def adamw_step(
     refused = ~torch.isfinite(torch.stack(found)).all() if found else torch.zeros((), dtype=torch.bool)
     refused = agree(refused.to(device))
     # The fused kernel reads found_inf on the device and then leaves everything as it is; where torch has no
-    # such kernel, and for slices of larger tensors, which it would walk through as if they were dense, the
-    # flag must be read here.
+    # such kernel (complex parameters, other devices), and for slices of larger tensors, which it would walk
+    # through as if they were dense, the flag must be read here.
     averages, squares = ([local(states[param][key]) for param in params] for key in ("exp_avg", "exp_avg_sq"))
     dense = all(m.stride() == weight.stride() for m, weight in zip(averages, weights, strict=True))
-    fused = dense and device.type in ("cpu", "cuda")
+    fused = dense and device.type in ("cpu", "cuda") and not params[0].is_complex()
     if not fused and bool(refused):
         return refused
     adamw(

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fop.capture import (
     AttentionUse,
+    BatchSize,
     FirstForwardHook,
     ForwardUse,
+    FunctionUse,
     ModelWatch,
     Recorder,
     Seen,
+    Source,
     SubBatchLabel,
     in_place,
     local,
     retrace,
+    source_of,
     stands_for,
 )
-from fop.curvature import make_curvature, next_refresh
-from fop.discovery import FoundLayer, find_layers
+from fop.curvature import kind_of, make_curvature, next_refresh
+from fop.discovery import FoundLayer, Use, find_layers
 from fop.layer_options import LayerChoices
+from fop.layers import FunctionCall, Slot
+from fop.recognition import Recogniser
 from fop.step_size import Update
-from fop.torch_internals import unwrapped
+from fop.torch_internals import runs_compiled, unwrapped
 
 Groups: TypeAlias = Mapping[Tensor, Mapping[str, Any]]
 State: TypeAlias = MutableMapping[Tensor, dict[str, Any]]
@@ -49,7 +53,7 @@ class Binding:
 
     def __init__(self, found: FoundLayer, recorder: Recorder, state: dict[str, Any]) -> None:
         self.name = found.name
-        self.kind = type(found.uses[0].module).__name__
+        self.kind = found.kind
         self.modules = tuple(use.name for use in found.uses)
         self.layer = found.layer
         self.weight = found.weight
@@ -93,15 +97,20 @@ class Binding:
         state["refresh_at"] = next_refresh(group["step"], group["curvature_interval"])
 
     def gradient(self) -> Tensor:
-        """Return p.grad of weight and bias as gradient matrix."""
+        """Return p.grad of weight and bias as gradient matrix, with zeros for a bias that takes no part."""
         assert self.weight.grad is not None
-        return self.layer.to_matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
+        bias = self.bias
+        trained = bias is not None and bias.requires_grad
+        return self.layer.to_matrix(self.weight.grad, bias.grad if trained else None)  # type: ignore[union-attr]
 
     def parts(self, matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, its part of a gradient matrix) of the weight, and of a bias with a gradient."""
+        """Return (parameter, its part of a gradient matrix) of the weight, and of a bias that takes part.
+
+        That is one that requires a gradient and has one; a frozen one may still have an old p.grad.
+        """
         weight_part, bias_part = self.layer.from_matrix(matrix, self.weight)
         bias = self.bias
-        if bias is None or not (bias.requires_grad if self.lean else bias.grad is not None):
+        if bias is None or not (bias.requires_grad and (self.lean or bias.grad is not None)):
             return [(self.weight, weight_part)]
         assert bias_part is not None
         return [(self.weight, weight_part), (bias, bias_part)]
@@ -143,23 +152,30 @@ class Bindings:
 
     Attributes:
         choices: what the user says of single layers.
+        batch_size: the number of samples from the arguments of a model, as the user says; None if nothing.
         by_weight: what takes the FOP step.
         names: qualified names of parameters, as far as known.
         reasons: why a parameter takes AdamW, for those that do.
         label: what the user says of running backward passes.
         searching: whether there may be parameters whose modules are not known.
+        watches: what is known of the batch in forward passes of every model.
+        recogniser: watches functions for weights that no module's class tells about.
+        why_unknown: why the path of a parameter without a binding or a reason is not known.
     """
 
-    def __init__(self, choices: LayerChoices) -> None:
-        self.choices = choices
+    why_unknown = "known after the first forward pass"
+
+    def __init__(self, choices: LayerChoices, batch_size: BatchSize | None) -> None:
+        self.choices, self.batch_size = choices, batch_size
         self.by_weight: dict[Tensor, Binding] = {}
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.label = SubBatchLabel()
         self.searching = True
+        self.recogniser = Recogniser()
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
-        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
+        self.watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = weakref.WeakKeyDictionary()
         self._finder: FirstForwardHook | None = None
 
     def __iter__(self) -> Iterator[Binding]:
@@ -176,7 +192,8 @@ class Bindings:
     def adopt(self, root: nn.Module, groups: Groups, state: State) -> None:
         """Find the layers of these parameters below ``root`` and start to record them.
 
-        ValueError if a module would give its parameter sparse gradients; no binding has been changed then.
+        ValueError if a module would give its parameter sparse gradients, or its options name a curvature that
+        does not fit; no binding has been changed then.
         """
         # What torch.compile or DistributedDataParallel returned is a wrapper; the layers are the model's.
         root = unwrapped(root)
@@ -184,6 +201,8 @@ class Bindings:
         found = find_layers(root, groups.keys(), self.choices)
         if not found.owners:
             return
+        for layer in found.layers:
+            kind_of(layer.layer)
         if all(known is not root for known in self.roots()):
             self._roots.append(weakref.ref(root))
         names = found.names
@@ -200,21 +219,19 @@ class Bindings:
             if (binding := self.by_weight.get(layer.weight)) is not None:
                 binding.schedule(groups[layer.weight])
         for param, reason in found.reasons.items():
+            if param in found.watched and param in self.by_weight:
+                # Recognised by its functions before.
+                continue
             self.reasons[param] = reason
             # A weight that a later root shares: no single recorder sees its whole gradient.
             self._drop(param)
+        self.recogniser.watch(root, found.watched - self.covered())
 
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
         binding = self.by_weight.get(found.weight)
         modules = {use.module for use in found.uses}
         if binding is None:
-            recorder = Recorder(found.layer, found.weight, found.bias, self.label)
-            # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
-            # knows that it must be made.
-            binding = Binding(found, recorder, state.get(found.weight, {}))
-            self.by_weight[found.weight] = binding
-            for param in binding.params:
-                self.reasons.pop(param, None)
+            binding = self._bind(found, state)
         elif binding.layer.matrix_shape != found.layer.matrix_shape or binding.bias is not found.bias:
             known = set(binding.recorder.modules) >= modules
             if found.bias is not None and binding.bias is None and known:
@@ -225,9 +242,7 @@ class Bindings:
                 )
             return
         known_modules = set(binding.recorder.modules)
-        if root not in self._watches:
-            self._watches[root] = ModelWatch(root)
-        watch = self._watches[root]
+        watch = self._watch(root)
         # A part that was called by itself before its model: the model knows more.
         binding.recorder.belongs_to(watch)
         for use in found.uses:
@@ -236,16 +251,119 @@ class Bindings:
                 names = use.slot.weight, use.slot.bias
                 binding.recorder.attach(kind(binding.recorder, use.layer, use.module, names, watch))
 
+    def _bind(self, found: FoundLayer, state: State) -> Binding:
+        recorder = Recorder(found.layer, found.weight, found.bias, self.label)
+        # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
+        # knows that it must be made.
+        binding = Binding(found, recorder, state.get(found.weight, {}))
+        self.by_weight[found.weight] = binding
+        for param in binding.params:
+            self.reasons.pop(param, None)
+            self.recogniser.waiting.pop(param, None)
+        return binding
+
+    def _watch(self, root: nn.Module) -> ModelWatch:
+        if root not in self.watches:
+            self.watches[root] = ModelWatch(root, self.batch_size)
+        return self.watches[root]
+
+    def recognise(
+        self, call: FunctionCall, source: Source, module: nn.Module, groups: Groups, state: State
+    ) -> bool:
+        """Record a call of a function that uses a weight in ``module``; return whether it could be."""
+        weight = self._known(source.leaf)
+        if not isinstance(weight, nn.Parameter):
+            return False
+        binding = self.by_weight.get(weight)
+        for use in [] if binding is None else binding.recorder.uses:
+            if use.module() is module:
+                # A module whose own output is the layer's is recorded by its hook.
+                return use.sees(call) if type(use) is FunctionUse else True
+        owner, key = next(((owner, key) for ref, key in self._owners[weight] if (owner := ref())), (None, ""))
+        root = next((root for root in self.roots() if module in set(root.modules())), None)
+        if root is None or owner is None or (binding is None and weight not in self.recogniser.waiting):
+            return False
+        bias = None if source.computed else self._bias_of(call, binding)
+        named = {each: name for name, each in root.named_modules()}
+        own, path = self.names[weight].removesuffix(".weight"), named.get(module, "")
+        options = (
+            self.choices.of((named.get(owner, own), owner), (path, module))
+            if binding is None
+            else binding.layer.options
+        )
+        layer = call.layer(turned=source.turned, bias=bias is not None, options=options)
+        if layer is None or options.path == "adamw":
+            return False
+        if binding is None:
+            kind = (
+                f"{call.name}{' of a computed weight' if source.computed else ''} in {type(module).__name__}"
+            )
+            name = type(owner).__name__ if own == "weight" else own
+            uses = (Use(path, module, Slot(key, None, lambda *_: layer), layer),)
+            found = FoundLayer(name, kind, layer, weight, bias, uses)
+            binding = self._bind(found, state)
+            binding.schedule(groups[weight])
+        elif not layer.same_as(binding.layer):
+            return False
+        added = FunctionUse(binding.recorder, layer, module, (key, None), self._watch(root), owner)
+        binding.recorder.attach(added)
+        return added.sees(call)
+
+    def _known(self, leaf: Tensor) -> Tensor | None:
+        """Return the parameter that a leaf of a forward pass is, or stands for (FSDP)."""
+        if leaf in self._owners:
+            return leaf
+        each = ((param, ref(), key) for param, owners in self._owners.items() for ref, key in owners)
+        return next(
+            (param for param, owner, key in each if owner and owner._parameters.get(key) is leaf), None
+        )
+
+    def _bias_of(self, call: FunctionCall, binding: Binding | None) -> nn.Parameter | None:
+        """Return the bias of a call, if it belongs to the weight's layer."""
+        given = source_of(call.given.get("bias"))
+        bias = None if given is None or given.computed or given.turned else self._known(given.leaf)
+        if not isinstance(bias, nn.Parameter) or bias.dim() != 1 or len(self._owners[bias]) != 1:
+            return None
+        free = bias not in self.covered() if binding is None else bias is binding.bias
+        return bias if free else None
+
+    def settle(self) -> None:
+        """Note at a step, while the recogniser is open, what takes AdamW after all."""
+        for param, why in self.recogniser.settle(self.names).items():
+            self.reasons[param] = f"{self.reasons[param]}; {why}"
+
     def _drop(self, param: Tensor) -> None:
         binding = self.by_weight.pop(param, None)
         if binding is not None:
             binding.recorder.detach()
 
-    def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def enter(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any] | None:
         """Begin a forward pass of a model that was adopted in it, too late for a hook of its own."""
-        watch = self._watches.get(unwrapped(root))
-        if watch is not None:
+        watch = self.watches.get(unwrapped(root))
+        # Where torch.compile traces the call, it also runs the new hook.
+        if watch is not None and not runs_compiled():
             watch.enter(root, args, kwargs)
+        return self.recogniser.enter(root, args, kwargs)
+
+    def current(self) -> set[Tensor]:
+        """Return what modules have now in the place of the parameters that were found in them."""
+        return {now for param in self._owners for now in self._current(param)}
+
+    def release(self, why: str) -> None:
+        """Take every hook away for good; ``why`` is told of all parameters."""
+        for weight in list(self.by_weight):
+            self._drop(weight)
+        if self._finder is not None:
+            self._finder.remove()
+            self._finder = None
+        self.watches.clear()
+        self.recogniser.close()
+        self._owners.clear()
+        self._roots.clear()
+        self.reasons.clear()
+        self.searching, self.why_unknown = False, why
 
     def give_up(self, params: list[Tensor]) -> None:
         """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
@@ -274,7 +392,7 @@ class Bindings:
 
         ValueError if one was replaced by one of another shape; nothing has been changed then.
         """
-        for root, watch in self._watches.items():
+        for root, watch in self.watches.items():
             if not all(in_place(handle) for handle in watch.handles):
                 # Somebody has cleared hooks of the model.
                 watch.register(root)
@@ -359,27 +477,3 @@ class Bindings:
                 )
             replaced[old] = current[0]
         return replaced
-
-
-# Every optimizer in use: two on one parameter would take each other's gradients.
-optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def refuse_driven(optimizer: Optimizer, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> None:
-    """Raise ValueError for a parameter that another optimizer drives."""
-    if not _driven(optimizer, params):
-        return
-    # An optimizer that nobody can reach any more may still wait for the collector.
-    gc.collect()
-    for param in _driven(optimizer, params):
-        label = f"{names.get(param, 'a parameter')} {tuple(param.shape)}"
-        raise ValueError(
-            f"{label} is already driven by another live FOP or KFAC; delete that optimizer and what holds it "
-            "(del optimizer, scheduler, trainer), or give each its own parameters"
-        )
-
-
-def _driven(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
-    groups = [group for other in optimizers if other is not optimizer for group in other.param_groups]
-    others = {param for group in groups for param in group["params"]}
-    return [param for param in params if param in others]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fop.capture import parameter_of
 from fop.layer_options import LayerChoices
-from fop.layers import EXCLUDED, EmbeddingLayer, Layer, LayerOptions, Slot, describe
+from fop.layers import EXCLUDED, EmbeddingLayer, Layer, LayerOptions, Slot, Unfit, describe
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Place:
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """A weight (and bias) that can take the FOP step, with every module that uses it."""
+    """A weight (and bias) that can take the FOP step, with every module that uses it; ``kind`` says how."""
 
     name: str
+    kind: str
     layer: Layer
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -71,6 +72,8 @@ class Found:
     layers: list[FoundLayer] = field(default_factory=list)
     owners: dict[Tensor, list[Owner]] = field(default_factory=dict)
     reasons: dict[Tensor, str] = field(default_factory=dict)
+    # Parameters of these reasons that may be the weights of functions.
+    watched: set[Tensor] = field(default_factory=set)
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -90,7 +93,7 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
     """Look through ``root`` for the owners of the wanted parameters; ValueError for sparse gradients."""
     found = Found()
     slots: dict[Tensor, list[Place]] = {}
-    why: dict[nn.Module, str] = {}
+    why: dict[nn.Module, Unfit] = {}
     claimed: set[nn.Module] = set()
     for name, module in root.named_modules():
         mine = [(key, param) for key, param in module._parameters.items() if param is not None]
@@ -105,7 +108,7 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
         # The output projection of attention is a module of its own, but never called.
         parts = [module.out_proj] if isinstance(module, nn.MultiheadAttention) else []
         claimed.update(parts)
-        if isinstance(described, str):
+        if isinstance(described, Unfit):
             why |= dict.fromkeys([module, *parts], described)
             continue
         for slot in described:
@@ -114,7 +117,7 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
             own = choices.of((name, module), (f"{name}.{path}".lstrip("."), owner)) if path else options
             weight = parameter_of(module, slot.weight)
             if own.path == "adamw":
-                why[owner] = EXCLUDED
+                why[owner] = Unfit(EXCLUDED)
             elif weight in wanted and isinstance(weight, nn.Parameter):
                 slots.setdefault(weight, []).append(Place(name, module, slot, own))
 
@@ -126,6 +129,14 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
     for param, owners in found.owners.items():
         if param not in covered and param not in found.reasons:
             found.reasons[param] = _reason(owners, slots, why)
+    unfit = {param: [why.get(owner.module) for owner in found.owners[param]] for param in found.reasons}
+    found.watched = {
+        param
+        for param, each in unfit.items()
+        if param.dim() > 1
+        and param.is_floating_point()
+        and all(one is not None and one.watched for one in each)
+    }
     return found
 
 
@@ -156,16 +167,23 @@ def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
         name = f"{name}.{last.removesuffix('_weight')}"
     assert isinstance(weight, nn.Parameter)
     found.layers.append(
-        FoundLayer(name, main.layer, weight, bias if alone and isinstance(bias, nn.Parameter) else None, uses)
+        FoundLayer(
+            name,
+            type(main.module).__name__,
+            main.layer,
+            weight,
+            bias if alone and isinstance(bias, nn.Parameter) else None,
+            uses,
+        )
     )
     return None
 
 
-def _reason(owners: list[Owner], slots: dict[Tensor, list[Place]], why: dict[nn.Module, str]) -> str:
+def _reason(owners: list[Owner], slots: dict[Tensor, list[Place]], why: dict[nn.Module, Unfit]) -> str:
     """Return why a parameter that belongs to no layer takes AdamW."""
     owner = owners[0]
     if owner.module in why:
-        return why[owner.module]
+        return why[owner.module].reason
     kind = type(owner.module).__name__
     if len(owners) > 1:
         return f"shared by {', '.join(each.module_name or kind for each in owners)}"

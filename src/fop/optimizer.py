@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +14,24 @@ from torch.optim import Optimizer
 
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
-from fop.binding import Binding, Bindings, optimizers, refuse_driven
-from fop.capture import local, retrace
+from fop.binding import Binding, Bindings
+from fop.capture import BatchSize, Cleared, Source, local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
 from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
 from fop.distributed.options import DistributedLike, checked_distribution, portable
 from fop.layer_options import LayerChoices, LayerOptionsLike
-from fop.layers import Statistics
+from fop.layers import FunctionCall, Statistics
 from fop.options import (
     DEFAULTS,
     ParamsLike,
     Schedule,
+    check_names,
     check_parameters,
     checked,
     checked_group,
     normalise,
+    recheck,
     split_schedules,
 )
 from fop.report import Diagnostics, Refusals, Summary, diagnose, summarise, warn_of_curvature
@@ -43,12 +47,21 @@ from fop.state import (
 )
 from fop.step_size import Update, kl_scale, momentum_of, scale_update
 
+# Every optimizer in use: two on one parameter would take each other's gradients.
+_live: weakref.WeakSet[FOP] = weakref.WeakSet()
+
+_options_of: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*DEFAULTS)
+
 
 class FOP(JoinableOptimizer, Optimizer):
     """Fisher-Orthogonal Projection (Lu & Armour, AAAI 2026, Algorithm 1).
 
     Linear, convolution, embedding and attention weights take η0·η*·F̂⁻¹·(Ga + β*·G⊥) with Kronecker-factored
     F; all other parameters take AdamW in the same step. Nothing in the training loop changes.
+
+    Making an optimizer of a parameter that another live FOP or KFAC has, or adding it in a group, replaces
+    that optimizer as a whole: its hooks go, and its `step` and `add_param_group` raise RuntimeError. Its
+    `zero_grad` and `state_dict` work on. Optimizers of different parameters do not mind each other.
 
     Args:
         params: an `nn.Module`, parameters, named parameters, or parameter groups. From bare parameters the
@@ -85,14 +98,17 @@ class FOP(JoinableOptimizer, Optimizer):
             "kronecker" or "diagonal"). Later entries override earlier ones.
         max_grad_norm: gradients of all parameters are scaled together to this norm at most, as by
             `torch.nn.utils.clip_grad_norm_`; None for no clip.
+        batch_size: a function from the arguments of the model to the number of samples in the batch, such as
+            ``lambda x, mask: len(x)``. If not given, dim 0 of the model's tensor inputs, where they agree.
         distributed: how ranks of `torch.distributed` train one model together, a dict with any of ``mode``,
             ``pair``, ``group``, ``factor_dtype`` and ``ranks_per_node`` (docs/distributed.md); False if every
             rank trains a model of its own.
 
     Raises:
-        ValueError: an option out of range; empty, duplicate, shared or sparse parameters; parameters that
-            another live FOP drives.
-        TypeError: an option of the wrong type; complex or integer parameters.
+        ValueError: an option out of range; empty, duplicate, shared or sparse parameters; an unknown key of a
+            parameter group that resembles an option, or is one of another optimizer.
+        TypeError: an option of the wrong type or of an unknown name; integer tensors, and
+            float8 parameters that are not frozen.
     """
 
     @property
@@ -124,14 +140,17 @@ class FOP(JoinableOptimizer, Optimizer):
         loss_reduction: Literal["mean", "sum"] = DEFAULTS["loss_reduction"],
         max_grad_norm: float | None = DEFAULTS["max_grad_norm"],
         layer_options: LayerOptionsLike | None = None,
+        batch_size: BatchSize | None = None,
         distributed: DistributedLike = None,
+        **unknown: NoReturn,
     ) -> None:
         given = locals()
+        check_names(unknown, type(self).__name__)
         defaults, schedules = split_schedules({name: given[name] for name in DEFAULTS})
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
         groups, root, names = normalise(params)
-        self._begin(layer_options, schedules)
+        self._begin(layer_options, batch_size, schedules)
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
         retrace()
@@ -139,10 +158,21 @@ class FOP(JoinableOptimizer, Optimizer):
             assert isinstance(params, nn.Module)
             self._adopt(params)
         self._prepare()
-        optimizers.add(self)
+        self._take_over()
 
-    def _begin(self, layer_options: LayerOptionsLike | None, schedules: dict[str, Schedule]) -> None:
-        self._bindings = Bindings(LayerChoices(layer_options))
+    def _begin(
+        self,
+        layer_options: LayerOptionsLike | None,
+        batch_size: BatchSize | None,
+        schedules: dict[str, Schedule],
+    ) -> None:
+        if batch_size is not None and not callable(batch_size):
+            raise TypeError(
+                f"batch_size={batch_size!r} must be a function from the arguments of the model to the number "
+                "of samples, such as lambda x, mask: len(x)"
+            )
+        self._bindings = Bindings(LayerChoices(layer_options), batch_size)
+        self._bindings.recogniser.found = weakref.WeakMethod(self._recognise)
         self._refresher = Refresher()
         self._distributor: Distributor = make_distributor(self._distribution, self)
         # By index of the group: functions do not belong into a state_dict.
@@ -152,6 +182,31 @@ class FOP(JoinableOptimizer, Optimizer):
         self._kl_scale: Tensor | None = None
         self._refusals = Refusals()
         self._warned: set[tuple[str, Fallback]] = set()
+        # Of each group, the options that were checked last.
+        self._checked: list[tuple[Any, ...]] = []
+        # Why no step is taken any more.
+        self._retired = ""
+
+    def _take_over(self) -> None:
+        """Replace every other optimizer that has any of these parameters."""
+        mine = self._groups()
+        for other in list(_live):
+            shared = mine.keys() & (other._groups().keys() | other._bindings.current())
+            if other is not self and shared:
+                names = {**other._bindings.names, **self._bindings.names}
+                other._retire(next((names[param] for param in mine if param in shared & names.keys()), ""))
+        _live.add(self)
+
+    def _retire(self, name: str) -> None:
+        _live.discard(self)
+        taken = f"its parameter {name!r}" if name else "some of its parameters"
+        self._retired = (
+            f"this {type(self).__name__} was replaced: a newer FOP or KFAC has {taken}. Step with the newer "
+            "one, and give it to schedulers and trainers; or make each optimizer of parameters of its own"
+        )
+        self._bindings.release("a newer optimizer has replaced this one")
+        self._refresher = Refresher()
+        self._distributor = Distributor(None, self)
 
     # Parameters and modules
 
@@ -165,22 +220,31 @@ class FOP(JoinableOptimizer, Optimizer):
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: as the constructor, for the group's parameters and options.
+            ValueError: as the constructor, for the group's parameters and options; nothing has been changed
+                then.
             TypeError: likewise.
+            RuntimeError: if a newer optimizer has replaced this one.
         """
+        if self._retired:
+            raise RuntimeError(self._retired)
         names, first = self._bindings.names, self.param_groups[0] if self.param_groups else None
         group, schedules = checked_group(param_group, names, self.defaults, first)
         check_parameters(group["params"], names, set(self._parameters()))
-        refuse_driven(self, group["params"], names)
         super().add_param_group(group)
         own = {name: each for name, each in self._default_schedules.items() if name not in param_group}
         self._schedules.append({**own, **schedules})
         self._bindings.searching = True
-        if self in optimizers:
+        if self in _live:
             retrace()
-            for root in list(self._bindings.roots()):
-                self._adopt(root)
+            try:
+                for root in list(self._bindings.roots()):
+                    self._adopt(root)
+            except ValueError:
+                self.param_groups.pop()
+                self._schedules.pop()
+                raise
             self._prepare()
+            self._take_over()
 
     def _adopt(self, root: nn.Module) -> None:
         groups = self._groups()
@@ -188,11 +252,19 @@ class FOP(JoinableOptimizer, Optimizer):
             self._distributor.see(root)
         self._bindings.adopt(root, groups, self.state)
 
-    def _seen(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _seen(self, root: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         self._adopt(root)
-        self._bindings.enter(root, args, kwargs)
+        entered = self._bindings.enter(root, args, kwargs)
         # Not only in the step: torch.compile would leave the model in the pieces that the hook made of it.
         self._prepare()
+        return entered
+
+    def _recognise(self, call: FunctionCall, source: Source, module: nn.Module) -> bool:
+        known = len(self._bindings.by_weight)
+        taken = self._bindings.recognise(call, source, module, self._groups(), self.state)
+        if len(self._bindings.by_weight) > known:
+            self._prepare()
+        return taken
 
     def _prepare(self) -> None:
         """Get ready for the coming forward pass."""
@@ -249,8 +321,15 @@ class FOP(JoinableOptimizer, Optimizer):
 
         Raises:
             ValueError: for sparse gradients, and for parameters replaced by others of another shape; nothing
-                has been changed then.
+                has been changed then; for options that were set in ``param_groups`` and are out of range.
+            TypeError: for such options of the wrong type.
+            RuntimeError: if a newer optimizer has replaced this one.
         """
+        if self._retired:
+            raise RuntimeError(self._retired)
+        if [*map(_options_of, self.param_groups)] != self._checked:
+            recheck(self.param_groups, self._checked)
+            self._checked = [*map(_options_of, self.param_groups)]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -262,7 +341,7 @@ class FOP(JoinableOptimizer, Optimizer):
                     f"{self._bindings.names.get(param, 'a parameter')} has a sparse gradient, which is not "
                     "supported; make its module with sparse=False or give it to torch.optim.SparseAdam"
                 )
-        if not self.state and asks_for_state(self.param_groups, self._bindings):
+        if self.state.keys().isdisjoint(groups) and asks_for_state(self.param_groups, self._bindings):
             self._make_state()
             return loss
         if hasattr(self, "found_inf"):
@@ -288,8 +367,16 @@ class FOP(JoinableOptimizer, Optimizer):
         # Parameters may have been replaced since the last step.
         distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
 
+        for binding in self._bindings.by_weight.values():
+            recorder, gradient = binding.recorder, binding.weight.grad
+            if gradient is None or recorder.cleared is None:
+                continue
+            if recorder.cleared.version != (id(gradient), gradient._version):
+                # Put there by hand since `zero_grad`.
+                recorder.statistics, recorder.samples, _ = recorder.cleared
+
         # Gradients, sub-batch gradients and statistics of all ranks meet at the owners of the weights.
-        active, statistics = distributor.reduce(self.defaults["max_grad_norm"], self._describe)
+        active, statistics = distributor.reduce(self.param_groups[0]["max_grad_norm"], self._describe)
         for binding in active:
             if self.state.get(binding.weight) is not binding.curvature.state:
                 enter_state(binding, self.state)
@@ -307,7 +394,8 @@ class FOP(JoinableOptimizer, Optimizer):
 
             # All ranks move the weights alike.
             updates = [update for update, _ in shared]
-            self._kl_scale, finite = kl_scale([update.length for update in updates], self.defaults["kl_clip"])
+            kl_clip = self.param_groups[0]["kl_clip"]
+            self._kl_scale, finite = kl_scale([update.length for update in updates], kl_clip)
             for index, (binding, (update, parts)) in enumerate(zip(ready, shared, strict=True)):
                 binding.note(update)
                 fine = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
@@ -323,6 +411,8 @@ class FOP(JoinableOptimizer, Optimizer):
         if len(moved) < len(groups):
             self._step_adamw(moved)
 
+        if self._bindings.recogniser.open:
+            self._bindings.settle()
         if self._bindings.searching:
             self._bindings.give_up([param for param in groups if param.grad is not None])
         for group in self.param_groups:
@@ -332,7 +422,7 @@ class FOP(JoinableOptimizer, Optimizer):
             binding.recorder.clear()
             binding.schedule(groups[binding.weight])
         self._prepare()
-        self._places = {param: (param.device, param.dtype) for param in self.state}
+        self._places = {param: (param.device, param.dtype) for param in groups if param in self.state}
 
     def _refresh_curvature(
         self,
@@ -415,23 +505,34 @@ class FOP(JoinableOptimizer, Optimizer):
         weight.add_((update * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
 
     def _step_adamw(self, done: set[Tensor]) -> None:
-        """Step every other parameter that has a gradient."""
+        """Step every other parameter that is trained and has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for param in group["params"]:
-                if param.grad is not None and param.numel() and param not in done:
+                wanted = param.requires_grad and param.grad is not None and param.numel()
+                if wanted and param not in done:
                     alike.setdefault((param.device, param.dtype), []).append(param)
             for params in alike.values():
                 refused = adamw_step(params, group, self.state, self._distributor.any)
                 self._refusals.count((f"all {len(params)} AdamW parameters of a group",), ~refused[None])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients and forget what was recorded with them."""
+        """Reset the gradients and forget what was recorded with them.
+
+        But for the curvature of the passes so far, if gradients are put there by hand next (PCGrad, MAML).
+        """
         super().zero_grad(set_to_none)
         self._distributor.discard()
         self._relink()
+        for watch in self._bindings.watches.values():
+            watch.thread.state.running.clear()
         for binding in self._bindings.by_weight.values():
-            binding.recorder.clear()
+            recorder, gradient = binding.recorder, binding.weight.grad
+            cleared = recorder.cleared
+            if recorder.samples and not recorder.taken:
+                version = None if gradient is None else (id(gradient), gradient._version)
+                cleared = Cleared(recorder.statistics, recorder.samples, version)
+            recorder.clear(cleared)
 
     # Curvature and reports
 
@@ -444,10 +545,13 @@ class FOP(JoinableOptimizer, Optimizer):
     def request_curvature(self) -> None:
         """Refresh every layer's curvature at the coming step, for instance after new weights were loaded."""
         groups = self._groups()
+        for param, group in groups.items():
+            # Also in a state that was loaded before the parameter's module is known.
+            if "refresh_at" in (held := self.state.get(param, {})):
+                held["refresh_at"] = group["step"]
         for binding in self._bindings:
-            group = groups[binding.weight]
-            binding.state["refresh_at"] = group["step"]
-            binding.schedule(group)
+            binding.state["refresh_at"] = groups[binding.weight]["step"]
+            binding.schedule(groups[binding.weight])
         self._prepare()
 
     def summary(self) -> Summary:
@@ -481,7 +585,8 @@ class FOP(JoinableOptimizer, Optimizer):
         """Load the state of an optimizer over the same model; continuing equals never having stopped.
 
         Raises:
-            ValueError: if the state belongs to another model or optimizer; nothing has been changed then.
+            ValueError: if the state belongs to another model or optimizer, or holds what no step could use;
+                nothing has been changed then.
         """
         check_form(state_dict)
         loaded: list[dict[str, Any]] = []
@@ -500,7 +605,6 @@ class FOP(JoinableOptimizer, Optimizer):
             if own is not None:
                 group.setdefault("param_names", own)
         restore_precision(loaded[0], self.param_groups, self.state)
-        self._places.clear()
         self._distributor.discard(state_replaced=True)
         self._relink()
         groups = self._groups()
@@ -510,14 +614,16 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _follow_model(self) -> None:
         """Catch up with parameters that were replaced or moved, and with a state that was."""
+        if self._retired:
+            raise RuntimeError(self._retired)
         replaced = self._bindings.follow(self._groups(), self.state)
         if replaced:
             for group in self.param_groups:
                 group["params"] = [replaced.get(param, param) for param in group["params"]]
             # Where the old ones were is where their state is.
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
-        if any((p.device, p.dtype) != place for p, place in self._places.items()):
-            follow_moves(self.state, self._places)
+        if moved := [p for p, place in self._places.items() if (p.device, p.dtype) != place]:
+            follow_moves(self.state, moved)
         self._relink()
 
     def _relink(self) -> None:
@@ -544,28 +650,35 @@ class FOP(JoinableOptimizer, Optimizer):
         covered = self._bindings.covered()
         rest = [param for param in groups if param not in covered and param.requires_grad]
         make_adamw_state(rest, self.state)
+        self._places = {param: (param.device, param.dtype) for param in groups}
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {
             "layer_options": self._bindings.choices.given,
+            "batch_size": self._bindings.batch_size,
             "schedules": self._schedules,
             "distribution": portable(self._distribution),
         }
         return {**super().__getstate__(), "_own": (own, self._default_schedules)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own = state.pop("_own", None)
+        own, fresh = state.pop("_own", None), False
         # A copy or an unpickled optimizer has no modules yet: it finds them as from bare parameters.
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
-            self._begin(own[0]["layer_options"], own[1])
+            self._begin(own[0]["layer_options"], own[0].get("batch_size"), own[1])
             self._schedules = own[0]["schedules"]
+            fresh = True
         super().__setstate__(state)
-        if self not in optimizers:
+        groups = self._groups()
+        self._places = {param: (param.device, param.dtype) for param in groups}
+        if fresh:
+            # The original's parameters may have moved since its last step.
+            follow_moves(self.state, groups)
             self._prepare()
-            optimizers.add(self)
+            self._take_over()
 
 
 class KFAC(FOP):

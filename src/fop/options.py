@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections import Counter
@@ -42,6 +43,54 @@ DEFAULTS: dict[str, Any] = {
 SCHEDULED = ("damping", "curvature_interval")
 ONE_FOR_ALL = ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches")
 
+# Options that schedules change in many groups at once, and those whose ranges depend on each other.
+_RATES = ("lr", "weight_decay")
+_COUPLED = ("momentum", "nesterov", "beta", "sub_batches")
+_UNKNOWN = object()
+
+# What a parameter group holds beside them: the first rate, the last one, and the number of steps taken.
+_OWN = ("base_lr", "last_lr", "step")
+
+# Options under other names, and those of other optimizers.
+_ELSEWHERE = {
+    "learning_rate": "use lr",
+    "wd": "use weight_decay",
+    "epsilon": "use eps",
+    "beta1": "use betas=(beta1, beta2)",
+    "beta2": "use betas=(beta1, beta2)",
+    "amsgrad": "leave it out; the AdamW path has no such variant",
+    "foreach": "leave it out; the optimizer chooses its kernels",
+    "fused": "leave it out; the optimizer chooses its kernels",
+    "capturable": "leave it out; a step cannot be captured in a CUDA graph",
+    "differentiable": "leave it out; a step cannot be differentiated",
+    "dampening": "leave it out; momentum is that of torch.optim.SGD without dampening",
+    "decoupled_weight_decay": "leave it out; weight_decay is always decoupled",
+    "layer_options": "layer_options is an argument of the constructor",
+    "distributed": "distributed is an argument of the constructor",
+}
+
+
+def check_names(names: Iterable[Any], owner: str, *, group: bool = False) -> None:
+    """Raise for a name that is no option: TypeError, and ValueError for a key of a parameter group.
+
+    A group may have keys of the user's own, and of schedulers, unless they look like a misspelt option or are
+    options of another optimizer.
+    """
+    for name in names:
+        if group and (not isinstance(name, str) or name in (*DEFAULTS, *_OWN, "params")):
+            continue
+        plain = name.lower().replace("-", "_").strip("_")
+        near = difflib.get_close_matches(plain, (*DEFAULTS, *_ELSEWHERE), n=1, cutoff=0.8)
+        # As max_momentum, or weight_decay_mult.
+        longer = near and near[0] != plain and f"_{near[0]}_" in f"_{plain}_"
+        if near and not longer:
+            remedy = _ELSEWHERE.get(near[0], f"did you mean {near[0]}?")
+        elif group:
+            continue
+        else:
+            remedy = f"the options are {', '.join(DEFAULTS)}"
+        raise (ValueError if group else TypeError)(f"{owner} has no option {name!r}: {remedy}")
+
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with plain numbers in place of NumPy's, which a checkpoint could not load safely.
@@ -49,7 +98,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError or TypeError for the first option outside its range; unknown keys are left alone.
     """
     _check_options(options)
-    return {key: _plain(value) if key in DEFAULTS else value for key, value in options.items()}
+    return {key: _plain(value) if key in (*DEFAULTS, *_OWN) else value for key, value in options.items()}
 
 
 def split_schedules(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
@@ -67,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
-    for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps"):
+    for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps", "base_lr", "last_lr"):
         if name in options:
             _check_number(name, options[name], low=0.0)
     for name in ("momentum", "stat_decay"):
@@ -90,6 +139,7 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
         ("curvature_interval", 1, "steps"),
         ("inverse_delay", 0, "steps"),
         ("sub_batches", 1, "sub-batches"),
+        ("step", 0, "steps"),
     ):
         if name in options:
             count = options[name]
@@ -187,6 +237,8 @@ def checked_group(
     ``first`` is the optimizer's first group; names of named parameters go into ``names``.
     """
     group, schedules = split_schedules(normalise_group(given, names))
+    check_names(group, "a parameter group", group=True)
+    defaults = {**defaults, **{name: first[name] for name in ONE_FOR_ALL if first is not None}}
     options = {key: value for key, value in group.items() if key != "params"}
     plain = checked({**defaults, **options})
     group |= {key: value for key, value in plain.items() if key in options}
@@ -198,14 +250,54 @@ def checked_group(
             )
     if first is not None and ("param_names" in group) != ("param_names" in first):
         raise ValueError("some parameter groups have named parameters; give names to all groups or to none")
+    group |= {name: defaults[name] for name in ONE_FOR_ALL}
     group.setdefault("base_lr", group.get("lr", defaults["lr"]))
     group.setdefault("last_lr", group.get("lr", defaults["lr"]))
     group.setdefault("step", 0 if first is None else first["step"])
     return group, schedules
 
 
+def recheck(groups: Sequence[dict[str, Any]], known: Sequence[tuple[Any, ...]]) -> None:
+    """Check the options that were set in parameter groups since they were ``known``, as by a scheduler.
+
+    Raises ValueError or TypeError for the first that is out of range, or not the same in all groups though it
+    is one for the whole step; nothing has been changed then.
+    """
+    new: dict[int, dict[str, Any]] = {}
+    for index, group in enumerate(groups):
+        before = dict(zip(DEFAULTS, known[index], strict=True)) if index < len(known) else {}
+        changed = {name: group[name] for name in DEFAULTS if group[name] is not before.get(name, _UNKNOWN)}
+        if all(name in _RATES and type(v) is float and 0 <= v < math.inf for name, v in changed.items()):
+            continue
+        if isinstance(lr := changed.get("lr"), float) and -1e-12 * group["base_lr"] < lr < 0:
+            # Schedulers that end at 0, such as LinearLR, may miss it by rounding.
+            changed["lr"] = 0.0
+        try:
+            new[index] = checked({**{name: group[name] for name in _COUPLED}, **changed})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param_groups[{index}]: {error}") from None
+    if new:
+        check_shared([{**group, **new.get(index, {})} for index, group in enumerate(groups)], "param_groups")
+    for index, options in new.items():
+        groups[index].update(options)
+
+
+def check_shared(groups: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise ValueError unless all parameter groups agree on the options of the whole step."""
+    for name in ONE_FOR_ALL:
+        for index, group in enumerate(groups):
+            if group[name] != groups[0][name]:
+                raise ValueError(
+                    f"{where}[{index}] has {name}={group[name]!r} and {where}[0] {groups[0][name]!r}; it is "
+                    "one for the whole step: set it in all groups alike"
+                )
+
+
 def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], taken: set[Tensor]) -> None:
-    """Raise ValueError or TypeError for parameters that no step could update, and for those given twice."""
+    """Raise ValueError or TypeError for parameters that no step could update, and for those given twice.
+
+    Integer and quantised ones of a module are frozen for good and pass: they never have a gradient.
+    """
     for index, param in enumerate(params):
         label = names.get(param, f"parameter {index}")
         if isinstance(param, nn.parameter.UninitializedParameter):
@@ -213,10 +305,16 @@ def check_parameters(params: Sequence[Tensor], names: Mapping[Tensor, str], take
                 f"{label} is uninitialised; run the lazy module once before making the optimizer"
             )
         label = f"{label} {tuple(param.shape)}"
-        if not param.is_floating_point():
+        number = param.is_floating_point() or param.is_complex()
+        if not number and not isinstance(param, nn.Parameter):
             raise TypeError(
-                f"{label} has dtype {param.dtype}; only real floating point can be "
-                "trained; leave it out (a buffer?), or train a complex one through torch.view_as_real"
+                f"{label} has dtype {param.dtype}; only floating point and complex numbers can be trained; "
+                "leave it out (a buffer?)"
+            )
+        if number and param.requires_grad and torch.finfo(param.dtype).bits < 16:
+            raise TypeError(
+                f"{label} has dtype {param.dtype}, in which no step can be added; freeze it with "
+                "requires_grad_(False), or keep it in bfloat16 or more"
             )
         if param.layout is not torch.strided:
             raise ValueError(f"{label} has layout {param.layout}; only dense parameters are supported")

@@ -166,7 +166,7 @@ def summarise(
         binding = by_param.get(param)
         path, reason, factors = "AdamW", bindings.reasons.get(param, ""), ""
         if binding is None and not reason:
-            path, reason = "unknown", "known after the first forward pass"
+            path, reason = "unknown", bindings.why_unknown
         if binding is not None:
             corrected = group["beta"] != 0.0 and group["sub_batches"] > 1
             kfac = not corrected and group["eta"] in (1.0, "adaptive")

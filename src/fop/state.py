@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,9 +12,10 @@ from fop.binding import Binding, Bindings
 from fop.capture import local
 from fop.curvature import KINDS, NEVER, NOTHING_PENDING, entry_names, expected_entries
 from fop.layers import Layer
-from fop.options import DEFAULTS
+from fop.options import DEFAULTS, check_shared, checked
 
 _NEWER = ("sub_batches",)  # options that a state_dict of an earlier version lacks
+_COUNTS = {"refreshed_at", "refresh_at", "inverse_at"}  # numbers of steps in the state of a weight
 
 
 def check_state_dict(
@@ -22,7 +23,8 @@ def check_state_dict(
 ) -> dict[str, Any]:
     """Return ``saved`` with the options that an earlier version did not have, at their defaults.
 
-    ``layers`` are those known already, by weight. ValueError if it does not fit these parameter groups.
+    ``layers`` are those known already, by weight. ValueError if it does not fit these parameter groups, or
+    holds what no step could use.
     """
     check_form(saved)
     if len(saved["param_groups"]) != len(groups):
@@ -32,11 +34,16 @@ def check_state_dict(
         )
     needed = DEFAULTS.keys() - {*_NEWER} | {"params", "step", "base_lr", "last_lr"}
     newer = {name: DEFAULTS[name] for name in _NEWER}
+    loaded = []
     for index, (old, new) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         if missing := needed - old.keys():
             raise ValueError(
                 f"parameter group {index} of the state_dict lacks {sorted(missing)}: it was not saved by FOP"
             )
+        try:
+            loaded.append(checked({**newer, **old}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameter group {index} of the state_dict: {error}") from None
         if len(old["params"]) != len(new["params"]):
             raise ValueError(
                 f"parameter group {index} of the state_dict has {len(old['params'])} parameters, not "
@@ -45,16 +52,21 @@ def check_state_dict(
         for key, param in zip(old["params"], new["params"], strict=True):
             label = f"parameter {key} (group {index}) of shape {tuple(param.shape)}"
             state = saved["state"].get(key, {})
+            if not isinstance(state, Mapping):
+                raise ValueError(f"the state of {label} must be a dict; got {state!r}")
             curvature = expected_entries(state, param.shape, layers.get(param))
             inverted = any(name in state for kind in KINDS.values() for name in kind.inverses)
-            if inverted and not all(isinstance(state.get(k), int) for k in ("refreshed_at", "refresh_at")):
-                raise ValueError(
-                    f"the state of {label} needs whole numbers 'refreshed_at' and 'refresh_at': it was not "
-                    "saved by FOP"
-                )
+            needed_counts = {"refreshed_at", "refresh_at"} if inverted else set()
+            for name in _COUNTS & (state.keys() | needed_counts):
+                if not isinstance(state.get(name), int):
+                    raise ValueError(
+                        f"the state of {label} needs a whole number {name!r}; got {state.get(name)!r}: it "
+                        "was not saved by FOP"
+                    )
             for name, shape in {**_other_entries(state, param), **curvature}.items():
                 _check_entry(state, name, shape, label)
-    return {**saved, "param_groups": [{**newer, **group} for group in saved["param_groups"]]}
+    check_shared(loaded, "the state_dict's param_groups")
+    return {**saved, "param_groups": loaded}
 
 
 def check_form(saved: Any) -> None:
@@ -65,6 +77,17 @@ def check_form(saved: Any) -> None:
             f"{sorted(saved) if isinstance(saved, Mapping) else repr(saved)}. Pass what "
             "optimizer.state_dict() returned"
         )
+    state, groups = saved["state"], saved["param_groups"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"'state' of a state_dict must be a dict; got a {type(state).__name__}")
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(f"'param_groups' of a state_dict must be a list of dicts; got {groups!r}")
+    for index, group in enumerate(groups):
+        if not isinstance(group.get("params", []), Sequence):
+            raise ValueError(
+                f"'params' of parameter group {index} of the state_dict must be a list of numbers; got "
+                f"{group['params']!r}"
+            )
 
 
 def _other_entries(state: Mapping[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
@@ -88,6 +111,12 @@ def _check_entry(state: Mapping[str, Any], name: str, shape: tuple[int, ...], la
         raise ValueError(
             f"{name!r} of {label} has shape {tuple(value.shape)} in the state_dict and must have "
             f"{shape}: it belongs to another model, or to other layer_options"
+        )
+    # A square may overflow in float16; its parameter then stays where it is.
+    value = local(value)
+    if bool((value.isnan() if name == "exp_avg_sq" else ~value.isfinite()).any()):
+        raise ValueError(
+            f"{name!r} of {label} is not finite in the state_dict; load one from before training diverged"
         )
 
 
@@ -149,18 +178,18 @@ def make_state(
 Places: TypeAlias = dict[Tensor, tuple[torch.device, torch.dtype]]
 
 
-def follow_moves(state: Mapping[Tensor, dict[str, Any]], places: Places) -> None:
-    """Move the state of parameters that have moved, as by ``model.to``, since ``places`` were noted."""
-    for param, entries in state.items():
-        if places.get(param) in (None, (param.device, param.dtype)):
-            continue
+def follow_moves(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor]) -> None:
+    """Move the state of parameters that have moved, as by ``model.to``."""
+    for param in params:
+        entries = state.get(param, {})
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 entries[name] = value.to(param.device, _dtype(name, value, param))
 
 
 def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
-    if name in ("step", "complete"):
+    # Others may keep counts and masks in the state.
+    if name == "step" or not (value.is_floating_point() or value.is_complex()):
         return value.dtype
     ours = name == "momentum_buffer" or name in entry_names()
     return torch.promote_types(param.dtype, torch.float32) if ours else param.dtype

@@ -10,10 +10,12 @@ import operator
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.overrides
 from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -31,6 +33,10 @@ graph_is_retained: Callable[[], bool] = getattr(
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
 # Seen in 2.4 to 2.14. Without it: what runs under torch.func is recorded like any other pass.
 current_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+# What torch.jit.trace (TensorBoard, torch.onnx) is recording in this thread; None if nothing.
+# Seen in 2.4 to 2.14. Without it: import fails.
+current_trace: Callable[[], Any] = torch._C._get_tracing_state
 
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
 # reaches p.grad. Seen in 2.4 to 2.14. Without them: False; vectorized Jacobians may fail.
@@ -56,6 +62,76 @@ def untraced_hook(function: Function) -> Function:
     if HOOKS_ARE_TRACED:
         return function
     return cast(Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]
+
+
+# The function mode that sees calls in this thread first; None if there is none.
+# Seen in 2.4 to 2.14. Without it: import fails.
+top_function_mode: Callable[[], Any] = torch.overrides._get_current_function_mode
+
+# Names of backward nodes: of operations that give a copy of their input, and that transpose it.
+# Seen in 2.4 to 2.14. Without them: a cast weight counts as a computed one, with the same numbers.
+_COPIES = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
+_TURNS = ("TBackward0", "TransposeBackward", "PermuteBackward0", "NumpyTBackward0")
+
+
+def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
+    """Return the one leaf of the shape of a computed tensor, and whether that is more than its copy.
+
+    None if there is not exactly one, or if it may have been transposed. Seen in 2.4 to 2.14. Without it
+    (the nodes' ``variable``): None.
+    """
+    leaves: dict[int, Tensor] = {}
+    more, waiting = False, [computed.grad_fn]
+    for _ in range(64):
+        if not waiting:
+            break
+        if (node := waiting.pop()) is None:
+            continue
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves[id(leaf)] = leaf
+            continue
+        if node.name().startswith(_TURNS):
+            return None
+        more |= node.name() not in _COPIES
+        waiting += [each for each, _ in node.next_functions]
+    alike = [leaf for leaf in leaves.values() if leaf.shape == computed.shape]
+    return (alike[0], more) if len(alike) == 1 and not waiting else None
+
+
+def running_modules() -> list[nn.Module]:
+    """Return the modules that are being called in this thread, the innermost first.
+
+    Seen in 2.4 to 2.14. Without it (`Module._call_impl`): an error names it.
+    """
+    code, frame, found = nn.Module._call_impl.__code__, sys._getframe(1), []
+    while frame is not None:
+        if frame.f_code is code:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def runs_compiled() -> bool:
+    """Return whether torch.compile runs the caller's caller, or leads to it.
+
+    Seen in 2.4 to 2.14. Without it: parts of a model are compiled twice.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # `torch.compiler.disable` has a frame there, too, without a compiler to call.
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame" and frame.f_locals.get("callback"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def has_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile has a part of a module.
+
+    Seen in 2.4 to 2.14. Without it: parts of a model are compiled twice.
+    """
+    parts = list(module.modules())
+    return any(hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) for each in parts)
 
 
 def outside() -> int:

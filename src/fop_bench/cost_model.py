@@ -1,8 +1,7 @@
 """What several ranks pay for a step: bytes, memory, operations, and times under stated assumptions.
 
-Bytes are those that a rank sends with a bandwidth-optimal algorithm, on average over the ranks: of n bytes
-among W ranks 2n(W-1)/W for an all-reduce, n(W-1)/W for a reduce, a broadcast, a reduce-scatter or an
-all-gather.
+Bytes are those that a rank sends with a bandwidth-optimal algorithm, on average over the ranks
+(docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import nn
 
 from fop.distributed import SKETCH, LayerSize, Plan, make_plan, packed_shape
 from fop_bench.models import resnet50
+from fop_bench.report import section
 
 Method = Literal["sgd", "kfac", "compatible", "lean", "fsdp"]
 MAX_FACTOR_DIM = 8192  # the default: of a factor with a larger side, without the bias, the diagonal is kept
@@ -40,11 +40,7 @@ H100 = {
 
 
 def bandwidth(ranks: int) -> float:
-    """Return the bytes per second of every rank in a collective.
-
-    Its rings go through all GPUs of a node before they leave it, and each takes another card: a node
-    sends what one rank sends, through all of its cards.
-    """
+    """Return the bytes per second of every rank in a collective; rings leave a node through all its cards."""
     inside, outside = H100["inside"], H100["outside"]
     return inside if ranks <= GPUS_PER_NODE else min(inside, GPUS_PER_NODE * outside)
 
@@ -100,33 +96,33 @@ def architecture_of(model: nn.Module, title: str) -> Architecture:
     return Architecture(title, layers, others, sum(buffer.nbytes for buffer in model.buffers()))
 
 
-def gpt(blocks: int, width: int, vocabulary: int) -> list[LayerSize]:
-    """A GPT whose output layer is tied to the embedding, without learned positions (Radford et al. 2019)."""
-    sizes = {"qkv": (3, 1), "proj": (1, 1), "up": (4, 1), "down": (1, 4)}
+def decoder(
+    blocks: int, width: int, vocabulary: int, sizes: Mapping[str, tuple[int, int]], *, bias: bool
+) -> list[LayerSize]:
+    """Return the layers of an embedding and ``blocks`` times the linear layers of some (outputs, inputs)."""
     inner = [
-        linear(f"blocks.{block}.{name}", out * width, of * width)
+        linear(f"blocks.{block}.{name}", out, of, bias=bias)
         for block in range(blocks)
         for name, (out, of) in sizes.items()
     ]
     return [embedding("embedding", vocabulary, width), *inner]
 
 
+def gpt(blocks: int, width: int, vocabulary: int) -> list[LayerSize]:
+    """A GPT whose output layer is tied to the embedding, without learned positions (Radford et al. 2019)."""
+    sizes = {"qkv": (3, 1), "proj": (1, 1), "up": (4, 1), "down": (1, 4)}
+    scaled = {name: (out * width, of * width) for name, (out, of) in sizes.items()}
+    return decoder(blocks, width, vocabulary, scaled, bias=True)
+
+
 def llama(blocks: int, width: int, key_value_width: int, hidden: int, vocabulary: int) -> list[LayerSize]:
     """A GPT with grouped queries, SwiGLU, no biases and an output layer of its own (Touvron et al. 2023)."""
-    sizes = {
-        "qkv": (width + 2 * key_value_width, width),
-        "proj": (width, width),
-        "gate": (hidden, width),
-        "up": (hidden, width),
-        "down": (width, hidden),
-    }
-    inner = [
-        linear(f"blocks.{block}.{name}", out, of, bias=False)
-        for block in range(blocks)
-        for name, (out, of) in sizes.items()
+    sizes = {"qkv": (width + 2 * key_value_width, width), "proj": (width, width)}
+    sizes |= {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
+    return [
+        *decoder(blocks, width, vocabulary, sizes, bias=False),
+        linear("head", vocabulary, width, bias=False),
     ]
-    ends = embedding("embedding", vocabulary, width), linear("head", vocabulary, width, bias=False)
-    return [ends[0], *inner, ends[1]]
 
 
 def published() -> list[Architecture]:
@@ -222,11 +218,8 @@ def _by_rank(plan: Plan, values: Sequence[int]) -> list[int]:
 def predict(architecture: Architecture, ranks: int, methods: Sequence[Method]) -> dict[str, Any]:
     """Predict a step of ``methods``, either those under DistributedDataParallel or that under FSDP.
 
-    ``ratios`` are the bytes of each method as a multiple of the baseline, what the wrapper sends by itself,
-    with curvature updates spread over the interval; None on one rank, which sends nothing. ``extra_seconds``
-    are for what a method sends beyond it, with nothing hidden behind computation, and without latency. The
-    rest is of the owner that has most: bytes of factors and inverses, seconds of a step's products and of the
-    inversions of a curvature update.
+    ``ratios`` are each method's bytes as a multiple of what the wrapper sends by itself; None on one rank.
+    ``extra_seconds`` are for what is beyond that. The rest is of the owner that has most of it.
     """
     # Without its optimizer, FSDP sends the same.
     baseline = traffic(architecture, ranks, "fsdp" if "fsdp" in methods else "sgd").wrapper
@@ -243,3 +236,64 @@ def predict(architecture: Architecture, ranks: int, methods: Sequence[Method]) -
         "inversion_seconds": max(_by_rank(plan, [each.inversion_flops for each in layers]))
         / H100["inversion"],
     }
+
+
+# --- Tables of what is predicted
+
+REPLICATED = 3 * 4  # bytes of weight, gradient and momentum of a parameter, which DDP has on every rank
+GPU_BYTES = 80e9
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+LABELS: dict[Method, str] = {"kfac": "K-FAC", "compatible": "compatible", "lean": "lean", "fsdp": "FOP"}
+ASSUMED = (
+    f"Assumed for an H100: {H100['matmul'] / 1e12:.0f} TFLOPS in products, "
+    f"{H100['inversion'] / 1e12:.0f} TFLOPS in Cholesky inversions, {H100['inside'] / 1e9:.0f} GB/s inside a "
+    f"node of {GPUS_PER_NODE}, {H100['outside'] / 1e9:.0f} GB/s per GPU between nodes."
+)
+
+
+def predictions(gpus: Sequence[int] = GPUS) -> dict[str, list[dict[str, Any]]]:
+    """Predict every published architecture on every number of GPUs, by title."""
+    return {each.title: [predict(each, ranks, _methods(each)) for ranks in gpus] for each in published()}
+
+
+def _methods(architecture: Architecture) -> Sequence[Method]:
+    fits = REPLICATED * architecture.elements < GPU_BYTES
+    return ("kfac", "compatible", "lean") if fits else ("fsdp",)
+
+
+def predicted_tables(predicted: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Return one table an architecture as Markdown, as docs/scaling.md has them."""
+    return "\n\n".join(_predicted(each, predicted[each.title]) for each in published()) + "\n"
+
+
+def _predicted(architecture: Architecture, rows: Sequence[dict[str, Any]]) -> str:
+    methods = _methods(architecture)
+    wrapper, where = ("FSDP", "over all GPUs.") if "fsdp" in methods else ("DDP", "on every GPU.")
+    memory = REPLICATED * architecture.elements / 1e9
+
+    def cells(row: dict[str, Any]) -> dict[str, object]:
+        ratios = {name: row["ratios"][name] for name in methods}
+        return {
+            "GPUs": row["ranks"],
+            f"{wrapper} GB": _short(row["baseline_bytes"] / 1e9),
+            **{f"{LABELS[n]} ×{wrapper}": f"{r:.3f}" if r else "–" for n, r in ratios.items()},
+            "owners": row["owners"],
+            "curvature GB": _short(row["factor_bytes"] / 1e9),
+            "products ms": _short(row["product_seconds"] * 1e3),
+            "inversion ms": _short(row["inversion_seconds"] * 1e3),
+            f"inversion ms ÷ {INTERVAL}": _short(row["inversion_seconds"] * 1e3 / INTERVAL),
+            **{f"{LABELS[n]} sending ms": _short(row["extra_seconds"][n] * 1e3) for n in methods},
+        }
+
+    return section(
+        f"{architecture.title}, under {wrapper}",
+        f"{architecture.elements / 1e6:,.1f} million parameters, {len(architecture.layers)} layers with "
+        f"curvature. Weights, gradients and momentum in float32: {memory:,.1f} GB {where}",
+        [cells(row) for row in rows],
+        level=3,
+    )
+
+
+def _short(value: float) -> str:
+    """Write three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,g}"

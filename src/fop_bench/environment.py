@@ -18,16 +18,20 @@ import fop
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the versions, the source and the command of this measurement."""
+    return machine(device) | {"git": git_state(Path(fop.__file__)), "command": this_command()}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe the machine and the versions, now."""
     return {
         "device": device_name(device),
+        "processor": device.type,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fop": fop.__version__,
-        "git": git_state(Path(fop.__file__)),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": this_command(),
     }
 
 

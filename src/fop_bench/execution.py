@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fop import FOP
-from fop_bench.environment import commit_title, environment
+from fop_bench.environment import commit_title, machine
 from fop_bench.formulas import FORMULAS
-from fop_bench.images import Images, Normaliser, training_inputs
+from fop_bench.images import Normaliser, training_inputs
 from fop_bench.optimizers import BUILDERS
 from fop_bench.recipes import Parts, recipe
+from fop_bench.report import replacing
 from fop_bench.training import Training, messages, share_right
 from fop_bench.world import World
 
@@ -107,8 +107,7 @@ def execute(described: Description, sitting: Sitting, world: World) -> dict[str,
         if not finished:
             run.save(saved, sitting.git, warned)
             return None
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    where = {**_where(world.device), "date": date, "command": sitting.command, "git": sitting.git}
+    where = {**machine(world.device), "command": sitting.command, "git": sitting.git}
     data = sitting.data or run.plan.tasks[described.task].origin
     return {**run.record(), "data": data, "warnings": warned, "environment": where}
 
@@ -117,11 +116,6 @@ def execute(described: Description, sitting: Sitting, world: World) -> dict[str,
 def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
     """Load a rank's share of a task's images, once a process."""
     return recipe(recipe_name).tasks[task].load(data, rank, ranks)
-
-
-@cache
-def _where(device: torch.device) -> dict[str, Any]:
-    return {**environment(device), "processor": device.type}
 
 
 class _Run:
@@ -148,11 +142,9 @@ class _Run:
             train, judged = train.to(device), judged.to(device)
         torch.manual_seed(described.seed)
         self.draw = torch.Generator(device).manual_seed(described.seed * world.size + world.rank)
-        model = plan.model(len(train.classes)).to(device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
-        model = world.wrap(model)
+        model = world.wrap(plan.network(len(train.classes), device))
         self.options = {**contender.options(described.batch_size), **described.options}
-        self.optimizer = BUILDERS[contender.optimizer][1](model, **self.options)
+        optimizer = BUILDERS[contender.optimizer][1](model, **self.options)
         self.layers: dict[str, Any] | None = None
         normalise = Normaliser(train.pixels, world.total)
         order = _halves(contender.halves, train.labels.to(device))
@@ -161,21 +153,22 @@ class _Run:
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
             if order is not None:
                 numbers = numbers[order[numbers].argsort(stable=True)]
-            pixels, labels = _taken(train, numbers, device)
-            return training_inputs(pixels, plan.augmentation, normalise, self.draw), labels
+            images = train.taken(numbers, device)
+            return training_inputs(images.pixels, plan.augmentation, normalise, self.draw), images.labels
 
         def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            pixels, labels = _taken(judged, numbers, device)
-            return normalise(pixels), labels
+            images = judged.taken(numbers, device)
+            return normalise(images.pixels), images.labels
 
         def evaluate() -> float:
-            self._note_layers()
+            if contender.optimizer == "fop" and self.final and isinstance(optimizer, FOP):
+                self._note_layers(optimizer)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return share_right(model, len(judged), judged_batch, world.total)
 
         self.training = Training(
             model,
-            self.optimizer,
+            optimizer,
             plan.schedule,
             batch,
             evaluate,
@@ -188,11 +181,9 @@ class _Run:
             mean=lambda loss: world.total(loss).item() / world.size,
         )
 
-    def _note_layers(self) -> None:
-        """Keep β, η and ρ of every layer after the epoch, in FOP's final runs."""
-        if self.contender.optimizer != "fop" or not self.final or not isinstance(self.optimizer, FOP):
-            return
-        layers = self.optimizer.diagnostics().layers
+    def _note_layers(self, optimizer: FOP) -> None:
+        """Keep β, η and ρ of every layer after the epoch."""
+        layers = optimizer.diagnostics().layers
         if self.layers is None:
             self.layers = {"names": list(layers), "epochs": [], "beta": [], "eta": [], "rho": []}
         self.layers["epochs"].append(self.training.progress.epoch)
@@ -231,10 +222,8 @@ class _Run:
             "git": git,
             "warnings": warned,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            torch.save(state, unfinished)
 
     def resume(self, path: Path, git: Git) -> list[str]:
         """Go on from the state in a file, if there is one, and return the warnings up to there.
@@ -264,12 +253,6 @@ class _Run:
         self.layers = state["layers"]
         warned: list[str] = state["warnings"]
         return warned
-
-
-def _taken(images: Images, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return pixels and labels on a device, from where the images are."""
-    numbers = numbers.to(images.labels.device)
-    return images.pixels[numbers].to(device), images.labels[numbers].to(device)
 
 
 def _halves(kind: str, labels: Tensor) -> Tensor | None:

@@ -6,18 +6,18 @@ Shapes: N images or batch, H and W pixels, C classes or channels.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image as Pillow
 from torch import Tensor
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 # Names that a folder's test part goes by.
@@ -41,6 +41,10 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """Copy pixels and labels to a device."""
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+
+    def taken(self, numbers: Tensor, device: torch.device) -> Images:
+        """Return the images of these numbers on a device, from where they are."""
+        return self[numbers.to(self.labels.device)].to(device)
 
     def __getitem__(self, numbers: Tensor | slice) -> Images:
         """Return the images of these numbers; those of a slice share its memory."""
@@ -67,23 +71,23 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
     Raises FileNotFoundError if the data set is not there, and ValueError for other classes, too few images,
     or one that cannot be decoded.
     """
-    from datasets import Image  # noqa: PLC0415 - takes a second
+    from datasets import Image
 
     name = data or source.hub
     if data is not None and Path(data).is_dir():
         rows, image, label = _folder(Path(data), test), "image", "label"
-    elif name.count("/") != 1:
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
-            f"there is no folder {data}; give one with train/<class>/* and test/<class>/*, or a name on the "
-            "Hugging Face hub, owner/name"
+            f"there is no folder {data}; give one with train/<class>/* and test/<class>/*, or owner/name "
+            "on the Hugging Face hub"
         )
     else:
         rows, image, label = _hub(name, source.test if test else "train"), source.image, source.label
     classes = tuple(rows.features[label].names)
     if source.classes not in (None, len(classes)):
         raise ValueError(
-            f"{name} has {len(classes)} classes, and this data set {source.classes}; choose "
-            "the one that it is by --task, or give another --data"
+            f"{name} has {len(classes)} classes, and this data set {source.classes}; choose the one that it "
+            "is by --task, or give another --data"
         )
     labels = torch.tensor(rows.with_format(None)[label][:], dtype=torch.int64)
     if choose is not None:
@@ -97,47 +101,54 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
 
 
 def _folder(folder: Path, test: bool) -> Dataset:
-    from datasets import ClassLabel, Dataset, Features, Image  # noqa: PLC0415
+    """List the images of a folder; files of other kinds, hidden ones and links to nothing do not count."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as Pillow
 
     def classes_of(part: Path) -> list[str]:
-        return sorted(path.name for path in part.iterdir() if path.is_dir()) if part.is_dir() else []
+        return sorted(path.name for path in part.glob("[!.]*") if path.is_dir())
 
     names = TEST_FOLDERS if test else ("train",)
     part = next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
-    classes = classes_of(part)
+    classes, endings = classes_of(part), Pillow.registered_extensions()
     # Else the test part's class numbers would mean others.
     if test and (folder / "train").is_dir() and classes != classes_of(folder / "train"):
         raise FileNotFoundError(f"{part} does not hold the class folders of {folder / 'train'}")
-    files = [(str(path), at) for at, name in enumerate(classes) for path in sorted((part / name).iterdir())]
-    files = [(path, at) for path, at in files if Path(path).is_file()]
+    files = [
+        (str(path), label)
+        for label, name in enumerate(classes)
+        for path in sorted((part / name).glob("[!.]*"))
+        if path.suffix.lower() in endings and path.is_file()
+    ]
     if not files:
         raise FileNotFoundError(
-            f"{folder} has no images in {names[0]}/<class>/*; unpack the data set there, one folder a class, "
-            "or leave --data out to take it from the Hugging Face hub"
+            f"{folder} has no images in {names[0]}/<class>/*; unpack the data set there, one folder a class"
         )
     # `load_dataset("imagefolder")` would take a minute to list CIFAR's 60,000 files, in every process.
-    columns = {"image": [path for path, _ in files], "label": [number for _, number in files]}
+    columns = {"image": [path for path, _ in files], "label": [label for _, label in files]}
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
     return Dataset.from_dict(columns, features)
 
 
 def _hub(name: str, part: str) -> Dataset:
-    import datasets  # noqa: PLC0415
+    import datasets
 
     try:
         return datasets.load_dataset(name, split=part)
     except Exception as error:  # the library's own, urllib's or httpx's: the remedy is the same
         raise FileNotFoundError(
-            f"cannot load {name!r} from the Hugging Face hub ({type(error).__name__}: {error}). "
-            "Is there a network? Give --data FOLDER with the images as train/<class>/* and test/<class>/*, "
-            f"or download them where there is a network: `hf download --repo-type dataset {name}`"
+            f"cannot load {name!r} from the Hugging Face hub ({type(error).__name__}: {error}), and there is "
+            "no such folder. Give --data FOLDER with the images as train/<class>/* and test/<class>/*, or "
+            f"download them where there is a network: `hf download --repo-type dataset {name}`"
         ) from error
 
 
 def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+    import numpy as np
+    from PIL import Image as Pillow
+
     try:
-        with Pillow.open(source) as opened:
+        with Pillow.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
             rgb = opened.convert("RGB")
     except (Pillow.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(

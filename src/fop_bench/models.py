@@ -41,10 +41,7 @@ def basic_block(inputs: int, width: int, stride: int) -> Residual:
 
 
 def bottleneck(inputs: int, width: int, stride: int) -> Residual:
-    """Build the block of ResNet-50, (N, inputs, H, W) to (N, 4·width, H/stride, W/stride).
-
-    As in He et al. 2016, figure 5, with the stride in the 3×3.
-    """
+    """Build the block of ResNet-50 (He et al. 2016, figure 5), to 4·width channels, its stride in the 3×3."""
     first, last = _convolution(inputs, width, 1), _convolution(width, 4 * width, 1)
     # The block starts as its shortcut, which eases the first epochs at large batches (Goyal et al. 2017).
     nn.init.zeros_(last.get_parameter("1.weight"))
@@ -53,11 +50,7 @@ def bottleneck(inputs: int, width: int, stride: int) -> Residual:
 
 
 class ResNet(nn.Module):
-    """A ResNet from images (N, 3, H, W) to logits (N, classes).
-
-    The stem is that for 32×32 images, without max-pooling, unless ``stem`` leads to ``width`` channels. Each
-    stage doubles the channels, and all but the first halve the image.
-    """
+    """A ResNet from images (N, 3, H, W) to logits (N, classes), its stem by default that for 32×32 images."""
 
     def __init__(
         self,
@@ -90,12 +83,7 @@ def resnet18(classes: int = 10) -> ResNet:
 
 def resnet50(classes: int = 1000) -> ResNet:
     """Build ResNet-50 v1.5 for ImageNet (He et al. 2016; Goyal et al. 2017)."""
-    stem = [
-        nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(3, stride=2, padding=1),
-    ]
+    stem = [*_convolution(3, 64, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
     model = ResNet(64, (3, 4, 6, 3), classes, bottleneck, stem)
     for module in model.features.modules():
         if isinstance(module, nn.Conv2d):
@@ -182,10 +170,7 @@ class TokenTransformer(nn.Module):
 
 
 class TokensToToken(nn.Module):
-    """Three soft splits with a transformer after the first two (Yuan et al. 2021, figure 4).
-
-    Maps images (N, 3, H, W), H and W multiples of 16, to tokens (N, H/16·W/16, dim).
-    """
+    """Three soft splits of images into tokens (N, H/16·W/16, dim) (Yuan et al. 2021, figure 4)."""
 
     def __init__(self, dim: int, token_dim: int = 64) -> None:
         super().__init__()
@@ -211,10 +196,7 @@ def sinusoids(tokens: int, dim: int) -> Tensor:
 
 
 class T2TViT(nn.Module):
-    """T2T-ViT with transformers between its soft splits, by default T2T-ViT_t-14 (Yuan et al. 2021).
-
-    Maps images (N, 3, image_size, image_size) to logits (N, classes).
-    """
+    """T2T-ViT with transformers between its soft splits, by default T2T-ViT_t-14 (Yuan et al. 2021)."""
 
     position_TD: Tensor
 
@@ -257,11 +239,8 @@ def mlp(sizes: Sequence[int] = (784, 512, 512, 10)) -> nn.Sequential:
 
 
 def digits_cnn(classes: int = 10) -> nn.Sequential:
-    """Build the small CNN with BatchNorm for 8×8 digits (N, 1, 8, 8).
-
-    BatchNorm's running averages move three times as fast as by default: at full batch an epoch is one step,
-    and averages that lag ten steps behind would hide from the evaluation how far the weights have come.
-    """
+    """Build the small CNN with BatchNorm for 8×8 digits (N, 1, 8, 8)."""
+    # At full batch an epoch is one step: slower running averages would hide how far the weights have come.
     norm = partial(nn.BatchNorm2d, momentum=0.3)
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU()),

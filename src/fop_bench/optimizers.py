@@ -35,7 +35,7 @@ def _library(name: str) -> Build:
 
 def _muon(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """Give Muon the hidden weights; its authors leave the last layer, gains and biases to AdamW."""
-    from pytorch_optimizer import Muon  # noqa: PLC0415
+    from pytorch_optimizer import Muon
 
     last = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     hidden = [p for p in model.parameters() if p.ndim >= 2 and not any(p is weight for weight in last)]

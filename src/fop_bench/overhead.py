@@ -6,7 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fop_bench.models import ViT, mlp, resnet18
@@ -38,21 +40,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 T = TypeVar("T")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model by name, a batch size, and whether the forward pass runs under bf16 autocast."""
+    """A model by name, the batch size of one rank, and whether the forward pass runs under bf16 autocast."""
 
     model: str
     batch_size: int
     bf16: bool
-
-    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Draw inputs and class numbers."""
-        shape = MODELS[self.model][1]
-        inputs = torch.randn(self.batch_size, *shape, device=device)
-        return inputs, torch.randint(CLASSES, (self.batch_size,), device=device)
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,7 @@ class Trainer:
     bf16: bool
 
     def step(self, curvature: bool | None = None) -> None:
-        """Take one training step: forward, backward, update.
-
-        Raises RuntimeError unless it updates the curvature just as the measurement expects, if that is given.
-        """
+        """Take one training step; raises RuntimeError if it updates the curvature against expectation."""
         due = getattr(self.optimizer, "curvature_due", False)
         if curvature is not None and due != curvature:
             raise RuntimeError(f"the next step has curvature_due={due}, the measurement needs {curvature}")
@@ -90,9 +84,8 @@ class Trainer:
         self.step()
         for group in self.optimizer.param_groups:
             if "curvature_interval" in group:
-                group["curvature_interval"] = NEVER
                 # As late in training: in the first steps updates come more often than the interval says.
-                group["step"] = 10 * NEVER
+                group |= {"curvature_interval": NEVER, "step": 10 * NEVER}
         self.request_curvature()
         for _ in range(3):
             self.step()
@@ -105,12 +98,18 @@ class Trainer:
         return True
 
 
-def prepare(workload: Workload, optimizer: str, device: torch.device) -> Trainer:
-    """Build the model, its optimizer at default options and the batch; equal for all optimizers."""
+def prepare(workload: Workload, optimizer: str, device: torch.device, **options: Any) -> Trainer:
+    """Build the model, its optimizer and this rank's batch; the weights are equal for all optimizers."""
+    build, shape = MODELS[workload.model]
     torch.manual_seed(0)
-    model = MODELS[workload.model][0]().to(device)
-    inputs, targets = workload.batch(device)
-    return Trainer(model, BUILDERS[optimizer][1](model, lr=LEARNING_RATE), inputs, targets, workload.bf16)
+    model = build().to(device)
+    if dist.is_initialized():
+        model = DistributedDataParallel(model)
+    torch.manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
+    inputs = torch.randn(workload.batch_size, *shape, device=device)
+    targets = torch.randint(CLASSES, (workload.batch_size,), device=device)
+    stepper = BUILDERS[optimizer][1](model, lr=LEARNING_RATE, **options)
+    return Trainer(model, stepper, inputs, targets, workload.bf16)
 
 
 def amortised(plain: float, curvature: float | None, interval: int | None) -> float:
@@ -120,6 +119,9 @@ def amortised(plain: float, curvature: float | None, interval: int | None) -> fl
     return (plain * (interval - 1) + curvature) / interval
 
 
+# --- Time and bytes, the optimizers taking turns
+
+
 def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
     """Yield A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour."""
     for number in range(rounds):
@@ -127,35 +129,68 @@ def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
         yield [*names[turn:], *names[:turn]]
 
 
-M_MMAP_THRESHOLD = -3  # glibc's name and number
-MMAP_BYTES = 64 * 1024
-Row = dict[str, Any]
+def measure_in_turns(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Row]:
+    """Return for every trainer the seconds of its timed steps and the bytes sent in one, by kind of step."""
+    for trainer in trainers.values():
+        trainer.warm_up()
+    seen: dict[str, Row] = {
+        name: {kind: {"seconds": [], "bytes": {}} for kind in ("plain", "curvature")} for name in trainers
+    }
+    for names in in_turns([*trainers], rounds):
+        for name in names:
+            _take_turn(trainers[name], **seen[name])
+    return seen
 
 
-def measure_overhead(
-    workload: Workload, device: torch.device, rounds: int, on_round: Callable[[], None] = lambda: None
-) -> list[Row]:
+def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
+    """Time some plain steps and, where there is such a thing, a curvature step after them.
+
+    An untimed plain step before them brings the caches back to this model. On a GPU the host does not wait
+    between the steps, as in real training.
+    """
+    cuda = trainer.inputs.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(trainer.inputs.device)
+    if dist.is_initialized():
+        dist.barrier()
+    marks: list[Any] = []  # events on the device's own stream, or the host's seconds
+
+    def step(of: Row) -> None:
+        before = getattr(trainer.optimizer, "bytes_sent", {})
+        trainer.step(of is curvature)
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+        after = getattr(trainer.optimizer, "bytes_sent", {})
+        sent = {what: count - before.get(what, 0.0) for what, count in after.items()}
+        of["bytes"] |= {what: count for what, count in sent.items() if count}
+
+    for _ in range(1 + PLAIN_STEPS):
+        step(plain)
+    if trainer.request_curvature():
+        step(curvature)
+    if cuda:
+        marks[-1].synchronize()
+    seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
+    plain["seconds"] += seconds[:PLAIN_STEPS]
+    curvature["seconds"] += seconds[PLAIN_STEPS:]
+
+
+def measure_overhead(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
     """Measure every optimizer on one workload: memory first, one by one, then time, in turns.
 
-    Times are in seconds, medians over `samples`. `amortised_seconds` is ((interval - 1) · plain + curvature)
-    / interval, the steady state at the default interval; `ratio_to_sgd` sets it against SGD's,
-    `plain_ratio_to_sgd` sets the plain median against it.
+    Times are in seconds, medians over `samples`; `amortised_seconds` is the steady state at the default
+    interval. The ratios set it and the plain median against SGD's.
     """
     memory = peak_memory(workload, device)
     trainers = {name: prepare(workload, name, device) for name in COMPARED}
     intervals = {name: trainer.interval for name, trainer in trainers.items()}
-    for trainer in trainers.values():
-        trainer.warm_up()
-    samples: dict[str, dict[str, list[float]]] = {name: {"plain": [], "curvature": []} for name in COMPARED}
-    for names in in_turns(COMPARED, rounds):
-        for name in names:
-            _take_turn(trainers[name], samples[name])
-        on_round()
-    sgd = statistics.median(samples["sgd"]["plain"])
-    rows = []
-    for name, seen in samples.items():
-        plain, *curvature = (statistics.median(each) for each in seen.values() if each)
+    rows: list[Row] = []
+    for name, seen in measure_in_turns(trainers, rounds).items():
+        samples = {kind: each["seconds"] for kind, each in seen.items()}
+        plain, *curvature = (statistics.median(each) for each in samples.values() if each)
         seconds = amortised(plain, curvature[0] if curvature else None, intervals[name])
+        sgd = rows[0]["plain_seconds"] if rows else plain
         rows.append(
             {
                 "workload": asdict(workload),
@@ -167,41 +202,16 @@ def measure_overhead(
                 "ratio_to_sgd": seconds / sgd,
                 "plain_ratio_to_sgd": plain / sgd,
                 "memory": memory[name],
-                "samples": seen,
+                "samples": samples,
             }
         )
     return rows
 
 
-def _take_turn(trainer: Trainer, samples: dict[str, list[float]]) -> None:
-    """Time some plain steps and, where there is such a thing, a curvature step after them.
-
-    An untimed plain step before them brings the caches back to this model. On a GPU the host does not wait
-    between the steps, as in real training.
-    """
-    cuda = trainer.inputs.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(trainer.inputs.device)
-    marks: list[Any] = []  # events on the device's own stream, or the host's seconds
-
-    def step(curvature: bool) -> None:
-        trainer.step(curvature)
-        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
-        if cuda:
-            marks[-1].record()
-
-    for _ in range(1 + PLAIN_STEPS):
-        step(curvature=False)
-    if trainer.request_curvature():
-        step(curvature=True)
-    if cuda:
-        marks[-1].synchronize()
-    seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
-    samples["plain"].extend(seconds[:PLAIN_STEPS])
-    samples["curvature"].extend(seconds[PLAIN_STEPS:])
-
-
 # --- Peak memory, with one model alive at a time
+
+M_MMAP_THRESHOLD = -3  # glibc's name and number
+MMAP_BYTES = 64 * 1024
 
 
 def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
@@ -211,30 +221,26 @@ def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
     and for a step that there is not. Call it while no other model is on the device.
     """
     if device.type == "cuda":
-        return _measure_all(workload, device)
+        return _measure_memory(workload, device)
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_measure_all_on_cpu, workload, torch.get_num_threads()).result()
+        return fresh.submit(_measure_memory, workload, device, torch.get_num_threads()).result()
 
 
-def _measure_all_on_cpu(workload: Workload, threads: int) -> dict[str, Row]:
-    torch.set_num_threads(threads)
-    try:
-        _reset_peak(torch.device("cpu"))
-    except OSError:
-        return {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
-    # Tensors get pages of their own, so that freed ones leave the resident set at once.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    return _measure_all(workload, torch.device("cpu"))
-
-
-def _measure_all(workload: Workload, device: torch.device) -> dict[str, Row]:
+def _measure_memory(workload: Workload, device: torch.device, threads: int = 1) -> dict[str, Row]:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+        try:
+            _reset_peak(device)
+        except OSError:
+            return {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
+        # Tensors get pages of their own, so that freed ones leave the resident set at once.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
     # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
-    _measure(workload, "fop", device)
-    return {name: _measure(workload, name, device) for name in COMPARED}
+    return {name: _peaks(workload, name, device) for name in ("fop", *COMPARED)}
 
 
-def _measure(workload: Workload, name: str, device: torch.device) -> Row:
+def _peaks(workload: Workload, name: str, device: torch.device) -> Row:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -275,26 +281,24 @@ def _resident(field: str) -> int:
 def overhead_table(rows: Sequence[Row]) -> str:
     """Lay out time and peak memory per step, one row per workload and optimizer."""
 
-    def scaled(value: float | None, scale: float) -> str:
-        return "–" if value is None else f"{value * scale:.2f}"
+    def cells(each: Row) -> Row:
+        workload, memory = each["workload"], each["memory"]
+        columns = {
+            f"{kind} ms": (each[f"{kind}_seconds"], 1e3) for kind in ("plain", "curvature", "amortised")
+        }
+        columns |= {f"{kind} MiB": (memory[f"{kind}_bytes"], 2**-20) for kind in ("plain", "curvature")}
+        shown = {
+            head: "–" if value is None else f"{value * scale:.2f}" for head, (value, scale) in columns.items()
+        }
+        return {
+            "model": workload["model"],
+            "batch": workload["batch_size"],
+            "precision": "bf16" if workload["bf16"] else "float32",
+            "optimizer": BUILDERS[each["optimizer"]][0],
+            "interval": each["interval"] or "–",
+            **shown,
+            "×SGD": f"{each['ratio_to_sgd']:.3f}",
+        }
 
-    return section(
-        "Median time and peak memory of a step",
-        "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's.",
-        [
-            {
-                "model": each["workload"]["model"],
-                "batch": each["workload"]["batch_size"],
-                "precision": "bf16" if each["workload"]["bf16"] else "float32",
-                "optimizer": BUILDERS[each["optimizer"]][0],
-                "plain ms": scaled(each["plain_seconds"], 1e3),
-                "curvature ms": scaled(each["curvature_seconds"], 1e3),
-                "interval": each["interval"] or "–",
-                "amortised ms": scaled(each["amortised_seconds"], 1e3),
-                "×SGD": f"{each['ratio_to_sgd']:.3f}",
-                "plain MiB": scaled(each["memory"]["plain_bytes"], 2**-20),
-                "curvature MiB": scaled(each["memory"]["curvature_bytes"], 2**-20),
-            }
-            for each in rows
-        ],
-    )
+    note = "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's."
+    return section("Median time and peak memory of a step", note, [cells(row) for row in rows])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fop_bench.report import markdown_table, plus_minus, statistic
+from fop_bench.report import markdown_table, plus_minus
 from fop_bench.run_records import Run, of_one_commit, read_runs
-from fop_bench.study import reached, studies
+from fop_bench.study import UNITS, reached, studies
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,17 @@ def _measured(table: PaperTable, group: Sequence[Run]) -> str:
     n, diverged = len(group), sum(run["diverged"] for run in group)
     lost = f", {diverged} diverged" if diverged else ""
     if table.target is None:
-        errors = statistic(1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"])
+        errors = pd.Series(
+            [1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"]], dtype=float
+        )
         return f"{plus_minus(errors, 2, scale=100.0)} (n={n}{lost})"
     # The paper's target, whatever the recipe's own is.
-    times = [reached(run, "accuracy", table.target) for run in group]
-    epochs, seconds = (statistic(each) for each in zip(*times, strict=True))
-    if epochs is None:
+    times = pd.DataFrame([reached(run, "accuracy", table.target) for run in group], columns=[*UNITS])
+    count = times["epochs"].count()
+    if count == 0:
         return f"not reached (0 of {n}{lost})"
-    share = f"n={n}" if epochs.n == n else f"reached by {epochs.n} of {n}{lost}"
-    return f"{plus_minus(epochs, 1)} / {plus_minus(seconds, 1, scale=1 / table.unit)} ({share})"
+    share = f"n={n}" if count == n else f"reached by {count} of {n}{lost}"
+    return f"{plus_minus(times['epochs'], 1)} / {plus_minus(times['seconds'] / table.unit, 1)} ({share})"
 
 
 def _about(recipe: str, table: PaperTable, runs: Sequence[Run]) -> str:

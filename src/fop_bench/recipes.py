@@ -91,12 +91,9 @@ def _held_out(labels: Tensor, share: float) -> Tensor:
 
 @cache
 def digits_split() -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sample numbers of the fixed, stratified train, validation and test parts (1024, 386, 387).
-
-    1024 = 16 × 64 = 2 × 512: no batch size of the demo leaves samples over.
-    """
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    """Return the sample numbers of the stratified train, validation and test parts (1024, 386, 387)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     labels = load_digits().target
     train, rest = train_test_split(range(len(labels)), train_size=1024, stratify=labels, random_state=0)
@@ -112,7 +109,7 @@ class DigitsTask:
 
     def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
         """Return a rank's share of the three parts; raises ValueError if other data are asked for."""
-        from sklearn.datasets import load_digits  # noqa: PLC0415
+        from sklearn.datasets import load_digits
 
         if data is not None:
             raise ValueError(f"--data is {data}; the digits come with scikit-learn, leave it out")
@@ -125,17 +122,13 @@ class DigitsTask:
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of a comparison.
-
-    ``halves`` decides in which half of its batch a sample is: chance ("random"), the sample, which is in the
-    same one every time, as far as batches allow ("fixed"), or its class ("classes").
-    """
+    """One side of a comparison."""
 
     optimizer: str  # key of `BUILDERS`
     grid: Mapping[str, Sequence[Any]]  # what tuning chooses from; every combination is one tuning run
     options: Callable[[int], Mapping[str, Any]] = lambda batch_size: {}  # fixed ones, given the batch size
     label: str = ""  # in tables; the optimizer's by default
-    halves: str = "random"
+    halves: str = "random"  # what decides a sample's half of its batch; or "fixed" (the sample), "classes"
     formula: str = "paper"  # or a key of `FORMULAS` for a changed equation
 
     @property
@@ -151,16 +144,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison: who, at which batch sizes for how many epochs, and over which seeds.
-
-    If ``tuned``, the best options of the grid, by runs with seed 0 on the held-out images, go into the runs
-    with ``seeds``; if not, every combination does, which maps the grid.
-    """
+    """A comparison: who, at which batch sizes for how many epochs, and over which seeds."""
 
     contenders: Mapping[str, Contender]
     epochs: Mapping[int, int]  # by batch size
     seeds: Sequence[int]
-    tuned: bool = True
+    tuned: bool = (
+        True  # the best options by runs with seed 0 go into those with `seeds`; else every combination
+    )
     phase: str = "final"  # of the runs with `seeds`; "tuning" to judge these on held-out images too
 
 
@@ -177,6 +168,12 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Callable[[Optimizer, int], LRScheduler] = cosine  # given the number of all steps
     bf16: bool = True  # whether all runs use bf16 autocast on a GPU
+
+    def network(self, classes: int, device: torch.device) -> nn.Module:
+        """Build the network on a device, for images whose channels come last in memory."""
+        model = self.model(classes).to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        return model
 
 
 Grid = Mapping[str, Sequence[Any]]
@@ -198,10 +195,14 @@ def second_order(grid: Grid, fixed: Options = lambda batch_size: {}) -> dict[str
     return {name: Contender(name, grid, fixed) for name in ("kfac", "fop")}
 
 
-def comparison(
+def grids(**of: Grid) -> dict[str, Contender]:
+    """Return optimizers with these grids and otherwise their defaults."""
+    return {name: Contender(name, grid) for name, grid in of.items()}
+
+
+def _comparison(
     contenders: Mapping[str, Contender], epochs: Mapping[int, int], seeds: int
 ) -> dict[str, Study]:
-    """Return a single study with the seeds 1, 2, …."""
     return {"comparison": Study(contenders, epochs, range(1, seeds + 1))}
 
 
@@ -215,11 +216,8 @@ CIFAR100 = Source("uoft-cs/cifar100", image="img", label="fine_label", classes=1
 
 # --- Digits: seconds a run, no download
 
-RATES = {name: Contender(name, {"lr": (0.01, 0.03, 0.1, 0.3)}) for name in ("kfac", "fop")}
-FIRST_ORDER = {
-    "sgd": Contender("sgd", {"lr": (0.03, 0.1, 0.3, 1.0)}),
-    "adamw": Contender("adamw", {"lr": (0.003, 0.01, 0.03, 0.1)}),
-}
+RATES = second_order({"lr": (0.01, 0.03, 0.1, 0.3)})
+FIRST_ORDER = grids(sgd={"lr": (0.03, 0.1, 0.3, 1.0)}, adamw={"lr": (0.003, 0.01, 0.03, 0.1)})
 
 DIGITS = Recipe(
     name="digits",
@@ -284,11 +282,11 @@ CIFAR10_SMALL = Recipe(
     model=small_resnet,
     studies={
         "comparison": Study(
-            {
-                "sgd": Contender("sgd", {"lr": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)}),
-                "adamw": Contender("adamw", {"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}),
-                **second_order({**RATE, "damping": (1e-4, 1e-3)}, _small()),
-            },
+            grids(
+                sgd={"lr": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)},
+                adamw={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)},
+            )
+            | second_order({**RATE, "damping": (1e-4, 1e-3)}, _small()),
             SMALL_EPOCHS,
             seeds=(1, 2, 3),
         ),
@@ -322,11 +320,11 @@ CIFAR10_SMALL = Recipe(
             seeds=(1, 2, 3),
         ),
         "library": Study(
-            {
-                "muon": Contender("muon", {"lr": (0.01, 0.03, 0.1), "adamw_lr": (0.003, 0.01)}),
-                "soap": Contender("soap", {"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}),
-                "lamb": Contender("lamb", {"lr": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}),
-            },
+            grids(
+                muon={"lr": (0.01, 0.03, 0.1), "adamw_lr": (0.003, 0.01)},
+                soap={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)},
+                lamb={"lr": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)},
+            ),
             SMALL_EPOCHS,
             seeds=(1, 2, 3),
         ),
@@ -346,13 +344,13 @@ CIFAR10_RESNET18 = Recipe(
     title="ResNet-18 on CIFAR-10 (the paper's Table 1)",
     tasks={"cifar10": ImageTask(CIFAR10)},
     model=resnet18,
-    studies=comparison(
-        {
-            "sgd": Contender("sgd", {"lr": (0.1, 0.3, 1.0, 3.0), "weight_decay": (1e-4, 5e-4)}),
-            "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01, 0.03), "weight_decay": (0.01, 0.1)}),
-            **second_order({**TRUST, "weight_decay": (5e-4, 5e-3)}, options(falling(2048), kl_clip=1e-2)),
-            "muon": Contender("muon", {"lr": (0.01, 0.03, 0.1, 0.3), "adamw_lr": (0.001, 0.01)}),
-        },
+    studies=_comparison(
+        grids(
+            sgd={"lr": (0.1, 0.3, 1.0, 3.0), "weight_decay": (1e-4, 5e-4)},
+            adamw={"lr": (0.001, 0.003, 0.01, 0.03), "weight_decay": (0.01, 0.1)},
+            muon={"lr": (0.01, 0.03, 0.1, 0.3), "adamw_lr": (0.001, 0.01)},
+        )
+        | second_order({**TRUST, "weight_decay": (5e-4, 5e-3)}, options(falling(2048), kl_clip=1e-2)),
         dict.fromkeys((2048, 4096, 8192, 16384, 32768, 50_000), 100),
         seeds=5,
     ),
@@ -372,15 +370,15 @@ CIFAR_LT_RESNET32 = Recipe(
         for factor in (100, 50, 10)
     },
     model=partial(ResNet, 16, (5, 5, 5)),
-    studies=comparison(
-        {
-            "sgd": Contender("sgd", {"lr": (0.03, 0.1, 0.3), "weight_decay": (2e-4, 1e-3)}),
-            "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01), "weight_decay": (0.01, 0.1)}),
-            **second_order(
-                {"lr": (0.01, 0.03, 0.1), "weight_decay": (5e-4, 5e-3)},
-                options(lambda batch_size: 100, damping=1e-3, kl_clip=1e-2),
-            ),
-        },
+    studies=_comparison(
+        grids(
+            sgd={"lr": (0.03, 0.1, 0.3), "weight_decay": (2e-4, 1e-3)},
+            adamw={"lr": (0.001, 0.003, 0.01), "weight_decay": (0.01, 0.1)},
+        )
+        | second_order(
+            {"lr": (0.01, 0.03, 0.1), "weight_decay": (5e-4, 5e-3)},
+            options(lambda batch_size: 100, damping=1e-3, kl_clip=1e-2),
+        ),
         {128: 200},
         seeds=5,
     ),
@@ -394,11 +392,9 @@ IMAGENET100_T2TVIT = Recipe(
     title="T2T-ViT on ImageNet-100 (the paper's Table 2)",
     tasks={"imagenet100": ImageTask(Source("clane9/imagenet-100", test="validation", size=224))},
     model=lambda classes: T2TViT(classes=classes),
-    studies=comparison(
-        {
-            "adamw": Contender("adamw", {"lr": (0.0005, 0.001, 0.002, 0.004)}),
-            **second_order(TRUST, options(falling(512), weight_decay=5e-3)),
-        },
+    studies=_comparison(
+        grids(adamw={"lr": (0.0005, 0.001, 0.002, 0.004)})
+        | second_order(TRUST, options(falling(512), weight_decay=5e-3)),
         dict.fromkeys((512, 1024, 2048, 4096), 100),
         seeds=3,
     ),
@@ -414,13 +410,13 @@ IMAGENET1K_RESNET50 = Recipe(
     title="ResNet-50 on ImageNet-1K (the paper's Table 3)",
     tasks={"imagenet1k": ImageTask(IMAGENET, held_out=0.02)},
     model=resnet50,
-    studies=comparison(
-        {
-            "sgd": Contender("sgd", {"lr": (0.3, 1.0), "weight_decay": (3e-5, 1e-4)}),
-            "shampoo": Contender("shampoo", {"lr": (0.1, 0.3, 1.0, 3.0)}),
-            "lamb": Contender("lamb", {"lr": (0.001, 0.003, 0.01, 0.03)}),
-            **second_order(TRUST, options(falling(1024), weight_decay=5e-4)),
-        },
+    studies=_comparison(
+        grids(
+            sgd={"lr": (0.3, 1.0), "weight_decay": (3e-5, 1e-4)},
+            shampoo={"lr": (0.1, 0.3, 1.0, 3.0)},
+            lamb={"lr": (0.001, 0.003, 0.01, 0.03)},
+        )
+        | second_order(TRUST, options(falling(1024), weight_decay=5e-4)),
         dict.fromkeys((1024, 2048, 4096, 8192), 80),
         seeds=3,
     ),
@@ -448,11 +444,7 @@ def _defaults(
         "momentum": fop(lr=(0.05,), kl_clip=(1e-5, 1e-4, 1e-3), momentum=(0.0, 0.5, 0.9)),
         "freshness": fop(lr=(0.05,), curvature_interval=(1, 10, 100), stat_decay=(0.0, 0.5, 0.9)),
         "comparison": study(
-            {
-                **RATES,
-                "sgd": FIRST_ORDER["sgd"],
-                "adamw": Contender("adamw", {"lr": (0.001, 0.003, 0.01, 0.03)}),
-            },
+            RATES | {"sgd": FIRST_ORDER["sgd"]} | grids(adamw={"lr": (0.001, 0.003, 0.01, 0.03)}),
             (1, 2, 3),
         ),
     }

@@ -29,11 +29,16 @@ def read_runs(path: Path, *, whole: bool = False) -> list[Run]:
     That is a warning: the run that was writing it was killed. With ``whole`` it is an error. Raises
     ValueError for no runs, any other broken line, or a line without the keys that a report needs.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+    files = [path] if path.is_file() else record_files(path)
     runs = [run for file in files for run in _read_file(file, whole)]
     if not runs:
         raise ValueError(f"no runs in {path}; make some with fop-bench run")
     return runs
+
+
+def record_files(folder: Path) -> list[Path]:
+    """Return the files of JSON lines in a folder; hidden ones and links to nothing are none."""
+    return sorted(path for path in folder.glob("[!.]*.jsonl") if path.is_file())
 
 
 def _read_file(path: Path, whole: bool) -> Iterator[Run]:

@@ -50,8 +50,8 @@ class Selection:
     def checked(self) -> Selection:
         """Return it with names in full; raises ValueError for what the recipe does not have."""
 
-        def known(what: str, chosen: Sequence[Any], there: Mapping[Any, Any]) -> tuple[Any, ...]:
-            for each in chosen:
+        def known(what: str, chosen: Sequence[Any] | None, there: Mapping[Any, Any]) -> tuple[Any, ...]:
+            for each in chosen or ():
                 if each not in there:
                     raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
             return tuple(each for each in there if not chosen or each in chosen)
@@ -208,17 +208,23 @@ def _done(path: Path) -> list[Record]:
 
 
 def _append(path: Path, record: Record) -> None:
-    """Add one line, and do not return before it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line, and do not return before it is on the disk; raises OSError if it has no room."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    whole = path.stat().st_size if path.exists() else 0
+    with path.open("ab", buffering=0) as file:
+        try:
+            if file.write(line.encode()) < len(line.encode()):
+                raise OSError("the disk took only a part of the line; is it full?")
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(whole)
+            raise OSError(f"cannot add a run to {path}, which stays as it was: {error}") from error
 
 
 @contextmanager
 def _exclusively(path: Path) -> Iterator[None]:
     """Keep other processes from writing the same file, and put what a killed one left of a line aside."""
-    import fcntl  # noqa: PLC0415 - where it is missing, the other commands still work
+    import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fop_bench.report import Statistic, compare, markdown_table, plus_minus, statistic
+from fop_bench.report import compare, markdown_table, plus_minus
 from fop_bench.run_records import Run
 
 # Known contenders stand in this order, the others behind them.
@@ -25,9 +25,9 @@ NAN = math.nan
 class Study:
     """All runs of one study of a recipe on a task, one row of ``runs`` each.
 
-    Columns: `KEYS`, the options as text, and what came out, NaN for a diverged run: final, best and mean
-    ``accuracy``, final ``train_loss``, and by target "accuracy epochs", "accuracy seconds" and so on, NaN
-    for a target that was missed; "run" is the whole record.
+    Columns: `KEYS`, the options as text, and what came out: final, best and mean ``accuracy``, final
+    ``train_loss``, and by target "accuracy epochs", "accuracy seconds" and so on, NaN for a target that was
+    missed and for a diverged run; "run" is the whole record.
     """
 
     recipe: str
@@ -84,12 +84,10 @@ def studies(runs: Sequence[Run]) -> list[Study]:
 
 def _row(run: Run) -> dict[str, Any]:
     curve = [] if run["diverged"] else run["curve"]
-    accuracies = [epoch["accuracy"] for epoch in curve]
-    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run, "train_loss": NAN}
-    row |= dict.fromkeys(("accuracy", "best", "mean"), NAN)
-    if curve:
-        row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
-        row["train_loss"] = curve[-1]["train_loss"]
+    accuracies = [epoch["accuracy"] for epoch in curve] or [NAN]
+    row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run}
+    row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
+    row["train_loss"] = curve[-1]["train_loss"] if curve else NAN
     for kind, value in run["targets"].items():
         row |= {f"{kind} {unit}": each for unit, each in zip(UNITS, reached(run, kind, value), strict=True)}
     return row
@@ -135,10 +133,7 @@ def target_label(kind: str, value: float) -> str:
 
 
 def comparison_table(study: Study) -> str:
-    """Return one row for every batch size and contender with final runs; the best of a batch size is bold.
-
-    Only the mean of at least two runs can be the best; of epochs and seconds only if every run has them.
-    """
+    """Return a row a batch size and contender; the best mean of several runs, if all have it, is bold."""
     head = ["batch", "optimizer", "options", "n", "diverged"]
     for kind, value in study.targets.items():
         head += [f"{target_label(kind, value)}: reached", *UNITS]
@@ -149,14 +144,13 @@ def comparison_table(study: Study) -> str:
         text: list[object] = [size, first["label"], first["options"], n, group["diverged"].sum()]
         score = [NAN] * len(text)
         for kind in study.targets:
-            epochs, seconds = (statistic(group[f"{kind} {unit}"]) for unit in UNITS)
-            count = epochs.n if epochs else 0
-            digits = 2 if seconds and seconds.mean < 10 else 1
-            text += [f"{count} of {n}", plus_minus(epochs, 1), plus_minus(seconds, digits)]
-            score += [NAN, *(each.mean if each and count == n > 1 else NAN for each in (epochs, seconds))]
-        final, best, loss = (statistic(group[name]) for name in ("accuracy", "best", "train_loss"))
-        text += [plus_minus(final, 2, 100.0), plus_minus(best, 2, 100.0), plus_minus(loss, 4)]
-        score += [-final.mean if final and final.n > 1 else NAN, NAN, NAN]
+            epochs, seconds = (group[f"{kind} {unit}"] for unit in UNITS)
+            digits = 2 if seconds.mean() < 10 else 1
+            text += [f"{epochs.count()} of {n}", plus_minus(epochs, 1), plus_minus(seconds, digits)]
+            score += [NAN, *(each.mean() if each.count() == n > 1 else NAN for each in (epochs, seconds))]
+        text += [plus_minus(group[name], 2, 100.0) for name in ("accuracy", "best")]
+        text.append(plus_minus(group["train_loss"], 4))
+        score += [-group["accuracy"].mean() if group["accuracy"].count() > 1 else NAN, NAN, NAN]
         texts.append(text)
         scores.append(score)
     cells, ranks = pd.DataFrame(texts).astype(str), pd.DataFrame(scores)
@@ -172,7 +166,7 @@ def fop_table(study: Study) -> str | None:
         if fop is None or name == "fop":
             continue
         columns = [f"{kind} {unit}" for kind in study.targets for unit in UNITS]
-        final = compare(statistic(fop["accuracy"]), statistic(other["accuracy"]), low=False)
+        final = compare(fop["accuracy"], other["accuracy"], low=False)
         ratios = (_ratio(fop[column], other[column]) for column in columns)
         rows.append([size, other["label"].iloc[0], *ratios, final or "–"])
     labels = [target_label(kind, value) for kind, value in study.targets.items()]
@@ -181,15 +175,14 @@ def fop_table(study: Study) -> str | None:
 
 
 def _ratio(ours: pd.Series, theirs: pd.Series) -> str:
-    below, above = statistic(ours), statistic(theirs)
-    if below is None or above is None or ours.isna().any() or theirs.isna().any():
+    if ours.isna().any() or theirs.isna().any():
         return f"– (FOP {ours.count()} of {len(ours)}, it {theirs.count()} of {len(theirs)})"
-    ratio = above.mean / below.mean
-    if above.std is None or below.std is None:
+    ratio = theirs.mean() / ours.mean()
+    if min(len(ours), len(theirs)) == 1:
         return f"{ratio:.2f} (single runs)"
     # The two vary independently of each other, by seeds of their own.
-    error = ratio * math.hypot(above.std / above.mean, below.std / below.mean)
-    return f"{ratio:.2f} ± {error:.2f}, {compare(below, above, low=True)}"
+    error = ratio * math.hypot(theirs.std() / theirs.mean(), ours.std() / ours.mean())
+    return f"{ratio:.2f} ± {error:.2f}, {compare(ours, theirs, low=True)}"
 
 
 def options_table(study: Study) -> str | None:
@@ -211,9 +204,9 @@ def tuning_table(study: Study) -> str:
     rows = []
     for _, run in study.phase("tuning").sort_values(["batch_size", "contender"], kind="stable").iterrows():
         used = chosen.get((run["batch_size"], run["contender"])) == run["options"]
-        what = [run["batch_size"], run["label"], run["options"], run["seed"]]
-        accuracies = ("–" if run["diverged"] else f"{100 * run[key]:.2f}" for key in ("mean", "accuracy"))
-        rows.append([*what, *accuracies, "yes" if run["diverged"] else "no", "chosen" if used else ""])
+        accuracies = ["–" if run["diverged"] else f"{100 * run[key]:.2f}" for key in ("mean", "accuracy")]
+        ends = [*accuracies, "yes" if run["diverged"] else "no", "chosen" if used else ""]
+        rows.append([*run[["batch_size", "label", "options", "seed"]], *ends])
     head = ["batch", "optimizer", "options", "seed", "mean accuracy %", "final accuracy %", "diverged", ""]
     return markdown_table(head, rows)
 
@@ -251,9 +244,8 @@ def unfair(study: Study) -> list[str]:
 def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
     """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping.
 
-    The columns up to "FOP train loss" are those of the table. Beside them ``difference`` of the final
-    accuracies (FOP's less K-FAC's, in points) and ``loss_ratio`` (log2 of K-FAC's final training loss over
-    FOP's), both NaN where a run is missing or diverged; ``verdict`` on the accuracies; ``lost``, whose runs
+    The columns up to "FOP train loss" are those of the table; then ``difference`` of the final accuracies, in
+    points, and ``loss_ratio`` (log2), NaN where a run is missing or diverged, and ``lost``, whose runs
     diverged. Raises ValueError for a run without learning rate or damping, or several options at one point.
     """
     final = study.phase("final")[lambda runs: runs["batch_size"] == batch_size]
@@ -268,48 +260,45 @@ def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
     found = {}
     for ending, runs in final.groupby("ending"):
         title = {"": "with KL clip", "-noclip": "without KL clip"}.get(ending, ending.strip("-"))
-        points = runs.groupby(["lr", "damping"])
         where = f"{study.where}, batch {batch_size}"
-        rows = [{"lr": lr, "damping": damping, **_point(each, where)} for (lr, damping), each in points]
-        found[title] = pd.DataFrame(rows)
+        points = runs.groupby(["lr", "damping"])
+        found[title] = pd.DataFrame([_point(lr, damping, each, where) for (lr, damping), each in points])
     return found
 
 
-def _point(runs: pd.DataFrame, where: str) -> dict[str, Any]:
+def _point(lr: float, damping: float, runs: pd.DataFrame, where: str) -> dict[str, Any]:
     sides = {label: runs[runs["family"] == name] for label, name in (("K-FAC", "kfac"), ("FOP", "fop"))}
-    lost = {label: side["diverged"].sum() for label, side in sides.items()}
     for label, side in sides.items():
         one_setting(side, f"{where}: {label}")
-    (kfac, fop), losses = (
-        [statistic(side[key]) for side in sides.values()] for key in ("accuracy", "train_loss")
-    )
-    row: dict[str, Any] = {"n": "/".join(str(len(side)) for side in sides.values())}
+    lost = {
+        label: f"{side['diverged'].sum()} of {len(side)}"
+        for label, side in sides.items()
+        if side["diverged"].any()
+    }
+    kfac, fop = (side["accuracy"] for side in sides.values())
+    row: dict[str, Any] = {"lr": lr, "damping": damping, "n": f"{len(kfac)}/{len(fop)}"}
     row |= {f"{label} accuracy %": _final(side, "accuracy", 2, 100.0) for label, side in sides.items()}
     row["FOP − K-FAC"] = "–"
     row |= {f"{label} train loss": _final(side, "train_loss", 4, 1.0) for label, side in sides.items()}
-    row |= {"K-FAC lost": lost["K-FAC"] > 0, "FOP lost": lost["FOP"] > 0, "lost": ""}
-    for label, count in lost.items():
-        n = len(sides[label])
-        row["lost"] += f"{label}{f' {count} of {n}' if count < n else ''}\n" if count else ""
+    row |= {f"{label} lost": label in lost for label in sides}
+    row["lost"] = "".join(f"{label} {count}\n" for label, count in lost.items())
     row |= {"difference": NAN, "loss_ratio": NAN, "verdict": None}
-    if kfac is None or fop is None or any(lost.values()):
-        return row
-    error = None  # the standard error of the difference
-    if kfac.std is not None and fop.std is not None:
-        error = math.sqrt(kfac.std**2 / kfac.n + fop.std**2 / fop.n)
-    gap = Statistic(fop.mean - kfac.mean, error, fop.n + kfac.n)
-    row["FOP − K-FAC"] = ("+" if gap.mean > 0 else "") + plus_minus(gap, 2, scale=100.0)
-    row |= {"difference": 100 * gap.mean, "verdict": compare(fop, kfac, low=False)}
-    above, below = (each.mean if each else 0.0 for each in losses)
-    return row | ({"loss_ratio": math.log2(above / below)} if min(above, below) > 0 else {})
+    if not lost and len(kfac) and len(fop):
+        gap, error = 100 * (fop.mean() - kfac.mean()), 100 * math.hypot(kfac.sem(), fop.sem())
+        spread = "" if math.isnan(error) else f" ± {error:.2f}"
+        row["FOP − K-FAC"] = f"{'+' if gap > 0 else ''}{gap:.2f}{spread}"
+        row |= {"difference": gap, "verdict": compare(fop, kfac, low=False)}
+        above, below = (side["train_loss"].mean() for side in sides.values())
+        row["loss_ratio"] = math.log2(above / below) if min(above, below) > 0 else NAN
+    return row
 
 
 def _final(side: pd.DataFrame, key: str, digits: int, scale: float) -> str:
-    value, diverged = statistic(side[key]), side["diverged"].sum()
-    if value is None:
+    diverged = side["diverged"].sum()
+    if side[key].count() == 0:
         return "diverged" if len(side) else "not run"
     lost = f" ({diverged} of {len(side)} diverged)" if diverged else ""
-    return f"{value.mean * scale:.{digits}f}{lost}"
+    return f"{side[key].mean() * scale:.{digits}f}{lost}"
 
 
 def map_table(points: pd.DataFrame) -> str:
@@ -326,10 +315,10 @@ def map_sentence(title: str, points: pd.DataFrame) -> str:
     single = compared["difference"][compared["verdict"].isna()]
     parts = []
     if len(verdicts):
+        counts = [verdicts.get(verdict, 0) for verdict in ("ahead", "behind", "within the spread")]
         parts.append(
-            "by more than the spread (pooled standard deviation over the seeds) in "
-            f"{verdicts.get('ahead', 0)}, K-FAC higher than FOP in {verdicts.get('behind', 0)}, "
-            f"within it in {verdicts.get('within the spread', 0)}"
+            "by more than the spread (pooled standard deviation over the seeds) in {}, K-FAC higher than FOP "
+            "in {}, within it in {}".format(*counts)
         )
     if len(single):
         parts.append(

@@ -11,23 +11,19 @@ from typing import Any
 
 import pandas as pd
 
+from fop_bench import study as tables
 from fop_bench.paper import PAPER_TABLES, paper_section
-from fop_bench.plots import layered_runs, plot_curves, plot_layers, plot_maps, plot_speed_up
-from fop_bench.plots import speed_up_reference as reference_of
-from fop_bench.report import markdown_table, plus_minus, statistic, write_page
-from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs
-from fop_bench.study import (
-    Study,
-    comparison_table,
-    fop_table,
-    map_sentence,
-    map_table,
-    maps,
-    options_table,
-    studies,
-    tuning_table,
-    unfair,
+from fop_bench.plots import (
+    layered_runs,
+    plot_curves,
+    plot_layers,
+    plot_maps,
+    plot_speed_up,
+    speed_up_reference,
 )
+from fop_bench.report import markdown_table, plus_minus, write_text
+from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs, record_files
+from fop_bench.study import Study
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
@@ -55,7 +51,7 @@ def write_report(folder: Path) -> Path:
         "epochs and seconds to a target are over the runs that reached it. A diverged run counts as that and "
         "nothing else.",
     ]
-    for recipe, of_recipe in groupby(studies(runs), key=lambda study: study.recipe):
+    for recipe, of_recipe in groupby(tables.studies(runs), key=lambda study: study.recipe):
         for task, of_task in groupby(of_recipe, key=lambda study: study.task):
             each = list(of_task)
             lines = [run for study in each for run in study.runs["run"]]
@@ -66,7 +62,7 @@ def write_report(folder: Path) -> Path:
             table = PAPER_TABLES[recipe]
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
-    return write_page(folder, parts)
+    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _how_to_repeat(runs: list[Run]) -> list[str]:
@@ -91,14 +87,15 @@ def _how_to_repeat(runs: list[Run]) -> list[str]:
 
 
 def _environments(runs: list[Run]) -> str:
-    names = {"device": "device", "processor": "kind", "threads": "threads", "torch": "torch"}
-    names |= {"python": "Python", "fop": "fop"}
-    table = pd.DataFrame([{head: run["environment"][key] for key, head in names.items()} for run in runs])
+    table = pd.DataFrame([run["environment"] for run in runs])
+    table = table[["device", "processor", "threads", "torch", "python", "fop"]]
+    table = table.rename(columns={"processor": "kind", "python": "Python"})
     table["commit"] = [_source(run) for run in runs]
     days = pd.Series([str(run["environment"]["date"])[:10] for run in runs])
-    rows = []
-    for key, of_key in days.groupby([table[name] for name in table]):
-        rows.append([*key, " to ".join(dict.fromkeys((of_key.min(), of_key.max()))), len(of_key)])
+    rows = [
+        [*key, " to ".join(dict.fromkeys((each.min(), each.max()))), len(each)]
+        for key, each in days.groupby([table[name] for name in table])
+    ]
     return markdown_table([*table, "days", "runs"], rows)
 
 
@@ -114,18 +111,18 @@ def _folded(summary: str, content: str) -> str:
 
 
 def _comparison(study: Study, folder: Path) -> list[str]:
-    parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in unfair(study))]
+    parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in tables.unfair(study))]
     if study.phase("final").empty:
         parts.append("No final run yet.")
     else:
         on_cpu = {run["environment"]["processor"] == "cpu" for run in study.runs["run"]}
         times = " ".join(text for cpu, text in TIMES.items() if cpu in on_cpu)
-        parts += [comparison_table(study), f"Bold: the best at its batch size. {times}"]
-        if table := fop_table(study):
+        parts += [tables.comparison_table(study), f"Bold: the best at its batch size. {times}"]
+        if table := tables.fop_table(study):
             label = study.labels["fop"]
             parts += [AGAINST if label == "FOP" else f"{AGAINST} FOP is here “{label}”.", table]
         parts += _plots(study, folder)
-    if options := options_table(study):
+    if options := tables.options_table(study):
         parts.append(_folded("All options of the final runs", options))
     tuning = study.phase("tuning")
     if tuning.empty:
@@ -133,7 +130,7 @@ def _comparison(study: Study, folder: Path) -> list[str]:
     counts = sorted(set(tuning.groupby(["batch_size", "contender"], observed=True).size()))
     parts.append(f"Tuning runs of an optimizer at a batch size: {'/'.join(map(str, counts))}.")
     note = "The options with the highest mean accuracy over the epochs go into the final runs."
-    return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tuning_table(study)}")]
+    return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tables.tuning_table(study)}")]
 
 
 def _plots(study: Study, folder: Path) -> list[str]:
@@ -143,7 +140,7 @@ def _plots(study: Study, folder: Path) -> list[str]:
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
-    if (reference := reference_of(study)) is not None:
+    if (reference := speed_up_reference(study)) is not None:
         plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
@@ -162,7 +159,7 @@ def _map(study: Study, folder: Path) -> list[str]:
     note = "Every point of the grid was run with every seed; nothing is selected."
     parts = [f"### Study {study.name}", note]
     for size, runs in study.runs.groupby("batch_size"):
-        grids = maps(study, size)
+        grids = tables.maps(study, size)
         if not grids:
             parts.append(f"No run of FOP or K-FAC at batch {size}.")
             continue
@@ -175,7 +172,10 @@ def _map(study: Study, folder: Path) -> list[str]:
             "percentage points; loss as the binary logarithm of K-FAC's over FOP's: 1 is half the loss.",
         ]
         for title, points in grids.items():
-            parts += [map_sentence(title, points), _folded(f"Batch {size}, {title}", map_table(points))]
+            parts += [
+                tables.map_sentence(title, points),
+                _folded(f"Batch {size}, {title}", tables.map_table(points)),
+            ]
     return [*parts, "Differences ± their standard error, from the standard deviations over n seeds of each."]
 
 
@@ -218,10 +218,10 @@ def write_defaults(folder: Path) -> Path:
         "the distance to the best accuracy that any run of the study had on that task, in percentage points; "
         "a diverged run counts as accuracy 0.",
     ]
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in record_files(folder):
         if lines := read_defaults(path):
             parts += _defaults(path.stem, lines)
-    return write_page(folder, parts)
+    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _defaults(name: str, lines: list[dict[str, Any]]) -> list[str]:
@@ -274,8 +274,8 @@ def _rates(runs: pd.DataFrame) -> list[str]:
     for task, of_task in runs.groupby("task"):
         rows = []
         for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
-            accuracy, loss = (statistic(each[name].astype(float)) for name in ("accuracy", "train_loss"))
-            counts = [len(each), each["diverged"].sum()]
-            rows.append([optimizer, f"{lr:g}", *counts, plus_minus(accuracy, 2), plus_minus(loss, 4)])
+            counts, losses = [len(each), each["diverged"].sum()], each["train_loss"].astype(float)
+            ends = [plus_minus(each["accuracy"], 2), plus_minus(losses, 4)]
+            rows.append([optimizer, f"{lr:g}", *counts, *ends])
         parts += [f"### {task}", markdown_table(head, rows)]
     return parts

@@ -1,9 +1,6 @@
 """The loss around a point of a training, and the steps from there: the picture of the paper's Figure 1.
 
-At one point, with one batch and one curvature, K-FAC steps on the gradient of each half and on their mean,
-and FOP on the pair, which it gets in two ways (`single_step`). Parameters on the AdamW path stay: what is
-seen is what the correction changes.
-
+Parameters on the AdamW path stay: what is seen is what the correction changes.
 Shapes: N batch, P all parameters in one row (float64), M points along each side of the grid.
 """
 
@@ -57,17 +54,17 @@ BARE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Question:
-    """Which point, which batch and which steps."""
+    """Which point, which batch and which steps; the options of the command."""
 
     recipe: str
-    task: str | None  # within the recipe; None for its first
-    data: str | None  # folder or hub name; None for the recipe's own
-    batch_size: int  # N of the training and of the one batch of the picture; even
-    epochs: int  # of training with FOP before the steps, at a constant learning rate
-    lr: float  # of the training and of the steps
-    damping: float  # λ of both
-    seed: int  # of weights, order and augmentation, and of the choice of the batch
-    points: int  # M
+    task: str | None
+    data: str | None
+    batch_size: int
+    epochs: int
+    lr: float
+    damping: float
+    seed: int
+    points: int
 
 
 @dataclass(frozen=True)
@@ -80,18 +77,18 @@ class Point:
 
 
 class FixedBatch:
-    """Inputs (N, ...) and class numbers (N,), N even, and the losses of a model on them.
-
-    BatchNorm takes its statistics from the whole batch, so that surface and steps belong to one function of
-    the weights, and dropout is off.
-    """
+    """Inputs (N, ...) and class numbers (N,), N even, and the losses of a model on them."""
 
     def __init__(self, inputs: Tensor, labels: Tensor) -> None:
         self.inputs, self.labels = inputs, labels
         self.halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, len(labels)))
 
     def losses(self, model: nn.Module) -> Tensor:
-        """Return the loss of every sample, (N,); the model's mode and running averages change."""
+        """Return the loss of every sample, (N,); the model's mode and running averages change.
+
+        BatchNorm takes its statistics from the whole batch, so that surface and steps belong to one function
+        of the weights, and dropout is off.
+        """
         model.eval()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -100,7 +97,7 @@ class FixedBatch:
 
     @torch.no_grad()
     def parts(self, model: nn.Module) -> dict[str, float | None]:
-        """Return the mean losses of `PARTS`, None for one that is not finite; the model changes likewise."""
+        """Return the mean losses of `PARTS`, None for one that is not finite."""
         each = self.losses(model).double()
         means = (each[part].mean().item() for part in (slice(None), *self.halves))
         rounded = (float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means)
@@ -110,10 +107,8 @@ class FixedBatch:
 class Plane:
     """The plane of the picture, spanned by filter-normalised directions (Li et al. 2018).
 
-    u (P,) is the direction of the step of the whole batch, v (P,) of the difference of the halves' steps,
-    both filter-normalised. After that, v loses its component along u, in the plain inner product over all
-    parameters, and gets the length of u. So 1 along u is the norm of every filter; along v it is that as a
-    root mean square over the filters. Raises ValueError if the directions span no plane.
+    The second one, v (P,), loses its component along the first, u (P,), and gets its length. So 1 along u is
+    the norm of every filter; along v as a root mean square. Raises ValueError if they span no plane.
     """
 
     def __init__(self, weights: Sequence[Tensor], along_u: Tensor, along_v: Tensor) -> None:
@@ -127,7 +122,7 @@ class Plane:
         """Return the least-squares coordinates (x, y) of a step (P,), and how much of its norm they hold."""
         square = self.u @ self.u  # the axes are orthogonal and of one length
         x, y = self.u @ step / square, self.v @ step / square
-        share = (x * x + y * y).sqrt() * square.sqrt() / step.norm().clamp(min=1e-300)
+        share = self.at(float(x), float(y)).norm() / step.norm().clamp(min=1e-300)
         return x.item(), y.item(), share.item()
 
     def at(self, x: float, y: float) -> Tensor:
@@ -142,17 +137,13 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def filter_normalised(direction: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Scale every filter of a direction (P,) to the norm of the same filter of the weights (Li et al. 2018).
-
-    A filter is an entry along dimension 0 of a weight; a bias counts as one. A direction of 0 stays 0.
-    """
+    """Scale every filter of a direction (P,), a bias being one, to its norm in the weights; 0 stays 0."""
     scaled = []
     for part, weight in zip(direction.split([w.numel() for w in weights]), weights, strict=True):
         filters = len(weight) if weight.dim() > 1 else 1
         rows, wanted = part.view(filters, -1), weight.detach().reshape(filters, -1).double()
-        norms = rows.norm(dim=1, keepdim=True)
-        scale = torch.where(norms > 0, wanted.norm(dim=1, keepdim=True) / norms, 0.0)
-        scaled.append((rows * scale).reshape(-1))
+        units = nn.functional.normalize(rows, dim=1, eps=1e-300)
+        scaled.append((units * wanted.norm(dim=1, keepdim=True)).reshape(-1))
     return torch.cat(scaled)
 
 
@@ -174,7 +165,7 @@ def surface(asked: Question, device: torch.device) -> dict[str, Any]:
     if task not in plan.tasks:
         raise ValueError(f"unknown data set {task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
     train = plan.tasks[task].load(asked.data).training(final=True)
-    if asked.batch_size % 2 or not 2 <= asked.batch_size <= len(train):
+    if asked.batch_size % 2 or asked.batch_size > len(train):
         raise ValueError(
             f"batch size {asked.batch_size} must be even, and from 2 to {len(train)}, all of {task}"
         )
@@ -203,22 +194,20 @@ def _trained(
     """Train the recipe's network with the recipe's options of FOP; return every epoch's mean loss too."""
     torch.manual_seed(asked.seed)
     draw = torch.Generator(device).manual_seed(asked.seed)
-    model = plan.model(len(train.classes)).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+    model = plan.network(len(train.classes), device)
     options = {**_fop_options(plan, asked.batch_size), "lr": asked.lr, "damping": asked.damping}
-    optimizer = FOP(model, **options)
 
     def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        images = train[numbers.cpu()].to(device)
+        images = train.taken(numbers, device)
         return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
 
     training = Training(
         model,
-        optimizer,
+        FOP(model, **options),
         # A schedule that ended at the point would make its steps 0.
         lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0),
         batch,
-        lambda: math.nan,  # nobody asks for the accuracy
+        evaluate=lambda: math.nan,  # nobody asks for the accuracy
         samples=len(train),
         batch_size=asked.batch_size,
         epochs=asked.epochs,
@@ -229,7 +218,7 @@ def _trained(
     now = training.progress
     if now.diverged:
         raise ValueError(f"diverged in epoch {now.epoch}; give a smaller --lr, or a larger --damping")
-    return Point(model, optimizer.state_dict(), options), [epoch.train_loss for epoch in now.curve]
+    return Point(model, training.optimizer.state_dict(), options), [epoch.train_loss for epoch in now.curve]
 
 
 def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
@@ -242,30 +231,28 @@ def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
 def picture_of(point: Point, batch: FixedBatch, points: int) -> dict[str, Any]:
     """Take the steps of `STEPS` from a point and measure the loss on their plane; the point stays."""
     weights = list(point.model.parameters())
-    sizes = [weight.numel() for weight in weights]
     steps = {name: single_step(point, batch, name)[0] for name in STEPS}
     plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
     places = {name: plane.place(step) for name, step in steps.items()}
     x, y = grid([(0.0, 0.0), *(place[:2] for place in places.values())], points)
     model, here = deepcopy(point.model), flat(weights)
 
-    @torch.no_grad()
     def losses(vector: Tensor) -> dict[str, float | None]:
-        for parameter, part in zip(model.parameters(), (here + vector).split(sizes), strict=True):
-            parameter.copy_(part.view(parameter.shape))
+        nn.utils.vector_to_parameters((here + vector).to(weights[0].dtype), model.parameters())
         return batch.parts(model)
 
     rows = [[losses(plane.at(along_u, along_v)) for along_u in x] for along_v in y]
+    ends = {
+        name: dict(zip(("x", "y", "share_in_plane"), place, strict=True)) for name, place in places.items()
+    }
     return {
         "step_options": {"lr": point.options["lr"], "damping": point.options["damping"], **BARE},
         "origin": losses(torch.zeros_like(plane.u)),
         "steps": {
             name: {
                 "what": STEPS[name],
-                "x": places[name][0],
-                "y": places[name][1],
+                **ends[name],
                 "norm": step.norm().item(),
-                "share_in_plane": places[name][2],
                 "losses_at_end": losses(step),
             }
             for name, step in steps.items()

@@ -51,43 +51,36 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * (step / steps))))
 
 
+@dataclass
 class Training:
     """A training with cross-entropy that stops when told to, and goes on from its state as if it had not.
 
-    Samples are shuffled in each epoch; those that do not fill a last batch are left out of that epoch. The
-    scheduler, which ``schedule`` makes from the optimizer and the number of all steps, is stepped after every
-    step, or, if it waits for a plateau, with the mean loss after an epoch. ``evaluate`` returns the
-    accuracy, ``mean`` the mean of a loss over all processes that train together.
+    Samples are shuffled in each epoch; those that do not fill a last batch are left out of that epoch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: Callable[[Optimizer, int], LRScheduler],
-        batch: Batch,
-        evaluate: Callable[[], float],
-        *,
-        samples: int,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        bf16: bool = False,
-        mean: Callable[[Tensor], float] = float,
-    ) -> None:
-        if not 1 <= batch_size <= samples:
+    model: nn.Module
+    optimizer: Optimizer
+    # Given the number of all steps. Stepped after every step, or, if it waits for a plateau, after an epoch.
+    schedule: Callable[[Optimizer, int], LRScheduler]
+    batch: Batch
+    evaluate: Callable[[], float]  # returns the accuracy
+    samples: int
+    batch_size: int
+    epochs: int
+    seed: int
+    bf16: bool = False
+    mean: Callable[[Tensor], float] = float  # of a loss over all processes that train together
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= self.samples:
             raise ValueError(
-                f"batch_size is {batch_size}; it must be from 1 to the {samples} training samples"
+                f"batch_size is {self.batch_size}; it must be from 1 to the {self.samples} training samples"
             )
-        self.model, self.optimizer = model, optimizer
-        self.batch, self.evaluate = batch, evaluate
-        self.samples, self.batch_size, self.epochs = samples, batch_size, epochs
-        self.steps = samples // batch_size  # of an epoch
-        self.bf16, self.mean = bf16, mean
-        self.device = next(model.parameters()).device
-        self.shuffle = torch.Generator().manual_seed(seed)
-        self.scheduler = schedule(optimizer, self.steps * epochs)
-        self.progress = Progress()
+        self.steps = self.samples // self.batch_size  # of an epoch
+        self.device = next(self.model.parameters()).device
+        self.shuffle = torch.Generator().manual_seed(self.seed)
+        self.scheduler = self.schedule(self.optimizer, self.steps * self.epochs)
         self._since: tuple[float, float] | None = None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -97,12 +90,11 @@ class Training:
             try:
                 if not self._epoch(stop):
                     return False
+                self._close_epoch()
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # missing in its stubs
                 # How an optimizer that takes roots of matrices says that they are not finite any more.
                 warnings.warn(f"a step failed: {error}", stacklevel=2)
                 now.diverged = True
-                return True
-            self._close_epoch()
         return True
 
     def start_clock(self) -> None:

@@ -38,18 +38,18 @@ class World:
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum over the ranks."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        if self.size == 1:
+            return values
+        summed = values.detach().cpu().clone()
+        dist.all_reduce(summed, group=self._group)
+        return summed
 
     def least(self, number: int) -> int:
         """Return the smallest of the ranks' numbers."""
-        return int(self._reduced(torch.tensor(number), dist.ReduceOp.MIN))
-
-    def _reduced(self, values: Tensor, how: Any) -> Tensor:
-        if self.size == 1:
-            return values
-        reduced = values.detach().cpu().clone()
-        dist.all_reduce(reduced, how, group=self._group)
-        return reduced
+        numbers = [number] * self.size
+        if self.size > 1:
+            dist.all_gather_object(numbers, number, group=self._group)
+        return min(numbers)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make gradients the mean over the ranks."""

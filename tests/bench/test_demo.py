@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
-from fop_bench.cli import main
+from command import invoke
 from fop_bench.recipes import DIGITS
 from fop_bench.run_records import read_runs
 
@@ -26,8 +25,7 @@ def test_the_demo_tunes_trains_reports_and_begins_anew(
     )
     out = tmp_path / "new folder"
     for _ in range(2):
-        asked = ["demo", "--quick", "--device", "cpu", "--out", str(out)]
-        result = CliRunner().invoke(main, asked, catch_exceptions=False)
+        result = invoke("demo", "--quick", "--device", "cpu", "--out", str(out))
         assert result.exit_code == 0, result.output
     runs = read_runs(out)
     for batch in (512, 1024):
@@ -57,7 +55,7 @@ def test_full_demo_is_three_seeds_and_the_same_grids() -> None:
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99"])
 def test_unusable_device_is_a_clear_error(device: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["demo", "--device", device, "--out", str(tmp_path / "out")])
+    result = invoke("demo", "--device", device, "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
     assert repr(device) in result.output
     assert not (tmp_path / "out").exists()

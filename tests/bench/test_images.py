@@ -277,11 +277,6 @@ def test_a_hub_that_cannot_be_reached_says_how_to_get_the_data(
     assert f"`hf download --repo-type dataset {data or 'owner/name'}`" in message
 
 
-def test_a_folder_that_is_not_there_is_no_name_on_the_hub() -> None:
-    with pytest.raises(FileNotFoundError, match="there is no folder nowhere; give one with train/<class>"):
-        load(SOURCE, "nowhere")
-
-
 # --- Which images are used
 
 
@@ -357,3 +352,29 @@ def test_a_choice_names_a_class_with_too_few(choose: Choice, counts: tuple[int, 
     with pytest.raises(ValueError, match=re.escape(message)):
         choose(labels)
     assert len(choose(torch.cat([labels, torch.tensor([1])]))) in (4, 10)
+
+
+# --- What lies about in a folder
+
+
+def test_what_is_no_image_does_not_count(folder: Path) -> None:
+    before = load(SOURCE, str(folder))
+    for place in (folder, folder / "train", folder / "train" / "mole"):
+        (place / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (place / "notes.txt").write_text("no image")
+        (place / "link.png").symlink_to(folder / "nowhere.png")
+        (place / ".cache").mkdir()
+        picture(9).save(place / ".cache" / "0.png")
+    (folder / "train" / "mole" / "._0.png").write_bytes(b"\0\5\26\7")
+    after = load(SOURCE, str(folder))
+    assert after.classes == before.classes
+    assert torch.equal(after.pixels, before.pixels)
+    assert torch.equal(after.labels, before.labels)
+    load(SOURCE, str(folder), test=True)
+
+
+@pytest.mark.parametrize("data", ["/missing", "./missing", "../a/b", "a/b/c", "~/images", "missing"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(data: str) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(f"there is no folder {data}; ")) as caught:
+        load(SOURCE, data)
+    assert "download" not in str(caught.value)

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 from torch.optim import SGD
 
+from command import invoke
 from fop_bench import overhead
-from fop_bench.cli import main
 from fop_bench.models import mlp
 from fop_bench.optimizers import BUILDERS
 from fop_bench.overhead import COMPARED, NEVER, PLAIN_STEPS, Trainer, Workload, in_turns, prepare
@@ -28,7 +27,7 @@ CPU = torch.device("cpu")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("overhead") / "new" / "overhead.json"
     arguments = ["--model", "mlp", "--batch", "2", "--no-bf16", "--rounds", "2", "--device", "cpu"]
-    result = CliRunner().invoke(main, ["overhead", *arguments, "--out", str(out)], catch_exceptions=False)
+    result = invoke("overhead", *arguments, "--out", str(out))
     assert result.exit_code == 0, result.output
     for label in ("SGD", "AdamW", "K-FAC", "FOP"):
         assert label in result.output
@@ -154,7 +153,7 @@ def test_bf16_runs_the_forward_pass_in_bf16() -> None:
 
 
 def test_unknown_model_is_a_clear_error(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["overhead", "--model", "alexnet", "--out", str(tmp_path / "o.json")])
+    result = invoke("overhead", "--model", "alexnet", "--out", str(tmp_path / "o.json"))
     assert result.exit_code == 2
     assert "alexnet" in result.output
     assert "resnet18" in result.output

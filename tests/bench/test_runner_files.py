@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from fop_bench import environment, execution, runner
-from fop_bench.cli import run as command
+import command
+from fop_bench import environment, runner
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import Record
 from fop_bench.world import World
@@ -39,7 +38,7 @@ OTHER = {"commit": "fedcba9876543210", "dirty": False}
 
 def invoke(out: Path, *arguments: str, recipe: str = "tiny") -> Any:
     asked = [recipe, "--task", "random", "--jobs", "1", "--device", "cpu", "--out", str(out), *arguments]
-    return CliRunner().invoke(command, asked)
+    return command.invoke("run", *asked)
 
 
 def started(out: Path, data: str | None = None) -> Path:
@@ -179,7 +178,6 @@ def test_records_name_the_commit_that_the_command_began_with(
     now = [COMMIT]
     for module in (runner, environment):
         monkeypatch.setattr(module, "git_state", lambda source: now[0])
-    execution._where.cache_clear()
 
     def commit_something(done: int, planned: int, title: str) -> None:
         now[0] = OTHER
@@ -199,9 +197,12 @@ def test_records_name_the_commit_that_the_command_began_with(
         (("--task", "x"), 1, "unknown task 'x'; known are random, joined"),
         (("--optimizer", "adam"), 1, "unknown optimizer 'adam'; known are sgd, fop"),
         (("--batch", "7"), 1, "unknown batch size 7; known are 8, 12"),
-        (("--minutes", "0"), 2, "'--minutes'"),
-        (("--minutes", "-1"), 2, "'--minutes'"),
-        (("--minutes", "x"), 2, "'--minutes'"),
+        (("--minutes", "0"), 2, "argument --minutes: 0 is not a finite number above 0"),
+        *(
+            (("--minutes", wrong), 2, f"argument --minutes: {wrong} is not a finite")
+            for wrong in ("-1", "nan", "inf")
+        ),
+        (("--minutes", "x"), 2, "argument --minutes: invalid"),
     ],
 )
 def test_what_cannot_be_is_named_and_nothing_is_written(
@@ -209,7 +210,7 @@ def test_what_cannot_be_is_named_and_nothing_is_written(
 ) -> None:
     told = invoke(tmp_path / "out", *arguments)
     assert told.exit_code == code
-    assert f"Error: {message}" in told.output or f"Invalid value for {message}" in told.output
+    assert f"rror: {message}" in told.output
     assert not (tmp_path / "out").exists()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fop_bench import execution, runner
-from fop_bench.cli import run as command
+from fop_bench.cli import main as command
 from fop_bench.images import Augmentation
 from fop_bench.recipes import RECIPES, Contender, Study
 from fop_bench.runner import Record
@@ -91,8 +91,21 @@ def sitting(number: int, out: Path, recipe: str, steps: int) -> None:
     clock = SimpleNamespace(monotonic=lambda: Clock.now if first else 0.0)
     runner.time = execution.time = clock
     execution.SECONDS_BETWEEN_SAVES = 5.0
-    asked = [recipe, "--task", "random", "--batch", "8", "--jobs", "1", "--device", "cpu", "--out", str(out)]
-    command([*asked, "--minutes", str(steps / 60)], standalone_mode=False)
+    asked = [
+        "run",
+        recipe,
+        "--task",
+        "random",
+        "--batch",
+        "8",
+        "--jobs",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    command([*asked, "--minutes", str(steps / 60)])
     written = {"steps": Clock.now, "unfinished": sorted(path.name for path in out.glob("unfinished/*"))}
     Path(f"{out}-{number}-{rank}.json").write_text(json.dumps(written))
 

@@ -311,7 +311,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def test_a_killed_command_leaves_no_worker_and_nothing_is_lost(tmp_path: Path, whole: list[Record]) -> None:
     mark = uuid.uuid4().hex
     path, log = tmp_path / "comparison.jsonl", tmp_path / "log"
-    asked = ["tiny", "--task", "random", "--batch", "8", "--jobs", "2", "--device", "cpu"]
+    asked = ["run", "tiny", "--task", "random", "--batch", "8", "--jobs", "2", "--device", "cpu"]
     with log.open("wb") as output:
         parent = subprocess.Popen(
             [sys.executable, tiny_study.__file__, *asked, "--out", str(tmp_path)],
@@ -322,9 +322,10 @@ def test_a_killed_command_leaves_no_worker_and_nothing_is_lost(tmp_path: Path, w
     try:
 
         def due() -> bool:
-            return parent.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") >= 3)
+            three = path.exists() and path.read_bytes().count(b"\n") >= 3
+            return parent.poll() is not None or (three and any((tmp_path / "unfinished").glob("*.pt")))
 
-        wait_until(due, "three runs are made")
+        wait_until(due, "three runs are made, and others are under way")
         workers = alive(mark) - {parent.pid}
         assert len(workers) >= 2, log.read_text()
         with pytest.raises(BlockingIOError, match="another fop-bench is writing"):
@@ -334,7 +335,7 @@ def test_a_killed_command_leaves_no_worker_and_nothing_is_lost(tmp_path: Path, w
     assert parent.wait() == -signal.SIGKILL, log.read_text()
     wait_until(lambda: not alive(mark), "the workers of a killed process end")
     before = path.read_bytes()
-    assert "tiny_study.py tiny" in json.loads(before.splitlines()[0])["environment"]["command"]
+    assert "tiny_study.py run tiny" in json.loads(before.splitlines()[0])["environment"]["command"]
     assert len(list((tmp_path / "unfinished").glob("*.pt"))) in (1, 2), "runs that were under way"
     assert go(tmp_path) == 0
     assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])

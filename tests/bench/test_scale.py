@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from torch.multiprocessing.spawn import ProcessException
 
+import command
+from command import Told
 from failing_rank import fail_on_rank_1
 from fop_bench import scale
-from fop_bench.cli import main
 from fop_bench.cost_model import (
     Architecture,
     LayerSize,
@@ -26,20 +26,21 @@ from fop_bench.cost_model import (
     llama,
     plan_for,
     predict,
+    predicted_tables,
+    predictions,
     published,
     traffic,
 )
 from fop_bench.models import ViT, mlp, resnet18
 from fop_bench.overhead import PLAIN_STEPS
-from fop_bench.scale import predicted_tables, predictions
 from fop_bench.world import run_ranks
 
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
 SIDES = [785, 512, 513, 512, 513, 10]
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["scale", *arguments])
+def invoke(*arguments: str) -> Told:
+    return command.invoke("scale", *arguments)
 
 
 # --- measured on this machine ------------------------------------------------------------------------------
@@ -140,9 +141,9 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ranks", "0"], "0 is not in the range x>=1"),
-        (["--ranks", "two"], "'two' is not a valid integer"),
-        (["--model", "alexnet"], "'alexnet' is not one of"),
+        (["--ranks", "0"], "0 is less than 1"),
+        (["--ranks", "two"], "invalid integer value: 'two'"),
+        (["--model", "alexnet"], "invalid choice: 'alexnet'"),
     ],
 )
 def test_bad_options(arguments: list[str], said: str, tmp_path: Path) -> None:
@@ -159,8 +160,7 @@ def test_a_failure_is_a_message_not_a_traceback(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(scale, "measure_scale", fail)
     result = invoke("--out", str(tmp_path))
     assert result.exit_code == 1
-    assert isinstance(result.exception, SystemExit)
-    assert "Error: rank 1 of 1 failed: no luck" in result.output
+    assert "Error: rank 1 failed: no luck" in result.output
 
 
 def test_predictions_are_written(tmp_path: Path) -> None:

@@ -1,30 +1,28 @@
+"""What tables say of several runs."""
+
+from __future__ import annotations
+
 import math
 
 import numpy as np
-import pytest
+import pandas as pd
 
-from fop_bench.report import Statistic, compare, plus_minus, statistic
-
-
-def test_statistic_is_mean_and_sample_deviation():
-    assert statistic([1.0, 2.0, 6.0]) == Statistic(3.0, pytest.approx(7**0.5), 3)
-    assert statistic([4.0]) == Statistic(4.0, None, 1)
-    assert statistic([]) is None
-    assert statistic([math.nan, 4.0]) == Statistic(4.0, None, 1)
+from fop_bench.report import compare, plus_minus
 
 
-def test_pooled_deviation_decides():
-    one, two = [1.0, 2.0, 4.0], [3.0, 5.0]
-    pooled = np.sqrt((np.var(one, ddof=1) * 2 + np.var(two, ddof=1)) / 3)
-    a, b = statistic(one), statistic(two)
-    assert compare(a, Statistic(a.mean + 0.99 * pooled, b.std, 2), low=True) == "within the spread"
-    assert compare(a, Statistic(a.mean + 1.01 * pooled, b.std, 2), low=True) == "ahead"
-    assert compare(a, Statistic(a.mean + 1.01 * pooled, b.std, 2), low=False) == "behind"
-    assert compare(a, Statistic(9.0, None, 1), low=True) is None
-    assert compare(None, b, low=True) is None
+def test_mean_and_sample_deviation_of_what_is_known() -> None:
+    assert plus_minus(pd.Series([1.0, 2.0, 6.0]), 4) == f"3.0000 ± {7**0.5:.4f}"
+    assert plus_minus(pd.Series([math.nan, 4.0]), 1) == "4.0"
+    assert plus_minus(pd.Series([math.nan, 0.971]), 2, scale=100) == "97.10"
+    assert plus_minus(pd.Series([math.nan]), 1) == plus_minus(pd.Series([], dtype=float), 1) == "–"
 
 
-def test_formatting():
-    assert plus_minus(None, 1) == "–"
-    assert plus_minus(Statistic(0.971, None, 1), 2, scale=100) == "97.10"
-    assert plus_minus(Statistic(2.0, 0.5, 3), 1) == "2.0 ± 0.5"
+def test_pooled_deviation_decides() -> None:
+    a, b = pd.Series([1.0, 2.0, 4.0]), pd.Series([3.0, 5.0, math.nan])
+    pooled = np.sqrt((np.var([1, 2, 4], ddof=1) * 2 + np.var([3, 5], ddof=1)) / 3)
+    near, far = (b - b.mean() + a.mean() + times * pooled for times in (0.99, 1.01))
+    assert compare(a, near, low=True) == "within the spread"
+    assert compare(a, far, low=True) == "ahead"
+    assert compare(a, far, low=False) == "behind"
+    assert compare(a, pd.Series([9.0, math.nan]), low=True) is None
+    assert compare(pd.Series([math.nan]), b, low=True) is None

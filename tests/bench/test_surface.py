@@ -7,14 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import command
 from fop import FOP
 from fop_bench import surface as module
-from fop_bench.cli import surface
 from fop_bench.images import Source
 from fop_bench.plots import ARROWS, plot_surface
 from fop_bench.recipes import RECIPES, Contender, ImageTask, Recipe, Study
@@ -275,7 +274,7 @@ def folder(tmp_path, monkeypatch):
 
 def invoke(folder, *arguments):
     fixed = ("--data", str(folder / "data"), "--device", "cpu", "--out", str(folder / "out"))
-    return CliRunner().invoke(surface, [*arguments, *fixed])
+    return command.invoke("surface", *arguments, *fixed)
 
 
 def test_command_writes_the_record_and_the_picture(folder):
@@ -316,7 +315,6 @@ def test_command_writes_the_record_and_the_picture(folder):
 def test_errors_say_what_is_allowed(folder, arguments, words):
     result = invoke(folder, *arguments)
     assert result.exit_code in (1, 2)
-    assert not isinstance(result.exception, ValueError)
     assert all(word in result.output for word in words), result.output
     assert not (folder / "out").exists()
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from fop import FOP
 from models import PLAIN
-from reference import correct, dense_damped_fisher, dense_fisher, full, half_squared_error, unvec, vec
+from reference import correct, dense_damped_fisher, dense_fisher, full, half_squared_error, split, unvec, vec
 
 E = 4
 Call = Callable[[Any, Tensor], Tensor]
@@ -397,7 +397,7 @@ ROWS: dict[str, Row] = {
 COINCIDENCE = pytest.mark.xfail(strict=True, reason="as many tokens as samples in dim 0: architecture.md")
 
 
-# --- the oracle: halves by sample on a twin ----------------------------------------------------------------
+# --- the oracle: sub-batches on a twin ----------------------------------------------------------------
 
 
 def weights_of(model: nn.Module) -> dict[str, Parts]:
@@ -433,7 +433,7 @@ def gradients(model: nn.Module, call: Call, x: Tensor, y: Tensor) -> dict[str, T
 
 
 def check(row: Row, x: Tensor, bare: bool = False) -> FOP:
-    """Two steps; the second is the dense equations' with halves by sample, or K-FAC's and says why."""
+    """Two steps; the second is the dense equations' with a pair by sample, or K-FAC's and says why."""
     torch.manual_seed(0)
     model = row.build().double()
     params = model.parameters() if bare else model
@@ -444,10 +444,7 @@ def check(row: Row, x: Tensor, bare: bool = False) -> FOP:
         optimizer.zero_grad()
         half_squared_error(row.call(model, x), y).backward()
         optimizer.step()
-    half = len(x) // 2
-    whole, g1, g2 = (
-        gradients(twin, row.call, x[part], y[part]) for part in (slice(None), slice(half), slice(half, None))
-    )
+    whole, g1, g2 = (gradients(twin, row.call, x[part], y[part]) for part in (slice(None), *split(len(x))))
     found = optimizer.diagnostics().layers
     assert found.keys() == whole.keys()
     for name, parts in weights_of(model).items():
@@ -467,7 +464,7 @@ def check(row: Row, x: Tensor, bare: bool = False) -> FOP:
         )
         expected = unvec(mixed.direction, like=Ga)
         error = float((matrix(model, name, *steps) - expected).norm() / expected.norm())  # type: ignore[arg-type]
-        assert error < 1e-9, f"{name}: {error:.1e} from {'the halves by sample' if beta else 'K-FAC'}"
+        assert error < 1e-9, f"{name}: {error:.1e} from {'the pair by sample' if beta else 'K-FAC'}"
         assert mixed.perpendicular.norm() > 1e-4 * Ga.norm(), "the case cannot fail"
     return optimizer
 

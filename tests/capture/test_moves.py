@@ -29,7 +29,7 @@ from models import (
     train_step,
     weights,
 )
-from reference import Tape, half_squared_error, observe
+from reference import Tape, half_squared_error, observe, split
 from reference.steps import check_direction
 
 # Nothing but momentum, so that a lost buffer shows; the curvature of step 16 is kept until step 19.
@@ -85,7 +85,7 @@ def check(model: nn.Module, optimizer: FOP, seed: int, tolerance: float = 1e-9) 
     new = dict(model.named_parameters())
     moved = {name: (was - new[name]).detach() / PLAIN["lr"] for name, was in old.items()}
     for name in BLOCKS:
-        g1, g2 = blocks[name].mean_gradient(0, 3), blocks[name].mean_gradient(3, 6)
+        g1, g2 = map(blocks[name].mean_gradient, split(6))
         held = optimizer.state[new[name]]
         check_direction(name, blocks[name].matrix(moved), held, (g1 + g2) / 2, g1 - g2, PLAIN, tolerance)
     found = optimizer.diagnostics().layers
@@ -361,7 +361,7 @@ def test_weight_norm_after_construction(bare: bool) -> None:
     train_step(model, optimizer, *batch(6, 2))
     assert_differs(weights(model), before)
     rows = [row for row in optimizer.summary().rows if "original" in row.name]
-    assert [(row.path, bool(row.reason)) for row in rows] == [("AdamW", True)] * 2
+    assert [(row.path, bool(row.reason)) for row in rows] == [("AdamW", True), ("FOP", True)]
 
 
 # --- modules replaced --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from internals import (
     kfac_direction,
 )
 from models import weights
+from reference import joined, split
 
 # Derandomized: a run today and a run tomorrow see the same examples. They are small: nothing to shrink.
 thorough = settings(derandomize=True, deadline=None, max_examples=40, database=None, phases=[Phase.generate])
@@ -301,11 +302,12 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @brief
 @drawn
 def test_order_of_the_samples(model: str, half: int, seed: int) -> None:
-    """Halves swapped or shuffled within: the same run. Mixed across: another one."""
+    """Sub-batches swapped or shuffled within: the same run. Mixed across: another one."""
     data = batches(model, 2 * half, 3, seed)
-    swapped = torch.arange(2 * half).roll(half)
-    shuffled = torch.cat([torch.randperm(half), half + torch.randperm(half)])
-    crossed = torch.arange(2 * half).reshape(2, half).T.flatten()
+    first, second = map(torch.tensor, split(2 * half))
+    swapped = joined(second, first)
+    shuffled = joined(first[torch.randperm(half)], second[torch.randperm(half)])
+    crossed = joined(*torch.cat([first, second]).view(half, 2).T)
     plain, optimizer = trained(model, data)
     for order, is_same in ((swapped, True), (shuffled, True), (crossed, False)):
         other, _ = trained(model, [(x[order], y[order]) for x, y in data])
@@ -321,7 +323,7 @@ def test_order_of_the_samples(model: str, half: int, seed: int) -> None:
 @brief
 @drawn
 def test_equal_halves_and_single_samples_are_kfac(model: str, half: int, seed: int) -> None:
-    data = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in batches(model, half, 3, seed)]
+    data = [(joined(x, x), joined(y, y)) for x, y in batches(model, half, 3, seed)]
     (one, optimizer), (other, _) = trained(model, data), trained(model, data, KFAC)
     assert distance(one, other) <= 1e-12
     assert {layer.rho for layer in optimizer.diagnostics().layers.values()} == {0.0}

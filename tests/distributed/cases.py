@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fop import FOP, KFAC
 from models import Attentive, batch, conv_net, mlp, sentences, train_step
-from reference import half_squared_error
+from reference import half_squared_error, joined
 
 STEPS = 10
 OPTIONS: dict[str, Any] = {
@@ -205,9 +205,7 @@ def _half(case: Case, step: int, index: int, rank: int, half: int) -> tuple[Tens
 
 
 def _batch(case: Case, step: int, index: int, rank: int) -> tuple[Tensor, Tensor]:
-    x, y = (
-        torch.cat(each) for each in zip(*(_half(case, step, index, rank, h) for h in (0, 1)), strict=True)
-    )
+    x, y = (joined(*each) for each in zip(*(_half(case, step, index, rank, h) for h in (0, 1)), strict=True))
     return x, y
 
 

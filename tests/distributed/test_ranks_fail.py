@@ -254,3 +254,46 @@ def test_one_rank_is_one_process() -> None:
     model = mlp()
     steps(model, FOP(model.parameters(), **OPTIONS), 0, 0, 3)
     torch.testing.assert_close(run_ranks(single, 1)[0], weights(model), rtol=1e-12, atol=1e-14)
+
+
+# --- ranks that do not meet --------------------------------------------------------------------------
+
+
+def not_met(rank: int, when: str, mode: str) -> tuple[str, str]:
+    """Rank 1 ends where rank 0 waits for it; the message, and the type of what torch has said."""
+    model = mlp()
+    net = DistributedDataParallel(model) if mode == "lean" else model
+    optimizer = FOP(net, **OPTIONS, distributed={"mode": mode})
+    if when != "in the handshake":
+        steps(net, optimizer, rank, 0, 2)
+    if when == "in another collective":
+        # Rank 1 alone has loaded a state, and shakes hands; rank 0 has not, and sends gradients.
+        if rank == 1:
+            optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        optimizer.zero_grad()
+        loss_of(net, *batch(6, rank)).backward()
+        if rank == 1:
+            os._exit(7)
+    with pytest.raises(RuntimeError) as error:
+        steps(net, optimizer, rank, 0, 2)
+        optimizer.step()
+    cause = error.value.__cause__
+    if when == "in another collective":
+        os._exit(7)
+    return str(error.value), type(cause).__name__
+
+
+@pytest.mark.parametrize("mode", ["compatible", "lean"])
+@pytest.mark.parametrize("when", ["in the handshake", "in a later step"])
+def test_the_message_says_which_exchange_and_what_to_check(when: str, mode: str) -> None:
+    said, cause = run_ranks(not_met, 2, when, mode, expected=(1, 7))[0]
+    assert "rank 0 of 2: the exchange of " in said
+    assert any(f"({name})" in said for name in ("new_group", "all_gather_object", "all_reduce", "reduce"))
+    assert "Look at its own output, then start all ranks again from the last checkpoint" in said
+    assert cause not in ("NoneType", "AssertionError")
+
+
+def test_ranks_at_different_collectives_fail_with_a_message() -> None:
+    """Both raise the error that `not_met` expects, or find out that the other has ended."""
+    run_ranks(not_met, 2, "in another collective", "compatible", expected=(7, 7))

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fop import FOP
 from models import batch, loss_of, mlp, weights
 from ranks import run_ranks
+from reference import joined, split
 
 SEGMENT = 7
 RANKS = (4, 2, 3, 1)
@@ -44,10 +45,10 @@ class Net(nn.Module):
 
 
 def train(model: nn.Module, optimizer: FOP, steps: range, rank: int, ranks: int) -> None:
-    """Each rank has a part of a batch of 24; the first halves of all ranks are the first 12 samples."""
+    """Each rank has a part of a batch of 24; the first sub-batches of all ranks are its first one."""
     for step in steps:
         x, y = batch(24, step, (2, 5, 6))
-        own = torch.arange(24).view(2, ranks, -1)[:, rank].flatten()
+        own = joined(*(torch.tensor(part).view(ranks, -1)[rank] for part in split(24)))
         optimizer.zero_grad()
         loss_of(model, x[own], y[own]).backward()
         optimizer.step()

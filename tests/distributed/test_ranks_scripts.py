@@ -52,6 +52,29 @@ def made_again(rank: int) -> Weights:
     return weights(model)
 
 
+def taken_over(rank: int, mode: str) -> Weights:
+    """The newest of several live optimizers trains as the only one; the last one before has stepped half."""
+    model = DistributedDataParallel(mlp())
+    start, kept = copy.deepcopy(model.module.state_dict()), []
+    for earlier in ("lean", "compatible", "lean"):
+        kept.append(FOP(model, **OPTIONS, distributed={"mode": earlier}))
+        steps(model, kept[-1], rank, 0, 3)
+        loss_of(model, *batch(6, rank)).backward()
+    model.module.load_state_dict(start)
+    model.zero_grad()
+    optimizer = FOP(model.parameters(), **OPTIONS, distributed={"mode": mode})
+    steps(model, optimizer, rank, 0, STEPS)
+    assert why_kfac(optimizer) == {}
+    with model.join():
+        pass
+    for old in kept:
+        with pytest.raises(RuntimeError, match="was replaced"):
+            old.step()
+        with pytest.raises(RuntimeError, match="was replaced"):
+            old.step_without_batch()
+    return weights(model.module)
+
+
 def partly_sharded(rank: int) -> Weights:
     """What nobody averages the optimizer averages."""
     model = nn.Sequential(
@@ -148,6 +171,8 @@ SCRIPTS: dict[str, tuple[int, Callable[[int], Weights]]] = {
     "two-models": (2, partial(two_models, mode="compatible")),
     "two-models-lean": (2, partial(two_models, mode="lean")),
     "made-again": (2, made_again),
+    "taken-over": (2, partial(taken_over, mode="compatible")),
+    "taken-over-lean": (2, partial(taken_over, mode="lean")),
     "partly-sharded": (2, partly_sharded),
     "replaced": (2, replaced),
     "uneven": (3, partial(uneven, kind=FOP, joined="ddp", mode="compatible")),
@@ -173,11 +198,11 @@ def test_all_ranks_end_with_the_same_weights(script: str) -> None:
     ranks, function = SCRIPTS[script]
     results = run_ranks(function, ranks)
     assert_same(results)
-    if script.startswith("two-models"):
-        for index in (0, 1):
-            for name, value in alone(mlp(index)).items():
-                error = results[0][f"{index}.module.{name}"] - value
-                assert error.norm() < 1e-10 * value.norm()
+    of_one = {"two-models": ["0.module.", "1.module."], "taken-over": [""]}
+    for seed, prefix in enumerate(of_one.get(script.removesuffix("-lean"), [])):
+        for name, value in alone(mlp(seed)).items():
+            error = results[0][f"{prefix}{name}"] - value
+            assert error.norm() < 1e-10 * value.norm()
 
 
 def alone(model: nn.Module) -> Weights:

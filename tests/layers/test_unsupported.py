@@ -83,28 +83,10 @@ PARAMETRIZED, LIST = "parametrizations.weight.original", "ParametrizationList"
 # Module, how it is called, shape of a sample, and part of the reason by parameter.
 Row = tuple[Callable[[], nn.Module], str, tuple[int, ...], dict[str, str]]
 UNSUPPORTED: dict[str, Row] = {
-    "overridden linear": (lambda: Doubled(3, 2), "plain", (3,), {
-        "weight": "Doubled overrides Linear.forward", "bias": "Doubled overrides Linear.forward"}),
-    "overridden conv": (lambda: Standardized(2, 3, 3, bias=False), "plain", (2, 4, 4), {
-        "weight": "Standardized overrides Conv2d.forward"}),
-    "overridden _conv_forward": (lambda: OtherConvolution(2, 3, 3), "plain", (2, 4, 4), {
-        "weight": "OtherConvolution overrides Conv2d.forward"}),
-    "overridden transposed": (lambda: OtherTransposed(2, 3, 3), "plain", (2, 4), {
-        "weight": "OtherTransposed overrides ConvTranspose1d.forward"}),
     "overridden embedding": (lambda: OtherEmbedding(2, 3), "tokens", (4,), {
         "weight": "OtherEmbedding overrides Embedding.forward"}),
-    "overridden attention": (lambda: OtherAttention(4, 2, batch_first=True), "attention", (3, 4), {
-        "in_proj_weight": "OtherAttention overrides MultiheadAttention.forward", "out_proj.weight": ""}),
-    # Of the instance, which no look at the class shows.
-    "replaced forward": (replaced_forward, "plain", (3,), {"weight": "forward", "bias": "forward"}),
-    "weight_norm": (lambda: NORM(nn.Linear(3, 2)), "plain", (3,), {
-        "bias": COMPUTED, f"{PARAMETRIZED}0": LIST, f"{PARAMETRIZED}1": LIST}),
-    "spectral_norm": (lambda: SPECTRAL(nn.Conv2d(2, 3, 3)), "plain", (2, 4, 4), {
-        "bias": COMPUTED, PARAMETRIZED: LIST}),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(3, 3, bias=False)), "plain", (3,), {
         PARAMETRIZED: LIST}),
-    "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", amount=2), "plain", (3,), {
-        "weight_orig": COMPUTED}),
     "max_norm": (lambda: nn.Embedding(2, 3, max_norm=0.5), "tokens", (4,), {"weight": "max_norm"}),
     "scaled by frequency": (lambda: nn.Embedding(2, 3, scale_grad_by_freq=True), "tokens", (4,), {
         "weight": "scale_grad_by_freq"}),
@@ -129,7 +111,7 @@ def trained(case: str, make: Callable[..., torch.optim.Optimizer], **options: An
 
     The gradient of a key's bias is rounding, which a small eps would blow up.
     """
-    build, call, shape, _ = UNSUPPORTED[case]
+    build, call, shape, _ = {**UNSUPPORTED, **RECOGNISED}[case]
     torch.manual_seed(1)
     module = build().double()
     start = [p.detach().clone() for p in module.parameters()]
@@ -156,6 +138,41 @@ def test_unsupported_layers_step_exactly_as_adamw_and_visibly(case: str) -> None
     for name, row in rows.items():
         assert row.path == "AdamW"
         assert row.reason and reasons.get(name, "") in row.reason and row.reason in table, name
+
+
+# Modules whose class does not tell what they compute, and how functions on their weights are recognised.
+RECOGNISED: dict[str, Row] = {
+    "overridden linear": (lambda: Doubled(3, 2), "plain", (3,), {
+        "weight": "F.linear in Doubled", "bias": "F.linear in Doubled"}),
+    "overridden conv": (lambda: Standardized(2, 3, 3, bias=False), "plain", (2, 4, 4), {
+        "weight": "F.conv2d of a computed weight in Standardized"}),
+    "overridden _conv_forward": (lambda: OtherConvolution(2, 3, 3), "plain", (2, 4, 4), {
+        "weight": "F.conv2d of a computed weight in OtherConvolution"}),
+    "overridden transposed": (lambda: OtherTransposed(2, 3, 3), "plain", (2, 4), {
+        "weight": "F.conv_transpose1d in OtherTransposed", "bias": "F.conv_transpose1d in OtherTransposed"}),
+    # The projections of query, key and value are parts of one parameter.
+    "overridden attention": (lambda: OtherAttention(4, 2, batch_first=True), "attention", (3, 4), {
+        "out_proj.weight": "F.linear in OtherAttention", "out_proj.bias": "F.linear in OtherAttention"}),
+    # Of the instance, which no look at the class shows.
+    "replaced forward": (replaced_forward, "plain", (3,), {
+        "weight": "F.linear in Linear", "bias": "F.linear in Linear"}),
+    "weight_norm": (lambda: NORM(nn.Linear(3, 2)), "plain", (3,), {
+        f"{PARAMETRIZED}1": "F.linear of a computed weight in ParametrizedLinear"}),
+    "spectral_norm": (lambda: SPECTRAL(nn.Conv2d(2, 3, 3)), "plain", (2, 4, 4), {
+        PARAMETRIZED: "F.conv2d of a computed weight in ParametrizedConv2d"}),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", amount=2), "plain", (3,), {
+        "weight_orig": "F.linear of a computed weight in Linear"}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:it is not clear where the samples")
+@pytest.mark.parametrize("case", RECOGNISED)
+def test_recognised_by_their_functions(case: str) -> None:
+    """These take FOP, and say how they were recognised; every other parameter takes AdamW and says why."""
+    _, optimizer = trained(case, FOP, lr=0.01, adamw_lr=0.02)
+    rows, reasons = {row.name: row for row in optimizer.summary().rows}, RECOGNISED[case][3]
+    assert {name: row.reason for name, row in rows.items() if row.path == "FOP"} == reasons
+    assert all(row.path == "AdamW" and row.reason for name, row in rows.items() if name not in reasons)
 
 
 def test_describing_a_module_does_not_run_it() -> None:
@@ -189,7 +206,7 @@ def with_positive_bias() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (CalledAsFunction, {"inner.weight": ("AdamW", ""), "inner.bias": ("AdamW", "")}),
+        (CalledAsFunction, {"inner.weight": ("FOP", "(A 4², G 2²)"), "inner.bias": ("FOP", "")}),
         # A parametrized bias leaves the weight its step.
         (
             with_positive_bias,
@@ -225,5 +242,6 @@ def test_supported_and_unsupported_in_one_model() -> None:
         losses.append(loss.item())
     paths = {row.name: row.path for row in optimizer.summary().rows}
     fop = {name for name, path in paths.items() if path == "FOP"}
-    assert fop == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    layers = {f"{layer}.{name}" for layer in (0, 3, 5) for name in ("weight", "bias")}
+    assert fop == {*layers, "2.parametrizations.weight.original1"}
     assert losses[-1] < losses[0]

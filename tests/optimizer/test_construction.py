@@ -302,10 +302,10 @@ class Holder(nn.Module):
     def __init__(self, parameter: Tensor) -> None:
         super().__init__()
         self.fine = nn.Linear(2, 2)
-        self.odd = nn.Parameter(parameter, requires_grad=parameter.dtype.is_complex)
+        self.odd = nn.Parameter(parameter)
 
 
-REAL = "real floating"
+REAL = "floating point and complex"
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "empty": (list, ValueError, ("empty", "model.parameters()")),
     "no-parameters": (nn.ReLU, ValueError, ("ReLU", "no parameters")),
@@ -317,10 +317,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     ),
     "twice": (twice, ValueError, ("(6, 5)", "2 times", "give each parameter once")),
     "two-groups": (shared_between_groups, ValueError, ("(3, 6)", "more than one parameter group", "once")),
-    "complex": (lambda: [torch.zeros(2, dtype=torch.cfloat)], TypeError, ("complex64", REAL)),
-    "complex-module": (lambda: Holder(torch.zeros(2, dtype=torch.cfloat)), TypeError, ("odd", "complex64")),
     "integer": (lambda: [torch.zeros(2, dtype=torch.int64)], TypeError, ("int64", REAL)),
-    "integer-module": (lambda: Holder(torch.zeros(2, dtype=torch.int8)), TypeError, ("odd", "int8")),
+    "float8": (lambda: Holder(torch.zeros(2).to(torch.float8_e5m2)), TypeError, ("odd", "float8", "freeze")),
     "boolean": (lambda: [torch.zeros(2, dtype=torch.bool)], TypeError, ("bool", REAL)),
     "not-a-leaf": (lambda: [mlp()[0].weight * 2], ValueError, ("(6, 5)", "leaf", "computed from")),
     "sparse": (lambda: [torch.eye(3).to_sparse().requires_grad_()], ValueError, ("sparse", "dense")),
@@ -350,7 +348,7 @@ def test_parameters_that_cannot_be_trained(case: str) -> None:
         FOP(given)
     says(caught, *parts)
     if REAL in parts:
-        assert any(remedy in str(caught.value) for remedy in ("view_as_real", "buffer", "leave", "without"))
+        assert "leave it out (a buffer?)" in str(caught.value)
     if isinstance(given, nn.Module):
         assert hooks(given) == installed
     train_step(other_model, other, *batch())
@@ -464,48 +462,7 @@ def test_sparse_gradient_given_by_hand() -> None:
     assert_equal(snapshot(optimizer)["state"], state["state"])
 
 
-# --- one optimizer for a parameter -------------------------------------------------------------------------
-
-
-@ours
-@pytest.mark.parametrize("first_bare", [False, True])
-@pytest.mark.parametrize("second", ["module", "bare", "part", "group"])
-def test_driven_by_another_live_optimizer(second: str, first_bare: bool, library: type[FOP]) -> None:
-    model, clean = mlp(), mlp()
-    optimizer = FOP(model.parameters() if first_bare else model)
-    expected = FOP(clean)
-    installed = hooks(model)
-    given = {
-        "module": model,
-        "bare": list(model.parameters()),
-        "part": [model[2].weight],
-        "group": [{"params": [*nn.Linear(2, 2).parameters()]}, {"params": [*model[2].parameters()]}],
-    }[second]
-    with pytest.raises(ValueError) as caught:
-        library(given)
-    says(caught, "another live", "del optimizer")
-    del caught
-    assert hooks(model) == installed
-    for seed in range(3):  # the first one still works, and as if nothing had been
-        train_step(model, optimizer, *batch(6, seed))
-        train_step(clean, expected, *batch(6, seed))
-    assert_equal(weights(model), weights(clean))
-    del optimizer
-    other = library(given)
-    train_step(model, other, *batch())
-    if second != "part":
-        assert not torch.equal(model[2].weight, clean[2].weight)
-
-
-def test_group_of_another_live_optimizer() -> None:
-    model, extra = mlp(), mlp()
-    first, second = FOP(model), FOP(extra)
-    before = snapshot(second)
-    with pytest.raises(ValueError, match="another live"):
-        second.add_param_group({"params": model[0].parameters()})
-    assert_equal(snapshot(second), before)
-    del first
-    second.add_param_group({"params": model[0].parameters()})
+# --- what failed ------------------------------------------------------------------------------------------
 
 
 def test_failed_constructor_leaves_its_parameters_free() -> None:

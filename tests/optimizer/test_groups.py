@@ -36,6 +36,7 @@ from reference import (
     full,
     half_squared_error,
     observe,
+    split,
     unvec,
     vec,
 )
@@ -225,8 +226,7 @@ def checked_step(model: nn.Module, optimizer: FOP, seed: int, *frozen: str) -> N
             continue
         state, group = optimizer.state[new[name]], groups[new[name]]
         A, G = full(state["A"]), full(state["G"])
-        half = len(y) // 2
-        g1, g2 = block.mean_gradient(0, half), block.mean_gradient(half, len(y))
+        g1, g2 = map(block.mean_gradient, split(len(y)))
         Ga, Gd = (g1 + g2) / 2, g1 - g2
         without_bias = block.bias in frozen
         if without_bias:
@@ -468,11 +468,11 @@ def test_bias_without_its_weight_takes_adamw() -> None:
 def test_bare_layers_and_conv_groups_reach_the_same_end() -> None:
     """Two optimizers on disjoint parts of one model do what one with two groups does, without a KL clip."""
     results = []
-    for split in (False, True):
+    for apart in (False, True):
         model = conv_net()
         parts = [list(model[0].parameters()), [*model[2].parameters(), *model[4].parameters()]]
         options = {**PLAIN, "momentum": 0.9}
-        if split:
+        if apart:
             optimizers = [FOP(part, **options) for part in parts]
         else:
             optimizers = [FOP([{"params": part} for part in parts], **options)]

@@ -283,6 +283,38 @@ def test_request_curvature() -> None:
     assert not optimizer.curvature_due
 
 
+@pytest.mark.parametrize("when", ["before the state", "loaded", "loaded twice", "parts called one by one"])
+def test_request_curvature_before_the_first_pass(when: str) -> None:
+    """From bare parameters, whose layers are not known then; not only of those that are called first."""
+    model = mlp()
+    optimizer = FOP(model, curvature_interval=50)
+    step = 0
+    while step < 30 or optimizer.curvature_due:
+        train_step(model, optimizer, *batch(6, step))
+        step += 1
+    state = snapshot(optimizer)
+    optimizer = FOP(model.parameters())
+    if when == "before the state":
+        # The state says when, as it does of a run that was never stopped.
+        optimizer.request_curvature()
+    optimizer.load_state_dict(state)
+    if when != "before the state":
+        optimizer.request_curvature()
+    if when == "loaded twice":
+        optimizer.load_state_dict(snapshot(optimizer))
+    x, y = batch(6, step)
+    if when == "parts called one by one":
+        optimizer.zero_grad()
+        half_squared_error(model[2](model[1](model[0](x))), y).backward()
+        optimizer.step()
+    else:
+        train_step(model, optimizer, x, y)
+    due = when != "before the state"
+    ages = [layer.steps_since_curvature for layer in optimizer.diagnostics().layers.values()]
+    assert [age == 0 for age in ages] == [due, due]
+    assert state["state"][0]["refresh_at"] > step
+
+
 # --- GradScaler --------------------------------------------------------------------------------------------
 
 

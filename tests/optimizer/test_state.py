@@ -522,6 +522,16 @@ def tensor(key: str, *shape: int) -> Callable[[State], Any]:
     return entry(**{key: torch.ones(shape, dtype=torch.float64)})
 
 
+def group(**values: Any) -> Callable[[State], Any]:
+    return lambda state: state["param_groups"][0].update(values)
+
+
+def spoiled(key: str, value: float) -> Callable[[State], Any]:
+    """One number of a tensor is bad."""
+    return lambda state: state["state"][0][key].view(-1)[-1:].fill_(value)
+
+
+nan = float("nan")
 EDITS: dict[str, Callable[[State], Any]] = {
     "empty": lambda s: s.clear(),
     "no-state": lambda s: s.pop("state"),
@@ -542,6 +552,34 @@ EDITS: dict[str, Callable[[State], Any]] = {
     "momentum-not-a-tensor": entry(momentum_buffer=0.5),
     "A-not-a-tensor": entry(A=[[1.0]]),
     "complete-not-a-tensor": entry(complete=True),
+    # Of the wrong type.
+    "state-is-a-list": lambda s: s.update(state=[]),
+    "state-is-none": lambda s: s.update(state=None),
+    "entry-is-a-list": lambda s: s["state"].update({0: [1]}),
+    "groups-are-none": lambda s: s.update(param_groups=None),
+    "groups-are-a-dict": lambda s: s.update(param_groups=s["param_groups"][0]),
+    "group-is-a-list": lambda s: s.update(param_groups=[[0, 1, 2, 3]]),
+    "params-are-none": group(params=None),
+    "params-are-a-number": group(params=4),
+    "refresh_at-is-a-string": entry(refresh_at="4"),
+    "refreshed_at-is-none": entry(refreshed_at=None),
+    "refresh_at-before-curvature": lambda s: s["state"].update({0: {"refresh_at": None}}),
+    "inverse_at-is-a-float": entry(inverse_at=0.5),
+    **{f"{key}-is-none": group(**{key: None})
+       for key in ("step", "betas", "lr", "base_lr", "last_lr", "momentum", "damping", "beta", "maximize")},
+    "betas-of-one": group(betas=(0.9,)),
+    "step-is-a-float": group(step=1.5),
+    "step-is-negative": group(step=-1),
+    "lr-is-a-tensor": group(lr=torch.tensor(0.1)),
+    # Numbers that no step could use.
+    **{f"{key}-is-nan": group(**{key: nan})
+       for key in ("lr", "base_lr", "last_lr", "weight_decay", "adamw_lr", "damping", "kl_clip", "eps")},
+    "lr-is-negative": group(lr=-0.1),
+    "lr-is-infinite": group(lr=float("inf")),
+    "betas-with-nan": group(betas=(0.9, nan)),
+    "nesterov-without-momentum": group(nesterov=True, momentum=0.0),
+    **{f"{key}-with-nan": spoiled(key, nan) for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer")},
+    "A_inv-infinite": spoiled("A_inv", float("inf")),
 }  # fmt: skip
 # What an optimizer of bare parameters can tell before the first forward pass.
 SHAPES_ALONE = ["A-too-large", "A_inv-too-large", "G-not-square"]
@@ -601,6 +639,36 @@ def test_wrong_adamw_state_raises() -> None:
     state = snapshot(optimizer)
     del state["state"][index]["exp_avg_sq"]
     check_refused(optimizer, model, state)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        state = snapshot(optimizer)
+        state["state"][index][key].view(-1)[0] = nan
+        check_refused(optimizer, model, state, f"{key!r} of.*not finite")
+    # Half precision overflows there, and such a parameter stays where it is.
+    state["state"][index]["exp_avg_sq"].fill_(float("inf"))
+    state["state"][index]["step"].fill_(3)
+    optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["kl_clip", "max_grad_norm", "loss_reduction", "sub_batches"])
+def test_state_whose_groups_disagree_on_the_whole_step(name: str) -> None:
+    other = {"kl_clip": 0.5, "max_grad_norm": 2.0, "loss_reduction": "sum", "sub_batches": 4}[name]
+    model = mlp()
+    optimizer = FOP([{"params": model[index].parameters()} for index in (0, 2)])
+    train_step(model, optimizer, *batch())
+    state = snapshot(optimizer)
+    state["param_groups"][1][name] = other
+    check_refused(optimizer, model, state, rf"param_groups\[1\] has {name}=.*set it in all groups alike")
+
+
+def test_refused_state_after_a_user_hook() -> None:
+    """What the hook makes of a good state is checked, too."""
+    model, optimizer = trained(FOP)
+
+    def spoil(given: Optimizer, state: State) -> State:
+        return {**state, "param_groups": [{**state["param_groups"][0], "lr": nan}]}
+
+    optimizer.register_load_state_dict_pre_hook(spoil)
+    check_refused(optimizer, model, snapshot(optimizer), "parameter group 0 of the state_dict: lr=nan")
 
 
 @pytest.mark.parametrize("wrong", [None, [], "state", 3])
@@ -722,6 +790,80 @@ def test_load_hook_may_fit_a_state_of_other_groups(make: Make) -> None:
     torch.testing.assert_close(weights(twin), weights(model), rtol=1e-12, atol=1e-14)
 
 
+# --- foreign keys ------------------------------------------------------------------------------------------
+
+# What wrappers (TRAC, SAM, schedule-free ones) keep in the state: torch allows any key.
+KEYS: dict[str, Any] = {"trac": {"count": torch.ones(2)}, "note": "text", "tensor": torch.ones(2), 17: [1]}
+
+
+@every
+def test_foreign_keys_in_the_state(make: Make) -> None:
+    """Through steps, a save, a load and a copy; no step is another one for them."""
+    expected, _ = trained(make, 7)
+    model, optimizer = trained(make, 2)
+    optimizer.state.update(copy.deepcopy(KEYS))
+    train(model, optimizer, range(2, 4))
+    assert_equal({key: optimizer.state[key] for key in KEYS}, KEYS)
+    twin, other = copied(model), None
+    other = make(twin.parameters())
+    # 17 would pass for the number of a parameter.
+    state = {key: value for key, value in snapshot(optimizer)["state"].items() if key != 17}
+    other.load_state_dict({**snapshot(optimizer), "state": state})
+    assert_equal({key: other.state[key] for key in KEYS if key != 17}, {k: KEYS[k] for k in KEYS if k != 17})
+    train(twin, other, range(4, 7))
+    assert_equal(weights(twin), weights(expected))
+    third_model, third = copy.deepcopy((model, optimizer))
+    train(third_model, third, range(4, 7))
+    assert_equal(weights(third_model), weights(expected))
+    if isinstance(other, FOP):
+        assert str(other.summary()) == str(third.summary())
+
+
+@only("SGD", "FOP", "KFAC")
+def test_foreign_keys_while_the_model_moves(make: Make) -> None:
+    model = Mixed().float()
+    optimizer = make(model.parameters())
+    train_as_it_is(model, optimizer, range(5))
+    optimizer.state.update(copy.deepcopy(KEYS))
+    check_float64(model.double(), optimizer, make)
+    assert_equal({key: optimizer.state[key] for key in KEYS}, KEYS)
+
+
+@ours
+def test_foreign_entries_of_a_parameter(library: type[FOP]) -> None:
+    """As SAM's copy of the weights, before the first step and later: they stay, and go where it goes."""
+    model, expected = Mixed().float(), Mixed().float()
+    optimizer, plain = library(model.parameters()), library(expected.parameters())
+    kept = {p: p.detach().clone() for p in model.parameters()}
+    for p, value in kept.items():
+        optimizer.state[p] |= {"old_p": value, "count": torch.tensor(3), "mask": value > 0, "share": 0.5}
+    for net, its in ((model, optimizer), (expected, plain)):
+        train_as_it_is(net, its, range(4))
+        its.load_state_dict(snapshot(its))
+        net.double()
+        train_as_it_is(net, its, range(4, 6))
+    assert_equal(weights(model), weights(expected))
+    for p, value in kept.items():
+        held = optimizer.state[p]
+        assert torch.equal(held["old_p"], value.double()) and held["old_p"].dtype is torch.float64
+        assert held["count"].dtype is torch.int64 and held["mask"].dtype is torch.bool
+        assert held["share"] == 0.5
+
+
+def test_foreign_keys_do_not_hide_that_a_state_must_be_made() -> None:
+    """torch.distributed.checkpoint's step of nothing."""
+    model = Mixed()
+    optimizer = FOP(model)
+    optimizer.state["note"] = {"count": 1}
+    before = weights(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert "A_inv" in optimizer.state[model.first.weight]
+    assert_equal(weights(model), before)
+
+
 # --- copies ------------------------------------------------------------------------------------------------
 
 
@@ -802,3 +944,66 @@ def test_state_of_float32_loads_into_float64(make: Make, fresh: bool) -> None:
         held = [value[key] for value in optimizer.state.values() if key in value]
         assert all(value.dtype is torch.float64 for value in held)
     check_float64(model, optimizer, make)
+
+
+SETTINGS: dict[str, Callable[[nn.Module, FOP], FOP]] = {
+    "loaded": lambda model, optimizer: (optimizer.load_state_dict(snapshot(optimizer)), optimizer)[1],
+    "loaded-into-a-new-one": lambda model, optimizer: loaded(FOP(model.parameters()), snapshot(optimizer)),
+    "loaded-into-one-of-the-module": lambda model, optimizer: loaded(FOP(model), snapshot(optimizer)),
+    "moved-there-and-back": lambda model, optimizer: (model.double(), model.float(), optimizer)[2],
+}
+
+
+def loaded(optimizer: FOP, state: State) -> FOP:
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_model_moves_between_a_load_and_the_next_step(setting: str, dtype: torch.dtype) -> None:
+    """As if the load had come after the move."""
+    model, expected = Mixed().float(), Mixed().float()
+    optimizer, plain = FOP(model.parameters()), FOP(expected.parameters())
+    for net, its in ((model, optimizer), (expected, plain)):
+        train_as_it_is(net, its, range(5))
+    optimizer = SETTINGS[setting](model, optimizer)
+    model.to(dtype)
+    expected.to(dtype)
+    plain.load_state_dict(snapshot(plain))
+    for net, its in ((model, optimizer), (expected, plain)):
+        train_as_it_is(net, its, range(5, 8))
+    assert_equal(weights(model), weights(expected))
+    assert_equal(snapshot(optimizer), snapshot(plain))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_copies_move_before_their_first_step(when: str) -> None:
+    """The model moved before the copy was made, and the state had not followed; or the copy moved."""
+    model = Mixed().float()
+    optimizer = FOP(model.parameters())
+    train_as_it_is(model, optimizer, range(5))
+    if when == "before":
+        model.double()
+    for way in COPIES.values():
+        twin, other = way((model, optimizer))
+        check_float64(twin.double(), other, FOP)
+
+
+def test_model_moves_after_its_state_was_made() -> None:
+    """By torch.distributed.checkpoint's step of nothing."""
+    model = Mixed().float()
+    optimizer = FOP(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = LR
+    model.double()
+    train_as_it_is(model, optimizer, range(3))
+    assert all(
+        held[key].dtype is torch.float64
+        for held in optimizer.state.values()
+        for key in held.keys() & {"A", "momentum_buffer", "exp_avg"}
+    )

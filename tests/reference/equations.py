@@ -33,6 +33,22 @@ def unvec(vector: Tensor, like: Tensor) -> Tensor:
 # --- curvature -------------------------------------------------------------------------------------
 
 
+def split(samples: int) -> tuple[list[int], list[int]]:
+    """Which samples of a batch are in each of two sub-batches: n by the parity of its binary digits."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for n in range(samples):
+        parts[f"{n:b}".count("1") % 2].append(n)
+    return parts
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """The batch whose two sub-batches are these."""
+    batch = torch.cat([first, second])
+    for part, samples in zip(split(len(batch)), (first, second), strict=True):
+        batch[part] = samples
+    return batch
+
+
 def full(factor: Tensor) -> Tensor:
     """(groups, d, d) of a factor that may be kept as its diagonal, (groups, d)."""
     return torch.diag_embed(factor) if factor.dim() == 2 else factor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,9 +114,9 @@ class Block:
             total = total + (gradient.mT if turned else gradient)
         return total
 
-    def mean_gradient(self, first: int, last: int) -> Tensor:
-        """Gradient of the mean loss of the samples from ``first`` to before ``last``."""
-        return torch.stack([self.sample_gradient(n) for n in range(first, last)]).mean(0)
+    def mean_gradient(self, samples: Iterable[int]) -> Tensor:
+        """Gradient of the mean loss of these samples."""
+        return torch.stack([self.sample_gradient(n) for n in samples]).mean(0)
 
 
 # --- observing a batch -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from reference.equations import (
     dense_damped_fisher,
     dense_fisher,
     momentum_step,
+    split,
     unvec,
     vec,
 )
@@ -87,7 +88,7 @@ class ReferenceFOP:
         x, y = x.double(), y.double() if y.is_floating_point() else y
         blocks = observe(self.model, self.tape, (x,), y, loss_fn)
         layers = {block.weight.removesuffix(".weight"): block for block in blocks.values()}
-        Ga = {name: block.mean_gradient(0, len(x)) for name, block in layers.items()}
+        Ga = {name: block.mean_gradient(range(len(x))) for name, block in layers.items()}
         directions = {name: self._direction(name, block, vec(Ga[name])) for name, block in layers.items()}
         self.kl_scale = self._kl_scale(sum(float(d @ vec(Ga[name])) for name, d in directions.items()))
         for name, d in directions.items():
@@ -101,7 +102,8 @@ class ReferenceFOP:
         state.G = G if state.G is None else self.stat_decay * state.G + (1 - self.stat_decay) * G
         Gd = None
         if N > 1:
-            Gd = vec(block.mean_gradient(0, N // 2) - block.mean_gradient(N // 2, N))  # (2), (3)
+            g1, g2 = map(block.mean_gradient, split(N))
+            Gd = vec(g1 - g2)  # (2), (3)
         F, F_hat = dense_fisher(state.A, state.G), dense_damped_fisher(state.A, state.G, self.damping)
         state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
         return state.correction.direction

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.equations import correct, dense_damped_fisher, dense_fisher, full, unvec, vec
+from reference.equations import correct, dense_damped_fisher, dense_fisher, full, split, unvec, vec
 from reference.observe import Block, Inputs, Tape, estimate, observe
 from reference.optimizer import half_squared_error
 
@@ -81,7 +81,7 @@ def check_rows(case: Case, N: int = 5) -> None:
     assert case.blocks <= blocks.keys()
     batch = gradients(model, inputs, y)
     for block in blocks.values():
-        _assert_near(block.mean_gradient(0, N), block.matrix(batch), f"gradient of {block.weight}")
+        _assert_near(block.mean_gradient(range(N)), block.matrix(batch), f"gradient of {block.weight}")
         for n in () if case.whole else range(N):
             own = gradients(model, tuple(t[n : n + 1] for t in inputs), y[n : n + 1])
             _assert_near(
@@ -189,17 +189,17 @@ def _dense(held: Tensors, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _pair(twin: nn.Module, block: Block, inputs: Inputs, y: Tensor, whole: bool) -> Pair:
-    """Ga, and Gd from separate backward passes over the halves.
+    """Ga, and Gd from separate backward passes over the two sub-batches.
 
-    Where the halves would see other statistics than the batch, both are sums over the rows of the batch.
+    Where these would see other statistics than the batch, both are sums over the rows of the batch.
     """
-    h, N = len(y) // 2, len(y)
+    parts = split(len(y))
     average = block.matrix(gradients(twin, inputs, y))
     if whole:
-        return average, block.mean_gradient(0, h) - block.mean_gradient(h, N)
-    g1 = gradients(twin, tuple(t[:h] for t in inputs), y[:h])
-    g2 = gradients(twin, tuple(t[h:] for t in inputs), y[h:])
-    return average, block.matrix(g1) - block.matrix(g2)
+        g1, g2 = map(block.mean_gradient, parts)
+    else:
+        g1, g2 = (block.matrix(gradients(twin, tuple(t[part] for t in inputs), y[part])) for part in parts)
+    return average, g1 - g2
 
 
 def _averaged(old: Tensors | None, new: Tensors, decay: float) -> Tensors:

@@ -41,6 +41,7 @@ from reference import (
     half_squared_error,
     layers_of,
     observe,
+    split,
 )
 
 L = 4
@@ -78,17 +79,17 @@ def micro_batches(sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
 
 
 def labels_of(sizes: Sequence[int]) -> list[list[int]]:
-    """Which half of the pair each sample of each pass belongs to.
+    """Which sub-batch of the pair each sample of each pass belongs to.
 
-    Halves of every pass, where all split in the same ratio. Otherwise the passes before the first that does
-    not are one half together, and passes alternate from there.
+    Parts of every pass, where all split in the same ratio. Otherwise the passes before the first that does
+    not are one sub-batch together, and passes alternate from there.
     """
-    ratios = [Fraction(n // 2, n) for n in sizes]
+    ratios = [Fraction(len(split(n)[1]), n) for n in sizes]
     other = next((i for i, ratio in enumerate(ratios) if ratio != ratios[0]), None)
     if ratios[0] == 0:
         other = 1
     if other is None:
-        return [[int(position >= n // 2) for position in range(n)] for n in sizes]
+        return [[int(position in split(n)[1]) for position in range(n)] for n in sizes]
     return [[max(0, i - other + 1) % 2] * n for i, n in enumerate(sizes)]
 
 

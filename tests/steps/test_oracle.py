@@ -262,7 +262,7 @@ def test_oracle_keeps_the_papers_identities(case: str) -> None:
     (block,) = observed(case, 6).values()
     A, G = (estimate(block)[key] for key in "AG")
     F, F_hat = reference.dense_fisher(A, G), reference.dense_damped_fisher(A, G, DAMPING)
-    g1, g2 = (reference.vec(block.mean_gradient(*part)) for part in ((0, 3), (3, 6)))
+    g1, g2 = (reference.vec(block.mean_gradient(part)) for part in reference.split(6))
     Ga, Gd = (g1 + g2) / 2, g1 - g2
     c = reference.correct(F, F_hat, Ga, Gd, "adaptive", "adaptive")
     assert abs(Ga @ F @ c.perpendicular) < 1e-12 * (Ga @ F @ Ga)

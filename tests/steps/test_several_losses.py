@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fop import FOP
 from models import PLAIN, Pairs, check_kept_pair, check_lost_pair, check_step, gradients, kfac
+from reference import split
 
 Losses = Callable[[nn.Module, slice], Sequence[Tensor]]
 EVERY = slice(None)
@@ -32,10 +33,9 @@ def dense(*sizes: int) -> nn.Sequential:
 
 
 def pairs_of(twin: nn.Module, losses: Losses, n: int) -> Pairs:
-    """(Ga, Gd) of the sum of all losses, with halves by sample; for losses that are means over samples."""
+    """(Ga, Gd) of the sum of all losses, split by sample; for losses that are means over samples."""
     whole, g1, g2 = (
-        gradients(twin, torch.stack(list(losses(twin, part))).sum())
-        for part in (EVERY, slice(n // 2), slice(n // 2, n))
+        gradients(twin, torch.stack(list(losses(twin, part))).sum()) for part in (EVERY, *split(n))
     )
     return {name: (whole[name], g1[name] - g2[name]) for name in whole}
 
@@ -130,7 +130,7 @@ def test_actor_and_critic_with_an_optimizer_each() -> None:
 
 
 def test_loss_that_leaves_samples_out() -> None:
-    """Labels to ignore: the mean is over those that count in the whole batch, and so are the halves."""
+    """Labels to ignore: the mean is over those that count in the whole batch, also in the sub-batches."""
     torch.manual_seed(0)
     model = dense(5, 6, 3).double()
     x, labels = normal(6, 5), torch.tensor([0, -100, 2, -100, -100, 1])
@@ -139,7 +139,7 @@ def test_loss_that_leaves_samples_out() -> None:
     F.cross_entropy(model(x), labels).backward()
     optimizer.step()
     each = F.cross_entropy(twin(x), labels, reduction="none") / 3
-    whole, g1, g2 = (gradients(twin, part.sum()) for part in (each, 2 * each[:3], 2 * each[3:]))
+    whole, g1, g2 = (gradients(twin, part.sum()) for part in (each, *(2 * each[part] for part in split(6))))
     check_step(model, twin, optimizer, {name: (whole[name], g1[name] - g2[name]) for name in whole})
     check_kept_pair(optimizer)
 
@@ -153,7 +153,7 @@ class Tasks(nn.Module):
         self.trunk, self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2), nn.Linear(6, 2)
         self.double()
 
-    def losses(self, part: slice) -> list[Tensor]:
+    def losses(self, part: Any) -> list[Tensor]:
         """Sums over the samples of a task, divided by all samples of the batch."""
         task = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1])[part]
         hidden = torch.tanh(self.trunk(normal(8, 5)[part]))
@@ -180,7 +180,7 @@ def test_tasks_with_batches_of_their_own(sizes: tuple[int, int]) -> None:
     model = dense(5, 6, 3).double()
     twin = copy.deepcopy(model)
 
-    def task(net: nn.Module, index: int, part: slice = EVERY) -> Tensor:
+    def task(net: nn.Module, index: int, part: Any = EVERY) -> Tensor:
         x = normal(sizes[index], 5, seed=index)[part]
         return (net(x) - index).square().sum(-1).mean()
 
@@ -191,10 +191,7 @@ def test_tasks_with_batches_of_their_own(sizes: tuple[int, int]) -> None:
     each = [gradients(twin, task(twin, index)) for index in (0, 1)]
     pairs = {name: (each[0][name] + each[1][name], 2 * (each[0][name] - each[1][name])) for name in each[0]}
     if sizes != (6, 5):
-        g1, g2 = (
-            [gradients(twin, task(twin, i, slice(*cut(sizes[i])))) for i in (0, 1)]
-            for cut in (lambda n: (0, n // 2), lambda n: (n // 2, n))
-        )
+        g1, g2 = ([gradients(twin, task(twin, i, split(sizes[i])[half])) for i in (0, 1)] for half in (0, 1))
         pairs = {
             name: (pairs[name][0], g1[0][name] + g1[1][name] - g2[0][name] - g2[1][name]) for name in pairs
         }

@@ -2,24 +2,45 @@
 
 from fop.capture.compiled import retrace
 from fop.capture.finder import FirstForwardHook, Seen
-from fop.capture.hooks import AttentionUse, ForwardUse, Hook, ModelWatch, in_place, parameter_of, remove_all
-from fop.capture.recorder import Recorder, SubBatchLabel
+from fop.capture.functions import Source, begin_watch, end_watch, source_of, watches
+from fop.capture.hooks import (
+    AttentionUse,
+    BatchSize,
+    ForwardUse,
+    FunctionUse,
+    Hook,
+    ModelWatch,
+    in_place,
+    parameter_of,
+    parts_called,
+    remove_all,
+)
+from fop.capture.recorder import Cleared, Recorder, SubBatchLabel
 from fop.capture.sharded import is_sharded, local, stands_for
 
 __all__ = [
     "AttentionUse",
+    "BatchSize",
+    "Cleared",
     "FirstForwardHook",
     "ForwardUse",
+    "FunctionUse",
     "Hook",
     "ModelWatch",
     "Recorder",
     "Seen",
+    "Source",
     "SubBatchLabel",
+    "begin_watch",
+    "end_watch",
     "in_place",
     "is_sharded",
     "local",
     "parameter_of",
+    "parts_called",
     "remove_all",
     "retrace",
+    "source_of",
     "stands_for",
+    "watches",
 ]

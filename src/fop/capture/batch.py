@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from fop.layers import EmbeddingLayer, Layer
+from fop.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Layout:
         samples: N.
         rows: entries of that dimension for each sample, as where images are cut up and folded into the batch.
         problem: why the samples cannot be told from each other, None if they can.
+        unclear: whether the user can say where they are.
         folded: whether dimensions 0 and 1 are one, (length·N).
     """
 
@@ -28,6 +30,7 @@ class Layout:
     samples: int
     rows: int = 1
     problem: str | None = None
+    unclear: bool = False
     folded: bool = False
 
     def batched(self, values: Tensor) -> Tensor:
@@ -44,28 +47,46 @@ class Batch:
     """What is known of the batch in one forward pass of a model.
 
     Attributes:
-        size: dim 0 of the model's own input, None if it has no tensor input.
+        size: N, dim 0 of the model's own inputs; None if it has no tensor input, or they do not agree.
+        sizes: what N may be, if they do not agree.
+        seconds: dim 1 of the inputs; None where they are not known.
         ambiguous: whether some modules may have the samples in another dimension, unknown which.
-        storages: addresses of the model's tensor inputs, None where they are not known.
         sequences: (length, N) of every input to a module with ``batch_first=False``.
         asked: whether a backward pass has asked for a layout.
     """
 
     size: int | None = None
+    sizes: list[int] = field(default_factory=list)
+    seconds: list[int] | None = None
     ambiguous: bool = False
-    storages: frozenset[int | None] | None = None
     sequences: set[tuple[int, int]] = field(default_factory=set)
     asked: bool = False
 
+    def tell(self, size: Any) -> None:
+        """Take the size of the batch from the user; TypeError or ValueError if it is none."""
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise TypeError(f"batch_size gave {size!r}; it must give the number of samples of a batch")
+        if size < 0:
+            raise ValueError(f"batch_size gave {size}; it must give the number of samples, 0 or more")
+        self.size, self.sizes = int(size), []
+
     def see(self, inputs: Iterable[Any]) -> None:
         """Take the size of the batch from the inputs of a model, or of one of its modules."""
-        tensors = [x for x in _tensors(inputs) if x.dim() > 0]
-        sizes = [x.shape[0] for x in tensors]
-        # A single time step, for instance, may come before the samples.
-        known = [size for size in sizes if size != 1] or sizes
-        self.size = known[0] if known else None
-        if not torch.compiler.is_compiling():
-            self.storages = frozenset(map(_address, tensors))
+        shapes = [x.shape for x in tensors_in(inputs) if x.dim() > 0]
+        # A single time step, for instance, may come beside the samples.
+        firsts = [shape[0] for shape in shapes if shape[0] != 1] or [1] * bool(shapes)
+        # With lists alone: torch 2.5 can trace neither `firsts.count` nor generators.
+        counts = [len([other for other in firsts if other == size]) for size in firsts]
+        common = [size for size, count in zip(firsts, counts, strict=True) if count == max(counts)]
+        agreed = not [size for size in common if size != common[0]]
+        self.size = common[0] if common and agreed else None
+        self.sizes = [] if agreed else firsts
+        self.seconds = [shape[1] for shape in shapes if len(shape) > 1]
+
+    def doubt(self, outputs: set[int]) -> None:
+        """Take into account that the model's outputs have other sizes along dim 0 than N."""
+        if self.size is not None and (moved := outputs.intersection(self.seconds or [])):
+            self.sizes, self.size = [*moved, self.size], None
 
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x``, input of ``layer``, are."""
@@ -75,14 +96,11 @@ class Batch:
             return Layout(None, 1)
         if layer.options.batch_dim is not None:
             return self._fixed(layer.options.batch_dim, shape)
-        if isinstance(layer, EmbeddingLayer) and self._positions(x):
+        if layer.by_index and self._positions(shape):
             why = f"its input {shape} holds positions, the same for all samples"
             return Layout(0, self.size or shape[0], problem=why)
-        if self.sequences:
-            return self._among_sequences(shape)
-        if self.ambiguous:
-            why = "a compiled model with batch_first=False needs batch_dim in layer_options"
-            return Layout(0, shape[0], problem=why)
+        if self.sequences or self.ambiguous or self.sizes:
+            return self._in_doubt(shape, x.dim())
         N = shape[0] if self.size is None else self.size
         return Layout(0, N) if shape[0] == N else _not_first(N, shape, x.dim())
 
@@ -93,16 +111,24 @@ class Batch:
             return Layout(0, self.size, rows=shape[0] // self.size)
         return Layout(dim, shape[dim])
 
-    def _positions(self, ids: Tensor) -> bool:
-        """Return whether token numbers are a row for all samples, and not for each."""
-        if self.size is None or (ids.dim() > 1 and ids.shape[0] == self.size):
-            return False
-        if ids.dim() > 1 and ids.shape[0] == 1:
-            return True
-        # What is not the model's input, it has made itself; under torch.compile there are no addresses.
-        return ids.dim() == 1 if self.storages is None else _address(ids) not in self.storages
+    def _positions(self, shape: tuple[int, ...]) -> bool:
+        """Return whether token numbers of this shape are a row for all samples, and not for each."""
+        if self.size is None or len(shape) > 1:
+            return self.size is not None and shape[0] == 1 != self.size
+        # There may be as many positions as samples.
+        return shape[0] != self.size or self.seconds is None or self.size in self.seconds
 
-    def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
+    def _in_doubt(self, shape: tuple[int, ...], dims: int) -> Layout:
+        if not self.sequences and not self.ambiguous:
+            fitting = set(self.sizes).intersection(shape[:2])
+            if len(fitting) == 1:
+                (N,) = fitting
+                return Layout(0, N) if shape[0] == N else _not_first(N, shape, dims)
+            why = f"its input is {shape}, and the model has inputs or outputs of {sorted(set(self.sizes))}"
+            return Layout(0, shape[0], problem=why, unclear=True)
+        if not self.sequences:
+            why = "a compiled model with batch_first=False, or inputs of several sizes, needs batch_dim"
+            return Layout(0, shape[0], problem=why)
         sizes = {N for _, N in self.sequences}
         N = max(sizes)
         if len(sizes) > 1:
@@ -112,7 +138,7 @@ class Batch:
             return Layout(along[0], N)
         how = "more than one dimension" if along else "no dimension"
         why = f"its input {shape} has {how} of the {N} samples; set batch_dim in layer_options"
-        return Layout(0, N, problem=why)
+        return Layout(0, N, problem=why, unclear=len(along) > 1)
 
 
 def _not_first(N: int, shape: tuple[int, ...], dims: int) -> Layout:
@@ -124,7 +150,8 @@ def _not_first(N: int, shape: tuple[int, ...], dims: int) -> Layout:
     if folded and not second and dims > 2:
         return Layout(0, N, rows=shape[0] // N)
     how = "set batch_dim in layer_options" if second or folded else "no dimension counts samples"
-    return Layout(0, N, problem=f"its input is {shape} for a batch of {N}; {how}")
+    why = f"its input is {shape} for a batch of {N}; {how}"
+    return Layout(0, N, problem=why, unclear=second or folded)
 
 
 @dataclass
@@ -146,20 +173,18 @@ class AttentionBatch(Batch):
         return Layout(1, self.size, self.rows, folded=x.dim() == 2)
 
 
-def _address(x: Tensor) -> int | None:
-    try:
-        return x.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        # Sparse tensors, and those that stand for others (fake ones, torch.func's), have none.
-        return None
-
-
-def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
-    for value in inputs:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors in arguments or results of a model; of a packed sequence the first step, (N, …)."""
+    # Not a generator, as in `Batch.see`.
+    found: list[Tensor] = []
+    for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
+        elif isinstance(value, PackedSequence):
+            found.append(value.data[: int(value.batch_sizes[0])])
         elif isinstance(value, Mapping):
-            yield from _tensors(value.values())
+            found += tensors_in(value.values())
         elif isinstance(value, tuple) or (isinstance(value, list) and len(value) == 1):
             # A longer list may hold the samples themselves, as images of different sizes.
-            yield from _tensors(value)
+            found += tensors_in(value)
+    return found

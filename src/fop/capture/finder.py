@@ -13,29 +13,42 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-Seen: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+from fop.torch_internals import current_trace, is_exporting
+
+Entered: TypeAlias = tuple[Any, Any] | None
+Seen: TypeAlias = Callable[[nn.Module, Any, Mapping[str, Any]], Entered]
 
 
 class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
-    ``seen``, a bound method, is called with each module and its arguments; it is held by weak reference.
+    ``seen``, a bound method held by weak reference, is called with each module and its arguments; it may
+    return others.
     """
 
     def __init__(self, seen: Seen) -> None:
         self._seen = weakref.WeakMethod(seen)
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
-        self._handle = register_module_forward_pre_hook(torch.compiler.disable(self._show))
+        self._handle = register_module_forward_pre_hook(self._before)
 
-    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        # Whoever records or exports a model wants nothing else in it, and may run it with other parameters.
+        if not is_exporting() and current_trace() is None:
+            return self._show(module, args)
+        return None
+
+    # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         seen = self._seen()
         if seen is None:
             self.remove()
         elif module not in self._known:
             # Its children's own forward passes, which follow, need no look of their own.
             self._known.update(module.modules())
-            seen(module, args, _keywords(module))
+            entered = seen(module, args, _keywords(module))
+            return None if entered is None else entered[0]
+        return None
 
     @property
     def used(self) -> bool:
@@ -49,7 +62,7 @@ class FirstForwardHook:
 
 def _keywords(module: nn.Module) -> Mapping[str, Any]:
     """Return the keyword arguments of the running call of ``module``, which such hooks are not given."""
-    for frame, _ in islice(walk_stack(sys._getframe(1)), 8):
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 9):
         given = frame.f_locals.get("kwargs")
         if frame.f_locals.get("self") is module and isinstance(given, Mapping):
             return given

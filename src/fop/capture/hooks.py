@@ -7,24 +7,32 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from fop.capture.attention import ProjectionMode, rows_of
-from fop.capture.batch import AttentionBatch, Batch
+from fop.capture.batch import AttentionBatch, Batch, tensors_in
 from fop.capture.compiled import AMBIGUOUS, UNKNOWN, key_of, tap
+from fop.capture.functions import ComputedLayer, begin_watch, end_watch, rows_of, source_of, watches
 from fop.capture.sharded import stands_for
-from fop.layers import Layer, PackedLayer
-from fop.torch_internals import current_backward_pass, current_transform, is_exporting, untraced_hook
+from fop.layers import FunctionCall, Layer, PackedLayer
+from fop.torch_internals import (
+    current_backward_pass,
+    current_trace,
+    current_transform,
+    is_exporting,
+    running_modules,
+    untraced_hook,
+)
 
 if TYPE_CHECKING:
     from fop.capture.recorder import Recorder
 
 Target = TypeVar("Target")
+BatchSize: TypeAlias = Callable[..., int]
 
 
 class Hook(Generic[Target]):
@@ -37,7 +45,8 @@ class Hook(Generic[Target]):
     @untraced_hook
     def __call__(self, *args: Any) -> Any:
         target = self.target()
-        return None if target is None else self.method(target, *args)
+        # What a hook computes must not become a part of a model that torch.jit.trace records.
+        return None if target is None or current_trace() is not None else self.method(target, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return contextlib.nullcontext().__exit__
@@ -81,10 +90,14 @@ class _Thread(threading.local):
 
 
 class ModelWatch:
-    """Hooks on a model that note the size of the batch in each of its forward passes."""
+    """Hooks on a model that note the size of the batch in each of its forward passes.
 
-    def __init__(self, root: nn.Module) -> None:
-        self._thread = _Thread()
+    ``batch_size`` gives it from the model's arguments; None to find it out.
+    """
+
+    def __init__(self, root: nn.Module, batch_size: BatchSize | None) -> None:
+        self.batch_size = batch_size
+        self.thread = _Thread()
         self.handles: list[RemovableHandle] = []
         self.sequence_first = False
         self.register(root)
@@ -96,30 +109,41 @@ class ModelWatch:
         self._before(root, ModelWatch.enter)
         self.handles.append(root.register_forward_hook(Hook(self, ModelWatch.leave), always_call=True))
         # Scripts also call the modules of a model one by one, from a method of their own.
-        for child in _children(root):
+        for child in parts_called(root):
             self._before(child, ModelWatch.enter_child)
         for module in root.modules():
             if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
                 self._before(module, ModelWatch.enter_sequence)
                 self.sequence_first = True
 
-    def _before(self, module: nn.Module, method: Callable[..., None]) -> None:
+    def _before(self, module: nn.Module, method: Callable[..., Any]) -> None:
         self.handles.append(module.register_forward_pre_hook(Hook(self, method), with_kwargs=True))
 
     def enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a forward pass."""
-        batch = self._thread.state.last = Batch()
+        thread = self.thread.state
+        if not torch.compiler.is_compiling() and thread.running and root not in running_modules()[1:]:
+            # A pass that was interrupted, by KeyboardInterrupt for instance, has left its batch.
+            thread.running.clear()
+        batch = thread.last = Batch()
         batch.see([*args, *kwargs.values()])
-        self._thread.state.running.append(batch)
+        if self.batch_size is not None:
+            batch.tell(self.batch_size(*args, **kwargs))
+        thread.running.append(batch)
 
     def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End a forward pass."""
-        if self._thread.state.running:
-            self._thread.state.running.pop()
+        thread = self.thread.state
+        if thread.running:
+            batch = thread.running.pop()
+            if not torch.compiler.is_compiling():
+                outputs = {x.shape[0] for x in tensors_in([output]) if x.dim() > 0}
+                if batch.size not in outputs:
+                    batch.doubt(outputs)
 
     def enter_child(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begin a call of a child of the model, which tells the batch if the model itself was not called."""
-        thread = self._thread.state
+        thread = self.thread.state
         if not thread.running and torch.compiler.is_compiling():
             return
         batch = self.batch()
@@ -129,7 +153,7 @@ class ModelWatch:
                 batch = thread.last = Batch()
                 thread.called.clear()
             thread.called.add(child)
-        if batch.size is None:
+        if batch.size is None and not batch.sizes:
             batch.see([*args, *kwargs.values()])
 
     def enter_sequence(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -142,12 +166,15 @@ class ModelWatch:
 
     def traced_size(self) -> int:
         """Return the size of the batch for `tap`, in a forward pass that torch.compile traces."""
-        size = self._thread.state.running[-1].size if self._thread.state.running else None
-        return AMBIGUOUS if self.sequence_first else UNKNOWN if size is None else size
+        running = self.thread.state.running
+        batch = running[-1] if running else Batch()
+        if self.sequence_first or batch.sizes:
+            return AMBIGUOUS
+        return UNKNOWN if batch.size is None else batch.size
 
     def batch(self) -> Batch:
         """Return what is known of the batch of the running forward pass."""
-        thread = self._thread.state
+        thread = self.thread.state
         if thread.running:
             return thread.running[-1]
         # A module that runs in the backward pass is being recomputed (reentrant checkpointing); otherwise
@@ -157,11 +184,11 @@ class ModelWatch:
         return thread.last
 
 
-def _children(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of a model, those in lists and dictionaries of modules included."""
+def parts_called(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of a model that may be called, those in lists and dictionaries included."""
     for child in root.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _children(child)
+            yield from parts_called(child)
         else:
             yield child
 
@@ -257,49 +284,98 @@ class ForwardUse(ModuleUse):
             recorder.record(self.layer, x, b, batch)
 
 
-class _Running(threading.local):
-    """The call of an attention module that is running in one thread; function modes are by thread, too."""
+class FunctionUse(ModuleUse):
+    """A module in which a function uses the weight, which ``owner`` has under the name ``key``."""
 
-    mode: ProjectionMode | None = None
-    batch: Batch
+    def __init__(
+        self,
+        recorder: Recorder,
+        layer: Layer,
+        module: nn.Module,
+        names: tuple[str, str | None],
+        watch: ModelWatch,
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.owner = weakref.ref(module if owner is None else owner)
+        super().__init__(recorder, layer, module, names, watch)
+
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(Hook(self, type(self).enter), with_kwargs=True),
+            module.register_forward_hook(Hook(self, FunctionUse.leave), always_call=True),
+        ]
+
+    def uses(self, weight: Tensor, module: nn.Module) -> bool:
+        current = self.current()
+        return current is weight or stands_for(current, weight)
+
+    def current(self) -> Tensor | None:
+        """Return the weight as its owner has it now."""
+        owner = self.owner()
+        return None if owner is None else parameter_of(owner, self.names[0])
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """Begin to see the functions in a call of the module."""
+        # A compiled module is one graph, in which nobody can look for the weight.
+        if torch.compiler.is_compiling() or current_transform() is not None:
+            return None
+        recorder, owner = self.recorder(), self.owner()
+        # A shallow copy or a replica of the module shares the hook, but is not the module.
+        if recorder is None or owner is None or self.module() is not module or watches(self.sees):
+            return None
+        # Not without the hook that ends it, if somebody has cleared hooks.
+        if not (torch.is_grad_enabled() and in_place(self.handles[1])):
+            return None
+        if recorder.sharded:
+            self.follow_shards(recorder, owner)
+        return begin_watch(module, args, self.sees), kwargs
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        end_watch(module, self.sees)
+
+    def sees(self, call: FunctionCall) -> bool:
+        """Record a call of a function if it uses the weight; return whether it does."""
+        source, recorder = source_of(call.given["weight"]), self.recorder()
+        if source is None or recorder is None or source.leaf is not self.current():
+            return False
+        if len(recorder.uses) > 1 and running_modules()[0] is not self.module():
+            # Another module inside this one uses the weight, too, and has a use of its own.
+            return False
+        layer = call.layer(turned=source.turned, bias=self.layer.bias, options=self.layer.options)
+        if layer is None or layer.matrix_shape != self.layer.matrix_shape:
+            return False
+        if source.computed:
+            layer = cast(Layer, ComputedLayer(layer, call.given["weight"], source.leaf))
+        if current_transform() is None:
+            recorder.observe(layer, call.given["input"].detach(), call.output, self.watch.batch())
+        return True
 
 
-class AttentionUse(ModuleUse):
+class AttentionUse(FunctionUse):
     """A `MultiheadAttention`, which uses its weights in functions."""
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        entered = super().enter(module, args, kwargs)
+        if entered is not None:
+            query = args[0] if args else kwargs["query"]
+            assert isinstance(module, nn.MultiheadAttention)
+            self._running.batch = AttentionBatch.of(module, query, self.watch.batch())
+        return entered
 
     def register(self, module: nn.Module) -> list[RemovableHandle]:
         self._running = _Running()
-        return [
-            module.register_forward_pre_hook(Hook(self, AttentionUse.enter), with_kwargs=True),
-            module.register_forward_hook(Hook(self, AttentionUse.leave), always_call=True),
-        ]
+        return super().register(module)
 
-    def enter(self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin to see the module's projections."""
-        # A compiled attention is one graph, in which nobody can look for the weight.
-        if torch.compiler.is_compiling() or current_transform() is not None:
-            return
-        recorder, running = self.recorder(), self._running
-        if recorder is None or self.module() is not module or running.mode is not None:
-            return
-        # Not without the hook that ends it, if somebody has cleared hooks.
-        if torch.is_grad_enabled() and in_place(self.handles[1]):
-            if recorder.sharded:
-                self.follow_shards(recorder, module)
-            query = args[0] if args else kwargs["query"]
-            running.batch = AttentionBatch.of(module, query, self.watch.batch())
-            running.mode = ProjectionMode(self._seen)
-            running.mode.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if (mode := self._running.mode) is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._running.mode = None
-
-    def _seen(self, used: Tensor, x: Tensor, output: Tensor) -> None:
-        recorder, module = self.recorder(), self.module()
-        weight = None if module is None else parameter_of(module, self.names[0])
+    def sees(self, call: FunctionCall) -> bool:
+        recorder, weight, used = self.recorder(), self.current(), call.given["weight"]
         if recorder is None or weight is None or (rows := rows_of(weight, used)) is None:
-            return
+            return False
         layer = self.layer.uses(rows) if isinstance(self.layer, PackedLayer) else self.layer
-        recorder.observe(layer, x.detach(), output, self._running.batch)
+        recorder.observe(layer, call.given["input"].detach(), call.output, self._running.batch)
+        return True
+
+
+class _Running(threading.local):
+    """The batch of the call of an attention module that is running in one thread."""
+
+    batch: AttentionBatch

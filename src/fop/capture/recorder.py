@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +16,41 @@ from fop.capture.batch import Batch, Layout
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import PassRecord, SubBatches
+from fop.capture.sub_batches import EMPTY, PassRecord, SubBatches, sub_batch_entries
 from fop.layers import Layer, Statistics
 from fop.torch_internals import (
     current_backward_pass,
     graph_is_retained,
     is_legacy_vmapped,
     is_vmapped,
+    outside,
     view_base,
+)
+
+_UNCLEAR = (
+    "it is not clear where the samples of a batch are in the input of a layer: {}. Such layers take K-FAC's "
+    "step. Give FOP batch_size=lambda x, mask: len(x), with the arguments of your model, or batch_dim in "
+    "layer_options"
 )
 
 
 @dataclass
 class SubBatchLabel:
-    """Which sub-batch the user says that backward passes make up; shared by all recorders."""
+    """Which sub-batch the user says that backward passes make up; shared by all recorders.
+
+    ``warned`` notes whether the user was told of batches whose samples are not known.
+    """
 
     index: int | None = None
+    warned: bool = False
+
+
+class Cleared(NamedTuple):
+    """What passes gave whose gradients were cleared; ``version`` is then p.grad's, None for no p.grad."""
+
+    statistics: Statistics | None
+    samples: int
+    version: tuple[int, int] | None
 
 
 class Recorder:
@@ -45,6 +65,7 @@ class Recorder:
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
         samples: N of all passes together.
+        cleared: what they gave before `zero_grad`; serves a gradient that is put there by hand since.
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
         taken: whether the gradient is taken away after a pass that averages (FSDP, and mode "lean").
         restarted: whether the last pass found a gradient that it knew nothing of: None, zeroed, or changed.
@@ -73,8 +94,9 @@ class Recorder:
         weakref.finalize(self, remove_all, self._handles)
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, cleared: Cleared | None = None) -> None:
         """Forget what was recorded: the gradients were zeroed, or a step has used it."""
+        self.cleared = cleared
         self.sub_batches = SubBatches(self.layer, self.params, self.count)
         self.statistics: Statistics | None = None
         self.samples = 0
@@ -157,6 +179,9 @@ class Recorder:
             x, layout = None, Layout(0, 0, problem="its input is sparse or nested")
         else:
             layout = batch.layout(layer, x)
+            if layout.unclear and self.paired and not self._label.warned:
+                self._label.warned = True
+                warnings.warn(_UNCLEAR.format(layout.problem), UserWarning, stacklevel=outside())
         task = current_backward_pass()
         if task not in self._passes:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
@@ -165,8 +190,8 @@ class Recorder:
             # Every repeated forward pass runs a backward pass of its own; together they are one.
             self._continued = outer != -1 and outer == self._outer
             self._outer = outer
-            if not self._continued:
-                samples = layout.samples if layout.problem is None else 0
+            samples = layout.samples if layout.problem is None else 0
+            if not self._continued and (samples or layout.problem is not None):
                 self.sub_batches.begin(samples, self._label.index)
         with torch.autocast(b.device.type, enabled=False):
             record = self._record_of(layer, x, b, layout)
@@ -178,22 +203,21 @@ class Recorder:
     def _record_of(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> PassRecord:
         record = PassRecord(layout.samples, layout.problem, precise=torch.finfo(b.dtype).bits > 16)
         if x is None or not x.numel() or not b.numel():
-            record.problem = record.problem or "its batch is empty"
+            record.problem = record.problem or EMPTY
             return record
         if layout.dim != 0 or layout.folded:
             x, b = layout.batched(x), layout.batched(b)
-        ends = [end * layout.rows for end in self.sub_batches.bounds(layout.samples)]
-        if ends and ends[0] == 0:
+        if layout.samples < self.count:
             how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
             record.problem = record.problem or f"a batch of {layout.samples} {how}"
-        sums = record.sums
+        sums, last = record.sums, None
         if self.paired and self.sub_batches.split and record.problem is None:
-            ranges = zip([0, *ends], ends, strict=False)
-            sums.first = [layer.gradient(x[start:end], b[start:end]) for start, end in ranges]
+            *parts, last = sub_batch_entries(layout.samples, self.sub_batches.count, layout.rows, x.device)
+            sums.first = [layer.gradient(_select(x, part), _select(b, part)) for part in parts]
         if self.due:
             record.statistics = gather_statistics(layer, x, b, layout.samples)
-            if sums.first:
-                sums.whole = layer.gradient(x[ends[-1] :], b[ends[-1] :])
+            if last is not None:
+                sums.whole = layer.gradient(_select(x, last), _select(b, last))
                 for each in reversed(sums.first):
                     sums.whole = each + sums.whole
         return record
@@ -206,6 +230,7 @@ class Recorder:
         param = self.stand_ins.get(param, param)
         sub_batches = self.sub_batches
         if param is self.weight:
+            self.cleared = None
             record = self._passes.pop(current_backward_pass(), None)
             if record is None:
                 sub_batches.drop("its gradient came by a path that no hook saw")
@@ -253,10 +278,18 @@ class Recorder:
             return
         self.restarted = gradient is None or (id(gradient), gradient._version) != self._version
         if self.restarted:
-            self.clear()
+            # This pass may never reach p.grad.
+            self.clear(self.cleared)
             if gradient is not None:
                 # Zeros are as good as None; anything else is a gradient whose sub-batches nobody knows.
                 self.sub_batches.clean = gradient.count_nonzero() == 0
+
+
+def _select(x: Tensor, entries: Tensor) -> Tensor:
+    """Return entries of dim 0; the memory format stays, which decides how fast a convolution is."""
+    if x.dim() > 3 and not x.is_contiguous() and (last := x.movedim(1, -1)).is_contiguous():
+        return last.index_select(0, entries).movedim(-1, 1)
+    return x.index_select(0, entries)
 
 
 class _Keep(torch.autograd.Function):

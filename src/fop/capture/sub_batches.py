@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from itertools import pairwise
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -20,6 +19,9 @@ _SAME_DIRECTION = 1e-3
 # autograd and the hooks round differently.
 _SAME_SUM, _SAME_SUM_HALF = 1e-2, 5e-2
 
+_CPU = torch.device("cpu")
+
+EMPTY = "its batch is empty"
 _CHANGED = (
     "p.grad is not what the layer's own backward pass gave (changed since, not finite, not zeroed before, "
     "or other paths in the loss)"
@@ -76,6 +78,20 @@ class PassRecord:
             self.statistics.add(other.statistics, same_samples=True)
 
 
+@lru_cache(maxsize=256)
+def sub_batch_entries(samples: int, count: int, rows: int, device: torch.device) -> list[Tensor]:
+    """Return which entries of a dimension with ``rows`` for each of N samples the K sub-batches have.
+
+    Sample i goes where the sum of its digits in base K says (for K = 2 the Thue-Morse sequence). A batch may
+    come in blocks, as chosen before rejected answers, or with both in turn: each sub-batch has both alike.
+    """
+    place, rest = torch.zeros(samples, dtype=torch.long), torch.arange(samples)
+    while rest.any():
+        place, rest = place + rest % count, rest // count
+    place = (place % count).repeat_interleave(rows)
+    return [(place == k).nonzero()[:, 0].to(device) for k in range(count)]
+
+
 class SubBatches:
     """What is known of the sub-batches since the weight's gradient was last None or zero.
 
@@ -98,7 +114,7 @@ class SubBatches:
         self.sums = SplitSums()
         self.measures: dict[Tensor, Tensor] = {}
         # The parameters are the weight, and the bias if it belongs to the weight's layer.
-        self._layer, self._params, self._count = layer, params, count
+        self._layer, self._params, self.count = layer, params, count
         self._reason: str | None = None
         self._dropped = self._labelled = False
         # Whether all output gradients had more than half precision.
@@ -111,9 +127,9 @@ class SubBatches:
         self._passes, self._samples = [0] * count, [0] * count
         self._earlier: list[dict[Tensor, Tensor]] = [{} for _ in range(count - 1)]
 
-    def bounds(self, samples: int) -> list[int]:
-        """Return where the first K - 1 sub-batches of N samples end."""
-        return [samples * (k + 1) // self._count for k in range(self._count - 1)]
+    def sizes(self, samples: int) -> list[int]:
+        """Return how many of N samples each sub-batch has."""
+        return [len(each) for each in sub_batch_entries(samples, self.count, 1, _CPU)]
 
     def begin(self, samples: int, label: int | None) -> None:
         """Decide which sub-batch a backward pass belongs to; p.grad is still without it.
@@ -130,12 +146,12 @@ class SubBatches:
             if self.split and not self._splits_like_first(samples):
                 self.split, self.sums = False, SplitSums()
             if not self.split:
-                self._turn_to((self._label + 1) % self._count)
+                self._turn_to((self._label + 1) % self.count)
 
     def _splits_like_first(self, samples: int) -> bool:
         # One formula gives the gradients from the sums only if all passes were split in the same ratio.
         first = self._ratio_of
-        pairs = zip(self.bounds(samples), self.bounds(first), strict=True)
+        pairs = zip(self.sizes(samples), self.sizes(first), strict=True)
         return bool(self.sums.first) and all(now * first == then * samples > 0 for now, then in pairs)
 
     def _turn_to(self, label: int) -> None:
@@ -153,7 +169,14 @@ class SubBatches:
         self._label = label
 
     def add(self, record: PassRecord, continued: bool) -> None:
-        """Add a finished backward pass; ``continued`` if it is one with the pass before it."""
+        """Add a finished backward pass; ``continued`` if it is one with the pass before it.
+
+        One without samples adds nothing to any sub-batch.
+        """
+        if not record.samples:
+            self._reason = self._reason or record.problem
+            if record.problem == EMPTY:
+                return
         self._precise &= record.precise
         if self.split and not self._dropped:
             if record.problem is None:
@@ -195,7 +218,8 @@ class SubBatches:
         p.grad may have changed since the backward pass.
         """
         known = [param for param in self._params if param.grad is not None and param in self.measures]
-        recorded = not self._dropped and (all(self._passes) or self.sums.first)
+        counts = self._passes if reduction == "mean" else self._samples
+        recorded = not self._dropped and (all(counts) or self.sums.first)
         if not recorded or (changed and not known):
             return SubBatchGradients(average, reason=self._why_unknown())
         if changed:
@@ -206,14 +230,12 @@ class SubBatches:
         scale = scale.to(average.dtype)
         vetoes = [self.clean]
         if self.sums.first:
-            ends = [0, *self.bounds(self._ratio_of)]
-            shares = [(end - start) / self._ratio_of for start, end in pairwise(ends)]
+            shares = [size / self._ratio_of for size in self.sizes(self._ratio_of)[:-1]]
             sums = [each.to(average.dtype) * scale for each in self.sums.first]
             vetoes.append(complete)
         else:
-            counts = self._passes if reduction == "mean" else self._samples
             shares = [count / sum(counts) for count in counts[:-1]]
-            sums = [self._earlier_matrix(k) * scale for k in range(self._count - 1)]
+            sums = [self._earlier_matrix(k) * scale for k in range(self.count - 1)]
             if self._label < len(sums):
                 sums[self._label] = sums[self._label] + average
         for veto in vetoes:

@@ -6,7 +6,7 @@ from fop.curvature.inversion import Fallback
 from fop.curvature.kronecker import KroneckerCurvature
 from fop.curvature.packing import packed_shape
 from fop.curvature.refresh import NOTHING_PENDING, Estimate, Refresher, next_refresh
-from fop.curvature.registry import KINDS, entry_names, expected_entries, make_curvature
+from fop.curvature.registry import KINDS, entry_names, expected_entries, kind_of, make_curvature
 
 __all__ = [
     "KINDS",
@@ -20,6 +20,7 @@ __all__ = [
     "Refresher",
     "entry_names",
     "expected_entries",
+    "kind_of",
     "make_curvature",
     "next_refresh",
     "packed_shape",

@@ -32,6 +32,7 @@ class Curvature(ABC):
         by_inversion: whether the inverse comes from `matrices` and may be computed in the background.
         pending: whether a new inverse is being computed, see `fop.curvature.refresh`.
         ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
+        trace: tr F of the averages, 0-dim, from which `fop.correction` knows what is rounding.
         fallbacks: how often an inversion needed each fallback.
     """
 
@@ -55,6 +56,8 @@ class Curvature(ABC):
         """Use another state."""
         self.state = state
         self.ready = self.held
+        if self.estimated:
+            self.trace = self.fisher_trace()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
@@ -100,6 +103,7 @@ class Curvature(ABC):
         for name, new in zip(self.averages, estimate, strict=True):
             old = self.state.get(name) if known else None
             self.state[name] = new if old is None else torch.lerp(new, old, decay)
+        self.trace = self.fisher_trace()
 
     @abstractmethod
     def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -119,6 +123,10 @@ class Curvature(ABC):
     @abstractmethod
     def solve(self, V: Tensor) -> Tensor:
         """Return F̂⁻¹·V, damped, for a gradient matrix V."""
+
+    def fisher_trace(self) -> Tensor:
+        """Return tr F, 0-dim; 0 if an approximation does not say, which is safe for means of few samples."""
+        return torch.zeros(())
 
     # Reports, costs, messages between ranks
 

@@ -52,6 +52,9 @@ class DiagonalCurvature(Curvature):
     def solve(self, V: Tensor) -> Tensor:
         return self.state["A_inv"] * V  # type: ignore[no-any-return]
 
+    def fisher_trace(self) -> Tensor:
+        return self.state["A"].sum()  # type: ignore[no-any-return]
+
     def describe(self) -> str:
         _, out, columns = self.layer.matrix_shape
         return f"diagonal {out * columns}"

@@ -68,6 +68,11 @@ class KroneckerCurvature(Curvature):
     def solve(self, V: Tensor) -> Tensor:
         return kronecker_product(self.state["A_inv"], self.state["G_inv"], V)
 
+    def fisher_trace(self) -> Tensor:
+        A, G = self.state["A"], self.state["G"]
+        trace: Tensor = (mean_eigenvalue(A) * mean_eigenvalue(G)).sum() * (A.shape[-1] * G.shape[-1])
+        return trace
+
     def describe(self) -> str:
         groups, out, columns = self.layer.matrix_shape
         A = f"A {columns}" + ("" if self.layer.diagonal_A else "²")

@@ -20,22 +20,25 @@ KINDS: dict[str, type[Curvature]] = {
 
 
 def kind_of(layer: Layer) -> type[Curvature]:
-    """Return the approximation of a layer: the one that its options name, or the first that fits."""
-    if layer.options.curvature is not None:
-        return KINDS[layer.options.curvature]
-    return next(kind for kind in KINDS.values() if kind.unsupported(layer) is None)
+    """Return the approximation of a layer: the one that its options name, or the first that fits.
 
-
-def make_curvature(layer: Layer, views: Sequence[Layer], state: dict[str, Any]) -> Curvature:
-    """Return the curvature of a weight; ValueError if the layer's options name one that does not fit."""
-    kind = kind_of(layer)
+    ValueError if the layer's options name one that does not fit.
+    """
+    if layer.options.curvature is None:
+        return next(kind for kind in KINDS.values() if kind.unsupported(layer) is None)
+    kind = KINDS[layer.options.curvature]
     if (why := kind.unsupported(layer)) is not None:
         fitting = [name for name, other in KINDS.items() if other.unsupported(layer) is None]
         raise ValueError(
             f"layer_options: curvature={layer.options.curvature!r} does not fit a {type(layer).__name__}: "
             f"{why}; use {' or '.join(map(repr, fitting))}, or leave it out"
         )
-    return kind(layer, views, state)
+    return kind
+
+
+def make_curvature(layer: Layer, views: Sequence[Layer], state: dict[str, Any]) -> Curvature:
+    """Return the curvature of a weight; ValueError if the layer's options name one that does not fit."""
+    return kind_of(layer)(layer, views, state)
 
 
 def entry_names() -> set[str]:

@@ -14,6 +14,21 @@ from torch import Tensor
 BUCKET_BYTES = 8 * 2**20
 
 
+@contextmanager
+def explained(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Say in plain words what it means if an exchange of ``what``, with its collective, fails."""
+    try:
+        yield
+    # Ranks at different collectives also find bytes that are no pickle, or too many of them.
+    except Exception as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}: the exchange of {what} with the "
+            "other ranks failed; one of them has ended, did not reach its step within the process group's "
+            "timeout, or has alone loaded a state, changed the model or made another optimizer. Look at its "
+            "own output, then start all ranks again from the last checkpoint"
+        ) from error
+
+
 class Pending:
     """A collective under way; keeps its tensors alive. ``what`` names them in error messages."""
 
@@ -33,7 +48,7 @@ class Pending:
         """Wait for the end (on a GPU: let its stream wait); RuntimeError if another rank takes no part."""
         if self._work is None:
             return
-        with self._channel.explained(self._what):
+        with explained(self._what, self._channel.group):
             self._work.wait()
         self._work = None
 
@@ -88,34 +103,23 @@ class Channel:
         peer = dist.get_global_rank(self.group, other)
         operations = [dist.P2POp(dist.isend, tensor, peer, self.group)] if tensor.numel() else []
         operations += [dist.P2POp(dist.irecv, taken, peer, self.group)] if size else []
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            Pending(work, what, self).wait()
+        with explained(f"{what} (send and receive)", self.group):
+            for work in dist.batch_isend_irecv(operations) if operations else ():
+                work.wait()
         return taken
 
     def gather_objects(self, value: Any, what: str) -> list[Any]:
         """Return the picklable ``value`` of every rank; waits for all of them."""
         values: list[Any] = [None] * self.size
-        with self.explained(what):
+        with explained(f"{what} (all_gather_object)", self.group):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Say in plain words what it means if an exchange of ``what`` fails."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.size}: the exchange of {what} with the other ranks failed; one "
-                "of them has ended, did not reach its step within the process group's timeout, or has alone "
-                "loaded a state or changed the model. Look at its own output, then start all ranks again "
-                "from the last checkpoint"
-            ) from error
-
     def _start(self, what: str, count: float, collective: Callable[..., Any], *args: Any) -> Pending:
         self._count(what, count)
-        with self.explained(what):
-            return Pending(collective(*args, group=self.group, async_op=True), what, self)
+        said = f"{what} ({collective.__name__})"
+        with explained(said, self.group):
+            return Pending(collective(*args, group=self.group, async_op=True), said, self)
 
     def _count(self, what: str, count: float) -> None:
         self._sent[what] = self._sent.get(what, 0.0) + count

@@ -91,8 +91,9 @@ class Distributor:
         None where this process has none. ``describe`` returns what must be the same on all ranks.
         """
         if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(self._groups), max_grad_norm)
-        active = [binding for binding in self._bindings if binding.weight.grad is not None]
+            nn.utils.clip_grad_norm_([p for p in self._groups if p.requires_grad], max_grad_norm)
+        weights = [(binding, binding.weight) for binding in self._bindings]
+        active = [binding for binding, w in weights if w.requires_grad and w.grad is not None]
         return active, {b: b.recorder.statistics for b in active if b.recorder.due or b.recorder.statistics}
 
     def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
@@ -103,7 +104,8 @@ class Distributor:
             complete = binding.curvature.state.get("complete")
             reduction = self._groups[binding.weight]["loss_reduction"]
             gradients = recorder.sub_batches.gradients(average, complete, reduction)
-            if binding.bias is not None and binding.bias.grad is None:
+            bias = binding.bias
+            if bias is not None and not (bias.requires_grad and bias.grad is not None):
                 for difference in gradients.contrasts:
                     binding.layer.bias_part(difference).zero_()
         return gradients, samples

@@ -11,7 +11,7 @@ from torch import Tensor
 from fop.binding import Binding, Bindings, Groups
 from fop.capture import is_sharded
 from fop.distributed.assignment import Plan, make_plan
-from fop.distributed.buckets import Channel
+from fop.distributed.buckets import Channel, explained
 from fop.distributed.options import Distribution, portable
 from fop.options import DEFAULTS
 from fop.torch_internals import group_timeout
@@ -91,9 +91,11 @@ def _like(group: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
     # Ranks outside of ``group`` know nothing of this. Only then: torch gives such groups names that differ
     # where some ranks are in more groups than others.
     subset = dist.get_world_size(group) < dist.get_world_size()
-    made: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=group_timeout(group), backend=dist.get_backend(group), use_local_synchronization=subset
-    )
+    timeout, backend = group_timeout(group), dist.get_backend(group)
+    with explained("addresses (new_group)", group):
+        made: dist.ProcessGroup = dist.new_group(
+            ranks, timeout=timeout, backend=backend, use_local_synchronization=subset
+        )
     return made
 
 

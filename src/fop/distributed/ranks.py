@@ -89,7 +89,8 @@ class Ranks(Distributor):
 
     def _is_lean(self, param: Tensor) -> bool:
         binding = self._binding_of.get(param)
-        return binding is not None and binding.lean
+        # The bias of a weight that was frozen since takes AdamW's step, from its averaged gradient.
+        return binding is not None and binding.lean and binding.weight.requires_grad
 
     def owned(self, bindings: Sequence[Binding]) -> list[Binding]:
         """Return the bindings whose curvature this rank keeps."""
@@ -231,7 +232,7 @@ class Ranks(Distributor):
         self._awaits_end = False
         for binding in self._bindings:
             binding.recorder.averaging_ended()
-            if binding.lean and self._wrappers.synchronises(binding.weight):
+            if self._is_lean(binding.weight) and self._wrappers.synchronises(binding.weight):
                 # It is of one rank alone, and no norm to clip by or to log.
                 for param in binding.params:
                     param.grad = None
@@ -264,23 +265,21 @@ class Ranks(Distributor):
         self._cumulative = [binding for binding in self._bindings if not self._adds_up(binding)]
         self._labelled = False
         if max_grad_norm is not None:
-            if any(binding.lean for binding in self._bindings):
+            if any(self._is_lean(binding.weight) for binding in self._bindings):
                 # The norms of lean weights come with their updates.
                 self._max_norm = max_grad_norm
             else:
-                nn.utils.clip_grad_norm_(list(groups), max_grad_norm)
+                nn.utils.clip_grad_norm_([p for p in groups if p.requires_grad], max_grad_norm)
         active = [binding for binding in self._bindings if self._takes_part(binding)]
-        # A frozen weight may have an old gradient, but has recorded nothing.
-        due = [binding for binding in active if binding.recorder.due and binding.weight.requires_grad]
+        due = [binding for binding in active if binding.recorder.due]
         sharded = [binding for binding in active if is_sharded(binding.weight)]
         self._gathered = gather_gradients(reductions, sharded) if sharded else {}
         return active, reductions.statistics(due, groups) if due else {}
 
     def _takes_part(self, binding: Binding) -> bool:
-        """Return whether a weight has a gradient on any rank."""
-        if binding.lean:
-            return binding.weight.requires_grad and self._had_pass
-        return binding.weight.grad is not None
+        """Return whether a weight is trained, and has a gradient on any rank."""
+        used = self._had_pass if binding.lean else binding.weight.grad is not None
+        return used and binding.weight.requires_grad
 
     def _shake_hands(self, description: Description) -> None:
         bindings, reductions = self._bindings, self._reductions
@@ -314,7 +313,8 @@ class Ranks(Distributor):
             for binding in bindings:
                 pieces = self._reductions.held.pop(binding, None)
                 if binding in not_averaged and binding.weight.grad is not None:
-                    gradients = {param: param.grad for param in binding.params if param.grad is not None}
+                    trained = [param for param in binding.params if param.requires_grad]
+                    gradients = {param: param.grad for param in trained if param.grad is not None}
                     pieces = self._contribution(binding, gradients)
                 self._reductions.send(binding, pieces or [], self._outgoing)
         self._reductions.flush()
@@ -331,8 +331,7 @@ class Ranks(Distributor):
         """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
         gradients, used = received(
             binding,
-            # A frozen weight that still has a gradient has sent nothing of it.
-            self._sent.get(binding, Sending.NOTHING),
+            self._sent[binding],
             self._reductions.gradients(binding),
             self._gathered.pop(binding, None),
             ranks=self._reductions.ranks.size,
@@ -370,7 +369,9 @@ class Ranks(Distributor):
         shared, squares = share_updates(self._reductions, bindings, updates)
         if self._max_norm is not None:
             moving = {param for binding in bindings for param in binding.params}
-            rest = [p.grad for p in self._groups if p.grad is not None and p not in moving]
+            rest = [
+                p.grad for p in self._groups if p.requires_grad and p.grad is not None and p not in moving
+            ]
             shared = clip_shared(shared, squares, rest, self._max_norm)
             self._max_norm = None
         return shared

@@ -156,7 +156,8 @@ def _by_owner(reductions: Reductions, bindings: Sequence[Binding]) -> list[list[
 def _stepping(binding: Binding) -> list[Tensor]:
     """Return the parameters that take part in a step, as `Binding.parts` does."""
     bias = binding.bias
-    return [binding.weight] if bias is None or bias.grad is None else [binding.weight, bias]
+    takes_part = bias is not None and bias.requires_grad and bias.grad is not None
+    return [binding.weight, bias] if takes_part else [binding.weight]  # type: ignore[list-item]
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, is_sharded, remove_all
-from fop.distributed.buckets import Channel
+from fop.distributed.buckets import Channel, explained
 from fop.torch_internals import fsdp_group, is_ddp, running_ddp, unwrapped, wrappers
 
 
@@ -178,10 +178,13 @@ def _lean_hook(is_lean: Callable[[Tensor], bool], group: dist.ProcessGroup) -> C
             return done
         flat = buffer if len(wanted) == len(gradients) else torch.cat([g.reshape(-1) for g in wanted])
         flat.div_(ranks)
-        work = dist.all_reduce(flat, group=group, async_op=True)
+        with explained("gradients (all_reduce)", group):
+            work = dist.all_reduce(flat, group=group, async_op=True)
         assert work is not None
 
         def put_back(future: Any) -> Tensor:
+            with explained("gradients (all_reduce)", group):
+                future.wait()
             if flat is not buffer:
                 for gradient, part in _parts(flat, wanted):
                     gradient.copy_(part)

@@ -3,18 +3,23 @@
 from fop.layers.attention import PackedLayer
 from fop.layers.base import Layer, LayerOptions
 from fop.layers.embedding import EmbeddingLayer
-from fop.layers.registry import EXCLUDED, Slot, describe
+from fop.layers.functions import FUNCTIONS, FunctionCall, function_call
+from fop.layers.registry import EXCLUDED, Slot, Unfit, describe
 from fop.layers.statistics import FactorSums, Reduction, Statistics
 
 __all__ = [
     "EXCLUDED",
+    "FUNCTIONS",
     "EmbeddingLayer",
     "FactorSums",
+    "FunctionCall",
     "Layer",
     "LayerOptions",
     "PackedLayer",
     "Reduction",
     "Slot",
     "Statistics",
+    "Unfit",
     "describe",
+    "function_call",
 ]

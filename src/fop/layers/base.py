@@ -57,6 +57,8 @@ class Layer(ABC):
     transposed = False
     # What the other methods take for the module's input, from the module and its input; None for the input.
     normalised: Callable[[nn.Module, Tensor], Tensor] | None = None
+    # Whether the input holds the numbers of rows of the weight.
+    by_index = False
     # Whether statistics of a large batch may take every k-th sample, see `fop.capture.statistics`.
     subsampled = False
 
@@ -82,6 +84,11 @@ class Layer(ABC):
             (groups, out_dim) if self.diagonal_G else (groups, out_dim, out_dim),
         )
         self.sum_shapes: tuple[tuple[int, ...], ...] = self.factor_shapes
+
+    def same_as(self, other: Layer) -> bool:
+        """Return whether gradient matrices and factors of both are alike."""
+        mine, others = ((type(each), each.matrix_shape, each.transposed) for each in (self, other))
+        return mine == others and self.factor_shapes == other.factor_shapes
 
     # What a kind of layer must say
 

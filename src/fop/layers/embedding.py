@@ -16,6 +16,8 @@ class EmbeddingLayer(Layer):
     the weight is ``tied`` to an output layer (1, vocabulary, features), as that layer has them.
     """
 
+    by_index = True
+
     def __init__(self, module: nn.Embedding, options: LayerOptions, *, tied: bool) -> None:
         self.tokens, self.features = tokens, features = module.num_embeddings, module.embedding_dim
         sides = (tokens, features) if tied else (features, tokens)

@@ -20,6 +20,17 @@ EXCLUDED = "layer_options say so"
 
 
 @dataclass(frozen=True)
+class Unfit:
+    """Why a module has no weights that take the FOP step.
+
+    ``watched`` says whether functions that use its parameters may show what they are.
+    """
+
+    reason: str
+    watched: bool = False
+
+
+@dataclass(frozen=True)
 class Slot:
     """One weight of a module.
 
@@ -81,10 +92,10 @@ _KINDS: tuple[tuple[_Kinds, Callable[[Any], list[Slot]], _Check | None], ...] = 
 )
 
 
-def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
-    """Return the module's weights that can take the FOP step, or the reason why it has none."""
+def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | Unfit:
+    """Return the module's weights that can take the FOP step, or why its class does not tell."""
     if options.path == "adamw":
-        return EXCLUDED
+        return Unfit(EXCLUDED)
     for kinds, slots, check in _KINDS:
         if isinstance(module, kinds):
             return _unsupported(module, kinds, check, options) or slots(module)
@@ -93,23 +104,27 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | str:
     if weight is not None and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]:
         in_dim, out_dim = weight.shape
         return [_slot("weight", "bias", partial(LinearLayer, out_dim, in_dim, transposed=True))]
-    return f"no Kronecker factors for {type(module).__name__}"
+    kind = type(module)
+    known = kind.__module__.startswith("torch.nn.modules.") and not kind.__module__.endswith(".container")
+    return Unfit(f"no Kronecker factors for {kind.__name__}", watched=not known)
 
 
-def _unsupported(module: nn.Module, kinds: _Kinds, check: _Check | None, options: LayerOptions) -> str | None:
+def _unsupported(
+    module: nn.Module, kinds: _Kinds, check: _Check | None, options: LayerOptions
+) -> Unfit | None:
     """Return why a module of these kinds cannot take the FOP step, None if it can."""
     # Not through the attribute: a parametrized weight would be computed, which may change buffers.
     if "weight" not in module._parameters and not isinstance(module, nn.MultiheadAttention):
-        return "its weight is computed from other parameters"
+        return Unfit("its weight is computed from other parameters", watched=True)
     if "forward" in vars(module):
-        return "its forward was replaced"
+        return Unfit("its forward was replaced", watched=True)
     own, base = type(module), next(kind for kind in kinds if isinstance(module, kind))
     methods = ("forward", "_conv_forward")
     same = all(getattr(own, method, None) is getattr(base, method, None) for method in methods)
     if not same and kinds is not _NORMS:
-        return f"{own.__name__} overrides {base.__name__}.forward"
+        return Unfit(f"{own.__name__} overrides {base.__name__}.forward", watched=True)
     if check is not None and (why := check(module)) is not None:
-        return why
+        return Unfit(why)
     if kinds is _NORMS and options.path is None:
-        return f"{own.__name__}; a diagonal Fisher with path='fop' in layer_options"
+        return Unfit(f"{own.__name__}; a diagonal Fisher with path='fop' in layer_options")
     return None

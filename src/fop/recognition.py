@@ -1,0 +1,123 @@
+"""Weights that are recognised by what is computed with them, in the first forward passes of a model."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fop.capture import Hook, Source, begin_watch, end_watch, parts_called, remove_all, source_of, watches
+from fop.layers import FunctionCall
+from fop.torch_internals import current_transform, has_compiled, outside, running_modules, runs_compiled
+
+# Takes a call of a function, the source of its weight, and the innermost module that runs; returns whether it
+# is recorded.
+Found: TypeAlias = Callable[[FunctionCall, Source, nn.Module], bool]
+
+# Passes after which a parameter without a gradient is no longer watched.
+_PASSES = 16
+# Functions, beside those of `fop.layers`, that may use a parameter as a weight.
+_PRODUCTS = {"einsum", "bmm", "baddbmm", "addbmm", "tensordot", "bilinear", "mv", "inner"}
+_UNSEEN = "no function that FOP knows was seen to use it"
+
+
+class Recogniser:
+    """Watches functions in the first forward passes of models, but of none that torch.compile would trace.
+
+    Attributes:
+        open: whether forward passes are watched.
+        waiting: the parameters that no module's class tells about, and the functions that have used them.
+        found: what takes the calls; held weakly, as a `weakref.WeakMethod`.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self.waiting: dict[Tensor, set[str]] = {}
+        self.found: Callable[[], Found | None] = lambda: None
+        self._passes = 0
+        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, remove_all, self._handles)
+
+    def watch(self, root: nn.Module, params: Iterable[Tensor]) -> None:
+        """Watch the coming forward passes of a model; ``params`` are those that no class tells about."""
+        self.waiting |= {param: set() for param in params if param not in self.waiting}
+        self.open, self._passes = True, 0
+        known = root in self._roots
+        self._roots.add(root)
+        for part in [] if known else [root, *parts_called(root)]:
+            before, after = Hook(self, Recogniser.enter), Hook(self, Recogniser.leave)
+            self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(part.register_forward_hook(after, always_call=True))
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """Begin a call of a model or of one of its parts; return its arguments, to be used for it."""
+        if torch.compiler.is_compiling() or not (self.open and torch.is_grad_enabled()):
+            return None
+        if watches(self.sees) or current_transform() is not None:
+            return None
+        # torch.compile would trace the mode that watches.
+        if runs_compiled() or has_compiled(module):
+            return None
+        self._passes += 1
+        return begin_watch(module, args, self.sees, self.passes), kwargs
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End a call, which is watched if it was the first to begin."""
+        end_watch(module, self.sees)
+
+    def sees(self, call: FunctionCall) -> bool:
+        """Take a call of a function; return whether it is recorded."""
+        source, found, modules = source_of(call.given["weight"]), self.found(), running_modules()
+        if source is None or found is None or not modules or not torch.is_grad_enabled():
+            return False
+        if found(call, source, modules[0]):
+            return True
+        self.passes(call.function, tuple(call.given.values()))
+        return False
+
+    def passes(self, function: Any, args: tuple[Any, ...]) -> None:
+        """Take a call of a function that is no layer."""
+        for arg in args:
+            if isinstance(arg, Tensor) and arg in self.waiting:
+                name = getattr(function, "__name__", "").strip("_")
+                self.waiting[arg] |= {name} - {"get", ""}
+
+    def settle(self, names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+        """Return at a step why parameters take AdamW; warn of those that may be weights."""
+        reasons: dict[Tensor, str] = {}
+        for param, functions in self.waiting.items():
+            if param.grad is None and self._passes < _PASSES:
+                continue
+            if not self._passes:
+                reasons[param] = "functions are not seen under torch.compile, nor outside its model's forward"
+            else:
+                reasons[param] = f"used by {', '.join(sorted(functions))}" if functions else _UNSEEN
+        unseen = [param for param in reasons if param.grad is not None]
+        unseen = [param for param in unseen if not self.waiting[param] or self.waiting[param] & _PRODUCTS]
+        if unseen:
+            each = "; ".join(f"{names.get(param, 'a parameter')}: {reasons[param]}" for param in unseen)
+            warnings.warn(
+                f"AdamW trains parameters that may be weights of layers ({each}). FOP knows linear, "
+                "convolution and embedding functions and matrix products; with path='adamw' in layer_options "
+                "for their modules you are not warned",
+                UserWarning,
+                stacklevel=outside(),
+            )
+        for param in reasons:
+            del self.waiting[param]
+        if self._passes and not any(param.requires_grad for param in self.waiting):
+            self.close()
+        return reasons
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self.open = False
+        self.waiting.clear()
+        self._roots.clear()
+        remove_all(self._handles)

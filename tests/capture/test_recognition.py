@@ -1,0 +1,642 @@
+"""A layer is what it computes: functions train a weight as the module of torch that computes the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.utils.checkpoint import checkpoint
+
+from fop import FOP
+from internals import function_watches
+from models import PLAIN, assert_equal, loss_of, train_step, weights
+from reference import correct, dense_damped_fisher, dense_fisher, split, unvec, vec
+
+Build = Callable[..., nn.Module]
+
+
+# --- spellings of one layer --------------------------------------------------------------------------------
+
+
+class Casted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class Halved(nn.Linear):
+    """Keeps its weight in another precision than it computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float()).double()
+
+
+class Extended(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Keywords(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(bias=self.bias, weight=self.weight, input=x)
+
+
+class Outside(nn.Module):
+    """Uses the weight of a module that is never called."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.inner.weight, self.inner.bias)
+
+
+class Own(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        inner = nn.Linear(*sizes)
+        self.weight, self.bias = nn.Parameter(inner.weight.data), nn.Parameter(inner.bias.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Helped(Own):
+    """Calls a function of its own between the module and torch's function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._apply_weight(x)
+
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Listed(nn.Module):
+    """Keeps weight and bias in a list."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        inner = nn.Linear(*sizes)
+        self.both = nn.ParameterList([inner.weight, inner.bias])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.both[0], self.both[1])
+
+
+class Added(Own):
+    """GPT-2's way: the weight is (in, out)."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(self.weight.data.T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def replaced(*sizes: int) -> nn.Module:
+    """A module whose forward somebody has wrapped, as accelerate does."""
+    module = nn.Linear(*sizes)
+    inner = module.forward
+    module.forward = lambda x: inner(x)  # type: ignore[method-assign]
+    return module
+
+
+LINEAR: dict[str, Build] = {
+    build.__name__: build
+    for build in (Casted, Extended, Keywords, Outside, Own, Helped, Listed, Added, replaced)
+}
+
+
+class Product(nn.Module):
+    """A product of matrices, without a bias."""
+
+    def __init__(self, inputs: int, outputs: int, spelling: str) -> None:
+        super().__init__()
+        weight = nn.Linear(inputs, outputs).weight.data
+        self.by_columns = not spelling.endswith("T")
+        self.table = nn.Parameter(weight.T.contiguous() if self.by_columns else weight)
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        spellings: dict[str, Callable[[Any, Any], Tensor]] = {
+            "x @ W": lambda x, W: x @ W,
+            "x @ W.T": lambda x, W: x @ W.T,
+            "matmul(x, W)": torch.matmul,
+            "x.mm(W)": lambda x, W: x.mm(W),
+            "linear(x, W.T) .T": lambda x, W: F.linear(x, W),
+            "linear(x, W.T)": lambda x, W: F.linear(x, W.T),
+        }
+        return spellings[self.spelling](x, self.table)
+
+
+PRODUCTS = ("x @ W", "x @ W.T", "matmul(x, W)", "x.mm(W)", "linear(x, W.T)")
+
+
+class OwnConv(nn.Module):
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        inner = conv(transposed)
+        self.kernels, self.shift = nn.Parameter(inner.weight.data), nn.Parameter(inner.bias.data)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            return F.conv_transpose2d(x, self.kernels, self.shift, 2, 1, 1, 2)
+        return F.conv2d(x, self.kernels, self.shift, stride=(2, 1), padding=1, dilation=1, groups=2)
+
+
+class CalledConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.clone(), self.bias)
+
+
+def conv(transposed: bool) -> nn.Module:
+    if transposed:
+        return nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2)
+    return nn.Conv2d(4, 6, 3, (2, 1), 1, groups=2)
+
+
+class OwnTable(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight, self.padding_idx) * 2.0
+
+
+class ScaledTable(nn.Module):
+    """What `OwnTable` computes, by a module of torch."""
+
+    def __init__(self, *sizes: int, padding_idx: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(*sizes, padding_idx=padding_idx)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.table(ids) * 2.0
+        return out
+
+
+def stack(layer: Build, *args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    parts = [layer(5, 6, *args), nn.Tanh(), layer(6, 6, *args), nn.Tanh(), layer(6, 3, *args)]
+    return nn.Sequential(*parts).double()
+
+
+def images(layer: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(layer(), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(0, 7, (8, 4), generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(seed: int) -> Tensor:
+    return torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(seed: int) -> Tensor:
+    return torch.randn(8, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(
+    model: nn.Module, inputs: Callable[[int], Tensor], bare: bool = False, steps: int = 6
+) -> tuple[list[Tensor], FOP]:
+    """Outputs after every step, with two batches a step now and then."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        target = torch.randn_like(model(inputs(0)))
+    optimizer = FOP(
+        model.parameters() if bare else model, **{**PLAIN, "momentum": 0.5, "curvature_interval": 2}
+    )
+    found = []
+    for step in range(steps):
+        train_step(model, optimizer, inputs(step), target)
+        found.append(model(inputs(99)).detach())
+    return found, optimizer
+
+
+def assert_trains_like(
+    model: nn.Module, other: nn.Module, inputs: Callable[[int], Tensor], bare: bool = False
+) -> FOP:
+    """The same outputs as another model after every step, and a pair in every step."""
+    expected, _ = trained(other, inputs)
+    found, optimizer = trained(model, inputs, bare)
+    for one, each in zip(expected, found, strict=True):
+        torch.testing.assert_close(each, one, rtol=1e-9, atol=1e-11)
+    diagnosed = optimizer.diagnostics().layers.values()
+    assert diagnosed and all(layer.kfac_steps == 0 for layer in diagnosed)
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+    return optimizer
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["model", "parameters"])
+@pytest.mark.parametrize("spelling", LINEAR)
+def test_linear(spelling: str, bare: bool) -> None:
+    optimizer = assert_trains_like(stack(LINEAR[spelling]), stack(nn.Linear), vectors, bare)
+    reasons = {row.reason for row in optimizer.summary().rows}
+    function = "addmm" if spelling == "Added" else "F.linear"
+    where = "Linear" if spelling == "replaced" else spelling
+    assert reasons == ({"Linear"} if spelling == "Outside" else {f"{function} in {where}"})
+
+
+@pytest.mark.parametrize("spelling", PRODUCTS)
+def test_product(spelling: str) -> None:
+    other = stack(lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False))
+    model = stack(Product, spelling)
+    copied = [layer.weight for layer in other if isinstance(layer, nn.Linear)]  # type: ignore[attr-defined]
+    for layer, weight in zip((layer for layer in model if isinstance(layer, Product)), copied, strict=True):  # type: ignore[attr-defined]
+        layer.table.data = weight.data.T.clone() if layer.by_columns else weight.data.clone()
+    assert_trains_like(model, other, vectors)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolution(transposed: bool) -> None:
+    models = images(lambda: OwnConv(transposed)), images(lambda: conv(transposed))
+    for model in models:
+        model(pictures(0))
+    models[0].load_state_dict(dict(zip(models[0].state_dict(), models[1].state_dict().values(), strict=True)))
+    optimizer = assert_trains_like(*models, pictures)
+    function = "conv_transpose2d" if transposed else "conv2d"
+    assert optimizer.summary().rows[0].reason == f"F.{function} in OwnConv"
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_subclass_of_a_convolution(mode: str) -> None:
+    models = [
+        images(lambda kind=kind: kind(4, 3, 3, padding=1, padding_mode=mode))
+        for kind in (CalledConv, nn.Conv2d)
+    ]  # type: ignore[misc]
+    for model in models:
+        model(pictures(0))
+    models[0].load_state_dict(models[1].state_dict())
+    assert_trains_like(models[0], models[1], pictures)
+
+
+def test_embedding() -> None:
+    def model(table: Build) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(table(7, 5, padding_idx=0), nn.Flatten(), nn.Linear(20, 3)).double()
+
+    assert_trains_like(model(OwnTable), model(ScaledTable), ids)
+
+
+class Twice(Own):
+    """One weight in two calls of a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x, self.weight, self.bias)), self.weight, self.bias)
+
+
+class TwiceCalled(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(torch.tanh(self.inner(x)))
+        return out
+
+
+def test_several_uses() -> None:
+    def model(twice: Build) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(twice(5, 5), nn.Linear(5, 3)).double()
+
+    assert_trains_like(model(Twice), model(TwiceCalled), vectors)
+
+
+def test_use_in_two_modules() -> None:
+    """One weight, a module that owns it and another that uses it by a function."""
+
+    class Both(nn.Module):
+        def __init__(self, by_function: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last, self.by_function = nn.Linear(5, 5), nn.Linear(5, 3), by_function
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.first(x))
+            x = F.linear(x, self.first.weight, self.first.bias) if self.by_function else self.first(x)
+            out: Tensor = self.last(torch.tanh(x))
+            return out
+
+    assert_trains_like(Both(True).double(), Both(False).double(), vectors)
+
+
+# --- weights that are computed -----------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 0.3)
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.weight.mean(1, keepdim=True), self.weight.std(1, keepdim=True)
+        return F.linear(x, (self.weight - mean) / std)
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, len(self.weight), -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, None, self.stride, self.padding)
+
+
+def scaled(inputs: int, outputs: int) -> nn.Module:
+    return Scaled(inputs, outputs, bias=False)
+
+
+def standardised(inputs: int, outputs: int) -> nn.Module:
+    return Standardised(inputs, outputs, bias=False)
+
+
+def weight_norm(inputs: int, outputs: int) -> nn.Module:
+    return parametrizations.weight_norm(nn.Linear(inputs, outputs, bias=False))
+
+
+def gradient_of(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Tensor:
+    param = model.get_parameter(name)
+    (found,) = torch.autograd.grad(loss_of(model, x, y), param)
+    return found.flatten(1)[None]
+
+
+COMPUTED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Tensor]]] = {
+    "scale": (lambda: stack(scaled), "2.weight", vectors),
+    "standardised": (lambda: stack(standardised), "2.weight", vectors),
+    "weight norm": (lambda: stack(weight_norm), "2.parametrizations.weight.original1", vectors),
+    "convolution": (
+        lambda: nn.Sequential(StandardisedConv(4, 3, 3, bias=False), nn.Flatten(), nn.Linear(36, 3)).double(),
+        "0.weight",
+        pictures,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_computed_weight(kind: str) -> None:
+    """The step is that of the weight's own sub-batch gradients, with A of the inputs and G scaled by rows."""
+    build, name, inputs = COMPUTED[kind]
+    torch.manual_seed(0)
+    model = build()
+    optimizer = FOP(model, **PLAIN)
+    x, y = inputs(1), torch.randn(8, 3, dtype=torch.float64)
+    for _ in range(2):
+        twin = copy.deepcopy(model)
+        train_step(model, optimizer, x, y)
+    (row,) = (row for row in optimizer.summary().rows if row.name == name)
+    assert row.path == "FOP" and "of a computed weight in" in row.reason
+    Ga = gradient_of(twin, name, x, y)
+    g1, g2 = (gradient_of(twin, name, x[part], y[part]) for part in split(8))
+    held = optimizer.state[model.get_parameter(name)]
+    F_, F_hat = (
+        dense_fisher(held["A"], held["G"]),
+        dense_damped_fisher(held["A"], held["G"], PLAIN["damping"]),
+    )
+    expected = correct(F_, F_hat, vec(Ga), vec(g1 - g2), PLAIN["beta"], PLAIN["eta"]).direction
+    moved = (twin.get_parameter(name) - model.get_parameter(name)).detach().flatten(1)[None] / PLAIN["lr"]
+    error = float((moved - unvec(expected, like=Ga)).norm() / moved.norm())
+    assert error < 1e-9, f"{error:.1e}"
+
+
+def test_scaled_weight_has_the_curvature_of_the_weight() -> None:
+    """With f(W) = c W the factors are A and c² G of the same layer without a scale."""
+    torch.manual_seed(0)
+    model, plain = nn.Sequential(scaled(5, 3)).double(), nn.Linear(5, 3, bias=False).double()
+    plain.weight.data = 0.3 * model[0].weight.data
+    x, y = vectors(1), torch.randn(8, 3, dtype=torch.float64)
+    held = []
+    for each in (model, plain):
+        optimizer = FOP(each, **PLAIN)
+        train_step(each, optimizer, x, y)
+        held.append(optimizer.state[next(each.parameters())])
+    torch.testing.assert_close(held[0]["A"], held[1]["A"])
+    torch.testing.assert_close(held[0]["G"], 0.3**2 * held[1]["G"])
+
+
+# --- what is not recognised --------------------------------------------------------------------------------
+
+
+class Strange(nn.Module):
+    """A weight in a function that is no layer, one that is only added, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixing = nn.Parameter(torch.randn(5, 4))
+        self.position = nn.Parameter(torch.randn(1, 4))
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.einsum("ni,io->no", x, self.mixing) + self.position)
+        return out
+
+
+def steps_of(model: nn.Module, count: int = 3, **options: Any) -> tuple[FOP, list[str]]:
+    optimizer = FOP(model, **PLAIN, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(count):
+            train_step(model, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
+    return optimizer, [str(each.message) for each in caught]
+
+
+def test_weight_of_another_function_is_named_once() -> None:
+    optimizer, messages = steps_of(Strange())
+    assert len(messages) == 1 and "mixing: used by einsum" in messages[0] and "position" not in messages[0]
+    rows = {row.name: row for row in optimizer.summary().rows}
+    factors = "no Kronecker factors for Strange"
+    assert (rows["mixing"].path, rows["mixing"].reason) == ("AdamW", f"{factors}; used by einsum")
+    assert (rows["position"].path, rows["position"].reason) == ("AdamW", f"{factors}; used by add")
+    assert rows["head.weight"].path == "FOP"
+
+
+def test_user_who_knows_is_not_warned() -> None:
+    _, messages = steps_of(Strange(), layer_options={"": {"path": "adamw"}})
+    assert messages == []
+
+
+def test_function_outside_the_model() -> None:
+    """Nobody sees what a script does with a parameter between the calls of modules."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
+    model.register_parameter("out", nn.Parameter(torch.randn(3, 4, dtype=torch.float64)))
+    optimizer = FOP(model, **PLAIN)
+    F.linear(model(vectors(0)), model.out).square().mean().backward()  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="out: no function that FOP knows was seen to use it"):
+        optimizer.step()
+    assert {row.name: row.path for row in optimizer.summary().rows}["out"] == "AdamW"
+
+
+def test_compiled_model_has_its_own_classes_only() -> None:
+    """Functions cannot be seen in a graph: a warning names the weight; torch's own classes take FOP."""
+    model = nn.Sequential(Own(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = FOP(model, **PLAIN)
+    with pytest.warns(UserWarning, match="0.weight: functions are not seen under torch.compile"):
+        train_step(compiled, optimizer, vectors(0), torch.zeros(8, 3, dtype=torch.float64))  # type: ignore[arg-type]
+    assert [row.path for row in optimizer.summary().rows] == ["AdamW", "AdamW", "FOP", "FOP"]
+    assert function_modes() == []
+
+
+@pytest.mark.parametrize("rate", [nn.LSTM, nn.Bilinear])
+def test_layers_of_torch_without_factors_do_not_warn(rate: type[nn.Module]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part: Any = nn.LSTM(5, 3, batch_first=True) if rate is nn.LSTM else nn.Bilinear(5, 5, 3)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.part(x[:, None])[0][:, 0] if rate is nn.LSTM else self.part(x, x)
+            return out
+
+    assert steps_of(Net())[1] == []
+
+
+def test_parameter_that_is_used_later() -> None:
+    """A head that is not used in the first steps is recognised when it is."""
+    model = nn.ModuleDict({"trunk": Own(5, 4), "late": Own(4, 3), "early": Own(4, 3)}).double()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.head = model, "early"
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.parts[self.head](torch.tanh(self.parts["trunk"](x)))
+            return out
+
+    net = Net()
+    optimizer = FOP(net, **PLAIN)
+    for step in range(6):
+        net.head = "early" if step < 3 else "late"
+        train_step(net, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+
+
+# --- the way of a pass -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self, recompute: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.block, self.head = (
+                nn.Linear(5, 5),
+                nn.Sequential(Own(5, 6), nn.Tanh()),
+                Own(6, 3),
+            )
+            self.recompute = recompute
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = checkpoint(self.block, x, use_reentrant=reentrant) if self.recompute else self.block(x)
+            out: Tensor = self.head(x)
+            return out
+
+    assert_trains_like(Net(True), Net(False), vectors)
+
+
+def test_state_goes_on_bit_for_bit() -> None:
+    model = stack(Own)
+    optimizer = FOP(model, **PLAIN)
+    y = torch.zeros(8, 3, dtype=torch.float64)
+    for step in range(3):
+        train_step(model, optimizer, vectors(step), y)
+    twin = copy.deepcopy(model)
+    other = FOP(twin, **PLAIN)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(3, 6):
+        train_step(model, optimizer, vectors(step), y)
+        train_step(twin, other, vectors(step), y)
+    assert_equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copy_of_a_model_feeds_nobody(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = stack(Own)
+    optimizer = FOP(model, **PLAIN)
+    y = torch.zeros(8, 3, dtype=torch.float64)
+    for step in range(2):
+        train_step(model, optimizer, vectors(step), y)
+    twin = copied(model)
+    optimizer.zero_grad()
+    loss_of(twin, vectors(9), y).backward()
+    assert function_modes() == [] and all(param.grad is None for param in model.parameters())
+    train_step(model, optimizer, vectors(2), y)
+    found, _ = trained(stack(Own), vectors, steps=1)
+    assert found and optimizer.diagnostics().layers["0"].kfac_steps == 0
+
+
+class Stop(BaseException):
+    pass
+
+
+STOPS = [KeyboardInterrupt, SystemExit, GeneratorExit, Stop, RuntimeError]
+
+
+class Interrupted(Own):
+    stop: type[BaseException] | None = None
+    where = "before"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stop is not None and self.where == "before":
+            raise self.stop
+        out = F.linear(x, self.weight, self.bias)
+        if self.stop is not None:
+            raise self.stop
+        return out
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["later pass", "first pass"])
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("stop", STOPS)
+def test_interrupted_pass(stop: type[BaseException], where: str, first: bool) -> None:
+    """Nothing is left of a pass that ends in any exception; the next batch, of another size, trains."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(5, 1, batch_first=True)
+    model = nn.ModuleList([Interrupted(5, 5), attention, Interrupted(5, 3)]).double()
+    model.forward = lambda x: model[2](model[1](*[model[0](x)[:, None]] * 3)[0][:, 0])  # type: ignore[method-assign]
+    optimizer = FOP(model, **PLAIN)
+    y = torch.zeros(8, 3, dtype=torch.float64)
+    if not first:
+        train_step(model, optimizer, vectors(0), y)
+    for part in (model[0], model[2]):
+        part.stop, part.where = stop, where
+        with pytest.raises(stop):
+            model(vectors(1))
+        part.stop = None
+        assert function_modes() == [] and function_watches() == 0
+    train_step(model, optimizer, vectors(2)[:6], y[:6])
+    train_step(model, optimizer, vectors(3), y)
+    assert optimizer.diagnostics().layers["0"].why_kfac is None
+
+
+def test_hook_that_replaces_the_arguments() -> None:
+    """The arguments that hold a watch go with it, and the call is still seen."""
+    model, other = stack(Own), stack(nn.Linear)
+    expected, _ = trained(other, vectors)
+    optimizer_model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    target = torch.randn_like(expected[0])
+    optimizer = FOP(optimizer_model, **{**PLAIN, "momentum": 0.5, "curvature_interval": 2})
+    for part in optimizer_model:  # type: ignore[attr-defined]
+        part.register_forward_pre_hook(lambda _, args: tuple(arg * 1.0 for arg in args))
+    for step in range(len(expected)):
+        train_step(optimizer_model, optimizer, vectors(step), target)
+        torch.testing.assert_close(optimizer_model(vectors(99)), expected[step], rtol=1e-9, atol=1e-11)
+    assert function_modes() == [] and math.isfinite(float(expected[-1].sum()))
