@@ -118,8 +118,10 @@ def runs_compiled() -> bool:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        # `torch.compiler.disable` has a frame there, too, without a compiler to call.
-        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame" and frame.f_locals.get("callback"):
+        # `torch.compiler.disable` has a frame there, too, but no model and no compiler.
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame" and (
+            frame.f_locals.get("callback") or hasattr(frame.f_locals.get("self"), "_orig_mod")
+        ):
             return True
         frame = frame.f_back
     return False
