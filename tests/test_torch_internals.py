@@ -13,21 +13,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from fop import FOP, torch_internals
 from fop.torch_internals import (
     after_backward,
     current_backward_pass,
+    current_trace,
     current_transform,
     fsdp_group,
     graph_is_retained,
     group_timeout,
+    has_compiled,
     is_exporting,
     is_joining,
     is_legacy_vmapped,
     is_vmapped,
+    leaf_of,
     running_ddp,
+    running_modules,
+    runs_compiled,
     scale_of,
+    top_function_mode,
     unwrapped,
     view_base,
     wrappers,
@@ -143,6 +150,73 @@ def test_fully_sharded(tmp_path: Path) -> None:
         assert fsdp_group(model) is not None and fsdp_group(model[0]) is None
     finally:
         dist.destroy_process_group()
+
+
+def test_a_trace_is_known() -> None:
+    found: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        found.append(current_trace() is not None)
+        return x + 1
+
+    torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert found == [True] and current_trace() is None
+
+
+def test_the_mode_that_sees_calls_first() -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert top_function_mode() is None
+    with Mode(), Mode() as inner:
+        assert top_function_mode() is inner
+
+
+def test_the_leaf_of_a_computed_tensor() -> None:
+    weight, other = torch.ones(3, 2, requires_grad=True), torch.ones(3, 1, requires_grad=True)
+    for copied in (weight.double(), weight.clone()):
+        assert leaf_of(copied) == (weight, False)
+    assert leaf_of(weight * other) == (weight, True)
+    square = torch.ones(2, 2, requires_grad=True)
+    for turned in (square.t(), square.transpose(0, 1), square.mT, square.permute(1, 0)):
+        assert leaf_of(turned) is None
+    assert leaf_of(weight + torch.ones(3, 2, requires_grad=True)) is None
+
+
+def test_modules_that_run() -> None:
+    found: list[nn.Module] = []
+
+    class Ask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found.extend(running_modules())
+            return x
+
+    model = nn.Sequential(Ask())
+    model(torch.ones(1))
+    assert found == [model[0], model] and running_modules() == []
+
+
+def test_compiled_modules() -> None:
+    found: list[bool] = []
+
+    class Ask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            ask()
+            return x + 1
+
+    @torch.compiler.disable
+    def ask() -> None:
+        found.append(runs_compiled())
+
+    model = Ask()
+    model(torch.ones(1))
+    assert found == [False] and not has_compiled(model)
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.ones(1))
+    assert found == [False, True] and has_compiled(compiled)
+    model.compile(backend="eager")
+    assert has_compiled(nn.Sequential(model))
 
 
 def test_the_scale_of_a_scaler() -> None:

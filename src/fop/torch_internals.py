@@ -10,6 +10,7 @@ import operator
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,6 +35,7 @@ graph_is_retained: Callable[[], bool] = getattr(
 current_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 # What torch.jit.trace (TensorBoard, torch.onnx) is recording in this thread; None if nothing.
+# Seen in 2.4 to 2.14. Without it: import fails.
 current_trace: Callable[[], Any] = torch._C._get_tracing_state
 
 # Whether a gradient is that of several backward passes that run as one (vectorized Jacobians); none of them
@@ -75,8 +77,8 @@ _TURNS = ("TBackward0", "TransposeBackward", "PermuteBackward0", "NumpyTBackward
 def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
     """Return the one leaf of the shape of a computed tensor, and whether that is more than its copy.
 
-    None if there is not exactly one, or if it may have been transposed. Seen in 2.4 to 2.14. Without the
-    nodes' ``variable``: None.
+    None if there is not exactly one, or if it may have been transposed. Seen in 2.4 to 2.14. Without it
+    (the nodes' ``variable``): None.
     """
     leaves: dict[int, Tensor] = {}
     more, waiting = False, [computed.grad_fn]
@@ -99,7 +101,7 @@ def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
 def running_modules() -> list[nn.Module]:
     """Return the modules that are being called in this thread, the innermost first.
 
-    Seen in 2.4 to 2.14. Without `Module._call_impl`: an error names it.
+    Seen in 2.4 to 2.14. Without it (`Module._call_impl`): an error names it.
     """
     code, frame, found = nn.Module._call_impl.__code__, sys._getframe(1), []
     while frame is not None:
@@ -114,10 +116,15 @@ def runs_compiled() -> bool:
 
     Seen in 2.4 to 2.14. Without it: parts of a model are compiled twice.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") != "torch._dynamo.eval_frame":
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # `torch.compiler.disable` has a frame there, too, but no model and no compiler.
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame" and (
+            frame.f_locals.get("callback") or hasattr(frame.f_locals.get("self"), "_orig_mod")
+        ):
+            return True
         frame = frame.f_back
-    return frame.f_back is not None
+    return False
 
 
 def has_compiled(module: nn.Module) -> bool:

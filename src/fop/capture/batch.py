@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,9 +75,10 @@ class Batch:
         shapes = [x.shape for x in tensors_in(inputs) if x.dim() > 0]
         # A single time step, for instance, may come beside the samples.
         firsts = [shape[0] for shape in shapes if shape[0] != 1] or [1] * bool(shapes)
-        counts = [firsts.count(size) for size in firsts]
+        # With lists alone: torch 2.5 can trace neither `firsts.count` nor generators.
+        counts = [len([other for other in firsts if other == size]) for size in firsts]
         common = [size for size, count in zip(firsts, counts, strict=True) if count == max(counts)]
-        agreed = all(size == common[0] for size in common)
+        agreed = not [size for size in common if size != common[0]]
         self.size = common[0] if common and agreed else None
         self.sizes = [] if agreed else firsts
         self.seconds = [shape[1] for shape in shapes if len(shape) > 1]
@@ -172,15 +173,18 @@ class AttentionBatch(Batch):
         return Layout(1, self.size, self.rows, folded=x.dim() == 2)
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in arguments or results of a model; of a packed sequence the first step, (N, …)."""
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors in arguments or results of a model; of a packed sequence the first step, (N, …)."""
+    # Not a generator, as in `Batch.see`.
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, PackedSequence):
-            yield value.data[: int(value.batch_sizes[0])]
+            found.append(value.data[: int(value.batch_sizes[0])])
         elif isinstance(value, Mapping):
-            yield from tensors_in(value.values())
+            found += tensors_in(value.values())
         elif isinstance(value, tuple) or (isinstance(value, list) and len(value) == 1):
             # A longer list may hold the samples themselves, as images of different sizes.
-            yield from tensors_in(value)
+            found += tensors_in(value)
+    return found
