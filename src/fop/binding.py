@@ -283,7 +283,8 @@ class Bindings:
         root = next((root for root in self.roots() if module in set(root.modules())), None)
         if root is None or owner is None or (binding is None and weight not in self.recogniser.waiting):
             return False
-        bias = None if source.computed else self._bias_of(call, binding)
+        bias = None if source.computed else self._bias_of(call, owner, binding)
+        bias_key = None if bias is None else self._owners[bias][0][1]
         named = {each: name for name, each in root.named_modules()}
         own, path = self.names[weight].removesuffix(".weight"), named.get(module, "")
         options = (
@@ -299,14 +300,16 @@ class Bindings:
                 f"{call.name}{' of a computed weight' if source.computed else ''} in {type(module).__name__}"
             )
             name = type(owner).__name__ if own == "weight" else own
-            uses = (Use(path, module, Slot(key, None, lambda *_: layer), layer),)
+            uses = (Use(path, module, Slot(key, bias_key, lambda *_: layer), layer),)
             found = FoundLayer(name, kind, layer, weight, bias, uses)
             binding = self._bind(found, state)
             binding.schedule(groups[weight])
         elif not layer.same_as(binding.layer):
             return False
-        added = FunctionUse(binding.recorder, layer, module, (key, None), self._watch(root), owner)
+        added = FunctionUse(binding.recorder, layer, module, (key, bias_key), self._watch(root), owner)
         binding.recorder.attach(added)
+        if binding.recorder.sharded:
+            added.follow_shards(binding.recorder, owner)
         return added.sees(call)
 
     def _known(self, leaf: Tensor) -> Tensor | None:
@@ -318,11 +321,13 @@ class Bindings:
             (param for param, owner, key in each if owner and owner._parameters.get(key) is leaf), None
         )
 
-    def _bias_of(self, call: FunctionCall, binding: Binding | None) -> nn.Parameter | None:
-        """Return the bias of a call, if it belongs to the weight's layer."""
+    def _bias_of(self, call: FunctionCall, owner: nn.Module, binding: Binding | None) -> nn.Parameter | None:
+        """Return the bias of a call, if it belongs to the weight's layer and the weight's owner has it."""
         given = source_of(call.given.get("bias"))
         bias = None if given is None or given.computed or given.turned else self._known(given.leaf)
-        if not isinstance(bias, nn.Parameter) or bias.dim() != 1 or len(self._owners[bias]) != 1:
+        if not isinstance(bias, nn.Parameter) or bias.dim() != 1:
+            return None
+        if len(self._owners[bias]) != 1 or self._owners[bias][0][0]() is not owner:
             return None
         free = bias not in self.covered() if binding is None else bias is binding.bias
         return bias if free else None
