@@ -8,11 +8,11 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,10 @@ def report(asked: argparse.Namespace) -> None:
     from fop_bench.paper import paper_page
     from fop_bench.study_report import write_report
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        written = [write_report(folder) for folder in asked.folders]
-        if asked.paper is not None:
-            written.append(write_text(asked.paper, paper_page(asked.folders)))
-    for notice in dict.fromkeys(str(each.message) for each in caught):
-        print(f"Note: {notice}", file=sys.stderr)
-    for path in written:
-        print(f"Wrote {path}")
+    for folder in asked.folders:
+        print(f"Wrote {write_report(folder)}")
+    if asked.paper is not None:
+        print(f"Wrote {write_text(asked.paper, paper_page(asked.folders))}")
 
 
 def defaults(asked: argparse.Namespace) -> None:
@@ -104,19 +99,15 @@ def demo(asked: argparse.Namespace) -> None:
     with _bar("demo") as on_run:
         make(chosen, data=None, world=World(asked.device), out=out, jobs=1, minutes=600.0, on_run=on_run)
         page = write_report(out)
-    (study,) = studies(read_runs(lines))
-    _show(comparison_table(study))
+    _show(comparison_table(*studies(read_runs(lines))))
     print(f"Wrote {page}, its plots and {lines.name}")
 
 
 def overhead(asked: argparse.Namespace) -> None:
     """Measure time and peak memory per step, the optimizers taking turns."""
-    todo = [
-        Workload(name, batch, bf16)
-        for name in (MODELS if asked.model == "all" else [asked.model])
-        for batch in asked.batch or [128]
-        for bf16 in ([False, True] if asked.bf16 is None else [asked.bf16])
-    ]
+    models = MODELS if asked.model == "all" else [asked.model]
+    precisions = [False, True] if asked.bf16 is None else [asked.bf16]
+    todo = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
     where, results = environment(asked.device), []
     with _bar("overhead") as on_run:
         for at, workload in enumerate(todo):
@@ -134,13 +125,12 @@ def scale(asked: argparse.Namespace) -> None:
     Writes scale.json into --out; with --predict prediction.json and prediction.md.
     """
     # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(asked.ranks or ())) or (GPUS if asked.predict else MEASURED)
+    counts = tuple(dict.fromkeys(asked.ranks)) or (GPUS if asked.predict else MEASURED)
     if asked.predict:
         predicted = predictions(counts)
         write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
-        tables = predicted_tables(predicted)
+        _show(tables := predicted_tables(predicted))
         write_text(asked.out / "prediction.md", tables)
-        _show(tables)
         print(f"{ASSUMED}\nWrote prediction.json and prediction.md to {asked.out}")
         return
     workload, where = Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
@@ -164,20 +154,17 @@ def surface(asked: argparse.Namespace) -> None:
     Trains with FOP first. Then K-FAC steps on the gradient of each half of one batch and on their mean, and
     FOP on the pair, all with the same curvature. Writes surface.json and surface.png into --out.
     """
-    from fop_bench import surface as measurement
     from fop_bench.plots import plot_surface
+    from fop_bench.surface import surface as measure
 
-    out, device = asked.out, asked.device
-    question = {key: value for key, value in vars(asked).items() if key not in ("out", "device")}
-    with _console().status("training, then the steps and the losses around"):
-        result = measurement.surface(measurement.Question(**question), device)
-        write_json(out / "surface.json", result)
-        plot_surface(result, out / "surface.png")
+    result = measure(asked)
+    write_json(asked.out / "surface.json", result)
+    plot_surface(result, asked.out / "surface.png")
     print(f"loss of the batch: {result['origin']['whole']} at the point")
     for step in result["steps"].values():
         share = f"{step['share_in_plane']:.0%} of the step is in the plane"
         print(f"  {step['losses_at_end']['whole']} after {step['what']} ({share})")
-    print(f"Wrote surface.json and surface.png to {out}")
+    print(f"Wrote surface.json and surface.png to {asked.out}")
 
 
 # --- What they show
@@ -245,22 +232,26 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _option(
-    name: str, what: str, default: Any = None, kind: Any = str, **how: Any
-) -> tuple[str, dict[str, Any]]:
+Option = tuple[str, dict[str, Any]]
+
+
+def _option(name: str, what: str, default: Any = None, kind: Any = None, **how: Any) -> Option:
     """Return what argparse is told of an option; a default is given as it would be typed."""
     shown = f"{what} (default: {default})" if default else what
-    if how.get("action") == "store_true":
-        return name, {"help": shown, **how}
-    return name, {"help": shown, "default": default, "type": kind, **how}
+    return name, {"help": shown, "default": default, **({"type": kind} if kind else {}), **how}
 
 
+def _list(name: str, what: str, kind: Any = str) -> Option:
+    return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append"}
+
+
+WHOLE = _at_least(1)
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
 MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", _above_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
-OPTIONS = {
+OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [
         _option("--out", "folder", "fop-demo", Path),
         DEVICE,
@@ -270,11 +261,11 @@ OPTIONS = {
         RECIPE,
         _option("--study", f"which study: {STUDIES}", "comparison", metavar="STUDY"),
         DATA,
-        _option("--task", "only this data set; may be repeated", action="append"),
-        _option("--batch", "only this size; may be repeated", kind=int, action="append"),
-        _option("--optimizer", "only this one; may be repeated", action="append"),
+        _list("--task", "only this data set"),
+        _list("--batch", "only this size", int),
+        _list("--optimizer", "only this one"),
         DEVICE,
-        _option("--jobs", "runs at a time; else one a GPU, one a core", kind=_at_least(1)),
+        _option("--jobs", "runs at a time; else one a GPU, one a core", kind=WHOLE),
         MINUTES,
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
@@ -284,17 +275,17 @@ OPTIONS = {
     ],
     overhead: [
         _option("--model", "network to step", "all", choices=[*MODELS, "all"]),
-        _option("--batch", "may be repeated; else 128", kind=_at_least(1), action="append"),
+        _list("--batch", "samples of a step, else 128", WHOLE),
         _option("--bf16", "autocast; else both", action=argparse.BooleanOptionalAction),
         DEVICE,
-        _option("--rounds", "turns of every optimizer", "10", _at_least(1)),
+        _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file", "fop-overhead.json", Path),
     ],
     scale: [
-        _option("--ranks", "processes, or GPUs; may be repeated", kind=_at_least(1), action="append"),
+        _list("--ranks", "processes, or GPUs", WHOLE),
         _option("--model", "network to step", "resnet18", choices=[*MODELS]),
-        _option("--batch", "batch of every rank", "32", _at_least(1)),
-        _option("--rounds", "turns of every optimizer", "2", _at_least(1)),
+        _option("--batch", "batch of every rank", "32", WHOLE),
+        _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),
         _option("--out", "folder", "fop-scale", Path),
     ],
@@ -303,7 +294,7 @@ OPTIONS = {
         _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=_folder),
         _option("--tasks", "only tasks whose name holds this text", ""),
         DEVICE,
-        _option("--jobs", "runs at a time, one thread each", "2", _at_least(1)),
+        _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
         MINUTES,
         _option("--out", "folder", "fop-defaults", Path),
     ],
@@ -312,7 +303,7 @@ OPTIONS = {
         DATA,
         _option("--task", "data set of the recipe; else its first"),
         _option("--batch", "samples of a step; even", "1000", _at_least(2), dest="batch_size"),
-        _option("--epochs", "training with FOP before the steps", "3", _at_least(1)),
+        _option("--epochs", "training with FOP before the steps", "3", WHOLE),
         _option("--lr", "learning rate of training (constant) and steps", "0.1", _above_0),
         _option("--damping", "λ of training and steps", "1e-4", _above_0),
         _option("--seed", "of weights, order and the choice of the batch", "1", int),

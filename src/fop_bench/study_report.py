@@ -22,7 +22,7 @@ from fop_bench.plots import (
     speed_up_reference,
 )
 from fop_bench.report import markdown_table, plus_minus, write_text
-from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs, record_files
+from fop_bench.run_records import Run, of_one_commit, read_runs, record_files
 from fop_bench.study import Study
 
 TIMES = {
@@ -103,7 +103,7 @@ def _source(run: Run) -> str:
     git = run["environment"]["git"]
     if git is None:
         return "**in no checkout: unknown, with uncommitted changes for all we know**"
-    return f"`{commit_of(run)}`" + (" **with uncommitted changes**" if git["dirty"] else "")
+    return f"`{git['commit']}`" + (" **with uncommitted changes**" if git["dirty"] else "")
 
 
 def _folded(summary: str, content: str) -> str:
