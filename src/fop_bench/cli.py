@@ -8,10 +8,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,7 @@ MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl.
-
-    The optimizers are tuned first, each by the same number of runs on held-out images, and then trained with
-    new seeds. Goes on where it stopped or was killed.
-    """
+    """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl, or go on with them."""
     chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch).checked()
     folder = asked.out or Path("fop-runs") / chosen.recipe
     one = asked.device.type == "cuda" or under_torchrun()
@@ -63,10 +60,7 @@ def report(asked: argparse.Namespace) -> None:
 
 
 def defaults(asked: argparse.Namespace) -> None:
-    """Measure default options on small real tasks, and write the tables of all studies in --out.
-
-    STUDY is a grid of runs; each is one JSON line in --out.
-    """
+    """Measure default options on small real tasks, and write the tables of all studies in --out."""
     from fop_bench.study_report import write_defaults
 
     tasks = {task: plan for plan in DEFAULTS for task in plan.tasks if asked.data or "digits" in task}
@@ -83,10 +77,7 @@ def defaults(asked: argparse.Namespace) -> None:
 
 
 def demo(asked: argparse.Namespace) -> None:
-    """Train a small CNN on handwritten digits at batch 64, 512 and the full training set.
-
-    Takes about two minutes on two CPU cores. Writes the runs, README.md and its plots into --out.
-    """
+    """Train a small CNN on digits at three batch sizes, and report on it: two minutes on two CPU cores."""
     from fop_bench.run_records import read_runs
     from fop_bench.study import comparison_table, studies
     from fop_bench.study_report import write_report
@@ -107,27 +98,22 @@ def overhead(asked: argparse.Namespace) -> None:
     """Measure time and peak memory per step, the optimizers taking turns."""
     models = MODELS if asked.model == "all" else [asked.model]
     precisions = [False, True] if asked.bf16 is None else [asked.bf16]
-    todo = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
-    where, results = environment(asked.device), []
-    with _bar("overhead") as on_run:
-        for at, workload in enumerate(todo):
-            on_run(at, len(todo), f"{workload.model} · batch {workload.batch_size}")
-            results += measure_overhead(workload, asked.device, asked.rounds)
-            # After every workload: one that does not fit into memory takes no other's result with it.
-            write_json(asked.out, {"environment": where, "rounds": asked.rounds, "results": results})
-    _show(overhead_table(results))
+    workloads = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
+    todo = {
+        f"{each.model} · batch {each.batch_size} · {'bf16' if each.bf16 else 'float32'}": partial(
+            measure_overhead, each, asked.device, asked.rounds
+        )
+        for each in workloads
+    }
+    record = {"environment": environment(asked.device), "rounds": asked.rounds}
+    _show(overhead_table(_measured(todo, record, asked.out)))
     print(f"Wrote {asked.out}")
 
 
 def scale(asked: argparse.Namespace) -> None:
-    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones.
-
-    Writes scale.json into --out; with --predict prediction.json and prediction.md.
-    """
-    # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(asked.ranks)) or (GPUS if asked.predict else MEASURED)
+    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones."""
     if asked.predict:
-        predicted = predictions(counts)
+        predicted = predictions(tuple(asked.ranks or GPUS))
         write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
         _show(tables := predicted_tables(predicted))
         write_text(asked.out / "prediction.md", tables)
@@ -136,24 +122,28 @@ def scale(asked: argparse.Namespace) -> None:
     workload, where = Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = PLAIN_STEPS
-    record: dict[str, Any] = {"environment": where | {"threads": 1}, "protocol": protocol}
-    results: list[Row] = []
-    with _bar(asked.model) as on_run:
-        for at, count in enumerate(counts):
-            on_run(at, len(counts), f"{count} ranks")
-            results += scaling.measure_scale(workload, count, asked.rounds)
-            # After every number of ranks: one that fails takes no other's result with it.
-            write_json(asked.out / "scale.json", record | {"results": results})
-    _show(scaling.measured_tables(results))
+    record = {"environment": where | {"threads": 1}, "protocol": protocol}
+    todo = {
+        f"{count} ranks": partial(scaling.measure_scale, workload, count, asked.rounds)
+        for count in asked.ranks or MEASURED
+    }
+    _show(scaling.measured_tables(_measured(todo, record, asked.out / "scale.json")))
     print(f"Wrote scale.json to {asked.out}")
 
 
-def surface(asked: argparse.Namespace) -> None:
-    """Draw the loss around a point of a training, with one step of K-FAC and of FOP from there.
+def _measured(todo: Mapping[str, Callable[[], list[Row]]], record: dict[str, Any], path: Path) -> list[Row]:
+    """Make measurements by title; each is written at once, so that one that fails takes no other with it."""
+    results: list[Row] = []
+    with _bar(path.name) as on_run:
+        for at, (title, measure) in enumerate(todo.items()):
+            on_run(at, len(todo), title)
+            results += measure()
+            write_json(path, record | {"results": results})
+    return results
 
-    Trains with FOP first. Then K-FAC steps on the gradient of each half of one batch and on their mean, and
-    FOP on the pair, all with the same curvature. Writes surface.json and surface.png into --out.
-    """
+
+def surface(asked: argparse.Namespace) -> None:
+    """Draw the loss around a point of a training with FOP, and one step of K-FAC and of FOP from there."""
     from fop_bench.plots import plot_surface
     from fop_bench.surface import surface as measure
 
@@ -199,25 +189,16 @@ def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
 # --- Their options
 
 
-def _above_0(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return number
+def _checked(kind: Callable[[str], Any], right: Callable[[Any], bool], wrong: str) -> Callable[[str], Any]:
+    """Return what turns the text of an option into its value, or refuses it."""
 
+    def convert(text: str) -> Any:
+        if not right(value := kind(text)):
+            raise argparse.ArgumentTypeError(wrong.format(text))
+        return value
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if (number := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return number
-
-    return integer
-
-
-def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}")
-    return Path(text)
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def _device(name: str) -> torch.device:
@@ -245,11 +226,14 @@ def _list(name: str, what: str, kind: Any = str) -> Option:
     return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append"}
 
 
-WHOLE = _at_least(1)
+WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
+SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
+ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
+FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
-MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", _above_0)
+MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
 OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [
@@ -270,7 +254,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
-        _option("folders", "with JSON lines", kind=_folder, nargs="+", metavar="FOLDER"),
+        _option("folders", "with JSON lines", kind=FOLDER, nargs="+", metavar="FOLDER"),
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
@@ -291,7 +275,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     ],
     defaults: [
         _option("study", "what is varied", choices=[*DEFAULTS[0].studies]),
-        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=_folder),
+        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=FOLDER),
         _option("--tasks", "only tasks whose name holds this text", ""),
         DEVICE,
         _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
@@ -302,13 +286,13 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         RECIPE,
         DATA,
         _option("--task", "data set of the recipe; else its first"),
-        _option("--batch", "samples of a step; even", "1000", _at_least(2), dest="batch_size"),
+        _option("--batch", "samples of a step; even", "1000", SEVERAL, dest="batch_size"),
         _option("--epochs", "training with FOP before the steps", "3", WHOLE),
-        _option("--lr", "learning rate of training (constant) and steps", "0.1", _above_0),
-        _option("--damping", "λ of training and steps", "1e-4", _above_0),
+        _option("--lr", "learning rate of training (constant) and steps", "0.1", ABOVE_0),
+        _option("--damping", "λ of training and steps", "1e-4", ABOVE_0),
         _option("--seed", "of weights, order and the choice of the batch", "1", int),
         DEVICE,
-        _option("--grid", "points along each side", "25", _at_least(2), dest="points"),
+        _option("--grid", "points along each side", "25", SEVERAL, dest="points"),
         _option("--out", "folder", "fop-surface", Path),
     ],
 }

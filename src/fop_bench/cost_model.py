@@ -80,10 +80,8 @@ def embedding(name: str, vocabulary: int, features: int) -> LayerSize:
 
 
 def architecture_of(model: nn.Module, title: str) -> Architecture:
-    """Return the sizes of a model of linear layers and convolutions; all its other parameters take AdamW.
-
-    Written apart from the optimizer's own search, so that a prediction from it can be wrong.
-    """
+    """Return the sizes of a model of linear layers and convolutions; all its other parameters take AdamW."""
+    # Written without the optimizer's own search, so that a prediction from it can be wrong.
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

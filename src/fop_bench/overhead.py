@@ -136,17 +136,14 @@ def measure_in_turns(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, 
 
 
 def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
-    """Time some plain steps and, where there is such a thing, a curvature step after them.
-
-    An untimed plain step before them brings the caches back to this model. On a GPU the host does not wait
-    between the steps, as in real training.
-    """
+    """Time plain steps, after an untimed one that fills the caches, and a curvature step if there is one."""
     cuda = trainer.inputs.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(trainer.inputs.device)
     if dist.is_initialized():
         dist.barrier()
-    marks: list[Any] = []  # events on the device's own stream, or the host's seconds
+    # Events on the GPU's own stream, for which the host does not wait between steps, or the host's seconds.
+    marks: list[Any] = []
 
     def step(of: Row) -> None:
         before = getattr(trainer.optimizer, "bytes_sent", {})
@@ -169,10 +166,7 @@ def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
 
 
 def measure_overhead(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
-    """Measure memory, one optimizer by one, then time, in turns; a row each with medians over `samples`.
-
-    `amortised_seconds` is the steady state at the default interval; ratios are to SGD's.
-    """
+    """Measure memory, one optimizer by one, then time, in turns; a row each with medians over `samples`."""
     memory = peak_memory(workload, device)
     trainers = {name: prepare(workload, name, device) for name in COMPARED}
     # Before the measurement sets it to `NEVER`.
@@ -201,11 +195,7 @@ MMAP_BYTES = 64 * 1024
 
 
 def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
-    """Measure the peak bytes of a plain and of a curvature step, above those before the model was built.
-
-    On a GPU they are the allocator's, on a CPU the process's resident set, which Linux tells; None elsewhere
-    and for a step that there is not. Call it while no other model is on the device.
-    """
+    """Measure the peak bytes of a step, of the allocator or of Linux's resident set; None where unknown."""
     if device.type == "cuda":
         return _measure_memory(workload, device)
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
@@ -235,13 +225,14 @@ def _peaks(workload: Workload, name: str, device: torch.device) -> Row:
     before = _reset_peak(device)
     trainer = prepare(workload, name, device)
     trainer.warm_up()
-    peaks: Row = {}
-    for kind in ("plain", "curvature"):
-        _reset_peak(device)
-        there = kind == "plain" or trainer.request_curvature()
-        for _ in range(2 if kind == "plain" else there):
-            trainer.step(kind == "curvature")
-        peaks[f"{kind}_bytes"] = _peak(device) - before if there else None
+    _reset_peak(device)
+    trainer.step(curvature=False)
+    trainer.step(curvature=False)
+    peaks = {"plain_bytes": _peak(device) - before, "curvature_bytes": None}
+    _reset_peak(device)
+    if trainer.request_curvature():
+        trainer.step(curvature=True)
+        peaks["curvature_bytes"] = _peak(device) - before
     return peaks
 
 
@@ -249,18 +240,15 @@ def _reset_peak(device: torch.device) -> int:
     """Forget the peak so far and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 # By heading: key, and by what a value is multiplied.

@@ -94,10 +94,7 @@ ELSEWHERE = ("map", "ablation", "formula")
 
 
 def paper_page(folders: Sequence[Path]) -> str:
-    """Return the paper's four tables as Markdown, with what the runs in these folders say beside every cell.
-
-    Raises ValueError for a folder without runs, a broken line, or runs that no report may mix.
-    """
+    """Return the paper's four tables as Markdown, with what the runs in these folders say beside."""
     runs = of_one_commit([run for folder in folders for run in read_runs(folder)])
     parts = [
         "# The paper's tables, and ours",

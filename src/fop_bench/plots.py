@@ -46,7 +46,7 @@ def styles(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def save(figure: Figure, title: str, path: Path) -> None:
     """Name every line once, below the panels, and save a PNG; the same data give the same bytes."""
-    found = {}
+    found: dict[str, Any] = {}
     for panel in figure.axes:
         found |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     if found:
@@ -74,9 +74,8 @@ def plot_curves(study: Study, path: Path) -> None:
     looks, labels, groups = styles(list(study.labels)), study.labels, study.groups()
     sizes = sorted({size for size, _ in groups})
     first = study.phase("final")["run"].iloc[0]
-    titles = {"epoch": "epoch", "accuracy": f"{first['evaluated_on']} accuracy"}
-    titles |= {"train_loss": "training loss"}
-    titles |= {"seconds": "training time (s)", "processor_seconds": "processor time (s)"}
+    titles = {"accuracy": f"{first['evaluated_on']} accuracy", "train_loss": "training loss"}
+    titles |= {"epoch": "epoch", "seconds": "training time (s)", "processor_seconds": "processor time (s)"}
     rows = [("accuracy", clock(first)), ("accuracy", "epoch"), ("train_loss", "epoch")]
     figure = Figure(figsize=(max(6.0, 3.6 * len(sizes) + 0.6), 9.0), layout="constrained")
     panels = figure.subplots(3, len(sizes), sharey="row", squeeze=False)
@@ -110,10 +109,7 @@ def plot_curves(study: Study, path: Path) -> None:
 
 
 def speed_up_reference(study: Study) -> tuple[int, str] | None:
-    """Choose what speed-up is relative to, by batch size and contender; None if there is nothing.
-
-    SGD, K-FAC or FOP: the first that reached every target with every seed at the smallest of several sizes.
-    """
+    """Return batch size and contender of the first that always reached all targets at the smallest size."""
     groups = study.groups()
     sizes = sorted({size for size, _ in groups})
     reached = [f"{kind} epochs" for kind in study.targets]
@@ -183,7 +179,7 @@ def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) ->
     panel.set_yticks(range(table.shape[0]), [f"{damping:g}" for damping in table.index])
     panel.tick_params(length=0)
     for _, point in points.iterrows():
-        height, look = point[value], {"color": "black", "fontsize": 7}
+        height, look = point[value], dict[str, Any](color="black", fontsize=7)
         text = f"{point['lost']}diverged" if point["lost"] else "not run"
         if not np.isnan(height):
             text = f"{height:+.2f}".replace("-", "−")

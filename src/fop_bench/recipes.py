@@ -401,7 +401,7 @@ IMAGENET1K_RESNET50 = Recipe(
 # --- What the default options were chosen by: maps of the grid on small tasks, judged on held-out images
 
 
-CHOSEN_BY = {
+CHOSEN_BY: dict[str, Mapping[str, Sequence[Any]]] = {
     "trust": {
         "lr": (0.03, 0.1),
         "damping": (1e-5, 1e-4, 1e-3),

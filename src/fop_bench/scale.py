@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,11 +27,7 @@ SENT = ("gradients", "updates", "curvature factors", "control")
 
 
 def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
-    """Measure all optimizers on ``ranks`` new processes of this machine; a row each.
-
-    Times are in seconds, medians of every rank, and bytes means over the ranks. Raises ProcessException if a
-    process failed.
-    """
+    """Measure all optimizers on new processes of this machine; a row each, with medians and mean bytes."""
     names = ["sgd", "kfac", *(["fop"] if ranks == 1 else ["fop-compatible", "fop-lean"])]
     by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds)
     architecture = cost.architecture_of(MODELS[workload.model][0](), workload.model)
@@ -87,16 +83,18 @@ def _evaluate(architecture: cost.Architecture, name: str, samples: list[Row]) ->
 def measured_tables(rows: Sequence[Row]) -> str:
     """Return the tables of time, bytes and curvature as Markdown."""
 
-    def named(each: Row, cells: Mapping[str, object]) -> dict[str, object]:
+    def named(each: Row, cells: Row) -> Row:
         return {"ranks": each["ranks"], "optimizer": CONTENDERS[each["optimizer"]][0], **cells}
 
-    def times(each: Row) -> dict[str, object]:
+    def times(each: Row) -> Row:
         kinds = {kind: each[f"{kind}_seconds"] for kind in ("plain", "curvature")}
-        shown = {f"{kind} ms": f"{max(found) * 1e3:.1f}" if found else "–" for kind, found in kinds.items()}
+        shown: Row = {
+            f"{kind} ms": f"{max(found) * 1e3:.1f}" if found else "–" for kind, found in kinds.items()
+        }
         shown["amortised ms"] = f"{each['amortised_seconds'] * 1e3:.1f}"
         return shown | {"×SGD": f"{each['ratio_to_sgd']:.2f}"}
 
-    def sent(each: Row) -> dict[str, object]:
+    def sent(each: Row) -> Row:
         known = each["traffic"]["plain"] | each["traffic"]["curvature"]
         counted, predicted = each["amortised_bytes"], each["predicted_bytes"]
         return {
@@ -106,10 +104,11 @@ def measured_tables(rows: Sequence[Row]) -> str:
             **{"predicted": _mb(predicted), "counted/predicted": f"{counted / predicted:.5f}"},
         }
 
-    def held(each: Row) -> dict[str, object]:
+    def held(each: Row) -> Row:
         ours, predicted = each["factor_bytes"], each["predicted_factor_bytes"]
         per_rank = (", ".join(f"{count / 1e6:.1f}" for count in counts) for counts in (ours, predicted))
-        return dict(zip(("MB per rank", "predicted"), per_rank, strict=True)) | {"sum": _mb(sum(ours))}
+        cells: Row = dict(zip(("MB per rank", "predicted"), per_rank, strict=True))
+        return cells | {"sum": _mb(sum(ours))}
 
     several = [each for each in rows if each["ranks"] > 1]
     second_order = [each for each in rows if each["curvature_seconds"]]

@@ -235,12 +235,7 @@ SIDES = {"K-FAC": "kfac", "FOP": "fop"}
 
 
 def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
-    """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping.
-
-    The columns up to "FOP train loss" are those of the table; then ``difference`` of the final accuracies, in
-    points, and ``loss_ratio`` (log2), NaN where a run is missing or diverged, and ``lost``, whose runs
-    diverged. Raises ValueError for a run without learning rate or damping, or several options at one point.
-    """
+    """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping."""
     final = study.phase("final")[lambda runs: runs["batch_size"] == batch_size]
     parts = final["contender"].str.extract("^(?P<family>fop|kfac)(?P<ending>.*)")
     final = final.join(parts).dropna(subset="family")
@@ -261,6 +256,7 @@ def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
 
 
 def _point(lr: float, damping: float, runs: pd.DataFrame) -> dict[str, Any]:
+    """Return the cells of `map_table`, and the numbers of the plots: NaN where a run is missing or lost."""
     sides = {label: runs[runs["family"] == name] for label, name in SIDES.items()}
     kfac, fop = sides.values()
     lost = {label: side["diverged"].sum() for label, side in sides.items() if side["diverged"].any()}

@@ -39,10 +39,7 @@ AGAINST = (
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``folder``/README.md and its plots from the JSON lines in there; return its path.
-
-    Raises ValueError if there are no runs, a line is broken, or runs are there that no report may mix.
-    """
+    """Write ``folder``/README.md and its plots from the JSON lines in there; return its path."""
     runs = of_one_commit(read_runs(folder))
     parts = [
         "# Results of `fop-bench run`",

@@ -64,11 +64,9 @@ class FixedBatch:
         self.halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, len(labels)))
 
     def losses(self, model: nn.Module) -> Tensor:
-        """Return the loss of every sample, (N,); the model's mode and running averages change.
-
-        BatchNorm takes its statistics from the whole batch, so that surface and steps belong to one function
-        of the weights, and dropout is off.
-        """
+        """Return the loss of every sample, (N,); the model's mode and running averages change."""
+        # Surface and steps belong to one function of the weights: BatchNorm takes its statistics from the
+        # whole batch, and dropout is off.
         model.eval()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -135,10 +133,7 @@ def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float
 
 
 def surface(asked: Namespace) -> dict[str, Any]:
-    """Train to the point, take the steps and measure the loss on the plane; return all that the plot needs.
-
-    Raises ValueError for an unknown task, a batch that cannot be had, and a training that diverged.
-    """
+    """Train to the point, take the steps, measure the loss on the plane; return all that the plot needs."""
     plan, device = recipe(asked.recipe), asked.device
     task = asked.task or next(iter(plan.tasks))
     if task not in plan.tasks:

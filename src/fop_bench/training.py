@@ -53,10 +53,7 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
 
 @dataclass
 class Training:
-    """A training with cross-entropy that stops when told to, and goes on from its state as if it had not.
-
-    Samples are shuffled in each epoch; those that do not fill a last batch are left out of that epoch.
-    """
+    """A training with cross-entropy that stops when told to, and goes on from its state as if it had not."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -111,6 +108,7 @@ class Training:
         """Take the steps that are left of this epoch; return False if told to stop in between."""
         now = self.progress
         if now.order is None or now.loss is None:
+            # What does not fill a last batch is left out of this epoch.
             order = torch.randperm(self.samples, generator=self.shuffle)[: self.steps * self.batch_size]
             now.order, now.loss = order.to(self.device), torch.zeros((), device=self.device)
         self.model.train()

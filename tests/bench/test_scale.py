@@ -142,7 +142,7 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
     ("arguments", "said"),
     [
         (["--ranks", "0"], "0 is less than 1"),
-        (["--ranks", "two"], "invalid integer value: 'two'"),
+        (["--ranks", "two"], "invalid int value: 'two'"),
         (["--model", "alexnet"], "invalid choice: 'alexnet'"),
     ],
 )
