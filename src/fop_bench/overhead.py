@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (784,)),
 }
 
-T = TypeVar("T")
 Row = dict[str, Any]
 
 
@@ -115,7 +114,7 @@ def amortised(plain: float, curvature: float | None, interval: int | None) -> fl
 # --- Time and bytes, the optimizers taking turns
 
 
-def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
+def in_turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
     """Yield A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour."""
     for number in range(rounds):
         turn = number % len(names)

@@ -400,7 +400,6 @@ IMAGENET1K_RESNET50 = Recipe(
 
 # --- What the default options were chosen by: maps of the grid on small tasks, judged on held-out images
 
-
 CHOSEN_BY: dict[str, Mapping[str, Sequence[Any]]] = {
     "trust": {
         "lr": (0.03, 0.1),
@@ -427,16 +426,12 @@ def _defaults(
     return Recipe(f"defaults-{name}", f"Default options: {name}", {name: task}, model, studies, bf16=False)
 
 
-def _digits_mlp(classes: int) -> nn.Module:
-    return mlp((64, 64, 64, classes))
-
-
 # 1,000 training and 1,000 held-out images of 16×16 pixels, so that a run takes seconds on a CPU.
 _CIFAR = ImageTask(
     replace(CIFAR10, size=16), train=per_class(100), held_out=per_class(100, skip=100), has_test=False
 )
 DEFAULTS = (
-    _defaults("digits-mlp", DigitsTask(), _digits_mlp, {64: 8, 1024: 40}),
+    _defaults("digits-mlp", DigitsTask(), lambda n: mlp((64, 64, 64, n)), {64: 8, 1024: 40}),
     _defaults("digits-cnn", DigitsTask(), digits_cnn, {64: 8, 1024: 40}),
     _defaults("digits-transformer", DigitsTask(), DigitsTransformer, {64: 12, 1024: 60}),
     _defaults("cifar-small", _CIFAR, partial(ResNet, 8, (1, 1, 1)), {100: 4, 1000: 30}),
