@@ -122,8 +122,8 @@ class _Run:
         self.contender = contender = plan.studies[described.study].contenders[described.contender]
         self.final = described.phase == "final"
         parts = parts_of(described.recipe, described.task, sitting.data, world.rank, world.size)
-        train, judged = parts.training(final=self.final), parts.judging(final=self.final)
-        lengths = torch.tensor([len(train), len(judged), len(parts.training(final=True))])
+        train, judged = parts[described.phase]
+        lengths = torch.tensor([len(train), len(judged), len(parts["final"][0])])
         *self.samples, everything = world.total(lengths).tolist()
         if described.batch_size > everything:  # asked before the tuning, so that it is not made in vain
             raise ValueError(
@@ -200,7 +200,7 @@ class _Run:
             "bf16": self.training.bf16,
             "targets": dict(self.plan.targets),
             "diverged": now.diverged,
-            "curve": [asdict(epoch) for epoch in now.curve],
+            "curve": now.curve,
             "layers": self.layers,
             "parameters": sum(p.numel() for p in self.training.model.parameters()),
             "evaluated_on": "test" if self.final else "held-out",

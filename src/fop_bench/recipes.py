@@ -18,23 +18,8 @@ from fop_bench.models import DigitsTransformer, ResNet, T2TViT, digits_cnn, mlp,
 from fop_bench.optimizers import BUILDERS
 from fop_bench.training import cosine
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The images of a task."""
-
-    train: Images  # what tuning runs train on
-    held_out: Images  # what tuning runs are judged on
-    test: Images  # what final runs are judged on
-    everything: Images | None = None  # what final runs train on, if that is the held-out images too
-
-    def judging(self, *, final: bool) -> Images:
-        """Return the images that a run is judged on."""
-        return self.test if final else self.held_out
-
-    def training(self, *, final: bool) -> Images:
-        """Return the images to train on."""
-        return self.everything if final and self.everything is not None else self.train
+# By phase, "tuning" or "final", the images to train on and those to judge by.
+Parts = dict[str, tuple[Images, Images]]
 
 
 @dataclass(frozen=True)
@@ -68,13 +53,14 @@ class ImageTask:
 
         test = images(mine(self.test), test=True) if self.has_test else None
         if callable(self.held_out):
-            train, held_out, everything = images(mine(self.train)), images(mine(self.held_out)), None
+            train = everything = images(mine(self.train))
+            held_out = images(mine(self.held_out))
         else:
             # In this order both parts are views, and ImageNet's 193 GB are held once.
             everything = images(held_out_last)
             count = len(everything) - int(_held_out(everything.labels, self.held_out).sum())
             train, held_out = everything[:count], everything[count:]
-        return Parts(train, held_out, test or held_out, everything)
+        return {"tuning": (train, held_out), "final": (everything, test or held_out)}
 
 
 def _held_out(labels: Tensor, share: Any) -> Tensor:
@@ -113,7 +99,8 @@ class DigitsTask:
         digits = load_digits()
         pixels = torch.tensor(digits.images * 15, dtype=torch.uint8).unsqueeze(-1)
         everything = Images(pixels, torch.tensor(digits.target), tuple(map(str, digits.target_names)))
-        return Parts(*(everything[part[rank::ranks]] for part in digits_split()))
+        train, held_out, test = (everything[part[rank::ranks]] for part in digits_split())
+        return {"tuning": (train, held_out), "final": (train, test)}
 
 
 Options = Callable[[int], Mapping[str, Any]]

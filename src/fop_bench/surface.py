@@ -138,7 +138,7 @@ def surface(asked: Namespace) -> dict[str, Any]:
     task = asked.task or next(iter(plan.tasks))
     if task not in plan.tasks:
         raise ValueError(f"unknown data set {task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
-    train = plan.tasks[task].load(asked.data).training(final=True)
+    train, _ = plan.tasks[task].load(asked.data)["final"]
     if asked.batch_size % 2 or asked.batch_size > len(train):
         raise ValueError(
             f"batch size {asked.batch_size} must be even, and from 2 to {len(train)}, all of {task}"
@@ -176,7 +176,7 @@ def surface(asked: Namespace) -> dict[str, Any]:
         chosen = train[order[: asked.batch_size]].to(device)
         point = Point(model, training.optimizer.state_dict(), options)
         picture = picture_of(point, FixedBatch(normalise(chosen.pixels), chosen.labels), asked.points)
-    losses = [epoch.train_loss for epoch in now.curve]
+    losses = [epoch["train_loss"] for epoch in now.curve]
     return {
         **{key: value for key, value in vars(asked).items() if key not in ("out", "device")},
         **{"task": task, "title": plan.title, "train_samples": len(train)},

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,17 +21,6 @@ Batch = Callable[[Tensor], tuple[Tensor, Tensor]]
 EVALUATED_AT_ONCE = 1000
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """The state after an epoch; seconds are of training, without evaluation, since the start."""
-
-    epoch: int  # from 1
-    seconds: float
-    train_loss: float  # mean over the epoch's batches, each before its step
-    accuracy: float  # from 0 to 1
-    processor_seconds: float = 0.0
-
-
 @dataclass
 class Progress:
     """How far a training is."""
@@ -42,7 +31,8 @@ class Progress:
     loss: Tensor | None = None  # 0-dim sum of the current epoch's losses; None before its first step
     seconds: float = 0.0
     processor_seconds: float = 0.0
-    curve: list[Epoch] = field(default_factory=list)
+    # By epoch: its number from 1, seconds of training since the start, accuracy, and the mean of the losses.
+    curve: list[dict[str, float]] = field(default_factory=list)
     diverged: bool = False  # a loss was not finite
 
 
@@ -143,15 +133,15 @@ class Training:
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(loss)
-        now.curve.append(Epoch(now.epoch, now.seconds, loss, self.evaluate(), now.processor_seconds))
+        times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
+        now.curve.append({"epoch": now.epoch, **times, "train_loss": loss, "accuracy": self.evaluate()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that another process needs to go on, the state of torch's random numbers included."""
-        curve = [asdict(epoch) for epoch in self.progress.curve]
         return {
             "parts": [part.state_dict() for part in self.parts],
             "random": [generator.get_state() for generator in self._generators()],
-            "progress": {**vars(self.progress), "curve": curve},
+            "progress": vars(self.progress),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,8 +150,7 @@ class Training:
             part.load_state_dict(saved)
         for generator, saved in zip(self._generators(), state["random"], strict=True):
             generator.set_state(saved)
-        curve = [Epoch(**epoch) for epoch in state["progress"]["curve"]]
-        self.progress = Progress(**{**state["progress"], "curve": curve})
+        self.progress = Progress(**state["progress"])
 
     def _generators(self) -> list[torch.Generator]:
         known = [self.shuffle, torch.default_generator, *([self.draw] if self.draw else [])]
