@@ -83,7 +83,7 @@ SMALL_RATES = {"lr": (0.001, 0.003, 0.01)}
 
 
 def second_order(optimizer: str = "fop", **how: str) -> Contender:
-    return Contender(optimizer, RATES, lambda batch_size: {"curvature_interval": 2}, **how)
+    return Contender(optimizer, RATES, {"curvature_interval": 2}, **how)
 
 
 CONTENDERS = {

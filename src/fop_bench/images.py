@@ -172,12 +172,11 @@ def per_class(count: int, *, skip: int = 0) -> Choice:
     """Keep ``count`` images of every class, after the first ``skip``, in the order of the data set."""
 
     def choose(labels: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                _enough(label, of_class, skip + count, f"{skip + count} are needed by this recipe")[skip:]
-                for label, of_class in by_class(labels)
-            ]
-        )
+        kept = []
+        for label, of_class in by_class(labels):
+            _refuse_fewer(skip + count, label, of_class, f"{skip + count} are needed by this recipe")
+            kept.append(of_class[skip : skip + count])
+        return torch.cat(kept)
 
     return choose
 
@@ -191,18 +190,16 @@ def long_tail(imbalance: float, largest: int, *, seed: int = 0) -> Choice:
         for label, of_class in by_class(labels):
             count = int(largest * imbalance ** (-label / max(1, int(labels.max()))))
             needs = f"an imbalance factor of {imbalance:g} needs {count}: {remedy}"
-            _enough(label, of_class, count, needs)
+            _refuse_fewer(count, label, of_class, needs)
             kept.append(of_class[torch.randperm(len(of_class), generator=draw)[:count]])
         return torch.cat(kept)
 
     return choose
 
 
-def _enough(label: int, of_class: Tensor, count: int, needs: str) -> Tensor:
-    """Return the first images of a class; ValueError if there are too few."""
+def _refuse_fewer(count: int, label: int, of_class: Tensor, needs: str) -> None:
     if len(of_class) < count:
         raise ValueError(f"class {label} has {len(of_class)} images; {needs}")
-    return of_class[:count]
 
 
 # --- Augmentation, on the device that holds the batch

@@ -103,16 +103,14 @@ class DigitsTask:
         return {"tuning": (train, held_out), "final": (train, test)}
 
 
-Options = Callable[[int], Mapping[str, Any]]
-
-
 @dataclass(frozen=True)
 class Contender:
     """One side of a comparison."""
 
     optimizer: str  # key of `BUILDERS`
     grid: Mapping[str, Sequence[Any]]  # what tuning chooses from; every combination is one tuning run
-    options: Options = lambda batch_size: {}  # fixed ones, given the batch size
+    # Its other options; a function is given the batch size.
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""  # in tables; the optimizer's by default
     halves: str = "random"  # what decides a sample's half of its batch; or "fixed" (the sample), "classes"
     formula: str = "paper"  # or a key of `FORMULAS` for a changed equation
@@ -121,6 +119,10 @@ class Contender:
     def title(self) -> str:
         """The label in tables."""
         return self.label or BUILDERS[self.optimizer][0]
+
+    def options(self, batch_size: int) -> dict[str, Any]:
+        """Return the fixed options at a batch size."""
+        return {key: each(batch_size) if callable(each) else each for key, each in self.fixed.items()}
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid."""
@@ -161,11 +163,6 @@ class Recipe:
         return model
 
 
-def options(interval: Callable[[int], int], **fixed: Any) -> Options:
-    """Return fixed options of K-FAC and FOP, with a curvature interval that the batch size decides."""
-    return lambda batch_size: {"momentum": 0.9, **fixed, "curvature_interval": interval(batch_size)}
-
-
 def falling(smallest: int) -> Callable[[int], int]:
     """Return a curvature interval of 100 steps at the smallest batch, fewer at larger ones, at least 5."""
     return lambda batch_size: max(5, 100 * smallest // batch_size)
@@ -176,7 +173,7 @@ def grids(**of: Mapping[str, Sequence[Any]]) -> dict[str, Contender]:
     return {name: Contender(name, grid) for name, grid in of.items()}
 
 
-def second_order(fixed: Options = lambda batch_size: {}, **grid: Sequence[Any]) -> dict[str, Contender]:
+def second_order(grid: Mapping[str, Sequence[Any]], **fixed: Any) -> dict[str, Contender]:
     """Return K-FAC and FOP with the same grid and the same fixed options."""
     return {name: Contender(name, grid, fixed) for name in ("kfac", "fop")}
 
@@ -197,9 +194,9 @@ CIFAR100 = Source("uoft-cs/cifar100", image="img", label="fine_label", classes=1
 
 # --- Digits: seconds a run, no download
 
-RATES = second_order(lr=(0.01, 0.03, 0.1, 0.3))
+RATES = second_order({"lr": (0.01, 0.03, 0.1, 0.3)})
 FIRST_ORDER = grids(sgd={"lr": (0.03, 0.1, 0.3, 1.0)}, adamw={"lr": (0.003, 0.01, 0.03, 0.1)})
-TUNED = FIRST_ORDER | second_order(lr=(0.03, 0.3), damping=(1e-4, 1e-3))
+TUNED = FIRST_ORDER | second_order({"lr": (0.03, 0.3), "damping": (1e-4, 1e-3)})
 
 DIGITS = Recipe(
     name="digits",
@@ -230,21 +227,24 @@ def small_resnet(classes: int) -> nn.Module:
     return model
 
 
-def _small(epochs: float = 1.0, **changes: Any) -> Options:
-    """Return SGD's momentum, a KL clip, and new curvature once in so many epochs."""
-    fixed = {"kl_clip": 1e-2, **changes}
-    return options(lambda batch_size: max(1, round(epochs * IMAGES / batch_size)), **fixed)
+def _once_in(epochs: float) -> Callable[[int], int]:
+    return lambda batch_size: max(1, round(epochs * IMAGES / batch_size))
 
 
-def _variant(label: str, optimizer: str = "fop", epochs: float = 1.0, **changes: Any) -> Contender:
-    how = {key: changes.pop(key) for key in ("halves", "formula") if key in changes}
-    return Contender(optimizer, {"lr": RATE}, _small(epochs, damping=1e-4, **changes), label, **how)
+SMALL = {"momentum": 0.9, "kl_clip": 1e-2, "curvature_interval": _once_in(1.0)}
+
+
+def _variant(
+    label: str, optimizer: str = "fop", halves: str = "random", formula: str = "paper", **changes: Any
+) -> Contender:
+    fixed = {**SMALL, "damping": 1e-4, **changes}
+    return Contender(optimizer, {"lr": RATE}, fixed, label, halves, formula)
 
 
 MAPPED = {
-    **second_order(_small(), **MAP),
-    "kfac-noclip": Contender("kfac", MAP, _small(kl_clip=None), "K-FAC, no KL clip"),
-    "fop-noclip": Contender("fop", MAP, _small(kl_clip=None), "FOP, no KL clip"),
+    **second_order(MAP, **SMALL),
+    "kfac-noclip": Contender("kfac", MAP, {**SMALL, "kl_clip": None}, "K-FAC, no KL clip"),
+    "fop-noclip": Contender("fop", MAP, {**SMALL, "kl_clip": None}, "FOP, no KL clip"),
 }
 # With beta = 0, η* = 1: "η* only" is K-FAC. What is left of η* is β*'s step with and without it.
 ABLATION = {
@@ -262,8 +262,8 @@ FORMULA = {
     "fop": _variant("F in (4), Ga in (17)"),
     "damped": _variant("F̂ in (4)", formula="damped projection"),
     "combined": _variant("Gc in (17), so that η = 1", eta=1.0),
-    "fresher": _variant("new curvature 5 × as often", epochs=0.2),
-    "staler": _variant("new curvature 1/5 as often", epochs=5.0),
+    "fresher": _variant("new curvature 5 × as often", curvature_interval=_once_in(0.2)),
+    "staler": _variant("new curvature 1/5 as often", curvature_interval=_once_in(5.0)),
 }
 LIBRARY = grids(
     muon={"lr": (0.01, 0.03, 0.1), "adamw_lr": (0.003, 0.01)},
@@ -272,7 +272,7 @@ LIBRARY = grids(
 )
 SIX_RATES = grids(
     sgd={"lr": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)}, adamw={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}
-)
+) | second_order({"lr": RATE, "damping": (1e-4, 1e-3)}, **SMALL)
 FIRST, LATER = per_class(IMAGES // 10), per_class(200, skip=IMAGES // 10)
 SEEDS = (1, 2, 3)
 CIFAR10_SMALL = Recipe(
@@ -281,9 +281,7 @@ CIFAR10_SMALL = Recipe(
     tasks={"cifar10": ImageTask(CIFAR10, train=FIRST, held_out=LATER, test=per_class(500))},
     model=small_resnet,
     studies={
-        "comparison": Study(
-            SIX_RATES | second_order(_small(), lr=RATE, damping=(1e-4, 1e-3)), SMALL_EPOCHS, SEEDS
-        ),
+        "comparison": Study(SIX_RATES, SMALL_EPOCHS, SEEDS),
         "map": Study(MAPPED, {2000: 10}, seeds=(1, 2), tuned=False),
         "map-full-batch": Study(MAPPED, {IMAGES: 20}, seeds=(1,), tuned=False),
         "ablation": Study(ABLATION, {2000: 20, IMAGES: 30}, SEEDS),
@@ -311,7 +309,12 @@ CIFAR10_RESNET18 = Recipe(
             adamw={"lr": (0.001, 0.003, 0.01, 0.03), "weight_decay": (0.01, 0.1)},
             muon={"lr": (0.01, 0.03, 0.1, 0.3), "adamw_lr": (0.001, 0.01)},
         )
-        | second_order(options(falling(2048), kl_clip=1e-2), **TRUST, weight_decay=(5e-4, 5e-3)),
+        | second_order(
+            {**TRUST, "weight_decay": (5e-4, 5e-3)},
+            momentum=0.9,
+            kl_clip=1e-2,
+            curvature_interval=falling(2048),
+        ),
         dict.fromkeys((2048, 4096, 8192, 16384, 32768, 50_000), 100),
         seeds=5,
     ),
@@ -337,8 +340,8 @@ CIFAR_LT_RESNET32 = Recipe(
             adamw={"lr": (0.001, 0.003, 0.01), "weight_decay": (0.01, 0.1)},
         )
         | second_order(
-            options(lambda batch_size: 100, damping=1e-3, kl_clip=1e-2),
-            **{"lr": (0.01, 0.03, 0.1), "weight_decay": (5e-4, 5e-3)},
+            {"lr": (0.01, 0.03, 0.1), "weight_decay": (5e-4, 5e-3)},
+            **{"momentum": 0.9, "damping": 1e-3, "kl_clip": 1e-2, "curvature_interval": 100},
         ),
         {128: 200},
         seeds=5,
@@ -355,7 +358,7 @@ IMAGENET100_T2TVIT = Recipe(
     model=lambda classes: T2TViT(classes=classes),
     studies=_comparison(
         grids(adamw={"lr": (0.0005, 0.001, 0.002, 0.004)})
-        | second_order(options(falling(512), weight_decay=5e-3), **TRUST),
+        | second_order(TRUST, momentum=0.9, weight_decay=5e-3, curvature_interval=falling(512)),
         dict.fromkeys((512, 1024, 2048, 4096), 100),
         seeds=3,
     ),
@@ -377,7 +380,7 @@ IMAGENET1K_RESNET50 = Recipe(
             shampoo={"lr": (0.1, 0.3, 1.0, 3.0)},
             lamb={"lr": (0.001, 0.003, 0.01, 0.03)},
         )
-        | second_order(options(falling(1024), weight_decay=5e-4), **TRUST),
+        | second_order(TRUST, momentum=0.9, weight_decay=5e-4, curvature_interval=falling(1024)),
         dict.fromkeys((1024, 2048, 4096, 8192), 80),
         seeds=3,
     ),

@@ -238,8 +238,8 @@ def test_what_is_not_finite_is_none_and_still_drawn(point, tmp_path):
 
 CONTENDERS = {
     "sgd": Contender("sgd", {"lr": (0.1,)}),
-    "damped": Contender("fop", {}, lambda _: {"momentum": 0.3}, formula="damped projection"),
-    "fop": Contender("fop", {"lr": (0.1,)}, lambda batch: {"curvature_interval": batch}),
+    "damped": Contender("fop", {}, {"momentum": 0.3}, formula="damped projection"),
+    "fop": Contender("fop", {"lr": (0.1,)}, {"curvature_interval": lambda batch: batch}),
 }
 TINY = Recipe(
     name="tiny",
