@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -63,16 +63,14 @@ def defaults(asked: argparse.Namespace) -> None:
     """Measure default options on small real tasks, and write the tables of all studies in --out."""
     from fop_bench.study_report import write_defaults
 
-    tasks = {task: plan for plan in DEFAULTS for task in plan.tasks if asked.data or "digits" in task}
-    chosen = {task: plan for task, plan in tasks.items() if asked.tasks in task}
-    if not chosen:
-        raise ValueError(f"--tasks is {asked.tasks!r}, which is in none of: {', '.join(tasks)}")
     left, end = 0, time.monotonic() + 60 * asked.minutes
     how = {"world": World(asked.device), "out": asked.out, "jobs": asked.jobs}
     with _bar(asked.study) as on_run:
-        for task, plan in chosen.items():
-            data, minutes = None if "digits" in task else str(asked.data), (end - time.monotonic()) / 60
-            left += make(Selection(plan.name, asked.study), data=data, minutes=minutes, on_run=on_run, **how)
+        for plan in DEFAULTS:
+            digits, minutes = "digits" in plan.name, (end - time.monotonic()) / 60
+            if digits or asked.data:
+                how |= {"data": None if digits else str(asked.data), "minutes": minutes, "on_run": on_run}
+                left += make(Selection(plan.name, asked.study), **how)
     print(f"Wrote {write_defaults(asked.out)}; {left} runs left")
 
 
@@ -84,7 +82,7 @@ def demo(asked: argparse.Namespace) -> None:
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
     torch.set_num_threads(1)
-    chosen, out = Selection("digits", "demo-quick" if asked.quick else "demo"), asked.out
+    chosen, out = Selection("digits", "demo"), asked.out
     lines = out / f"{chosen.study}.jsonl"
     lines.unlink(missing_ok=True)
     with _bar("demo") as on_run:
@@ -98,15 +96,10 @@ def overhead(asked: argparse.Namespace) -> None:
     """Measure time and peak memory per step, the optimizers taking turns."""
     models = MODELS if asked.model == "all" else [asked.model]
     precisions = [False, True] if asked.bf16 is None else [asked.bf16]
-    workloads = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
-    todo = {
-        f"{each.model} · batch {each.batch_size} · {'bf16' if each.bf16 else 'float32'}": partial(
-            measure_overhead, each, asked.device, asked.rounds
-        )
-        for each in workloads
-    }
+    todo = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
+    measure = partial(measure_overhead, device=asked.device, rounds=asked.rounds)
     record = {"environment": environment(asked.device), "rounds": asked.rounds}
-    _show(overhead_table(_measured(todo, record, asked.out)))
+    _show(overhead_table(_measured(todo, measure, record, asked.out)))
     print(f"Wrote {asked.out}")
 
 
@@ -123,21 +116,19 @@ def scale(asked: argparse.Namespace) -> None:
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = PLAIN_STEPS
     record = {"environment": where | {"threads": 1}, "protocol": protocol}
-    todo = {
-        f"{count} ranks": partial(scaling.measure_scale, workload, count, asked.rounds)
-        for count in asked.ranks or MEASURED
-    }
-    _show(scaling.measured_tables(_measured(todo, record, asked.out / "scale.json")))
+    measure = partial(scaling.measure_scale, workload, rounds=asked.rounds)
+    todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
+    _show(scaling.measured_tables(_measured([*todo], measure, record, asked.out / "scale.json")))
     print(f"Wrote scale.json to {asked.out}")
 
 
-def _measured(todo: Mapping[str, Callable[[], list[Row]]], record: dict[str, Any], path: Path) -> list[Row]:
-    """Make measurements by title; each is written at once, so that one that fails takes no other with it."""
+def _measured(todo: Sequence[Any], measure: Callable[[Any], list[Row]], record: Row, path: Path) -> list[Row]:
+    """Measure one after the other; each is written at once, so that one that fails takes no other with it."""
     results: list[Row] = []
     with _bar(path.name) as on_run:
-        for at, (title, measure) in enumerate(todo.items()):
-            on_run(at, len(todo), title)
-            results += measure()
+        for at, each in enumerate(todo):
+            on_run(at, len(todo), str(each))
+            results += measure(each)
             write_json(path, record | {"results": results})
     return results
 
@@ -239,7 +230,6 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [
         _option("--out", "folder", "fop-demo", Path),
         DEVICE,
-        _option("--quick", "two seeds, two epochs: shows that all works; not a result", action="store_true"),
     ],
     run: [
         RECIPE,
@@ -276,7 +266,6 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     defaults: [
         _option("study", "what is varied", choices=[*DEFAULTS[0].studies]),
         _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=FOLDER),
-        _option("--tasks", "only tasks whose name holds this text", ""),
         DEVICE,
         _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
         MINUTES,
@@ -285,7 +274,6 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     surface: [
         RECIPE,
         DATA,
-        _option("--task", "data set of the recipe; else its first"),
         _option("--batch", "samples of a step; even", "1000", SEVERAL, dest="batch_size"),
         _option("--epochs", "training with FOP before the steps", "3", WHOLE),
         _option("--lr", "learning rate of training (constant) and steps", "0.1", ABOVE_0),

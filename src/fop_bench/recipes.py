@@ -206,8 +206,6 @@ DIGITS = Recipe(
     studies={
         "comparison": Study(TUNED, {64: 5, 1024: 20}, seeds=(1, 2, 3)),
         "demo": Study(FIRST_ORDER | RATES, {64: 10, 512: 25, 1024: 50}, seeds=(1, 2, 3)),
-        # For checks that everything works: too short for its numbers to mean anything.
-        "demo-quick": Study(FIRST_ORDER | RATES, {64: 2, 512: 2, 1024: 2}, seeds=(1, 2)),
     },
     targets={"accuracy": 0.97, "train_loss": 0.05},
 )

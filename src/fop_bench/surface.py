@@ -135,9 +135,7 @@ def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float
 def surface(asked: Namespace) -> dict[str, Any]:
     """Train to the point, take the steps, measure the loss on the plane; return all that the plot needs."""
     plan, device = recipe(asked.recipe), asked.device
-    task = asked.task or next(iter(plan.tasks))
-    if task not in plan.tasks:
-        raise ValueError(f"unknown data set {task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
+    task = next(iter(plan.tasks))
     train, _ = plan.tasks[task].load(asked.data)["final"]
     if asked.batch_size % 2 or asked.batch_size > len(train):
         raise ValueError(

@@ -154,7 +154,7 @@ def test_bad_options(arguments: list[str], said: str, tmp_path: Path) -> None:
 
 
 def test_a_failure_is_a_message_not_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **how: Any) -> None:
         raise ProcessException("no luck", 1, 77)
 
     monkeypatch.setattr(scale, "measure_scale", fail)

@@ -305,7 +305,6 @@ def test_command_writes_the_record_and_the_picture(folder):
     ("arguments", "words"),
     [
         (("nonsense",), ["nonsense", "cifar10-small", "tiny"]),
-        (("tiny", "--task", "birds"), ["birds", "images"]),
         (("tiny", "--batch", "26"), ["26", "24"]),
         (("tiny", "--batch", "7"), ["7", "even"]),
         (("diverging", "--batch", "12"), ["diverged in epoch 1", "--lr", "--damping"]),
