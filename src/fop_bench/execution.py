@@ -23,7 +23,7 @@ from fop_bench.images import Normaliser, training_inputs
 from fop_bench.optimizers import BUILDERS
 from fop_bench.recipes import Parts, recipe
 from fop_bench.report import replacing
-from fop_bench.training import Training, messages, share_right
+from fop_bench.training import Training, by_sub_batch, messages, share_right
 from fop_bench.world import World
 
 # A killed run loses no more than this.
@@ -147,7 +147,9 @@ class _Run:
 
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
             if order is not None:
-                numbers = numbers[order[numbers].argsort(stable=True)]
+                ordered = numbers[order[numbers].argsort(stable=True)]
+                numbers = torch.empty_like(numbers)
+                numbers[by_sub_batch(len(numbers)).to(device)] = ordered
             images = train.taken(numbers, device)
             return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
 

@@ -25,7 +25,7 @@ from fop import FOP, KFAC
 from fop_bench.environment import environment
 from fop_bench.images import Normaliser, training_inputs
 from fop_bench.recipes import Recipe, recipe
-from fop_bench.training import Training, messages
+from fop_bench.training import Training, by_sub_batch, messages
 
 # In the order of the legend: what each step was made from.
 STEPS = {
@@ -38,7 +38,7 @@ STEPS = {
 PARTS = ("whole", "first", "second")
 Losses = dict[str, float | None]
 # A backward pass: inside what, over which samples, and by what its mean loss is multiplied.
-Pass = tuple[AbstractContextManager[None], slice, float]
+Pass = tuple[AbstractContextManager[None], slice | Tensor, float]
 MARGIN = 0.35  # of the side that holds all steps, free on each side of it
 # What makes a step nothing but lr·update: no memory of earlier ones, no clip, no new curvature, no AdamW.
 BARE: dict[str, Any] = {
@@ -61,7 +61,7 @@ class FixedBatch:
 
     def __init__(self, inputs: Tensor, labels: Tensor) -> None:
         self.inputs, self.labels = inputs, labels
-        self.halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, len(labels)))
+        self.halves = by_sub_batch(len(labels)).to(labels.device).chunk(2)
 
     def losses(self, model: nn.Module) -> Tensor:
         """Return the loss of every sample, (N,); the model's mode and running averages change."""

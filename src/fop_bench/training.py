@@ -159,6 +159,11 @@ class Training:
         return known
 
 
+def by_sub_batch(count: int) -> Tensor:
+    """Return the places of a batch, those in FOP's first sub-batch (by parity of bits) before the others."""
+    return torch.tensor([place.bit_count() % 2 for place in range(count)]).argsort(stable=True)
+
+
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:
     """Return what was warned of, each text once."""
     return list(dict.fromkeys(f"{each.category.__name__}: {each.message}" for each in caught))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from fop.capture.sub_batches import sub_batch_entries
 from fop_bench import training
 from fop_bench.models import mlp
 from fop_bench.training import Training, cosine, share_right
@@ -54,6 +55,13 @@ def run(
 
 def timeless(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{**epoch, "seconds": 0.0, "processor_seconds": 0.0} for epoch in curve]
+
+
+@pytest.mark.parametrize("samples", [2, 8, 10, 24])
+def test_halves_are_the_sub_batches_of_the_optimizer(samples: int) -> None:
+    halves = training.by_sub_batch(samples).chunk(2)
+    theirs = sub_batch_entries(samples, 2, 1, torch.device("cpu"))
+    assert all(torch.equal(mine, their) for mine, their in zip(halves, theirs, strict=True))
 
 
 def test_same_seed_same_run_and_another_seed_another_run() -> None:
