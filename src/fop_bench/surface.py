@@ -77,7 +77,8 @@ class FixedBatch:
     def parts(self, model: nn.Module) -> Losses:
         """Return the mean losses of `PARTS`, None for one that is not finite."""
         each = self.losses(model).double()
-        means = (each[part].mean().item() for part in (slice(None), *self.halves))
+        parts: tuple[slice | Tensor, ...] = (slice(None), *self.halves)
+        means = (each[part].mean().item() for part in parts)
         rounded = (float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means)
         return dict(zip(PARTS, rounded, strict=True))
 
