@@ -51,8 +51,10 @@ class RandomImages:
             return Images(pixels.to(torch.uint8), labels, ("a", "b", "c"))[rank::ranks]
 
         train, held_out, test = images(TRAIN), images(HELD_OUT), images(TEST)
+        if not self.joined:
+            return {"tuning": (train, held_out), "final": (train, test)}
         pixels, labels = (torch.cat([getattr(train, k), getattr(held_out, k)]) for k in ("pixels", "labels"))
-        return Parts(train, held_out, test, Images(pixels, labels, train.classes) if self.joined else None)
+        return {"tuning": (train, held_out), "final": (Images(pixels, labels, train.classes), test)}
 
 
 class Clock(nn.Module):
@@ -81,7 +83,7 @@ SMALL_RATES = {"lr": (0.001, 0.003, 0.01)}
 
 
 def second_order(optimizer: str = "fop", **how: str) -> Contender:
-    return Contender(optimizer, RATES, lambda batch_size: {"curvature_interval": 2}, **how)
+    return Contender(optimizer, RATES, {"curvature_interval": 2}, **how)
 
 
 CONTENDERS = {

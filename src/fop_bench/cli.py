@@ -8,11 +8,12 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,7 @@ MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl.
-
-    The optimizers are tuned first, each by the same number of runs on held-out images, and then trained with
-    new seeds. Goes on where it stopped or was killed.
-    """
+    """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl, or go on with them."""
     chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch).checked()
     folder = asked.out or Path("fop-runs") / chosen.recipe
     one = asked.device.type == "cuda" or under_torchrun()
@@ -56,128 +53,99 @@ def report(asked: argparse.Namespace) -> None:
     from fop_bench.paper import paper_page
     from fop_bench.study_report import write_report
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        written = [write_report(folder) for folder in asked.folders]
-        if asked.paper is not None:
-            written.append(write_text(asked.paper, paper_page(asked.folders)))
-    for notice in dict.fromkeys(str(each.message) for each in caught):
-        print(f"Note: {notice}", file=sys.stderr)
-    for path in written:
-        print(f"Wrote {path}")
+    for folder in asked.folders:
+        print(f"Wrote {write_report(folder)}")
+    if asked.paper is not None:
+        print(f"Wrote {write_text(asked.paper, paper_page(asked.folders))}")
 
 
 def defaults(asked: argparse.Namespace) -> None:
-    """Measure default options on small real tasks, and write the tables of all studies in --out.
-
-    STUDY is a grid of runs; each is one JSON line in --out.
-    """
+    """Measure default options on small real tasks, and write the tables of all studies in --out."""
     from fop_bench.study_report import write_defaults
 
-    tasks = {task: plan for plan in DEFAULTS for task in plan.tasks if asked.data or "digits" in task}
-    chosen = {task: plan for task, plan in tasks.items() if asked.tasks in task}
-    if not chosen:
-        raise ValueError(f"--tasks is {asked.tasks!r}, which is in none of: {', '.join(tasks)}")
     left, end = 0, time.monotonic() + 60 * asked.minutes
     how = {"world": World(asked.device), "out": asked.out, "jobs": asked.jobs}
     with _bar(asked.study) as on_run:
-        for task, plan in chosen.items():
-            data, minutes = None if "digits" in task else str(asked.data), (end - time.monotonic()) / 60
-            left += make(Selection(plan.name, asked.study), data=data, minutes=minutes, on_run=on_run, **how)
+        for plan in DEFAULTS:
+            digits, minutes = "digits" in plan.name, (end - time.monotonic()) / 60
+            if digits or asked.data:
+                how |= {"data": None if digits else str(asked.data), "minutes": minutes, "on_run": on_run}
+                left += make(Selection(plan.name, asked.study), **how)
     print(f"Wrote {write_defaults(asked.out)}; {left} runs left")
 
 
 def demo(asked: argparse.Namespace) -> None:
-    """Train a small CNN on handwritten digits at batch 64, 512 and the full training set.
-
-    Takes about two minutes on two CPU cores. Writes the runs, README.md and its plots into --out.
-    """
+    """Train a small CNN on digits at three batch sizes, and report on it: two minutes on two CPU cores."""
     from fop_bench.run_records import read_runs
     from fop_bench.study import comparison_table, studies
     from fop_bench.study_report import write_report
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
     torch.set_num_threads(1)
-    chosen, out = Selection("digits", "demo-quick" if asked.quick else "demo"), asked.out
+    chosen, out = Selection("digits", "demo"), asked.out
     lines = out / f"{chosen.study}.jsonl"
     lines.unlink(missing_ok=True)
     with _bar("demo") as on_run:
         make(chosen, data=None, world=World(asked.device), out=out, jobs=1, minutes=600.0, on_run=on_run)
         page = write_report(out)
-    (study,) = studies(read_runs(lines))
-    _show(comparison_table(study))
+    _show(comparison_table(*studies(read_runs(lines))))
     print(f"Wrote {page}, its plots and {lines.name}")
 
 
 def overhead(asked: argparse.Namespace) -> None:
     """Measure time and peak memory per step, the optimizers taking turns."""
-    todo = [
-        Workload(name, batch, bf16)
-        for name in (MODELS if asked.model == "all" else [asked.model])
-        for batch in asked.batch or [128]
-        for bf16 in ([False, True] if asked.bf16 is None else [asked.bf16])
-    ]
-    where, results = environment(asked.device), []
-    with _bar("overhead") as on_run:
-        for at, workload in enumerate(todo):
-            on_run(at, len(todo), f"{workload.model} · batch {workload.batch_size}")
-            results += measure_overhead(workload, asked.device, asked.rounds)
-            # After every workload: one that does not fit into memory takes no other's result with it.
-            write_json(asked.out, {"environment": where, "rounds": asked.rounds, "results": results})
-    _show(overhead_table(results))
+    models = MODELS if asked.model == "all" else [asked.model]
+    precisions = [False, True] if asked.bf16 is None else [asked.bf16]
+    todo = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
+    measure = partial(measure_overhead, device=asked.device, rounds=asked.rounds)
+    record = {"environment": environment(asked.device), "rounds": asked.rounds}
+    _show(overhead_table(_measured(todo, measure, record, asked.out)))
     print(f"Wrote {asked.out}")
 
 
 def scale(asked: argparse.Namespace) -> None:
-    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones.
-
-    Writes scale.json into --out; with --predict prediction.json and prediction.md.
-    """
-    # A number that is given twice is measured once.
-    counts = tuple(dict.fromkeys(asked.ranks or ())) or (GPUS if asked.predict else MEASURED)
+    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones."""
     if asked.predict:
-        predicted = predictions(counts)
+        predicted = predictions(tuple(asked.ranks or GPUS))
         write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
-        tables = predicted_tables(predicted)
+        _show(tables := predicted_tables(predicted))
         write_text(asked.out / "prediction.md", tables)
-        _show(tables)
         print(f"{ASSUMED}\nWrote prediction.json and prediction.md to {asked.out}")
         return
     workload, where = Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = PLAIN_STEPS
-    record: dict[str, Any] = {"environment": where | {"threads": 1}, "protocol": protocol}
-    results: list[Row] = []
-    with _bar(asked.model) as on_run:
-        for at, count in enumerate(counts):
-            on_run(at, len(counts), f"{count} ranks")
-            results += scaling.measure_scale(workload, count, asked.rounds)
-            # After every number of ranks: one that fails takes no other's result with it.
-            write_json(asked.out / "scale.json", record | {"results": results})
-    _show(scaling.measured_tables(results))
+    record = {"environment": where | {"threads": 1}, "protocol": protocol}
+    measure = partial(scaling.measure_scale, workload, rounds=asked.rounds)
+    todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
+    _show(scaling.measured_tables(_measured([*todo], measure, record, asked.out / "scale.json")))
     print(f"Wrote scale.json to {asked.out}")
 
 
+def _measured(todo: Sequence[Any], measure: Callable[[Any], list[Row]], record: Row, path: Path) -> list[Row]:
+    """Measure one after the other; each is written at once, so that one that fails takes no other with it."""
+    results: list[Row] = []
+    with _bar(path.name) as on_run:
+        for at, each in enumerate(todo):
+            on_run(at, len(todo), str(each))
+            results += measure(each)
+            write_json(path, record | {"results": results})
+    return results
+
+
 def surface(asked: argparse.Namespace) -> None:
-    """Draw the loss around a point of a training, with one step of K-FAC and of FOP from there.
-
-    Trains with FOP first. Then K-FAC steps on the gradient of each half of one batch and on their mean, and
-    FOP on the pair, all with the same curvature. Writes surface.json and surface.png into --out.
-    """
-    from fop_bench import surface as measurement
+    """Draw the loss around a point of a training with FOP, and one step of K-FAC and of FOP from there."""
     from fop_bench.plots import plot_surface
+    from fop_bench.surface import surface as measure
 
-    out, device = asked.out, asked.device
-    question = {key: value for key, value in vars(asked).items() if key not in ("out", "device")}
-    with _console().status("training, then the steps and the losses around"):
-        result = measurement.surface(measurement.Question(**question), device)
-        write_json(out / "surface.json", result)
-        plot_surface(result, out / "surface.png")
+    result = measure(asked)
+    write_json(asked.out / "surface.json", result)
+    plot_surface(result, asked.out / "surface.png")
     print(f"loss of the batch: {result['origin']['whole']} at the point")
     for step in result["steps"].values():
         share = f"{step['share_in_plane']:.0%} of the step is in the plane"
         print(f"  {step['losses_at_end']['whole']} after {step['what']} ({share})")
-    print(f"Wrote surface.json and surface.png to {out}")
+    print(f"Wrote surface.json and surface.png to {asked.out}")
 
 
 # --- What they show
@@ -212,25 +180,16 @@ def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
 # --- Their options
 
 
-def _above_0(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return number
+def _checked(kind: Callable[[str], Any], right: Callable[[Any], bool], wrong: str) -> Callable[[str], Any]:
+    """Return what turns the text of an option into its value, or refuses it."""
 
+    def convert(text: str) -> Any:
+        if not right(value := kind(text)):
+            raise argparse.ArgumentTypeError(wrong.format(text))
+        return value
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if (number := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return number
-
-    return integer
-
-
-def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}")
-    return Path(text)
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def _device(name: str) -> torch.device:
@@ -245,79 +204,83 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _option(
-    name: str, what: str, default: Any = None, kind: Any = str, **how: Any
-) -> tuple[str, dict[str, Any]]:
+Option = tuple[str, dict[str, Any]]
+
+
+def _option(name: str, what: str, default: Any = None, kind: Any = None, **how: Any) -> Option:
     """Return what argparse is told of an option; a default is given as it would be typed."""
     shown = f"{what} (default: {default})" if default else what
-    if how.get("action") == "store_true":
-        return name, {"help": shown, **how}
-    return name, {"help": shown, "default": default, "type": kind, **how}
+    return name, {"help": shown, "default": default, **({"type": kind} if kind else {}), **how}
 
 
+def _list(name: str, what: str, kind: Any = str) -> Option:
+    return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append"}
+
+
+WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
+SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
+ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
+FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
-MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", _above_0)
+MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
-OPTIONS = {
+OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [
         _option("--out", "folder", "fop-demo", Path),
         DEVICE,
-        _option("--quick", "two seeds, two epochs: shows that all works; not a result", action="store_true"),
     ],
     run: [
         RECIPE,
         _option("--study", f"which study: {STUDIES}", "comparison", metavar="STUDY"),
         DATA,
-        _option("--task", "only this data set; may be repeated", action="append"),
-        _option("--batch", "only this size; may be repeated", kind=int, action="append"),
-        _option("--optimizer", "only this one; may be repeated", action="append"),
+        _list("--task", "only this data set"),
+        _list("--batch", "only this size", int),
+        _list("--optimizer", "only this one"),
         DEVICE,
-        _option("--jobs", "runs at a time; else one a GPU, one a core", kind=_at_least(1)),
+        _option("--jobs", "runs at a time; else one a GPU, one a core", kind=WHOLE),
         MINUTES,
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
-        _option("folders", "with JSON lines", kind=_folder, nargs="+", metavar="FOLDER"),
+        _option("folders", "with JSON lines", kind=FOLDER, nargs="+", metavar="FOLDER"),
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
         _option("--model", "network to step", "all", choices=[*MODELS, "all"]),
-        _option("--batch", "may be repeated; else 128", kind=_at_least(1), action="append"),
+        _list("--batch", "samples of a step, else 128", WHOLE),
         _option("--bf16", "autocast; else both", action=argparse.BooleanOptionalAction),
         DEVICE,
-        _option("--rounds", "turns of every optimizer", "10", _at_least(1)),
+        _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file", "fop-overhead.json", Path),
     ],
     scale: [
-        _option("--ranks", "processes, or GPUs; may be repeated", kind=_at_least(1), action="append"),
+        _list("--ranks", "processes, or GPUs", WHOLE),
         _option("--model", "network to step", "resnet18", choices=[*MODELS]),
-        _option("--batch", "batch of every rank", "32", _at_least(1)),
-        _option("--rounds", "turns of every optimizer", "2", _at_least(1)),
+        _option("--batch", "batch of every rank", "32", WHOLE),
+        _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),
         _option("--out", "folder", "fop-scale", Path),
     ],
     defaults: [
         _option("study", "what is varied", choices=[*DEFAULTS[0].studies]),
-        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=_folder),
-        _option("--tasks", "only tasks whose name holds this text", ""),
+        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=FOLDER),
         DEVICE,
-        _option("--jobs", "runs at a time, one thread each", "2", _at_least(1)),
+        _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
         MINUTES,
         _option("--out", "folder", "fop-defaults", Path),
     ],
     surface: [
         RECIPE,
         DATA,
-        _option("--task", "data set of the recipe; else its first"),
-        _option("--batch", "samples of a step; even", "1000", _at_least(2), dest="batch_size"),
-        _option("--epochs", "training with FOP before the steps", "3", _at_least(1)),
-        _option("--lr", "learning rate of training (constant) and steps", "0.1", _above_0),
-        _option("--damping", "λ of training and steps", "1e-4", _above_0),
+        _option("--batch", "samples of a step; even", "1000", SEVERAL, dest="batch_size"),
+        _option("--epochs", "training with FOP before the steps", "3", WHOLE),
+        _option("--lr", "learning rate of training (constant) and steps", "0.1", ABOVE_0),
+        _option("--damping", "λ of training and steps", "1e-4", ABOVE_0),
         _option("--seed", "of weights, order and the choice of the batch", "1", int),
         DEVICE,
-        _option("--grid", "points along each side", "25", _at_least(2), dest="points"),
+        _option("--grid", "points along each side", "25", SEVERAL, dest="points"),
         _option("--out", "folder", "fop-surface", Path),
     ],
 }

@@ -80,10 +80,8 @@ def embedding(name: str, vocabulary: int, features: int) -> LayerSize:
 
 
 def architecture_of(model: nn.Module, title: str) -> Architecture:
-    """Return the sizes of a model of linear layers and convolutions; all its other parameters take AdamW.
-
-    Written apart from the optimizer's own search, so that a prediction from it can be wrong.
-    """
+    """Return the sizes of a model of linear layers and convolutions; all its other parameters take AdamW."""
+    # Written without the optimizer's own search, so that a prediction from it can be wrong.
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -100,29 +98,25 @@ def decoder(
     blocks: int, width: int, vocabulary: int, sizes: Mapping[str, tuple[int, int]], *, bias: bool
 ) -> list[LayerSize]:
     """Return the layers of an embedding and ``blocks`` times the linear layers of some (outputs, inputs)."""
-    inner = [
-        linear(f"blocks.{block}.{name}", out, of, bias=bias)
-        for block in range(blocks)
-        for name, (out, of) in sizes.items()
-    ]
-    return [embedding("embedding", vocabulary, width), *inner]
+    layers = [embedding("embedding", vocabulary, width)]
+    for block in range(blocks):
+        layers += [linear(f"blocks.{block}.{name}", *sizes[name], bias=bias) for name in sizes]
+    return layers
 
 
 def gpt(blocks: int, width: int, vocabulary: int) -> list[LayerSize]:
     """A GPT whose output layer is tied to the embedding, without learned positions (Radford et al. 2019)."""
-    sizes = {"qkv": (3, 1), "proj": (1, 1), "up": (4, 1), "down": (1, 4)}
-    scaled = {name: (out * width, of * width) for name, (out, of) in sizes.items()}
-    return decoder(blocks, width, vocabulary, scaled, bias=True)
+    sizes = {"qkv": (3 * width, width), "proj": (width, width)}
+    sizes |= {"up": (4 * width, width), "down": (width, 4 * width)}
+    return decoder(blocks, width, vocabulary, sizes, bias=True)
 
 
 def llama(blocks: int, width: int, key_value_width: int, hidden: int, vocabulary: int) -> list[LayerSize]:
     """A GPT with grouped queries, SwiGLU, no biases and an output layer of its own (Touvron et al. 2023)."""
     sizes = {"qkv": (width + 2 * key_value_width, width), "proj": (width, width)}
     sizes |= {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
-    return [
-        *decoder(blocks, width, vocabulary, sizes, bias=False),
-        linear("head", vocabulary, width, bias=False),
-    ]
+    head = linear("head", vocabulary, width, bias=False)
+    return [*decoder(blocks, width, vocabulary, sizes, bias=False), head]
 
 
 def published() -> list[Architecture]:
@@ -156,6 +150,7 @@ class Traffic:
 def traffic(architecture: Architecture, ranks: int, method: Method) -> Traffic:
     """Predict what a rank sends in a step."""
     share = (ranks - 1) / ranks
+    layers, count = architecture.layers, len(architecture.layers)
     if method == "fsdp":
         # Gathered for the forward and again for the backward pass; the gradients are scattered in float32.
         wrapper = architecture.elements * (2 * FSDP_GATHERED + BYTES) * share
@@ -164,24 +159,20 @@ def traffic(architecture: Architecture, ranks: int, method: Method) -> Traffic:
         wrapper = (2 * BYTES * averaged + architecture.buffer_bytes) * share
     if method == "sgd" or ranks == 1:
         return Traffic(wrapper, {}, {})
-    layers, count = architecture.layers, len(architecture.layers)
-    update = BYTES * architecture.fop_elements
-    scalars = BYTES * SCALARS * count
-    plain = {"updates": (update + scalars) * share}
-    if method in ("compatible", "fsdp"):
-        # This rank's part of Gd; beside it a sketch of its gradient, and whether it has a pair.
-        plain["gradients"] = (update + BYTES * (SKETCH + 1) * count) * share
-    if method == "lean" and ranks % 2:
+    update, scalars = BYTES * architecture.fop_elements, BYTES * SCALARS * count
+    # This rank's part of Gd; beside it a sketch of its gradient, and whether it has a pair.
+    pair = {"gradients": (update + BYTES * (SKETCH + 1) * count) * share}
+    if ranks % 2:
         # The rank's gradient, its part of Gd, whether it has a pair, and that it uses the layer.
-        plain["gradients"] = (2 * update + 2 * BYTES * count) * share
-    elif method == "lean":
+        lean = (2 * update + 2 * BYTES * count) * share
+    else:
         # Added up among the W/2 ranks of a side; then one of two owners side by side gives its sum to the
         # other. With each gradient goes the number of ranks that use the layer.
-        plain["gradients"] = (update + BYTES * count) * ((1 - 2 / ranks) + 1 / ranks)
-    elif method == "fsdp":
-        # Every rank has a W-th of each gradient and wants a W-th of each update.
-        plain["gradient shards"] = update / ranks * share
-        plain["updates"] = update / ranks * share + scalars * share
+        lean = (update + BYTES * count) * ((1 - 2 / ranks) + 1 / ranks)
+    # Every rank has a W-th of each gradient and wants a W-th of each update.
+    shards = {"gradient shards": update / ranks * share, "updates": (update / ranks + scalars) * share}
+    plain = {"updates": (update + scalars) * share}
+    plain |= {"kfac": {}, "compatible": pair, "lean": {"gradients": lean}, "fsdp": pair | shards}[method]
     curvature = {
         "curvature factors": BYTES * sum(map(_sent_elements, layers)) * share,
         # Numbers of samples and rows in float64, and what became of each layer.
@@ -225,16 +216,17 @@ def predict(architecture: Architecture, ranks: int, methods: Sequence[Method]) -
     baseline = traffic(architecture, ranks, "fsdp" if "fsdp" in methods else "sgd").wrapper
     sent = {method: traffic(architecture, ranks, method).amortised() for method in methods}
     layers, plan = architecture.layers, plan_for(architecture.layers, ranks)
+    products, inversions = (
+        [each.product_flops for each in layers],
+        [each.inversion_flops for each in layers],
+    )
     return {
-        "ranks": ranks,
-        "baseline_bytes": baseline,
+        **{"ranks": ranks, "baseline_bytes": baseline, "owners": len(set(plan.owners))},
         "ratios": {name: each / baseline if baseline else None for name, each in sent.items()},
         "extra_seconds": {name: (each - baseline) / bandwidth(ranks) for name, each in sent.items()},
-        "owners": len(set(plan.owners)),
         "factor_bytes": max(factor_bytes(layers, plan)),
-        "product_seconds": max(_by_rank(plan, [each.product_flops for each in layers])) / H100["matmul"],
-        "inversion_seconds": max(_by_rank(plan, [each.inversion_flops for each in layers]))
-        / H100["inversion"],
+        "product_seconds": max(_by_rank(plan, products)) / H100["matmul"],
+        "inversion_seconds": max(_by_rank(plan, inversions)) / H100["inversion"],
     }
 
 
@@ -269,29 +261,25 @@ def predicted_tables(predicted: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 def _predicted(architecture: Architecture, rows: Sequence[dict[str, Any]]) -> str:
     methods = _methods(architecture)
     wrapper, where = ("FSDP", "over all GPUs.") if "fsdp" in methods else ("DDP", "on every GPU.")
-    memory = REPLICATED * architecture.elements / 1e9
 
     def cells(row: dict[str, Any]) -> dict[str, object]:
-        ratios = {name: row["ratios"][name] for name in methods}
+        inversion = row["inversion_seconds"] * 1e3
+        ratios = {f"{LABELS[name]} ×{wrapper}": row["ratios"][name] for name in methods}
         return {
-            "GPUs": row["ranks"],
-            f"{wrapper} GB": _short(row["baseline_bytes"] / 1e9),
-            **{f"{LABELS[n]} ×{wrapper}": f"{r:.3f}" if r else "–" for n, r in ratios.items()},
-            "owners": row["owners"],
-            "curvature GB": _short(row["factor_bytes"] / 1e9),
-            "products ms": _short(row["product_seconds"] * 1e3),
-            "inversion ms": _short(row["inversion_seconds"] * 1e3),
-            f"inversion ms ÷ {INTERVAL}": _short(row["inversion_seconds"] * 1e3 / INTERVAL),
-            **{f"{LABELS[n]} sending ms": _short(row["extra_seconds"][n] * 1e3) for n in methods},
+            **{"GPUs": row["ranks"], f"{wrapper} GB": _short(row["baseline_bytes"] / 1e9)},
+            **{head: f"{ratio:.3f}" if ratio else "–" for head, ratio in ratios.items()},
+            **{"owners": row["owners"], "curvature GB": _short(row["factor_bytes"] / 1e9)},
+            **{"products ms": _short(row["product_seconds"] * 1e3), "inversion ms": _short(inversion)},
+            f"inversion ms ÷ {INTERVAL}": _short(inversion / INTERVAL),
+            **{f"{LABELS[name]} sending ms": _short(row["extra_seconds"][name] * 1e3) for name in methods},
         }
 
-    return section(
-        f"{architecture.title}, under {wrapper}",
+    note = (
         f"{architecture.elements / 1e6:,.1f} million parameters, {len(architecture.layers)} layers with "
-        f"curvature. Weights, gradients and momentum in float32: {memory:,.1f} GB {where}",
-        [cells(row) for row in rows],
-        level=3,
+        "curvature. Weights, gradients and momentum in float32: "
+        f"{REPLICATED * architecture.elements / 1e9:,.1f} GB {where}"
     )
+    return section(f"{architecture.title}, under {wrapper}", note, list(map(cells, rows)), level=3)
 
 
 def _short(value: float) -> str:

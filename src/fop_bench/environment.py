@@ -23,12 +23,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the versions, now."""
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "fop": fop.__version__}
     return {
-        "device": device_name(device),
-        "processor": device.type,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fop": fop.__version__,
+        **{"device": device_name(device), "processor": device.type, **versions},
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

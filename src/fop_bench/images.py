@@ -39,7 +39,6 @@ class Images:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Images:
-        """Copy pixels and labels to a device."""
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
     def taken(self, numbers: Tensor, device: torch.device) -> Images:
@@ -64,9 +63,7 @@ class Source:
 
 
 def load(source: Source, data: str | None, *, test: bool = False, choose: Choice | None = None) -> Images:
-    """Load the training or the test part of a data set, and of these the images that ``choose`` keeps.
-
-    ``data`` is a folder with train/<class>/* and test/<class>/*, or another name on the hub.
+    """Load a part of a data set from a folder or the hub, and of its images those that ``choose`` keeps.
 
     Raises FileNotFoundError if the data set is not there, and ValueError for other classes, too few images,
     or one that cannot be decoded.
@@ -93,9 +90,9 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
     if choose is not None:
         chosen = choose(labels)
         rows, labels = rows.select(chosen.tolist()), labels[chosen]
-    rows = rows.cast_column(image, Image(decode=False))
+    rows = rows.cast_column(image, Image(decode=False)).select_columns([image])
     pixels = torch.empty(len(rows), source.size, source.size, 3, dtype=torch.uint8)
-    for index, row in enumerate(rows.select_columns([image])):
+    for index, row in enumerate(rows):
         pixels[index] = torch.from_numpy(_decoded(row[image], source.size))
     return Images(pixels, labels, classes)
 
@@ -125,9 +122,10 @@ def _folder(folder: Path, test: bool) -> Dataset:
             f"{folder} has no images in {names[0]}/<class>/*; unpack the data set there, one folder a class"
         )
     # `load_dataset("imagefolder")` would take a minute to list CIFAR's 60,000 files, in every process.
-    columns = {"image": [path for path, _ in files], "label": [label for _, label in files]}
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
-    return Dataset.from_dict(columns, features)
+    columns = dict(zip(("image", "label"), map(list, zip(*files, strict=True)), strict=True))
+    return Dataset.from_dict(
+        columns, Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
+    )
 
 
 def _hub(name: str, part: str) -> Dataset:
@@ -176,10 +174,7 @@ def per_class(count: int, *, skip: int = 0) -> Choice:
     def choose(labels: Tensor) -> Tensor:
         kept = []
         for label, of_class in by_class(labels):
-            if len(of_class) < skip + count:
-                raise ValueError(
-                    f"class {label} has {len(of_class)} images; {skip + count} are needed by this recipe"
-                )
+            _refuse_fewer(skip + count, label, of_class, f"{skip + count} are needed by this recipe")
             kept.append(of_class[skip : skip + count])
         return torch.cat(kept)
 
@@ -187,26 +182,24 @@ def per_class(count: int, *, skip: int = 0) -> Choice:
 
 
 def long_tail(imbalance: float, largest: int, *, seed: int = 0) -> Choice:
-    """Keep int(largest·imbalance^(−i/(C−1))) images of class i, chosen at random (Cui et al. 2019).
-
-    The first of the C classes keeps ``largest`` images, ``imbalance`` times as many as the last.
-    """
+    """Keep int(largest·imbalance^(−i/(C−1))) random images of class i of C (Cui et al. 2019)."""
+    remedy = "give the balanced data set, or one with a smaller factor"
 
     def choose(labels: Tensor) -> Tensor:
-        draw = torch.Generator().manual_seed(seed)
-        last = max(1, int(labels.max()))
-        kept = []
+        draw, kept = torch.Generator().manual_seed(seed), []
         for label, of_class in by_class(labels):
-            count = int(largest * imbalance ** (-label / last))
-            if len(of_class) < count:
-                raise ValueError(
-                    f"class {label} has {len(of_class)} images; an imbalance factor of {imbalance:g} needs "
-                    f"{count}: give the balanced data set, or one with a smaller factor"
-                )
+            count = int(largest * imbalance ** (-label / max(1, int(labels.max()))))
+            needs = f"an imbalance factor of {imbalance:g} needs {count}: {remedy}"
+            _refuse_fewer(count, label, of_class, needs)
             kept.append(of_class[torch.randperm(len(of_class), generator=draw)[:count]])
         return torch.cat(kept)
 
     return choose
+
+
+def _refuse_fewer(count: int, label: int, of_class: Tensor, needs: str) -> None:
+    if len(of_class) < count:
+        raise ValueError(f"class {label} has {len(of_class)} images; {needs}")
 
 
 # --- Augmentation, on the device that holds the batch
@@ -224,8 +217,7 @@ class Augmentation:
 class Normaliser:
     """Turns pixels (N, H, W, C) uint8 into inputs (N, C, H, W) of zero mean and unit variance, channels last.
 
-    The mean and standard deviation are those of the training images' ``pixels``; ``total`` sums over the
-    processes that share these.
+    ``total`` sums over the processes that share the training images, whose ``pixels`` decide both.
     """
 
     def __init__(self, pixels: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
@@ -240,7 +232,6 @@ class Normaliser:
         self.mean, self.std = mean.float().to(pixels.device), std.float().to(pixels.device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise a batch."""
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
         inputs: Tensor = (pixels.float() - mean) / std
         return inputs.permute(0, 3, 1, 2)
@@ -275,8 +266,7 @@ def cut_out(inputs: Tensor, side: int, draw: torch.Generator) -> Tensor:
         centre = torch.randint(length, (len(inputs), 1), device=inputs.device, generator=draw)
         place = torch.arange(length, device=inputs.device) - centre + side // 2
         inside.append((place >= 0) & (place < side))
-    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-    return inputs.masked_fill(hole, 0.0)
+    return inputs.masked_fill(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0.0)
 
 
 def training_inputs(

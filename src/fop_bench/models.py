@@ -97,30 +97,27 @@ def resnet50(classes: int = 1000) -> ResNet:
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and MLP, each with a residual connection, on tokens (N, T, D)."""
 
-    def __init__(self, dim: int, heads: int, expansion: int = 4, qkv_bias: bool = True) -> None:
+    scale: float | None = None  # of the products of queries and keys; by default the root of their width
+
+    def __init__(
+        self, dim: int, heads: int, expansion: int = 4, qkv_bias: bool = True, inputs: int | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.norm1 = nn.LayerNorm(inputs or dim)
+        self.qkv = nn.Linear(inputs or dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = _feed_forward(dim, expansion * dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
 
     def forward(self, x_NTD: Tensor) -> Tensor:
-        x_NTD = x_NTD + self.attention(self.norm1(x_NTD))
-        out: Tensor = x_NTD + self.mlp(self.norm2(x_NTD))
+        qkv = self.qkv(self.norm1(x_NTD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self.scale)
+        # Where the width changes, the values stand in for the input in the residual connection.
+        kept = x_NTD if self.scale is None else qkv[2].transpose(1, 2).flatten(2)
+        hidden_NTD = kept + self.proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = hidden_NTD + self.mlp(self.norm2(hidden_NTD))
         return out
-
-    def attention(self, x_NTD: Tensor) -> Tensor:
-        """Mix tokens (N, T, D) by multi-head self-attention."""
-        qkv = self.qkv(x_NTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
-def _feed_forward(dim: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
 class ViT(nn.Module):
@@ -147,26 +144,13 @@ def soft_split(x_NCHW: Tensor, kernel: int, stride: int, padding: int) -> Tensor
     return unfold(x_NCHW, kernel, padding=padding, stride=stride).transpose(1, 2)
 
 
-class TokenTransformer(nn.Module):
+class TokenTransformer(TransformerBlock):
     """The one-head transformer between soft splits, (N, T, inputs) to (N, T, dim) (Yuan et al. 2021, 3.1)."""
 
     def __init__(self, inputs: int, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim, heads=1, expansion=1, qkv_bias=False, inputs=inputs)
         # The authors' code divides by the root of the input's width, not of the keys' width.
         self.scale = inputs**-0.5
-        self.norm1 = nn.LayerNorm(inputs)
-        self.qkv = nn.Linear(inputs, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = _feed_forward(dim, dim)
-
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.norm1(x_NTD)).unsqueeze(1).chunk(3, dim=-1)
-        mixed = scaled_dot_product_attention(query, key, value, scale=self.scale)
-        # The values stand in for the input in the residual connection, as its width is another.
-        hidden_NTD = value.squeeze(1) + self.proj(mixed.squeeze(1))
-        out: Tensor = hidden_NTD + self.mlp(self.norm2(hidden_NTD))
-        return out
 
 
 class TokensToToken(nn.Module):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (784,)),
 }
 
-T = TypeVar("T")
 Row = dict[str, Any]
 
 
@@ -73,12 +72,6 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
 
-    @property
-    def interval(self) -> int | None:
-        """Steps between curvature updates; None for an optimizer without any."""
-        interval: int | None = self.optimizer.param_groups[0].get("curvature_interval")
-        return interval
-
     def warm_up(self) -> None:
         """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
         self.step()
@@ -92,20 +85,19 @@ class Trainer:
 
     def request_curvature(self) -> bool:
         """Make the next step update every layer's curvature; False for an optimizer that has none."""
-        if not hasattr(self.optimizer, "request_curvature"):
-            return False
-        self.optimizer.request_curvature()
-        return True
+        if hasattr(self.optimizer, "request_curvature"):
+            self.optimizer.request_curvature()
+        return hasattr(self.optimizer, "request_curvature")
 
 
 def prepare(workload: Workload, optimizer: str, device: torch.device, **options: Any) -> Trainer:
     """Build the model, its optimizer and this rank's batch; the weights are equal for all optimizers."""
     build, shape = MODELS[workload.model]
     torch.manual_seed(0)
-    model = build().to(device)
+    model, rank = build().to(device), 0
     if dist.is_initialized():
-        model = DistributedDataParallel(model)
-    torch.manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
+        model, rank = DistributedDataParallel(model), dist.get_rank()
+    torch.manual_seed(1 + rank)
     inputs = torch.randn(workload.batch_size, *shape, device=device)
     targets = torch.randint(CLASSES, (workload.batch_size,), device=device)
     stepper = BUILDERS[optimizer][1](model, lr=LEARNING_RATE, **options)
@@ -122,7 +114,7 @@ def amortised(plain: float, curvature: float | None, interval: int | None) -> fl
 # --- Time and bytes, the optimizers taking turns
 
 
-def in_turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
+def in_turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
     """Yield A B C D, then B C D A, …: drift hits all alike, and nobody always follows the same neighbour."""
     for number in range(rounds):
         turn = number % len(names)
@@ -143,17 +135,14 @@ def measure_in_turns(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, 
 
 
 def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
-    """Time some plain steps and, where there is such a thing, a curvature step after them.
-
-    An untimed plain step before them brings the caches back to this model. On a GPU the host does not wait
-    between the steps, as in real training.
-    """
+    """Time plain steps, after an untimed one that fills the caches, and a curvature step if there is one."""
     cuda = trainer.inputs.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(trainer.inputs.device)
     if dist.is_initialized():
         dist.barrier()
-    marks: list[Any] = []  # events on the device's own stream, or the host's seconds
+    # Events on the GPU's own stream, for which the host does not wait between steps, or the host's seconds.
+    marks: list[Any] = []
 
     def step(of: Row) -> None:
         before = getattr(trainer.optimizer, "bytes_sent", {})
@@ -162,8 +151,7 @@ def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
         if cuda:
             marks[-1].record()
         after = getattr(trainer.optimizer, "bytes_sent", {})
-        sent = {what: count - before.get(what, 0.0) for what, count in after.items()}
-        of["bytes"] |= {what: count for what, count in sent.items() if count}
+        of["bytes"] |= {what: n - before.get(what, 0) for what, n in after.items() if n > before.get(what, 0)}
 
     for _ in range(1 + PLAIN_STEPS):
         step(plain)
@@ -177,34 +165,25 @@ def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
 
 
 def measure_overhead(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
-    """Measure every optimizer on one workload: memory first, one by one, then time, in turns.
-
-    Times are in seconds, medians over `samples`; `amortised_seconds` is the steady state at the default
-    interval. The ratios set it and the plain median against SGD's.
-    """
+    """Measure memory, one optimizer by one, then time, in turns; a row each with medians over `samples`."""
     memory = peak_memory(workload, device)
     trainers = {name: prepare(workload, name, device) for name in COMPARED}
-    intervals = {name: trainer.interval for name, trainer in trainers.items()}
+    # Before the measurement sets it to `NEVER`.
+    groups = {name: trainer.optimizer.param_groups[0] for name, trainer in trainers.items()}
+    intervals = {name: group.get("curvature_interval") for name, group in groups.items()}
     rows: list[Row] = []
     for name, seen in measure_in_turns(trainers, rounds).items():
         samples = {kind: each["seconds"] for kind, each in seen.items()}
-        plain, *curvature = (statistics.median(each) for each in samples.values() if each)
-        seconds = amortised(plain, curvature[0] if curvature else None, intervals[name])
-        sgd = rows[0]["plain_seconds"] if rows else plain
-        rows.append(
-            {
-                "workload": asdict(workload),
-                "optimizer": name,
-                "interval": intervals[name],
-                "plain_seconds": plain,
-                "curvature_seconds": curvature[0] if curvature else None,
-                "amortised_seconds": seconds,
-                "ratio_to_sgd": seconds / sgd,
-                "plain_ratio_to_sgd": plain / sgd,
-                "memory": memory[name],
-                "samples": samples,
-            }
-        )
+        row: Row = {"workload": asdict(workload), "optimizer": name, "interval": intervals[name]}
+        row |= {
+            f"{kind}_seconds": statistics.median(each) if each else None for kind, each in samples.items()
+        }
+        times = row["plain_seconds"], row["curvature_seconds"]
+        row |= {"amortised_seconds": amortised(*times, intervals[name]), "memory": memory[name]}
+        rows.append(row | {"samples": samples})
+    for row in rows:
+        row["ratio_to_sgd"] = row["amortised_seconds"] / rows[0]["plain_seconds"]
+        row["plain_ratio_to_sgd"] = row["plain_seconds"] / rows[0]["plain_seconds"]
     return rows
 
 
@@ -215,11 +194,7 @@ MMAP_BYTES = 64 * 1024
 
 
 def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
-    """Measure the peak bytes of a plain and of a curvature step, above those before the model was built.
-
-    On a GPU they are the allocator's, on a CPU the process's resident set, which Linux tells; None elsewhere
-    and for a step that there is not. Call it while no other model is on the device.
-    """
+    """Measure the peak bytes of a step, of the allocator or of Linux's resident set; None where unknown."""
     if device.type == "cuda":
         return _measure_memory(workload, device)
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
@@ -250,53 +225,49 @@ def _peaks(workload: Workload, name: str, device: torch.device) -> Row:
     trainer = prepare(workload, name, device)
     trainer.warm_up()
     _reset_peak(device)
-    for _ in range(2):
-        trainer.step(curvature=False)
-    plain, curvature = _peak(device) - before, None
+    trainer.step(curvature=False)
+    trainer.step(curvature=False)
+    peaks = {"plain_bytes": _peak(device) - before, "curvature_bytes": None}
     _reset_peak(device)
     if trainer.request_curvature():
         trainer.step(curvature=True)
-        curvature = _peak(device) - before
-    return {"plain_bytes": plain, "curvature_bytes": curvature}
+        peaks["curvature_bytes"] = _peak(device) - before
+    return peaks
 
 
 def _reset_peak(device: torch.device) -> int:
     """Forget the peak so far and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak(device)
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+# By heading: key, and by what a value is multiplied.
+COLUMNS = {
+    **{f"{kind} ms": (f"{kind}_seconds", 1e3) for kind in ("plain", "curvature", "amortised")},
+    **{f"{kind} MiB": (f"{kind}_bytes", 2**-20) for kind in ("plain", "curvature")},
+}
 
 
 def overhead_table(rows: Sequence[Row]) -> str:
     """Lay out time and peak memory per step, one row per workload and optimizer."""
 
     def cells(each: Row) -> Row:
-        workload, memory = each["workload"], each["memory"]
-        columns = {
-            f"{kind} ms": (each[f"{kind}_seconds"], 1e3) for kind in ("plain", "curvature", "amortised")
-        }
-        columns |= {f"{kind} MiB": (memory[f"{kind}_bytes"], 2**-20) for kind in ("plain", "curvature")}
-        shown = {
-            head: "–" if value is None else f"{value * scale:.2f}" for head, (value, scale) in columns.items()
-        }
+        workload, known = each["workload"], each | each["memory"]
+        values = {head: (known[key], scale) for head, (key, scale) in COLUMNS.items()}
         return {
-            "model": workload["model"],
-            "batch": workload["batch_size"],
+            **{"model": workload["model"], "batch": workload["batch_size"]},
             "precision": "bf16" if workload["bf16"] else "float32",
-            "optimizer": BUILDERS[each["optimizer"]][0],
-            "interval": each["interval"] or "–",
-            **shown,
+            **{"optimizer": BUILDERS[each["optimizer"]][0], "interval": each["interval"] or "–"},
+            **{head: "–" if v is None else f"{v * scale:.2f}" for head, (v, scale) in values.items()},
             "×SGD": f"{each['ratio_to_sgd']:.3f}",
         }
 

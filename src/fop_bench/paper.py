@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -93,10 +94,7 @@ ELSEWHERE = ("map", "ablation", "formula")
 
 
 def paper_page(folders: Sequence[Path]) -> str:
-    """Return the paper's four tables as Markdown, with what the runs in these folders say beside every cell.
-
-    Raises ValueError for a folder without runs, a broken line, or runs that no report may mix.
-    """
+    """Return the paper's four tables as Markdown, with what the runs in these folders say beside."""
     runs = of_one_commit([run for folder in folders for run in read_runs(folder)])
     parts = [
         "# The paper's tables, and ours",
@@ -112,28 +110,27 @@ def paper_page(folders: Sequence[Path]) -> str:
 def paper_section(recipe: str, runs: Sequence[Run]) -> list[str]:
     """Return the paper's table of a recipe with the runs' results, and what must be known about them."""
     table = PAPER_TABLES[recipe]
-    # Of a contender the group of the comparison, or of the first other study that it is in.
-    groups: dict[tuple[str, int, str], list[Run]] = {}
+    # Of a contender the group of the comparison, or of the first other study that it is in. A place is a
+    # batch size, or, in the table of errors, a task; where there are several groups each is named.
+    found: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(dict)
     for study in studies([run for run in runs if run["recipe"] == recipe]):
         if not study.name.startswith(ELSEWHERE):
             for (size, name), group in study.groups().items():
-                groups.setdefault((name, size, study.task), list(group["run"]))
-    used = [run for group in groups.values() for run in group]
-
+                at, other = (study.task, f"batch {size}") if table.target is None else (str(size), study.task)
+                found[name, at].setdefault(other, list(group["run"]))
     shown = table.cells
     for down in shown.index:
         for across in shown.columns:
             contender, place = (across, down) if shown.index.name == "batch" else (down, across)
-            found = {}
-            for (name, size, task), group in groups.items():
-                # A place is a batch size, with its GPUs, or, in the table of errors, a task.
-                at, other = (task, f"batch {size}") if table.target is None else (str(size), task)
-                if name == contender and place.partition(" (")[0] == at:
-                    found[other] = _measured(table, group)
-            several = (f"{ours}, {which}" if len(found) > 1 else ours for which, ours in found.items())
-            ours = f"ours {'; '.join(several)}" if found else NOT_RUN
+            groups = found.get((contender, place.partition(" (")[0]), {})
+            each = (
+                _measured(table, group) + (f", {other}" if len(groups) > 1 else "")
+                for other, group in groups.items()
+            )
+            ours = f"ours {'; '.join(each)}" if groups else NOT_RUN
             shown.loc[down, across] = f"paper {shown.loc[down, across]} · {ours}"
     shown = shown.rename(index=LABELS, columns=LABELS).reset_index()
+    used = [run for groups in found.values() for group in groups.values() for run in group]
     return [markdown_table(shown, shown.to_numpy()), _about(recipe, table, used)]
 
 
@@ -141,10 +138,8 @@ def _measured(table: PaperTable, group: Sequence[Run]) -> str:
     n, diverged = len(group), sum(run["diverged"] for run in group)
     lost = f", {diverged} diverged" if diverged else ""
     if table.target is None:
-        errors = pd.Series(
-            [1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"]], dtype=float
-        )
-        return f"{plus_minus(errors, 2, scale=100.0)} (n={n}{lost})"
+        errors = [1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"]]
+        return f"{plus_minus(pd.Series(errors, dtype=float), 2, scale=100.0)} (n={n}{lost})"
     # The paper's target, whatever the recipe's own is.
     times = pd.DataFrame([reached(run, "accuracy", table.target) for run in group], columns=[*UNITS])
     count = times["epochs"].count()
@@ -159,11 +154,10 @@ def _about(recipe: str, table: PaperTable, runs: Sequence[Run]) -> str:
         return f"None of it is measured yet; to run it: `fop-bench run {recipe}`."
     devices = sorted({str(run["environment"]["device"]) for run in runs})
     data = sorted({str(run["data"]) for run in runs})
-    lines = [f"Ours: `fop-bench run {recipe}` on {', '.join(devices)}; data: {', '.join(data)}"]
+    said = f"Ours: `fop-bench run {recipe}` on {', '.join(devices)}; data: {', '.join(data)}"
     if table.target is not None:
-        epochs = {run["batch_size"]: run["epochs"] for run in runs}
-        trained = ", ".join(f"{number} at batch {size}" for size, number in sorted(epochs.items()))
-        lines.append(f"epochs of a whole run: {trained}")
-        if any(run["environment"]["processor"] == "cpu" for run in runs):
-            lines.append("times are processor time")
-    return "; ".join(lines) + "."
+        epochs = sorted({run["batch_size"]: run["epochs"] for run in runs}.items())
+        trained = ", ".join(f"{number} at batch {size}" for size, number in epochs)
+        on_cpu = any(run["environment"]["processor"] == "cpu" for run in runs)
+        said += f"; epochs of a whole run: {trained}" + ("; times are processor time" if on_cpu else "")
+    return f"{said}."

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -31,51 +30,22 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 # For variants of an optimizer: the colours that no other contender of the picture has.
 SPARE = ("lamb", "soap", "muon", "shampoo", "adamw", "sgd")
+BROWN = {"color": "#8C510A", "linestyle": "--"}
+SCALARS = {"beta": "β", "eta": "η", "rho": "ρ"}
+NAMED_LAYERS = 40
+EPOCHS: dict[str, Any] = {"nbins": 6, "integer": True, "steps": [1, 2, 5, 10]}
 
 
 def styles(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return for every contender a colour and a line: the known ones theirs, the others what is left."""
-    left = [STYLES[name] for name in SPARE if name not in contenders] + [
-        {"color": "#8C510A", "linestyle": "--"}
-    ]
+    left = [*(STYLES[name] for name in SPARE if name not in contenders), BROWN]
     others = [name for name in contenders if name not in STYLES]
-    spare = {name: left[number % len(left)] for number, name in enumerate(others)}
-    return {name: STYLES.get(name) or spare[name] for name in contenders}
+    known = STYLES | {name: left[number % len(left)] for number, name in enumerate(others)}
+    return {name: known[name] for name in contenders}
 
 
-def canvas(width: float, height: float) -> Figure:
-    """Return a figure of so many inches that draws to a file without asking for a display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Save a PNG, creating the folder if need be; the same data give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def draw_band(panel: Axes, epochs: pd.DataFrame, x: str, y: str, **look: Any) -> None:
-    """Draw the mean over the runs at every epoch, with a band from the lowest ``y`` to the highest."""
-    by_epoch = epochs.groupby("epoch")
-    at, values = by_epoch[x].mean(), by_epoch[y]
-    panel.fill_between(at, values.min(), values.max(), color=look["color"], alpha=0.18, linewidth=0)
-    panel.plot(at, values.mean(), linewidth=1.8, **look)
-
-
-def finish(panel: Axes, value: str, targets: Iterable[float] = ()) -> None:
-    """Add grid, targets and, for an accuracy, percent signs to a panel of curves."""
-    for target in targets:
-        panel.axhline(target, color="black", linewidth=0.8, alpha=0.6, zorder=1)
-    if value == "accuracy":
-        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def legend(figure: Figure) -> None:
-    """Name every line of a figure once, below its panels."""
+def save(figure: Figure, title: str, path: Path) -> None:
+    """Name every line once, below the panels, and save a PNG; the same data give the same bytes."""
     found: dict[str, Any] = {}
     for panel in figure.axes:
         found |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -84,10 +54,16 @@ def legend(figure: Figure) -> None:
         columns = int(figure.get_figwidth() / (0.8 + 0.085 * max(map(len, found))))
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(len(found), columns))}
         figure.legend(found.values(), found.keys(), frameon=False, handlelength=3.2, **place)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-SCALARS = {"beta": "β", "eta": "η", "rho": "ρ"}
-NAMED_LAYERS = 40
+def _finish(panel: Axes, lines: Sequence[float]) -> None:
+    for height in lines:
+        panel.axhline(height, color="black", linewidth=0.8, alpha=0.6, zorder=1)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 # Curves
@@ -95,44 +71,45 @@ NAMED_LAYERS = 40
 
 def plot_curves(study: Study, path: Path) -> None:
     """Draw accuracy over time and over epochs, and training loss over epochs, a column a batch size."""
-    looks, groups = styles(list(study.labels)), study.groups()
+    looks, labels, groups = styles(list(study.labels)), study.labels, study.groups()
     sizes = sorted({size for size, _ in groups})
-    time = clock(study.runs["run"].iloc[0])
-    judged = "test" if study.phase("final")["run"].iloc[0]["evaluated_on"] == "test" else "held-out"
-    titles = {"epoch": "epoch", "accuracy": f"{judged} accuracy", "train_loss": "training loss"}
-    titles |= {"seconds": "training time (s)", "processor_seconds": "processor time (s)"}
-    figure = canvas(max(6.0, 3.6 * len(sizes) + 0.6), 9.0)
+    first = study.phase("final")["run"].iloc[0]
+    titles = {"accuracy": f"{first['evaluated_on']} accuracy", "train_loss": "training loss"}
+    titles |= {"epoch": "epoch", "seconds": "training time (s)", "processor_seconds": "processor time (s)"}
+    rows = [("accuracy", clock(first)), ("accuracy", "epoch"), ("train_loss", "epoch")]
+    figure = Figure(figsize=(max(6.0, 3.6 * len(sizes) + 0.6), 9.0), layout="constrained")
     panels = figure.subplots(3, len(sizes), sharey="row", squeeze=False)
-    for row, (value, over) in enumerate([("accuracy", time), ("accuracy", "epoch"), ("train_loss", "epoch")]):
-        for panel, size in zip(panels[row], sizes, strict=True):
-            for (of, name), group in groups.items():
-                epochs = [epoch for run in group["run"][~group["diverged"]] for epoch in run["curve"]]
-                if epochs and of == size:
-                    look = looks[name] | {"label": study.labels[name]}
-                    draw_band(panel, pd.DataFrame(epochs), over, value, **look)
-            finish(panel, value, [target for kind, target in study.targets.items() if kind == value])
-            panel.set_xlabel(titles[over])
+    for column, size in enumerate(sizes):
+        lost = []
+        for name, group in ((name, group) for (of, name), group in groups.items() if of == size):
+            if group["diverged"].any():
+                lost.append(f"{labels[name]} {group['diverged'].sum()} of {len(group)}")
+            curves = [epoch for run in group["run"][~group["diverged"]] for epoch in run["curve"]]
+            if curves:
+                epochs = pd.DataFrame(curves).groupby("epoch").agg(["mean", "min", "max"])
+                epochs["epoch", "mean"] = epochs.index
+                for panel, (value, over) in zip(panels[:, column], rows, strict=True):
+                    at, heights, look = epochs[over, "mean"], epochs[value], looks[name]
+                    band = {"color": look["color"], "alpha": 0.18, "linewidth": 0}
+                    panel.fill_between(at, heights["min"], heights["max"], **band)
+                    panel.plot(at, heights["mean"], linewidth=1.8, label=labels[name], **look)
+        for panel, (value, over) in zip(panels[:, column], rows, strict=True):
+            _finish(panel, [target for kind, target in study.targets.items() if kind == value])
+            if value == "accuracy":
+                panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            panel.set(xlabel=titles[over], ylabel="" if column else titles[value])
             panel.set_xlim(left=0)
-            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        panels[row, 0].set_ylabel(titles[value])
-    for panel, size in zip(panels[0], sizes, strict=True):
-        each = ((name, group["diverged"]) for (of, name), group in groups.items() if of == size)
-        lost = [f"{study.labels[name]} {runs.sum()} of {len(runs)}" for name, runs in each if runs.any()]
+            panel.xaxis.set_major_locator(MaxNLocator(**EPOCHS))
         note = f"\ndiverged, not drawn: {', '.join(lost)}" if lost else ""
-        panel.set_title(f"batch {size}{note}", fontsize=10)
-    legend(figure)
-    figure.suptitle(f"{study.recipe}, {study.task}, {study.name}: mean and range over the seeds")
-    save(figure, path)
+        panels[0, column].set_title(f"batch {size}{note}", fontsize=10)
+    save(figure, f"{study.recipe}, {study.task}, {study.name}: mean and range over the seeds", path)
 
 
 # Speed-up
 
 
 def speed_up_reference(study: Study) -> tuple[int, str] | None:
-    """Choose what speed-up is relative to, by batch size and contender; None if there is nothing.
-
-    SGD, K-FAC or FOP: the first that reached every target with every seed at the smallest of several sizes.
-    """
+    """Return batch size and contender of the first that always reached all targets at the smallest size."""
     groups = study.groups()
     sizes = sorted({size for size, _ in groups})
     reached = [f"{kind} epochs" for kind in study.targets]
@@ -143,46 +120,46 @@ def speed_up_reference(study: Study) -> tuple[int, str] | None:
 
 def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
     """Draw how many times fewer epochs and seconds than the reference it takes to reach every target."""
-    looks, groups = styles(list(study.labels)), study.groups()
-    figure = canvas(max(6.0, 4.4 * len(study.targets)), 6.4)
+    looks, labels, groups = styles(list(study.labels)), study.labels, study.groups()
+    sizes = sorted({size for size, _ in groups})
+    figure = Figure(figsize=(max(6.0, 4.4 * len(study.targets)), 6.4), layout="constrained")
     panels = figure.subplots(2, len(study.targets), sharex=True, squeeze=False)
     for column, (kind, target) in enumerate(study.targets.items()):
         for panel, unit in zip(panels[:, column], UNITS, strict=True):
             # The mean is NaN, and no point is drawn, unless every seed reached the target.
-            times = {key: group[f"{kind} {unit}"] for key, group in groups.items()}
-            means = pd.Series({key: each.mean(skipna=False) for key, each in times.items()})
-            for name, ratio in (means[reference] / means).unstack(0).reindex(looks).iterrows():
-                if ratio.notna().any():
-                    look = looks[name] | {"label": study.labels[name], "marker": "o", "markersize": 5}
-                    panel.plot(ratio.dropna(), **look)
-            finish(panel, unit, [1.0])
-            panel.set_xscale("log")
-            panel.set_xticks(*zip(*{size: str(size) for size, _ in groups}.items(), strict=True), fontsize=8)
+            times = {key: group[f"{kind} {unit}"].mean(skipna=False) for key, group in groups.items()}
+            ratios = (times[reference] / pd.Series(times)).unstack(0)
+            for name in labels:
+                if name in ratios.index and ratios.loc[name].notna().any():
+                    look = looks[name] | {"label": labels[name], "marker": "o", "markersize": 5}
+                    panel.plot(ratios.loc[name].dropna(), **look)
+            _finish(panel, [1.0])
+            panel.set(xscale="log", ylabel="" if column else f"speed-up in {unit}")
+            panel.set_xticks(sizes, list(map(str, sizes)), fontsize=8)
             panel.xaxis.set_minor_locator(NullLocator())
             panel.set_ylim(bottom=0)
             panel.yaxis.set_major_formatter("{x:g}×")
-            panels[UNITS.index(unit), 0].set_ylabel(f"speed-up in {unit}")
         panels[0, column].set_title(target_label(kind, target), fontsize=10)
         panels[1, column].set_xlabel("batch size")
-    legend(figure)
-    over = f"speed-up over {study.labels[reference[1]]} at batch {reference[0]}"
-    figure.suptitle(f"{study.recipe}, {study.task}, {study.name}: {over}")
-    save(figure, path)
+    over = f"speed-up over {labels[reference[1]]} at batch {reference[0]}"
+    save(figure, f"{study.recipe}, {study.task}, {study.name}: {over}", path)
 
 
 # Maps
+
+DIFFERENCES = {
+    "difference": "final accuracy,\nFOP − K-FAC (points)",
+    "loss_ratio": "final training loss,\nlog₂(K-FAC / FOP)",
+}
 
 
 def plot_maps(grids: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
     """Draw the differences between FOP and K-FAC over learning rate and damping, a column a map."""
     lrs, dampings = (next(iter(grids.values()))[axis].nunique() for axis in ("lr", "damping"))
-    figure = canvas(max(3.4, lrs + 1.0) * len(grids) + 1.2, 2 * (0.62 * dampings + 1.3))
+    size = (max(3.4, lrs + 1.0) * len(grids) + 1.2, 2 * (0.62 * dampings + 1.3))
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(2, len(grids), squeeze=False)
-    labels = {
-        "difference": "final accuracy,\nFOP − K-FAC (points)",
-        "loss_ratio": "final training loss,\nlog₂(K-FAC / FOP)",
-    }
-    for row, (value, label) in enumerate(labels.items()):
+    for row, (value, label) in enumerate(DIFFERENCES.items()):
         limit = np.nan_to_num(max(points[value].abs().max() for points in grids.values())) or 1.0
         for panel, (name, points) in zip(panels[row], grids.items(), strict=True):
             image = _draw_map(panel, points, value, Normalize(-limit, limit))
@@ -190,8 +167,7 @@ def plot_maps(grids: Mapping[str, pd.DataFrame], title: str, path: Path) -> None
             panel.set_xlabel("learning rate" if row == 1 else "")
         panels[row, 0].set_ylabel("damping")
         figure.colorbar(image, ax=list(panels[row]), label=label, shrink=0.9)
-    figure.suptitle(title)
-    save(figure, path)
+    save(figure, title, path)
 
 
 def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) -> Any:
@@ -203,12 +179,13 @@ def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) ->
     panel.set_yticks(range(table.shape[0]), [f"{damping:g}" for damping in table.index])
     panel.tick_params(length=0)
     for _, point in points.iterrows():
-        known = not np.isnan(point[value])
+        height, look = point[value], dict[str, Any](color="black", fontsize=7)
         text = f"{point['lost']}diverged" if point["lost"] else "not run"
-        text = f"{point[value]:+.2f}".replace("-", "−") if known else text
+        if not np.isnan(height):
+            text = f"{height:+.2f}".replace("-", "−")
+            look = {"color": "white" if abs(norm(height) - 0.5) >= 0.3 else "black", "fontsize": 9}
         x, y = table.columns.get_loc(point["lr"]), table.index.get_loc(point["damping"])
-        color = "white" if known and abs(norm(point[value]) - 0.5) >= 0.3 else "black"
-        panel.text(x, y, text, color=color, fontsize=9 if known else 7, ha="center", va="center")
+        panel.text(x, y, text, ha="center", va="center", **look)
     return image
 
 
@@ -226,7 +203,8 @@ def layered_runs(study: Study) -> list[Run]:
 def plot_layers(runs: Sequence[Run], path: Path) -> None:
     """Draw β, η and ρ of every layer over the epochs, a column a run."""
     count = max(len(run["layers"]["names"]) for run in runs)
-    figure = canvas(4.6 * len(runs) + 1.8, 3 * min(6.0, 1.2 + 0.2 * count) + 0.4)
+    size = (4.6 * len(runs) + 1.8, 3 * min(6.0, 1.2 + 0.2 * count) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(SCALARS), len(runs), squeeze=False)
     for row, (key, symbol) in enumerate(SCALARS.items()):
         heights = [np.array(run["layers"][key], dtype=float).T for run in runs]
@@ -234,38 +212,34 @@ def plot_layers(runs: Sequence[Run], path: Path) -> None:
         if key == "beta":
             # About 0, up to the 98th percentile; the others have bounds of their own.
             sizes = np.abs(np.concatenate([height.ravel() for height in heights]))
-            limit = float(np.nanpercentile(sizes, 98)) if np.isfinite(sizes).any() else 1.0
-            look = {"cmap": "PuOr", "norm": Normalize(-(limit or 1.0), limit or 1.0)}
+            limit = (np.nanpercentile(sizes, 98) if np.isfinite(sizes).any() else 0.0) or 1.0
+            look = {"cmap": "PuOr", "norm": Normalize(-limit, limit)}
         for panel, run, height in zip(panels[row], runs, heights, strict=True):
             epochs, names = run["layers"]["epochs"], run["layers"]["names"]
             extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
             image = panel.imshow(height, aspect="auto", interpolation="nearest", extent=extent, **look)
             panel.set_facecolor("#d0d0d0")  # a layer that had no pair
-            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-            stride = -(-len(names) // NAMED_LAYERS)
-            shown = range(0, len(names), stride) if panel is panels[row, 0] else range(0)
+            panel.xaxis.set_major_locator(MaxNLocator(**EPOCHS))
+            shown = range(0, len(names), -(-len(names) // NAMED_LAYERS)) if panel is panels[row, 0] else ()
             panel.set_yticks(list(shown), [names[number] for number in shown], fontsize=7)
             panel.set_title(f"batch {run['batch_size']}, seed {run['seed']}" if row == 0 else "", fontsize=10)
             panel.set_xlabel("epoch" if key == "rho" else "")
         bar = figure.colorbar(image, ax=list(panels[row]), extend="both" if key == "beta" else "neither")
         bar.set_label(symbol, rotation=0, labelpad=10, fontsize=12)
-    first = runs[0]
-    figure.suptitle(f"{first['recipe']}, {first['task']}, {first['study']}: FOP's layers")
-    save(figure, path)
+    save(figure, "{recipe}, {task}, {study}: FOP's layers".format(**runs[0]), path)
 
 
 # The loss surface
 
-FOP, KFAC = STYLES["fop"]["color"], STYLES["kfac"]["color"]
 # The step of the whole batch is broad, because FOP's often lies on it.
 ARROWS: dict[str, dict[str, Any]] = {
-    "average": {"color": KFAC, "linestyle": "-", "linewidth": 6.5},
+    "average": {"color": STYLES["kfac"]["color"], "linestyle": "-", "linewidth": 6.5},
     "first": {"color": STYLES["lamb"]["color"], "linestyle": "-", "linewidth": 2.2},
     "second": {"color": STYLES["muon"]["color"], "linestyle": "-", "linewidth": 2.2},
-    "fop": {"color": FOP, "linestyle": "-", "linewidth": 2.2},
-    "fop_rows": {"color": FOP, "linestyle": (0, (2, 1)), "linewidth": 2.2},
+    "fop": {"color": STYLES["fop"]["color"], "linestyle": "-", "linewidth": 2.2},
+    "fop_rows": {"color": STYLES["fop"]["color"], "linestyle": (0, (2, 1)), "linewidth": 2.2},
 }
-PANELS = {"whole": "loss of the whole batch", "first": "of the first half", "second": "of the second half"}
+PANELS = {"first": "of the first half", "second": "of the second half", "whole": "loss of the whole batch"}
 # The grey of high losses leaves the arrows their colours.
 GREYS = LinearSegmentedColormap.from_list("light greys", ["#ffffff", "#8c8c8c"])
 DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "markeredgecolor": "white"}
@@ -273,29 +247,32 @@ DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "ma
 
 def plot_surface(result: Mapping[str, Any], path: Path) -> None:
     """Draw what `surface.surface` gives, losses of the batch and its halves and the steps, as a PNG."""
-    figure = canvas(11.5, 8.2)
+    figure = Figure(figsize=(11.5, 8.2), layout="constrained")
     panels = figure.subplot_mosaic([["whole", "whole", "first"], ["whole", "whole", "second"]])
-    for part in ("first", "second", "whole"):
+    for part, title in PANELS.items():
         filled = _draw(panels[part], result, part)
-        panels[part].set_title(PANELS[part], fontsize=11)
+        panels[part].set_title(title, fontsize=11)
     figure.colorbar(filled, ax=panels["whole"], shrink=0.75, pad=0.02, label="cross-entropy (nats)")
     unit = "in units of ‖w‖ per filter"
     panels["whole"].set_xlabel(f"along the K-FAC step of the whole batch, {unit}")
     panels["whole"].set_ylabel(f"along the difference of the halves' steps, {unit}")
+
+    def loss(losses: Mapping[str, float | None]) -> str:
+        return "loss not finite" if losses["whole"] is None else f"loss {losses['whole']:.4f}"
+
+    handles = [Line2D([], [], label=f"the point: {loss(result['origin'])}", **DOT)]
+    for name, step in result["steps"].items():
+        label = f"{step['what']}: {loss(step['losses_at_end'])} at its end"
+        label += f", {step['share_in_plane']:.0%} of its norm in this plane"
+        handles.append(Line2D([], [], label=label, **ARROWS[name]))
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9.5)
     epochs = "one epoch" if result["epochs"] == 1 else f"{result['epochs']} epochs"
-    figure.suptitle(
+    title = (
         f"{result['title']}, batch {result['batch_size']}, after {epochs} of FOP\n"
         f"one step each with the same curvature; learning rate {result['lr']:g}, "
         f"damping {result['damping']:g}, seed {result['seed']}"
     )
-    handles = [Line2D([], [], label=f"the point: loss {_number(result['origin']['whole'])}", **DOT)]
-    for name, step in result["steps"].items():
-        ends = f"loss {_number(step['losses_at_end']['whole'])} at its end"
-        label = f"{step['what']}: {ends}, {step['share_in_plane']:.0%} of its norm in this plane"
-        handles.append(Line2D([], [], label=label, **ARROWS[name]))
-    place: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5}
-    figure.legend(handles=handles, **place)
-    save(figure, path)
+    save(figure, title, path)
 
 
 def _draw(panel: Axes, result: Mapping[str, Any], part: str) -> Any:
@@ -314,18 +291,9 @@ def _draw(panel: Axes, result: Mapping[str, Any], part: str) -> Any:
     panel.tick_params(labelsize=8)
     scale = 1.0 if large else 0.55
     for name, look in ARROWS.items():
-        end = (result["steps"][name]["x"], result["steps"][name]["y"])
-        arrow = look | {
-            "arrowstyle": "-|>",
-            "linewidth": scale * look["linewidth"],
-            "shrinkA": 0,
-            "shrinkB": 0,
-        }
-        arrow |= {"mutation_scale": scale * (18 + 2 * look["linewidth"]), "capstyle": "butt"}
-        panel.annotate("", end, (0, 0), arrowprops=arrow)
+        head = {"arrowstyle": "-|>", "mutation_scale": scale * (18 + 2 * look["linewidth"])}
+        width = {"linewidth": scale * look["linewidth"], "shrinkA": 0, "shrinkB": 0, "capstyle": "butt"}
+        end = result["steps"][name]["x"], result["steps"][name]["y"]
+        panel.annotate("", end, (0, 0), arrowprops=look | head | width)
     panel.plot(0, 0, markersize=8 * scale, zorder=6, **DOT)
     return filled
-
-
-def _number(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"

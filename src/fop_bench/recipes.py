@@ -18,28 +18,13 @@ from fop_bench.models import DigitsTransformer, ResNet, T2TViT, digits_cnn, mlp,
 from fop_bench.optimizers import BUILDERS
 from fop_bench.training import cosine
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The images of a task."""
-
-    train: Images  # what tuning runs train on
-    held_out: Images  # what tuning runs are judged on
-    test: Images  # what final runs are judged on
-    everything: Images | None = None  # what final runs train on, if that is the held-out images too
-
-    def judging(self, *, final: bool) -> Images:
-        """Return the images that a run is judged on."""
-        return self.test if final else self.held_out
-
-    def training(self, *, final: bool) -> Images:
-        """Return the images to train on."""
-        return self.everything if final and self.everything is not None else self.train
+# By phase, "tuning" or "final", the images to train on and those to judge by.
+Parts = dict[str, tuple[Images, Images]]
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A data set of images, and which of them are used; None for all. ``origin`` says where it is from."""
+    """A data set of images, and which of them are used; None for all."""
 
     source: Source
     train: Choice | None = None
@@ -55,32 +40,30 @@ class ImageTask:
     def load(self, data: str | None, rank: int = 0, ranks: int = 1) -> Parts:
         """Load a rank's share of the images from a folder or a name on the hub; None for ``origin``."""
 
-        def mine(choose: Choice | None) -> Choice:
-            return lambda labels: (choose or _all)(labels)[rank::ranks]
+        def images(choose: Choice, test: bool = False) -> Images:
+            return load(self.source, data, test=test, choose=choose)
 
-        test = load(self.source, data, test=True, choose=mine(self.test)) if self.has_test else None
-        if callable(self.held_out):
-            train = load(self.source, data, choose=mine(self.train))
-            held_out = load(self.source, data, choose=mine(self.held_out))
-            return Parts(train, held_out, test or held_out)
-        share = self.held_out
+        def mine(choose: Choice | None) -> Choice:
+            return lambda labels: (choose(labels) if choose else torch.arange(len(labels)))[rank::ranks]
 
         def held_out_last(labels: Tensor) -> Tensor:
             chosen = mine(self.train)(labels)
-            held = _held_out(labels[chosen], share)
+            held = _held_out(labels[chosen], self.held_out)
             return torch.cat([chosen[~held], chosen[held]])
 
-        # In this order both parts are views, and ImageNet's 193 GB are held once.
-        everything = load(self.source, data, choose=held_out_last)
-        count = len(everything) - int(_held_out(everything.labels, share).sum())
-        return Parts(everything[:count], everything[count:], test or everything[count:], everything)
+        test = images(mine(self.test), test=True) if self.has_test else None
+        if callable(self.held_out):
+            train = everything = images(mine(self.train))
+            held_out = images(mine(self.held_out))
+        else:
+            # In this order both parts are views, and ImageNet's 193 GB are held once.
+            everything = images(held_out_last)
+            count = len(everything) - int(_held_out(everything.labels, self.held_out).sum())
+            train, held_out = everything[:count], everything[count:]
+        return {"tuning": (train, held_out), "final": (everything, test or held_out)}
 
 
-def _all(labels: Tensor) -> Tensor:
-    return torch.arange(len(labels))
-
-
-def _held_out(labels: Tensor, share: float) -> Tensor:
+def _held_out(labels: Tensor, share: Any) -> Tensor:
     """Mark the last images of every class, at least one where there are two."""
     held = torch.zeros(len(labels), dtype=torch.bool)
     for _, of_class in by_class(labels):
@@ -117,7 +100,7 @@ class DigitsTask:
         pixels = torch.tensor(digits.images * 15, dtype=torch.uint8).unsqueeze(-1)
         everything = Images(pixels, torch.tensor(digits.target), tuple(map(str, digits.target_names)))
         train, held_out, test = (everything[part[rank::ranks]] for part in digits_split())
-        return Parts(train, held_out, test)
+        return {"tuning": (train, held_out), "final": (train, test)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +109,8 @@ class Contender:
 
     optimizer: str  # key of `BUILDERS`
     grid: Mapping[str, Sequence[Any]]  # what tuning chooses from; every combination is one tuning run
-    options: Callable[[int], Mapping[str, Any]] = lambda batch_size: {}  # fixed ones, given the batch size
+    # Its other options; a function is given the batch size.
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""  # in tables; the optimizer's by default
     halves: str = "random"  # what decides a sample's half of its batch; or "fixed" (the sample), "classes"
     formula: str = "paper"  # or a key of `FORMULAS` for a changed equation
@@ -135,6 +119,10 @@ class Contender:
     def title(self) -> str:
         """The label in tables."""
         return self.label or BUILDERS[self.optimizer][0]
+
+    def options(self, batch_size: int) -> dict[str, Any]:
+        """Return the fixed options at a batch size."""
+        return {key: each(batch_size) if callable(each) else each for key, each in self.fixed.items()}
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid."""
@@ -149,9 +137,8 @@ class Study:
     contenders: Mapping[str, Contender]
     epochs: Mapping[int, int]  # by batch size
     seeds: Sequence[int]
-    tuned: bool = (
-        True  # the best options by runs with seed 0 go into those with `seeds`; else every combination
-    )
+    # The best options by runs with seed 0 go into those with `seeds`; else every combination does.
+    tuned: bool = True
     phase: str = "final"  # of the runs with `seeds`; "tuning" to judge these on held-out images too
 
 
@@ -176,28 +163,19 @@ class Recipe:
         return model
 
 
-Grid = Mapping[str, Sequence[Any]]
-Options = Callable[[int], Mapping[str, Any]]
-
-
-def options(interval: Callable[[int], int], **fixed: Any) -> Options:
-    """Return fixed options of K-FAC and FOP, with a curvature interval that the batch size decides."""
-    return lambda batch_size: {"momentum": 0.9, **fixed, "curvature_interval": interval(batch_size)}
-
-
 def falling(smallest: int) -> Callable[[int], int]:
     """Return a curvature interval of 100 steps at the smallest batch, fewer at larger ones, at least 5."""
     return lambda batch_size: max(5, 100 * smallest // batch_size)
 
 
-def second_order(grid: Grid, fixed: Options = lambda batch_size: {}) -> dict[str, Contender]:
-    """Return K-FAC and FOP with the same grid and the same fixed options."""
-    return {name: Contender(name, grid, fixed) for name in ("kfac", "fop")}
-
-
-def grids(**of: Grid) -> dict[str, Contender]:
+def grids(**of: Mapping[str, Sequence[Any]]) -> dict[str, Contender]:
     """Return optimizers with these grids and otherwise their defaults."""
     return {name: Contender(name, grid) for name, grid in of.items()}
+
+
+def second_order(grid: Mapping[str, Sequence[Any]], **fixed: Any) -> dict[str, Contender]:
+    """Return K-FAC and FOP with the same grid and the same fixed options."""
+    return {name: Contender(name, grid, fixed) for name in ("kfac", "fop")}
 
 
 def _comparison(
@@ -218,6 +196,7 @@ CIFAR100 = Source("uoft-cs/cifar100", image="img", label="fine_label", classes=1
 
 RATES = second_order({"lr": (0.01, 0.03, 0.1, 0.3)})
 FIRST_ORDER = grids(sgd={"lr": (0.03, 0.1, 0.3, 1.0)}, adamw={"lr": (0.003, 0.01, 0.03, 0.1)})
+TUNED = FIRST_ORDER | second_order({"lr": (0.03, 0.3), "damping": (1e-4, 1e-3)})
 
 DIGITS = Recipe(
     name="digits",
@@ -225,14 +204,8 @@ DIGITS = Recipe(
     tasks={"digits": DigitsTask()},
     model=digits_cnn,
     studies={
-        "comparison": Study(
-            FIRST_ORDER | second_order({"lr": (0.03, 0.3), "damping": (1e-4, 1e-3)}),
-            {64: 5, 1024: 20},
-            seeds=(1, 2, 3),
-        ),
+        "comparison": Study(TUNED, {64: 5, 1024: 20}, seeds=(1, 2, 3)),
         "demo": Study(FIRST_ORDER | RATES, {64: 10, 512: 25, 1024: 50}, seeds=(1, 2, 3)),
-        # For checks that everything works: too short for its numbers to mean anything.
-        "demo-quick": Study(FIRST_ORDER | RATES, {64: 2, 512: 2, 1024: 2}, seeds=(1, 2)),
     },
     targets={"accuracy": 0.97, "train_loss": 0.05},
 )
@@ -241,8 +214,8 @@ DIGITS = Recipe(
 
 IMAGES = 10_000
 SMALL_EPOCHS = {500: 15, 2000: 20, 5000: 30, IMAGES: 30}
-RATE = {"lr": (0.03, 0.1, 0.3)}
-RATE_AND_DAMPING = {"lr": (0.03, 0.1, 0.3, 1.0), "damping": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}
+RATE = (0.03, 0.1, 0.3)
+MAP = {"lr": (*RATE, 1.0), "damping": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}
 
 
 def small_resnet(classes: int) -> nn.Module:
@@ -252,82 +225,66 @@ def small_resnet(classes: int) -> nn.Module:
     return model
 
 
-def _small(epochs: float = 1.0, **changes: Any) -> Options:
-    """Return SGD's momentum, a KL clip, and new curvature once in so many epochs."""
-    fixed = {"kl_clip": 1e-2, **changes}
-    return options(lambda batch_size: max(1, round(epochs * IMAGES / batch_size)), **fixed)
+def _once_in(epochs: float) -> Callable[[int], int]:
+    return lambda batch_size: max(1, round(epochs * IMAGES / batch_size))
 
 
-def _variant(label: str, fixed: Options, optimizer: str = "fop", grid: Grid = RATE, **how: str) -> Contender:
-    return Contender(optimizer, grid, fixed, label, **how)
+SMALL = {"momentum": 0.9, "kl_clip": 1e-2, "curvature_interval": _once_in(1.0)}
+
+
+def _variant(
+    label: str, optimizer: str = "fop", halves: str = "random", formula: str = "paper", **changes: Any
+) -> Contender:
+    fixed = {**SMALL, "damping": 1e-4, **changes}
+    return Contender(optimizer, {"lr": RATE}, fixed, label, halves, formula)
 
 
 MAPPED = {
-    **second_order(RATE_AND_DAMPING, _small()),
-    "kfac-noclip": _variant("K-FAC, no KL clip", _small(kl_clip=None), "kfac", RATE_AND_DAMPING),
-    "fop-noclip": _variant("FOP, no KL clip", _small(kl_clip=None), "fop", RATE_AND_DAMPING),
+    **second_order(MAP, **SMALL),
+    "kfac-noclip": Contender("kfac", MAP, {**SMALL, "kl_clip": None}, "K-FAC, no KL clip"),
+    "fop-noclip": Contender("fop", MAP, {**SMALL, "kl_clip": None}, "FOP, no KL clip"),
 }
-_LOW = {"damping": 1e-4}
+# With beta = 0, η* = 1: "η* only" is K-FAC. What is left of η* is β*'s step with and without it.
+ABLATION = {
+    "fop": _variant("FOP: β* and η*, random halves"),
+    "beta-only": _variant("β* only (η = 1)", eta=1.0),
+    "mixing-0.1": _variant("fixed β = 0.1, η = 1", beta=0.1, eta=1.0),
+    "mixing-0.01": _variant("fixed β = 0.01, η = 1", beta=0.01, eta=1.0),
+    "kfac": _variant("K-FAC with KL clip (= η* only)", "kfac"),
+    "kfac-noclip": _variant("K-FAC without KL clip", "kfac", kl_clip=None),
+    "fop-noclip": _variant("FOP without KL clip", kl_clip=None),
+    "halves-fixed": _variant("FOP, halves by position", halves="fixed"),
+    "halves-classes": _variant("FOP, halves by class", halves="classes"),
+}
+FORMULA = {
+    "fop": _variant("F in (4), Ga in (17)"),
+    "damped": _variant("F̂ in (4)", formula="damped projection"),
+    "combined": _variant("Gc in (17), so that η = 1", eta=1.0),
+    "fresher": _variant("new curvature 5 × as often", curvature_interval=_once_in(0.2)),
+    "staler": _variant("new curvature 1/5 as often", curvature_interval=_once_in(5.0)),
+}
+LIBRARY = grids(
+    muon={"lr": (0.01, 0.03, 0.1), "adamw_lr": (0.003, 0.01)},
+    soap={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)},
+    lamb={"lr": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)},
+)
+SIX_RATES = grids(
+    sgd={"lr": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)}, adamw={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)}
+) | second_order({"lr": RATE, "damping": (1e-4, 1e-3)}, **SMALL)
+FIRST, LATER = per_class(IMAGES // 10), per_class(200, skip=IMAGES // 10)
+SEEDS = (1, 2, 3)
 CIFAR10_SMALL = Recipe(
     name="cifar10-small",
     title="A narrow ResNet on 10,000 CIFAR-10 images",
-    tasks={
-        "cifar10": ImageTask(
-            CIFAR10,
-            train=per_class(IMAGES // 10),
-            held_out=per_class(200, skip=IMAGES // 10),
-            test=per_class(500),
-        )
-    },
+    tasks={"cifar10": ImageTask(CIFAR10, train=FIRST, held_out=LATER, test=per_class(500))},
     model=small_resnet,
     studies={
-        "comparison": Study(
-            grids(
-                sgd={"lr": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)},
-                adamw={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)},
-            )
-            | second_order({**RATE, "damping": (1e-4, 1e-3)}, _small()),
-            SMALL_EPOCHS,
-            seeds=(1, 2, 3),
-        ),
+        "comparison": Study(SIX_RATES, SMALL_EPOCHS, SEEDS),
         "map": Study(MAPPED, {2000: 10}, seeds=(1, 2), tuned=False),
         "map-full-batch": Study(MAPPED, {IMAGES: 20}, seeds=(1,), tuned=False),
-        # With beta = 0, η* = 1: "η* only" is K-FAC. What is left of η* is β*'s step with and without it.
-        "ablation": Study(
-            {
-                "fop": _variant("FOP: β* and η*, random halves", _small(**_LOW)),
-                "beta-only": _variant("β* only (η = 1)", _small(**_LOW, eta=1.0)),
-                "mixing-0.1": _variant("fixed β = 0.1, η = 1", _small(**_LOW, beta=0.1, eta=1.0)),
-                "mixing-0.01": _variant("fixed β = 0.01, η = 1", _small(**_LOW, beta=0.01, eta=1.0)),
-                "kfac": _variant("K-FAC with KL clip (= η* only)", _small(**_LOW), "kfac"),
-                "kfac-noclip": _variant("K-FAC without KL clip", _small(**_LOW, kl_clip=None), "kfac"),
-                "fop-noclip": _variant("FOP without KL clip", _small(**_LOW, kl_clip=None)),
-                "halves-fixed": _variant("FOP, halves by position", _small(**_LOW), halves="fixed"),
-                "halves-classes": _variant("FOP, halves by class", _small(**_LOW), halves="classes"),
-            },
-            {2000: 20, IMAGES: 30},
-            seeds=(1, 2, 3),
-        ),
-        "formula": Study(
-            {
-                "fop": _variant("F in (4), Ga in (17)", _small(**_LOW)),
-                "damped": _variant("F̂ in (4)", _small(**_LOW), formula="damped projection"),
-                "combined": _variant("Gc in (17), so that η = 1", _small(**_LOW, eta=1.0)),
-                "fresher": _variant("new curvature 5 × as often", _small(0.2, **_LOW)),
-                "staler": _variant("new curvature 1/5 as often", _small(5.0, **_LOW)),
-            },
-            {2000: 20, IMAGES: 30},
-            seeds=(1, 2, 3),
-        ),
-        "library": Study(
-            grids(
-                muon={"lr": (0.01, 0.03, 0.1), "adamw_lr": (0.003, 0.01)},
-                soap={"lr": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)},
-                lamb={"lr": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)},
-            ),
-            SMALL_EPOCHS,
-            seeds=(1, 2, 3),
-        ),
+        "ablation": Study(ABLATION, {2000: 20, IMAGES: 30}, SEEDS),
+        "formula": Study(FORMULA, {2000: 20, IMAGES: 30}, SEEDS),
+        "library": Study(LIBRARY, SMALL_EPOCHS, SEEDS),
     },
     targets={"accuracy": 0.45, "train_loss": 1.3},
     augmentation=Augmentation(flip=True),
@@ -350,7 +307,12 @@ CIFAR10_RESNET18 = Recipe(
             adamw={"lr": (0.001, 0.003, 0.01, 0.03), "weight_decay": (0.01, 0.1)},
             muon={"lr": (0.01, 0.03, 0.1, 0.3), "adamw_lr": (0.001, 0.01)},
         )
-        | second_order({**TRUST, "weight_decay": (5e-4, 5e-3)}, options(falling(2048), kl_clip=1e-2)),
+        | second_order(
+            {**TRUST, "weight_decay": (5e-4, 5e-3)},
+            momentum=0.9,
+            kl_clip=1e-2,
+            curvature_interval=falling(2048),
+        ),
         dict.fromkeys((2048, 4096, 8192, 16384, 32768, 50_000), 100),
         seeds=5,
     ),
@@ -377,7 +339,7 @@ CIFAR_LT_RESNET32 = Recipe(
         )
         | second_order(
             {"lr": (0.01, 0.03, 0.1), "weight_decay": (5e-4, 5e-3)},
-            options(lambda batch_size: 100, damping=1e-3, kl_clip=1e-2),
+            **{"momentum": 0.9, "damping": 1e-3, "kl_clip": 1e-2, "curvature_interval": 100},
         ),
         {128: 200},
         seeds=5,
@@ -394,7 +356,7 @@ IMAGENET100_T2TVIT = Recipe(
     model=lambda classes: T2TViT(classes=classes),
     studies=_comparison(
         grids(adamw={"lr": (0.0005, 0.001, 0.002, 0.004)})
-        | second_order(TRUST, options(falling(512), weight_decay=5e-3)),
+        | second_order(TRUST, momentum=0.9, weight_decay=5e-3, curvature_interval=falling(512)),
         dict.fromkeys((512, 1024, 2048, 4096), 100),
         seeds=3,
     ),
@@ -416,7 +378,7 @@ IMAGENET1K_RESNET50 = Recipe(
             shampoo={"lr": (0.1, 0.3, 1.0, 3.0)},
             lamb={"lr": (0.001, 0.003, 0.01, 0.03)},
         )
-        | second_order(TRUST, options(falling(1024), weight_decay=5e-4)),
+        | second_order(TRUST, momentum=0.9, weight_decay=5e-4, curvature_interval=falling(1024)),
         dict.fromkeys((1024, 2048, 4096, 8192), 80),
         seeds=3,
     ),
@@ -426,33 +388,30 @@ IMAGENET1K_RESNET50 = Recipe(
 
 # --- What the default options were chosen by: maps of the grid on small tasks, judged on held-out images
 
+CHOSEN_BY: dict[str, Mapping[str, Sequence[Any]]] = {
+    "trust": {
+        "lr": (0.03, 0.1),
+        "damping": (1e-5, 1e-4, 1e-3),
+        "kl_clip": (1e-3, 1e-2),
+        "momentum": (0.0, 0.9),
+    },
+    "clip": {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-5, 1e-3), "kl_clip": (None, 1e-3, 1e-2)},
+    "momentum": {"lr": (0.05,), "kl_clip": (1e-5, 1e-4, 1e-3), "momentum": (0.0, 0.5, 0.9)},
+    "freshness": {"lr": (0.05,), "curvature_interval": (1, 10, 100), "stat_decay": (0.0, 0.5, 0.9)},
+}
+FOUR = grids(sgd={"lr": (0.03, 0.1, 0.3, 1.0)}, adamw={"lr": (0.001, 0.003, 0.01, 0.03)})
+
 
 def _defaults(
     name: str, task: ImageTask | DigitsTask, model: Callable[[int], nn.Module], epochs: Mapping[int, int]
 ) -> Recipe:
-    def study(contenders: Mapping[str, Contender], seeds: Sequence[int]) -> Study:
-        return Study(contenders, epochs, seeds, tuned=False, phase="tuning")
-
-    def fop(seeds: Sequence[int] = (0, 1), **grid: Sequence[Any]) -> Study:
-        return study({"fop": Contender("fop", grid)}, seeds)
-
+    how: dict[str, Any] = {"tuned": False, "phase": "tuning"}
     studies = {
-        "trust": fop(
-            (0,), lr=(0.03, 0.1), damping=(1e-5, 1e-4, 1e-3), kl_clip=(1e-3, 1e-2), momentum=(0.0, 0.9)
-        ),
-        "clip": fop(lr=(0.01, 0.03, 0.1, 0.3), damping=(1e-5, 1e-3), kl_clip=(None, 1e-3, 1e-2)),
-        "momentum": fop(lr=(0.05,), kl_clip=(1e-5, 1e-4, 1e-3), momentum=(0.0, 0.5, 0.9)),
-        "freshness": fop(lr=(0.05,), curvature_interval=(1, 10, 100), stat_decay=(0.0, 0.5, 0.9)),
-        "comparison": study(
-            RATES | {"sgd": FIRST_ORDER["sgd"]} | grids(adamw={"lr": (0.001, 0.003, 0.01, 0.03)}),
-            (1, 2, 3),
-        ),
+        study: Study(grids(fop=grid), epochs, (0,) if study == "trust" else (0, 1), **how)
+        for study, grid in CHOSEN_BY.items()
     }
+    studies["comparison"] = Study(RATES | FOUR, epochs, SEEDS, **how)
     return Recipe(f"defaults-{name}", f"Default options: {name}", {name: task}, model, studies, bf16=False)
-
-
-def _digits_mlp(classes: int) -> nn.Module:
-    return mlp((64, 64, 64, classes))
 
 
 # 1,000 training and 1,000 held-out images of 16×16 pixels, so that a run takes seconds on a CPU.
@@ -460,7 +419,7 @@ _CIFAR = ImageTask(
     replace(CIFAR10, size=16), train=per_class(100), held_out=per_class(100, skip=100), has_test=False
 )
 DEFAULTS = (
-    _defaults("digits-mlp", DigitsTask(), _digits_mlp, {64: 8, 1024: 40}),
+    _defaults("digits-mlp", DigitsTask(), lambda n: mlp((64, 64, 64, n)), {64: 8, 1024: 40}),
     _defaults("digits-cnn", DigitsTask(), digits_cnn, {64: 8, 1024: 40}),
     _defaults("digits-transformer", DigitsTask(), DigitsTransformer, {64: 12, 1024: 60}),
     _defaults("cifar-small", _CIFAR, partial(ResNet, 8, (1, 1, 1)), {100: 4, 1000: 30}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +16,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write a file, which then takes its name; what fails in between leaves the old file.
-
-    Raises OSError with the name and the reason, for example that the disk is full.
-    """
+    """Yield where to write a file, which then takes its name; an OSError in between leaves the old file."""
     unfinished = path.with_suffix(".unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
         unfinished.replace(path)
     # torch.save makes a RuntimeError of a full disk.
     except (OSError, RuntimeError) as error:
@@ -65,10 +65,7 @@ def plus_minus(values: pd.Series, digits: int, scale: float = 1.0) -> str:
 
 
 def compare(ours: pd.Series, theirs: pd.Series, *, low: bool) -> str | None:
-    """Compare two means by their pooled standard deviation; None, no claim, for single or missing values.
-
-    With ``low`` the lower mean is ahead.
-    """
+    """Compare two means, of which the higher, or with ``low`` the lower, is ahead; None for single values."""
     counts = ours.count(), theirs.count()
     if min(counts) < 2:
         return None

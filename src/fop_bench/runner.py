@@ -8,13 +8,12 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing.connection import wait as wait_for
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import fop
 from fop_bench.environment import commit_title, git_state, this_command
 from fop_bench.execution import Description, Git, Sitting, execute
 from fop_bench.recipes import recipe
+from fop_bench.report import write_text
 from fop_bench.run_records import read_runs
 from fop_bench.world import World
 
@@ -43,38 +43,28 @@ class Selection:
 
     recipe: str
     study: str = "comparison"
-    tasks: tuple[str, ...] = ()
-    contenders: tuple[str, ...] = ()
-    batch_sizes: tuple[int, ...] = ()
+    tasks: Sequence[str] = ()
+    contenders: Sequence[str] = ()
+    batch_sizes: Sequence[int] = ()
 
     def checked(self) -> Selection:
         """Return it with names in full; raises ValueError for what the recipe does not have."""
-
-        def known(what: str, chosen: Sequence[Any] | None, there: Mapping[Any, Any]) -> tuple[Any, ...]:
-            for each in chosen or ():
-                if each not in there:
-                    raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
-            return tuple(each for each in there if not chosen or each in chosen)
-
         plan = recipe(self.recipe)
-        (name,) = known("study", [self.study], plan.studies)
-        study = plan.studies[name]
+        study = plan.studies[_known("study", [self.study], plan.studies)[0]]
         return Selection(
-            plan.name,
-            name,
-            known("task", self.tasks, plan.tasks),
-            known("optimizer", self.contenders, study.contenders),
-            known("batch size", self.batch_sizes, study.epochs),
+            self.recipe,
+            self.study,
+            _known("task", self.tasks, plan.tasks),
+            _known("optimizer", self.contenders, study.contenders),
+            _known("batch size", self.batch_sizes, study.epochs),
         )
 
-    def holds(self, record: Mapping[str, Any]) -> bool:
-        """Return whether a record is of one of these runs."""
-        return (
-            (record["recipe"], record["study"]) == (self.recipe, self.study)
-            and record["task"] in self.tasks
-            and record["contender"] in self.contenders
-            and record["batch_size"] in self.batch_sizes
-        )
+
+def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> tuple[Any, ...]:
+    for each in chosen:
+        if each not in there:
+            raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
+    return tuple(each for each in there if not chosen or each in chosen)
 
 
 def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
@@ -83,21 +73,17 @@ def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description
     runs: list[Description | None] = []
     for batch_size in chosen.batch_sizes:
         for task in chosen.tasks:
+            each = [_runs(chosen, task, batch_size, name, by_key) for name in chosen.contenders]
             # Contenders take turns, so that a slow hour slows all of them.
-            turns = [
-                turn
-                for name in chosen.contenders
-                for turn in enumerate(_runs(chosen, task, batch_size, name, by_key))
-            ]
-            runs += [run for _, run in sorted(turns, key=itemgetter(0))]
+            runs += [run for turn in zip(*each, strict=True) for run in turn]
     ready = [run for run in runs if run is not None and run.key not in by_key]
     return ready, len(ready) + runs.count(None)
 
 
 def _runs(
     chosen: Selection, task: str, batch_size: int, name: str, done: Mapping[str, Record]
-) -> Iterator[Description | None]:
-    """Yield all runs of a contender at one batch size; None for one whose options are not known yet."""
+) -> list[Description | None]:
+    """List all runs of a contender at one batch size; None for one whose options are not known yet."""
     study = recipe(chosen.recipe).studies[chosen.study]
     combinations = list(study.contenders[name].combinations())
 
@@ -106,21 +92,16 @@ def _runs(
         return Description(*place, options, batch_size, study.epochs[batch_size], seed)
 
     if not study.tuned:
-        for seed in study.seeds:
-            yield from (describe(study.phase, options, seed) for options in combinations)
-        return
+        return [describe(study.phase, options, seed) for seed in study.seeds for options in combinations]
     tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
-    yield from tuning
     records = [done[run.key] for run in tuning if run.key in done]
-    for seed in study.seeds:
-        yield describe(study.phase, best_options(records), seed) if len(records) == len(tuning) else None
+    if len(records) < len(tuning):
+        return [*tuning, *(None for _ in study.seeds)]
+    return [*tuning, *(describe("final", best_options(records), seed) for seed in study.seeds)]
 
 
 def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
-    """Choose by the mean held-out accuracy over the epochs, which rewards speed and the end result alike.
-
-    A diverged run loses against every other; if all diverged, the first options are taken.
-    """
+    """Choose by the mean accuracy over the epochs; if all runs diverged, the first options are taken."""
 
     def score(run: Record) -> float:
         return -1.0 if run["diverged"] else statistics.fmean(epoch["accuracy"] for epoch in run["curve"])
@@ -140,23 +121,19 @@ def make(
 ) -> int:
     """Make the runs that ``out``/STUDY.jsonl does not hold yet; return how many are left.
 
-    After ``minutes`` every run stops where it is; calling again goes on from there. Killed at any moment,
-    it loses no finished run, and half a minute of an unfinished one.
-
-    Raises ValueError for unknown names, runs of another commit in ``out`` or a broken line in it, and
-    BlockingIOError if another process is writing there.
+    After ``minutes`` every run stops where it is; calling again goes on from there. Raises ValueError for
+    unknown names or runs that must not be mixed, BlockingIOError if another process writes into ``out``.
     """
     chosen = chosen.checked()
     deadline = time.monotonic() + 60 * minutes
     if data is not None and Path(data).is_dir():
         data = str(Path(data).resolve())  # one folder has one name
     path, unfinished = out / f"{chosen.study}.jsonl", out / "unfinished"
-    with _exclusively(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
+    with _locked(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
         # Only the rank that keeps the file knows what is in it; the others follow.
-        done = world.agree(_done(path) if world.rank == 0 else [])
+        done = world.agree(read_runs(path) if world.rank == 0 and path.exists() else [])
         git = world.agree(git_state(Path(fop.__file__)))
-        _refuse_mixing(path, done, chosen, data, git, world.size)
-        done = [record for record in done if chosen.holds(record)]
+        done = _of(chosen, path, done, data, git, world.size)
         sitting = Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
         running: dict[Future[Record | None], Description] = {}
@@ -179,7 +156,7 @@ def make(
                 if record is not None:
                     if world.rank == 0:
                         _append(path, record)
-                        for saved in unfinished.glob(f"{sitting.saved(run).stem}.*"):
+                        for saved in unfinished.glob(f"{run.digest}.*"):
                             saved.unlink()
                     done.append(record)
                     on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
@@ -190,8 +167,7 @@ def make(
 
 def _work(run: Description, sitting: Sitting, device: str, world: World | None = None) -> Record | None:
     torch.set_num_threads(1)
-    # Convolutions without a fixed order of sums would make a run that goes on differ from one that did not
-    # stop.
+    # A run that goes on must not differ from one that did not stop: sums need a fixed order.
     torch.backends.cudnn.benchmark = False
     return execute(run, sitting, world or World(torch.device(device)))
 
@@ -203,70 +179,53 @@ def _key(record: Record) -> str:
 # --- The file of records
 
 
-def _done(path: Path) -> list[Record]:
-    return read_runs(path, whole=True) if path.stat().st_size else []
-
-
 def _append(path: Path, record: Record) -> None:
-    """Add one line, and do not return before it is on the disk; raises OSError if it has no room."""
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-    whole = path.stat().st_size if path.exists() else 0
-    with path.open("ab", buffering=0) as file:
-        try:
-            if file.write(line.encode()) < len(line.encode()):
-                raise OSError("the disk took only a part of the line; is it full?")
-            os.fsync(file.fileno())
-        except OSError as error:
-            file.truncate(whole)
-            raise OSError(f"cannot add a run to {path}, which stays as it was: {error}") from error
+    """Write the file with one more line; whatever happens meanwhile, it is the old one or the new one."""
+    lines = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, lines + json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
-def _exclusively(path: Path) -> Iterator[None]:
-    """Keep other processes from writing the same file, and put what a killed one left of a line aside."""
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing runs into the same folder."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            # Ends with the process, however it ends.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"another fop-bench is writing {path}; wait for it, or give another --out"
-            ) from error
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.with_suffix(".cut-off").open("ab") as kept:
-                kept.write(content[whole:] + b"\n")
-            file.truncate(whole)
-        try:
-            yield
-        finally:
-            if not path.stat().st_size:
-                path.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+    except BlockingIOError as error:
+        os.close(folder)
+        message = f"another fop-bench is writing {path}; wait for it, or give another --out"
+        raise BlockingIOError(message) from error
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
-def _refuse_mixing(
-    path: Path, done: Sequence[Record], chosen: Selection, data: str | None, git: Git, ranks: int
-) -> None:
-    """Raise ValueError if the file holds runs of another commit or number of ranks, or on other data."""
-    plan = recipe(chosen.recipe)
+def _of(
+    chosen: Selection, path: Path, done: Sequence[Record], data: str | None, git: Git, ranks: int
+) -> list[Record]:
+    """Return the records of these runs; raises ValueError for any of another commit, data or ranks."""
+    plan, mine = recipe(chosen.recipe), []
     for record in done:
         there = record["environment"]
         # What is installed as a package has no commit, but a version.
         pairs: list[tuple[str, Any, Any]] = [("of fop", there["fop"], fop.__version__)]
         pairs += [("of", commit_title(there["git"]), commit_title(git))]
-        if record["recipe"] == plan.name and record["task"] in chosen.tasks:
+        if record["recipe"] == chosen.recipe and record["task"] in chosen.tasks:
             pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
             pairs += [("on ranks:", record["ranks"], ranks)]
+            if record["contender"] in chosen.contenders and record["batch_size"] in chosen.batch_sizes:
+                mine.append(record)
         for what, theirs, ours in pairs:
             if theirs != ours:
                 raise ValueError(
                     f"{path} holds runs {what} {theirs}, and this is {ours}: one table must not mix them; "
                     "give another --out, or go on with the same commit, --data and ranks"
                 )
+    return mine
 
 
 # --- Workers
@@ -300,9 +259,5 @@ def _end_with_parent() -> None:
     """Make this worker end when the process that started it is killed, which tells its workers nothing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def watch() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True)
+    thread.start()

@@ -23,21 +23,17 @@ CONTENDERS: dict[str, tuple[str, cost.Method, dict[str, Any]]] = {
     "fop-compatible": ("FOP compatible", "compatible", {"distributed": {"mode": "compatible"}}),
     "fop-lean": ("FOP lean", "lean", {"distributed": {"mode": "lean"}}),
 }
+SENT = ("gradients", "updates", "curvature factors", "control")
 
 
 def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
-    """Measure all optimizers on ``ranks`` new processes of this machine; a row each.
-
-    Times are in seconds, medians of every rank, and bytes means over the ranks. Raises ProcessException if a
-    process failed.
-    """
+    """Measure all optimizers on new processes of this machine; a row each, with medians and mean bytes."""
     names = ["sgd", "kfac", *(["fop"] if ranks == 1 else ["fop-compatible", "fop-lean"])]
     by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds)
     architecture = cost.architecture_of(MODELS[workload.model][0](), workload.model)
-    rows: list[Row] = []
-    for name in names:
-        rows.append(_evaluate(architecture, ranks, name, [samples[name] for samples in by_rank]))
-        rows[-1]["ratio_to_sgd"] = rows[-1]["amortised_seconds"] / rows[0]["amortised_seconds"]
+    rows = [_evaluate(architecture, name, [samples[name] for samples in by_rank]) for name in names]
+    for row in rows:
+        row["ratio_to_sgd"] = row["amortised_seconds"] / rows[0]["amortised_seconds"]
     return rows
 
 
@@ -53,34 +49,30 @@ def _measure_rank(workload: Workload, names: Sequence[str], rounds: int) -> dict
     return found
 
 
-def _evaluate(architecture: cost.Architecture, ranks: int, name: str, samples: list[Row]) -> Row:
-    def mean(kind: str) -> dict[str, float]:
-        counts = [each[kind]["bytes"] for each in samples]
-        whats = sorted(set().union(*counts))
-        return {what: statistics.fmean(each.get(what, 0.0) for each in counts) for what in whats}
+def _evaluate(architecture: cost.Architecture, name: str, samples: list[Row]) -> Row:
+    ranks = len(samples)
 
-    def medians(kind: str) -> list[float] | None:
-        return [statistics.median(each[kind]["seconds"]) for each in samples if each[kind]["seconds"]] or None
+    def mean(kind: str) -> dict[str, float]:
+        whats = sorted(set().union(*(each[kind]["bytes"] for each in samples)))
+        return {what: statistics.fmean(s[kind]["bytes"].get(what, 0.0) for s in samples) for what in whats}
+
+    def medians(kind: str) -> list[float]:
+        return [statistics.median(each[kind]["seconds"]) for each in samples if each[kind]["seconds"]]
 
     predicted = cost.traffic(architecture, ranks, CONTENDERS[name][1])
     # What DistributedDataParallel sends is not counted by anybody.
     counted = cost.Traffic(predicted.wrapper, mean("plain"), mean("curvature"))
-    plain, curvature = medians("plain") or [], medians("curvature")
+    plain, curvature = medians("plain"), medians("curvature")
     baseline = cost.traffic(architecture, ranks, "sgd").wrapper
-    plan = cost.plan_for(architecture.layers, ranks)
+    factors = cost.factor_bytes(architecture.layers, cost.plan_for(architecture.layers, ranks))
     return {
-        "ranks": ranks,
-        "optimizer": name,
-        "plain_seconds": plain,
-        "curvature_seconds": curvature,
-        "amortised_seconds": amortised(max(plain), max(curvature) if curvature else None, cost.INTERVAL),
-        "traffic": asdict(counted),
-        "predicted": asdict(predicted),
-        "amortised_bytes": counted.amortised(),
-        "predicted_bytes": predicted.amortised(),
+        **{"ranks": ranks, "optimizer": name, "plain_seconds": plain, "curvature_seconds": curvature or None},
+        "amortised_seconds": amortised(max(plain), max(curvature, default=None), cost.INTERVAL),
+        **{"traffic": asdict(counted), "predicted": asdict(predicted)},
+        **{"amortised_bytes": counted.amortised(), "predicted_bytes": predicted.amortised()},
         "ratio_to_ddp": counted.amortised() / baseline if baseline else None,
         "factor_bytes": [each["factor_bytes"] for each in samples],
-        "predicted_factor_bytes": cost.factor_bytes(architecture.layers, plan) if curvature else [0] * ranks,
+        "predicted_factor_bytes": factors if curvature else [0] * ranks,
         "samples": samples,
     }
 
@@ -91,75 +83,57 @@ def _evaluate(architecture: cost.Architecture, ranks: int, name: str, samples: l
 def measured_tables(rows: Sequence[Row]) -> str:
     """Return the tables of time, bytes and curvature as Markdown."""
 
-    def named(each: Row, **cells: object) -> dict[str, object]:
+    def named(each: Row, cells: Row) -> Row:
         return {"ranks": each["ranks"], "optimizer": CONTENDERS[each["optimizer"]][0], **cells}
 
-    def sent(each: Row) -> dict[str, object]:
-        all_of = {**each["traffic"]["plain"], **each["traffic"]["curvature"]}
+    def times(each: Row) -> Row:
+        kinds = {kind: each[f"{kind}_seconds"] for kind in ("plain", "curvature")}
+        shown: Row = {
+            f"{kind} ms": f"{max(found) * 1e3:.1f}" if found else "–" for kind, found in kinds.items()
+        }
+        shown["amortised ms"] = f"{each['amortised_seconds'] * 1e3:.1f}"
+        return shown | {"×SGD": f"{each['ratio_to_sgd']:.2f}"}
+
+    def sent(each: Row) -> Row:
+        known = each["traffic"]["plain"] | each["traffic"]["curvature"]
+        counted, predicted = each["amortised_bytes"], each["predicted_bytes"]
         return {
-            what: _mb(all_of.get(what, 0.0))
-            for what in ("gradients", "updates", "curvature factors", "control")
+            "DDP": _mb(each["traffic"]["wrapper"]),
+            **{what: _mb(known.get(what, 0.0)) for what in SENT},
+            **{"amortised": _mb(counted), "×DDP": f"{each['ratio_to_ddp']:.3f}"},
+            **{"predicted": _mb(predicted), "counted/predicted": f"{counted / predicted:.5f}"},
         }
 
+    def held(each: Row) -> Row:
+        ours, predicted = each["factor_bytes"], each["predicted_factor_bytes"]
+        per_rank = (", ".join(f"{count / 1e6:.1f}" for count in counts) for counts in (ours, predicted))
+        cells: Row = dict(zip(("MB per rank", "predicted"), per_rank, strict=True))
+        return cells | {"sum": _mb(sum(ours))}
+
+    several = [each for each in rows if each["ranks"] > 1]
+    second_order = [each for each in rows if each["curvature_seconds"]]
     tables = [
         section(
             "Time of a step",
             f"Medians of the slowest rank; amortised: one curvature step in {cost.INTERVAL}; ×SGD: amortised "
             "over SGD's on as many ranks.",
-            [
-                named(each)
-                | {
-                    "plain ms": _ms(each["plain_seconds"]),
-                    "curvature ms": _ms(each["curvature_seconds"]),
-                    "amortised ms": _ms([each["amortised_seconds"]]),
-                    "×SGD": f"{each['ratio_to_sgd']:.2f}",
-                }
-                for each in rows
-            ],
+            [named(each, times(each)) for each in rows],
         ),
         section(
             "Bytes that a rank sends in a step",
             "MB, mean over the ranks: DDP's own computed, those of the optimizer as it counts them; factors "
             f"and control in curvature steps only. Amortised: one curvature step in {cost.INTERVAL}; ×DDP: "
             "over plain DistributedDataParallel; predicted: by the cost model, from the modules' sizes.",
-            [
-                named(each, DDP=_mb(each["traffic"]["wrapper"]), **sent(each))
-                | {
-                    "amortised": _mb(each["amortised_bytes"]),
-                    "×DDP": f"{each['ratio_to_ddp']:.3f}",
-                    "predicted": _mb(each["predicted_bytes"]),
-                    "counted/predicted": f"{each['amortised_bytes'] / each['predicted_bytes']:.5f}",
-                }
-                for each in rows
-                if each["ranks"] > 1
-            ],
+            [named(each, sent(each)) for each in several],
         ),
         section(
             "Factors and inverses",
             "MB in the state of rank 0, 1, …; predicted: by the plan from the sizes of the modules.",
-            [
-                named(each)
-                | {
-                    "MB per rank": _each(each["factor_bytes"]),
-                    "predicted": _each(each["predicted_factor_bytes"]),
-                    "sum": _mb(sum(each["factor_bytes"])),
-                }
-                for each in rows
-                if each["curvature_seconds"]
-            ],
+            [named(each, held(each)) for each in second_order],
         ),
     ]
     return "\n\n".join(filter(None, tables))
 
 
-def _ms(seconds: Sequence[float] | None) -> str:
-    """Write the longest of some times."""
-    return "–" if seconds is None else f"{max(seconds) * 1e3:.1f}"
-
-
 def _mb(count: float) -> str:
     return f"{count / 1e6:.3f}"
-
-
-def _each(values: Sequence[float]) -> str:
-    return ", ".join(f"{value / 1e6:.1f}" for value in values)

@@ -23,12 +23,7 @@ NAN = math.nan
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of one study of a recipe on a task, one row of ``runs`` each.
-
-    Columns: `KEYS`, the options as text, and what came out: final, best and mean ``accuracy``, final
-    ``train_loss``, and by target "accuracy epochs", "accuracy seconds" and so on, NaN for a target that was
-    missed and for a diverged run; "run" is the whole record.
-    """
+    """All runs of one study of a recipe on a task, one row of ``runs`` each, whose columns `_row` makes."""
 
     recipe: str
     task: str
@@ -48,8 +43,7 @@ class Study:
     @property
     def labels(self) -> dict[str, str]:
         """Labels by contender, in the order of tables."""
-        found = self.runs.sort_values("contender").drop_duplicates("contender")
-        return dict(zip(found["contender"], found["label"], strict=True))
+        return dict(self.runs.groupby("contender", observed=True)["label"].first())
 
     def phase(self, phase: str) -> pd.DataFrame:
         """Return the runs of a phase."""
@@ -83,13 +77,14 @@ def studies(runs: Sequence[Run]) -> list[Study]:
 
 
 def _row(run: Run) -> dict[str, Any]:
+    """Return the keys, the options as text, the accuracies (NaN for a diverged run), and times by target."""
     curve = [] if run["diverged"] else run["curve"]
     accuracies = [epoch["accuracy"] for epoch in curve] or [NAN]
     row = {key: run[key] for key in KEYS} | {"options": options_text(run), "run": run}
     row |= {"accuracy": accuracies[-1], "best": max(accuracies), "mean": fmean(accuracies)}
     row["train_loss"] = curve[-1]["train_loss"] if curve else NAN
     for kind, value in run["targets"].items():
-        row |= {f"{kind} {unit}": each for unit, each in zip(UNITS, reached(run, kind, value), strict=True)}
+        row |= zip((f"{kind} {unit}" for unit in UNITS), reached(run, kind, value), strict=True)
     return row
 
 
@@ -109,10 +104,8 @@ def clock(run: Run) -> str:
 def options_text(run: Run) -> str:
     """Write a run's options, and its halves if they are not the usual random ones."""
     options = run["options"] | ({} if run["halves"] == "random" else {"halves": run["halves"]})
-    return ", ".join(
-        f"{key}={value:g}" if type(value) in (int, float) else f"{key}={value}"
-        for key, value in options.items()
-    )
+    each = (f"{v:g}" if type(v) in (int, float) else str(v) for v in options.values())
+    return ", ".join(map("=".join, zip(options, each, strict=True)))
 
 
 def one_setting(group: pd.DataFrame, who: str) -> None:
@@ -142,18 +135,19 @@ def comparison_table(study: Study) -> str:
     for (size, _), group in study.groups().items():
         first, n = group.iloc[0], len(group)
         text: list[object] = [size, first["label"], first["options"], n, group["diverged"].sum()]
-        score = [NAN] * len(text)
+        score = {}  # by column; the lowest is the best
         for kind in study.targets:
             epochs, seconds = (group[f"{kind} {unit}"] for unit in UNITS)
-            digits = 2 if seconds.mean() < 10 else 1
-            text += [f"{epochs.count()} of {n}", plus_minus(epochs, 1), plus_minus(seconds, digits)]
-            score += [NAN, *(each.mean() if each.count() == n > 1 else NAN for each in (epochs, seconds))]
+            text.append(f"{epochs.count()} of {n}")
+            for times, digits in ((epochs, 1), (seconds, 2 if seconds.mean() < 10 else 1)):
+                score[len(text)] = times.mean() if times.count() == n > 1 else NAN
+                text.append(plus_minus(times, digits))
+        score[len(text)] = -group["accuracy"].mean() if group["accuracy"].count() > 1 else NAN
         text += [plus_minus(group[name], 2, 100.0) for name in ("accuracy", "best")]
-        text.append(plus_minus(group["train_loss"], 4))
-        score += [-group["accuracy"].mean() if group["accuracy"].count() > 1 else NAN, NAN, NAN]
-        texts.append(text)
+        texts.append([*text, plus_minus(group["train_loss"], 4)])
         scores.append(score)
-    cells, ranks = pd.DataFrame(texts).astype(str), pd.DataFrame(scores)
+    cells = pd.DataFrame(texts).astype(str)
+    ranks = pd.DataFrame(scores).reindex(columns=cells.columns)
     best_of_all = ranks == ranks.groupby(cells[0]).transform("min")
     return markdown_table(head, cells.mask(best_of_all, "**" + cells + "**").to_numpy())
 
@@ -163,12 +157,11 @@ def fop_table(study: Study) -> str | None:
     groups, rows = study.groups(), []
     for (size, name), other in groups.items():
         fop = groups.get((size, "fop"))
-        if fop is None or name == "fop":
-            continue
-        columns = [f"{kind} {unit}" for kind in study.targets for unit in UNITS]
-        final = compare(fop["accuracy"], other["accuracy"], low=False)
-        ratios = (_ratio(fop[column], other[column]) for column in columns)
-        rows.append([size, other["label"].iloc[0], *ratios, final or "–"])
+        if fop is not None and name != "fop":
+            columns = [f"{kind} {unit}" for kind in study.targets for unit in UNITS]
+            ratios = (_ratio(fop[column], other[column]) for column in columns)
+            final = compare(fop["accuracy"], other["accuracy"], low=False) or "–"
+            rows.append([size, other["label"].iloc[0], *ratios, final])
     labels = [target_label(kind, value) for kind, value in study.targets.items()]
     head = [heading for label in labels for heading in (f"{label}: epochs", "seconds")]
     return markdown_table(["batch", "against", *head, "final accuracy"], rows) if rows else None
@@ -214,22 +207,20 @@ def tuning_table(study: Study) -> str:
 def unfair(study: Study) -> list[str]:
     """Say, loudly, everything in which contenders of a study were not treated alike."""
     found = []
-
-    def listed(runs: pd.DataFrame, column: str) -> list[str]:
-        each = (runs[column][runs["contender"] == name] for name in study.labels)
-        return ["/".join(map(str, sorted(values))) or "none" for values in each]
-
     for size, runs in study.runs.groupby("batch_size"):
         tuning, final = (runs[runs["phase"] == phase] for phase in ("tuning", "final"))
-        treatments = {
-            "TUNING: tuning runs": [str((tuning["contender"] == name).sum()) for name in study.labels],
-            "SEEDS: seeds of the final runs": listed(final, "seed"),
-            "EPOCHS: epochs": listed(runs.drop_duplicates(["contender", "epochs"]), "epochs"),
-        }
-        for what, values in treatments.items():
+        for what, of, column in (
+            ("TUNING: tuning runs", tuning, None),
+            ("SEEDS: seeds of the final runs", final, "seed"),
+            ("EPOCHS: epochs", runs.drop_duplicates(["contender", "epochs"]), "epochs"),
+        ):
+            each = [of[of["contender"] == name] for name in study.labels]
+            values = [
+                "/".join(map(str, sorted(one[column]))) or "none" if column else str(len(one)) for one in each
+            ]
             if len(set(values)) > 1:
-                each = map(" ".join, zip(study.labels.values(), values, strict=True))
-                found.append(f"UNEQUAL {what} at batch {size}: {', '.join(each)}.")
+                said = ", ".join(map(" ".join, zip(study.labels.values(), values, strict=True)))
+                found.append(f"UNEQUAL {what} at batch {size}: {said}.")
     where = [run["environment"] for run in study.runs["run"]]
     if len(devices := {each["device"] for each in where}) > 1:
         found.append(f"SEVERAL DEVICES: {', '.join(sorted(devices))}; seconds are not of one machine.")
@@ -240,14 +231,11 @@ def unfair(study: Study) -> list[str]:
 
 # Maps
 
+SIDES = {"K-FAC": "kfac", "FOP": "fop"}
+
 
 def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
-    """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping.
-
-    The columns up to "FOP train loss" are those of the table; then ``difference`` of the final accuracies, in
-    points, and ``loss_ratio`` (log2), NaN where a run is missing or diverged, and ``lost``, whose runs
-    diverged. Raises ValueError for a run without learning rate or damping, or several options at one point.
-    """
+    """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping."""
     final = study.phase("final")[lambda runs: runs["batch_size"] == batch_size]
     parts = final["contender"].str.extract("^(?P<family>fop|kfac)(?P<ending>.*)")
     final = final.join(parts).dropna(subset="family")
@@ -260,45 +248,42 @@ def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
     found = {}
     for ending, runs in final.groupby("ending"):
         title = {"": "with KL clip", "-noclip": "without KL clip"}.get(ending, ending.strip("-"))
-        where = f"{study.where}, batch {batch_size}"
+        for (lr, damping, family), point in runs.groupby(["lr", "damping", "family"]):
+            one_setting(point, f"{study.where}, batch {batch_size}: {family} at {lr:g}, {damping:g}")
         points = runs.groupby(["lr", "damping"])
-        found[title] = pd.DataFrame([_point(lr, damping, each, where) for (lr, damping), each in points])
+        found[title] = pd.DataFrame([_point(lr, damping, each) for (lr, damping), each in points])
     return found
 
 
-def _point(lr: float, damping: float, runs: pd.DataFrame, where: str) -> dict[str, Any]:
-    sides = {label: runs[runs["family"] == name] for label, name in (("K-FAC", "kfac"), ("FOP", "fop"))}
-    for label, side in sides.items():
-        one_setting(side, f"{where}: {label}")
-    lost = {
-        label: f"{side['diverged'].sum()} of {len(side)}"
-        for label, side in sides.items()
-        if side["diverged"].any()
-    }
-    kfac, fop = (side["accuracy"] for side in sides.values())
+def _point(lr: float, damping: float, runs: pd.DataFrame) -> dict[str, Any]:
+    """Return the cells of `map_table`, and the numbers of the plots: NaN where a run is missing or lost."""
+    sides = {label: runs[runs["family"] == name] for label, name in SIDES.items()}
+    kfac, fop = sides.values()
+    lost = {label: side["diverged"].sum() for label, side in sides.items() if side["diverged"].any()}
     row: dict[str, Any] = {"lr": lr, "damping": damping, "n": f"{len(kfac)}/{len(fop)}"}
-    row |= {f"{label} accuracy %": _final(side, "accuracy", 2, 100.0) for label, side in sides.items()}
+    row |= {f"{label} accuracy %": _final(100 * side["accuracy"], 2) for label, side in sides.items()}
     row["FOP − K-FAC"] = "–"
-    row |= {f"{label} train loss": _final(side, "train_loss", 4, 1.0) for label, side in sides.items()}
+    row |= {f"{label} train loss": _final(side["train_loss"], 4) for label, side in sides.items()}
     row |= {f"{label} lost": label in lost for label in sides}
-    row["lost"] = "".join(f"{label} {count}\n" for label, count in lost.items())
+    row["lost"] = "".join(f"{label} {count} of {len(sides[label])}\n" for label, count in lost.items())
     row |= {"difference": NAN, "loss_ratio": NAN, "verdict": None}
     if not lost and len(kfac) and len(fop):
-        gap, error = 100 * (fop.mean() - kfac.mean()), 100 * math.hypot(kfac.sem(), fop.sem())
+        ours, theirs = 100 * fop["accuracy"], 100 * kfac["accuracy"]
+        gap, error = ours.mean() - theirs.mean(), math.hypot(theirs.sem(), ours.sem())
         spread = "" if math.isnan(error) else f" ± {error:.2f}"
         row["FOP − K-FAC"] = f"{'+' if gap > 0 else ''}{gap:.2f}{spread}"
-        row |= {"difference": gap, "verdict": compare(fop, kfac, low=False)}
-        above, below = (side["train_loss"].mean() for side in sides.values())
+        row |= {"difference": gap, "verdict": compare(ours, theirs, low=False)}
+        above, below = kfac["train_loss"].mean(), fop["train_loss"].mean()
         row["loss_ratio"] = math.log2(above / below) if min(above, below) > 0 else NAN
     return row
 
 
-def _final(side: pd.DataFrame, key: str, digits: int, scale: float) -> str:
-    diverged = side["diverged"].sum()
-    if side[key].count() == 0:
-        return "diverged" if len(side) else "not run"
-    lost = f" ({diverged} of {len(side)} diverged)" if diverged else ""
-    return f"{side[key].mean() * scale:.{digits}f}{lost}"
+def _final(values: pd.Series, digits: int) -> str:
+    """Write the mean over the runs that did not diverge, and how many did."""
+    if values.count() == 0:
+        return "diverged" if len(values) else "not run"
+    lost = values.isna().sum()
+    return f"{values.mean():.{digits}f}" + (f" ({lost} of {len(values)} diverged)" if lost else "")
 
 
 def map_table(points: pd.DataFrame) -> str:
@@ -322,10 +307,10 @@ def map_sentence(title: str, points: pd.DataFrame) -> str:
         )
     if len(single):
         parts.append(
-            f"{'and ' if parts else ''}with single runs, which say nothing of the spread, in "
-            f"{(single > 0).sum()}, lower in {(single < 0).sum()}, equal in {(single == 0).sum()}"
+            f"with single runs, which say nothing of the spread, in {(single > 0).sum()}, "
+            f"lower in {(single < 0).sum()}, equal in {(single == 0).sum()}"
         )
-    comparison = f"; FOP ends higher than K-FAC {', '.join(parts)}" if parts else ""
+    comparison = f"; FOP ends higher than K-FAC {', and '.join(parts)}" if parts else ""
     lost = f"{points['K-FAC lost'].sum()} of K-FAC, {points['FOP lost'].sum()} of FOP"
     return (
         f"{title[:1].upper()}{title[1:]}: of {len(points)} points {len(compared)} can be compared"

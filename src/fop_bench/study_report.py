@@ -22,7 +22,7 @@ from fop_bench.plots import (
     speed_up_reference,
 )
 from fop_bench.report import markdown_table, plus_minus, write_text
-from fop_bench.run_records import Run, commit_of, of_one_commit, read_runs, record_files
+from fop_bench.run_records import Run, of_one_commit, read_runs, record_files
 from fop_bench.study import Study
 
 TIMES = {
@@ -39,10 +39,7 @@ AGAINST = (
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``folder``/README.md and its plots from the JSON lines in there; return its path.
-
-    Raises ValueError if there are no runs, a line is broken, or runs are there that no report may mix.
-    """
+    """Write ``folder``/README.md and its plots from the JSON lines in there; return its path."""
     runs = of_one_commit(read_runs(folder))
     parts = [
         "# Results of `fop-bench run`",
@@ -58,8 +55,7 @@ def write_report(folder: Path) -> Path:
             parts += [f"## {recipe}, {task}: {lines[0]['title']}", *_how_to_repeat(lines)]
             for study in each:
                 parts += _map(study, folder) if study.name.startswith("map") else _comparison(study, folder)
-        if recipe in PAPER_TABLES:
-            table = PAPER_TABLES[recipe]
+        if table := PAPER_TABLES.get(recipe):
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
     return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -87,23 +83,20 @@ def _how_to_repeat(runs: list[Run]) -> list[str]:
 
 
 def _environments(runs: list[Run]) -> str:
+    def source(git: dict[str, Any] | None) -> str:
+        if git is None:
+            return "**in no checkout: unknown, with uncommitted changes for all we know**"
+        return f"`{git['commit']}`" + (" **with uncommitted changes**" if git["dirty"] else "")
+
     table = pd.DataFrame([run["environment"] for run in runs])
-    table = table[["device", "processor", "threads", "torch", "python", "fop"]]
-    table = table.rename(columns={"processor": "kind", "python": "Python"})
-    table["commit"] = [_source(run) for run in runs]
-    days = pd.Series([str(run["environment"]["date"])[:10] for run in runs])
+    table = table.rename(columns={"processor": "kind", "python": "Python", "date": "days"})
+    table["commit"], table["days"] = table["git"].map(source), table["days"].astype(str).str[:10]
+    keys = ["device", "kind", "threads", "torch", "Python", "fop", "commit"]
     rows = [
-        [*key, " to ".join(dict.fromkeys((each.min(), each.max()))), len(each)]
-        for key, each in days.groupby([table[name] for name in table])
+        [*key, " to ".join(dict.fromkeys((days.min(), days.max()))), len(days)]
+        for key, days in table.groupby(keys)["days"]
     ]
-    return markdown_table([*table, "days", "runs"], rows)
-
-
-def _source(run: Run) -> str:
-    git = run["environment"]["git"]
-    if git is None:
-        return "**in no checkout: unknown, with uncommitted changes for all we know**"
-    return f"`{commit_of(run)}`" + (" **with uncommitted changes**" if git["dirty"] else "")
+    return markdown_table([*keys, "days", "runs"], rows)
 
 
 def _folded(summary: str, content: str) -> str:
@@ -172,10 +165,8 @@ def _map(study: Study, folder: Path) -> list[str]:
             "percentage points; loss as the binary logarithm of K-FAC's over FOP's: 1 is half the loss.",
         ]
         for title, points in grids.items():
-            parts += [
-                tables.map_sentence(title, points),
-                _folded(f"Batch {size}, {title}", tables.map_table(points)),
-            ]
+            table = _folded(f"Batch {size}, {title}", tables.map_table(points))
+            parts += [tables.map_sentence(title, points), table]
     return [*parts, "Differences ± their standard error, from the standard deviations over n seeds of each."]
 
 
@@ -189,24 +180,21 @@ def _stem(study: Study) -> str:
 SHOWN = 12
 
 
-def _of_defaults(run: Run) -> Run:
-    """Return what the report of the defaults shows of a run; lines of version 0.1 are that already."""
-    if "curve" not in run:
-        return run
-    full = run["batch_size"] >= run["train_samples"]
+def read_defaults(path: Path) -> list[dict[str, Any]]:
+    """Read what is shown of the runs of a study; lines of version 0.1 are that already."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_shown(run) if "curve" in run else run for run in lines]
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    size = "full batch" if run["batch_size"] >= run["train_samples"] else f"batch {run['batch_size']}"
     last = {} if run["diverged"] else run["curve"][-1]
     return {
-        "task": f"{run['task']}, {'full batch' if full else 'batch ' + str(run['batch_size'])}",
-        "optimizer": run["contender"],
+        **{"task": f"{run['task']}, {size}", "optimizer": run["contender"]},
         **{key: run[key] for key in ("options", "seed", "diverged", "warnings")},
         **{key: last.get(key) for key in ("accuracy", "train_loss", "seconds")},
         "environment": {key: run["environment"][key] for key in ("device", "torch", "fop", "git", "threads")},
     }
-
-
-def read_defaults(path: Path) -> list[dict[str, Any]]:
-    """Read one study, lines of either runner."""
-    return [_of_defaults(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_defaults(folder: Path) -> Path:
@@ -246,19 +234,15 @@ def _regrets(runs: pd.DataFrame) -> list[str]:
     # Rounded, so that combinations with equal regrets keep their order.
     means = tasks.mean(axis="columns").round(9).sort_values(kind="stable")
     best = tasks.loc[means.index[:SHOWN]]
-    best.insert(0, "mean regret", best.mean(axis="columns"))
-    best.insert(1, "worst regret", best.drop(columns="mean regret").max(axis="columns"))
-    table = markdown_table(
-        ["options", *best], ([label, *(f"{each:.2f}" for each in row)] for label, *row in best.itertuples())
-    )
+    spread = best.agg(["mean", "max"], axis="columns")
+    best = pd.concat([spread.set_axis(["mean regret", "worst regret"], axis="columns"), best], axis="columns")
+    table = markdown_table(["options", *best], best.map("{:.2f}".format).reset_index().to_numpy())
     # One row for every run and option, with the mean regret of the run's combination.
     values = runs["options"].map(lambda each: [(key, str(value)) for key, value in each.items()])
     marginal = pd.DataFrame({"value": values, "regret": runs["label"].map(means)}).explode("value").dropna()
-    spread = marginal.groupby("value")["regret"].agg(["median", "min", "max"])
-    by_value = markdown_table(
-        ["option", "value", "median of the mean regrets", "best", "worst"],
-        ([*value, *(f"{each:.2f}" for each in row)] for value, *row in spread.itertuples()),
-    )
+    spread = marginal.groupby("value")["regret"].agg(["median", "min", "max"]).map("{:.2f}".format)
+    head = ["option", "value", "median of the mean regrets", "best", "worst"]
+    by_value = markdown_table(head, ([*value, *row] for value, *row in spread.itertuples()))
     shown = f"The best {len(best)} of {len(means)} combinations, by mean regret over the tasks:"
     return [shown, table, "Every value of an option, over all values of the others:", by_value]
 
@@ -270,12 +254,12 @@ def _rates(runs: pd.DataFrame) -> list[str]:
         "The runs shared the processor, so there are no times here."
     ]
     runs["lr"] = [options["lr"] for options in runs["options"]]
+    runs["train_loss"] = runs["train_loss"].astype(float)
     head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
     for task, of_task in runs.groupby("task"):
         rows = []
         for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
-            counts, losses = [len(each), each["diverged"].sum()], each["train_loss"].astype(float)
-            ends = [plus_minus(each["accuracy"], 2), plus_minus(losses, 4)]
-            rows.append([optimizer, f"{lr:g}", *counts, *ends])
+            ends = [plus_minus(each["accuracy"], 2), plus_minus(each["train_loss"], 4)]
+            rows.append([optimizer, f"{lr:g}", len(each), each["diverged"].sum(), *ends])
         parts += [f"### {task}", markdown_table(head, rows)]
     return parts

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import math
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from fop import FOP, KFAC
 from fop_bench.environment import environment
-from fop_bench.images import Images, Normaliser, training_inputs
+from fop_bench.images import Normaliser, training_inputs
 from fop_bench.recipes import Recipe, recipe
-from fop_bench.training import Training, messages
+from fop_bench.training import Training, by_sub_batch, messages
 
 # In the order of the legend: what each step was made from.
 STEPS = {
@@ -35,36 +36,15 @@ STEPS = {
     "fop_rows": "FOP as in training, halves by layer rows",
 }
 PARTS = ("whole", "first", "second")
+Losses = dict[str, float | None]
 # A backward pass: inside what, over which samples, and by what its mean loss is multiplied.
-Pass = tuple[AbstractContextManager[None], slice, float]
+Pass = tuple[AbstractContextManager[None], slice | Tensor, float]
 MARGIN = 0.35  # of the side that holds all steps, free on each side of it
-
 # What makes a step nothing but lr·update: no memory of earlier ones, no clip, no new curvature, no AdamW.
 BARE: dict[str, Any] = {
-    "momentum": 0.0,
-    "nesterov": False,
-    "weight_decay": 0.0,
-    "kl_clip": None,
-    "max_grad_norm": None,
-    "adamw_lr": 0.0,
-    "curvature_interval": 10**9,
-    "inverse_delay": 0,
+    **{"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "kl_clip": None, "max_grad_norm": None},
+    **{"adamw_lr": 0.0, "curvature_interval": 10**9, "inverse_delay": 0},
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """Which point, which batch and which steps; the options of the command."""
-
-    recipe: str
-    task: str | None
-    data: str | None
-    batch_size: int
-    epochs: int
-    lr: float
-    damping: float
-    seed: int
-    points: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +61,12 @@ class FixedBatch:
 
     def __init__(self, inputs: Tensor, labels: Tensor) -> None:
         self.inputs, self.labels = inputs, labels
-        self.halves = (slice(0, len(labels) // 2), slice(len(labels) // 2, len(labels)))
+        self.halves = by_sub_batch(len(labels)).to(labels.device).chunk(2)
 
     def losses(self, model: nn.Module) -> Tensor:
-        """Return the loss of every sample, (N,); the model's mode and running averages change.
-
-        BatchNorm takes its statistics from the whole batch, so that surface and steps belong to one function
-        of the weights, and dropout is off.
-        """
+        """Return the loss of every sample, (N,); the model's mode and running averages change."""
+        # Surface and steps belong to one function of the weights: BatchNorm takes its statistics from the
+        # whole batch, and dropout is off.
         model.eval()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -96,10 +74,11 @@ class FixedBatch:
         return cross_entropy(model(self.inputs), self.labels, reduction="none")
 
     @torch.no_grad()
-    def parts(self, model: nn.Module) -> dict[str, float | None]:
+    def parts(self, model: nn.Module) -> Losses:
         """Return the mean losses of `PARTS`, None for one that is not finite."""
         each = self.losses(model).double()
-        means = (each[part].mean().item() for part in (slice(None), *self.halves))
+        parts: tuple[slice | Tensor, ...] = (slice(None), *self.halves)
+        means = (each[part].mean().item() for part in parts)
         rounded = (float(f"{mean:.6g}") if math.isfinite(mean) else None for mean in means)
         return dict(zip(PARTS, rounded, strict=True))
 
@@ -121,9 +100,8 @@ class Plane:
     def place(self, step: Tensor) -> tuple[float, float, float]:
         """Return the least-squares coordinates (x, y) of a step (P,), and how much of its norm they hold."""
         square = self.u @ self.u  # the axes are orthogonal and of one length
-        x, y = self.u @ step / square, self.v @ step / square
-        share = self.at(float(x), float(y)).norm() / step.norm().clamp(min=1e-300)
-        return x.item(), y.item(), share.item()
+        x, y = float(self.u @ step / square), float(self.v @ step / square)
+        return x, y, float(self.at(x, y).norm() / step.norm().clamp(min=1e-300))
 
     def at(self, x: float, y: float) -> Tensor:
         """Return the vector (P,) of coordinates."""
@@ -140,92 +118,81 @@ def filter_normalised(direction: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Scale every filter of a direction (P,), a bias being one, to its norm in the weights; 0 stays 0."""
     scaled = []
     for part, weight in zip(direction.split([w.numel() for w in weights]), weights, strict=True):
-        filters = len(weight) if weight.dim() > 1 else 1
-        rows, wanted = part.view(filters, -1), weight.detach().reshape(filters, -1).double()
-        units = nn.functional.normalize(rows, dim=1, eps=1e-300)
-        scaled.append((units * wanted.norm(dim=1, keepdim=True)).reshape(-1))
+        filters = weight.detach().double().reshape(len(weight) if weight.dim() > 1 else 1, -1)
+        units = normalize(part.view_as(filters), dim=1, eps=1e-300)
+        scaled.append((units * filters.norm(dim=1, keepdim=True)).reshape(-1))
     return torch.cat(scaled)
 
 
 def grid(places: Sequence[tuple[float, float]], points: int) -> tuple[list[float], list[float]]:
     """Return x and y, M each, of a square window with a margin around all places."""
-    middles = [(min(values) + max(values)) / 2 for values in zip(*places, strict=True)]
-    reach = max(max(values) - min(values) for values in zip(*places, strict=True)) * (0.5 + MARGIN)
-    x, y = (torch.linspace(m - reach, m + reach, points, dtype=torch.float64).tolist() for m in middles)
+    lowest, highest = torch.tensor(places, dtype=torch.float64).aminmax(dim=0)
+    reach = (highest - lowest).max() * (0.5 + MARGIN)
+    steps = torch.linspace(-1.0, 1.0, points, dtype=torch.float64) * reach
+    x, y = ((middle + steps).tolist() for middle in (lowest + highest) / 2)
     return x, y
 
 
-def surface(asked: Question, device: torch.device) -> dict[str, Any]:
-    """Train to the point, take the steps and measure the loss on the plane; return all that the plot needs.
-
-    Raises ValueError for an unknown task, a batch that cannot be had, and a training that diverged.
-    """
-    plan = recipe(asked.recipe)
-    task = asked.task or next(iter(plan.tasks))
-    if task not in plan.tasks:
-        raise ValueError(f"unknown data set {task!r} of {plan.name}; known are {', '.join(plan.tasks)}")
-    train = plan.tasks[task].load(asked.data).training(final=True)
+def surface(asked: Namespace) -> dict[str, Any]:
+    """Train to the point, take the steps, measure the loss on the plane; return all that the plot needs."""
+    plan, device = recipe(asked.recipe), asked.device
+    task = next(iter(plan.tasks))
+    train, _ = plan.tasks[task].load(asked.data)["final"]
     if asked.batch_size % 2 or asked.batch_size > len(train):
         raise ValueError(
             f"batch size {asked.batch_size} must be even, and from 2 to {len(train)}, all of {task}"
         )
     normalise = Normaliser(train.pixels)
+    options = {**_fop_options(plan, asked.batch_size), "lr": asked.lr, "damping": asked.damping}
+    draw = torch.Generator(device).manual_seed(asked.seed)
+
+    def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        images = train.taken(numbers, device)
+        return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        point, losses = _trained(plan, asked, train, normalise, device)
+        torch.manual_seed(asked.seed)
+        model = plan.network(len(train.classes), device)
+        training = Training(
+            model,
+            FOP(model, **options),
+            # A schedule that ended at the point would make its steps 0.
+            lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0),
+            batch,
+            evaluate=lambda: math.nan,  # nobody asks for the accuracy
+            samples=len(train),
+            batch_size=asked.batch_size,
+            epochs=asked.epochs,
+            seed=asked.seed,
+            bf16=plan.bf16 and device.type == "cuda",
+        )
+        training.run()
+        now = training.progress
+        if now.diverged:
+            raise ValueError(f"diverged in epoch {now.epoch}; give a smaller --lr, or a larger --damping")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
         chosen = train[order[: asked.batch_size]].to(device)
+        point = Point(model, training.optimizer.state_dict(), options)
         picture = picture_of(point, FixedBatch(normalise(chosen.pixels), chosen.labels), asked.points)
+    losses = [epoch["train_loss"] for epoch in now.curve]
     return {
-        **asdict(asked),
-        "task": task,
-        "title": plan.title,
-        "train_samples": len(train),
-        "training": {"options": dict(point.options), "schedule": "constant", "train_loss": losses},
+        **{key: value for key, value in vars(asked).items() if key not in ("out", "device")},
+        **{"task": task, "title": plan.title, "train_samples": len(train)},
+        "training": {"options": options, "schedule": "constant", "train_loss": losses},
         **picture,
         "warnings": messages(caught),
         "environment": environment(device),
     }
 
 
-def _trained(
-    plan: Recipe, asked: Question, train: Images, normalise: Normaliser, device: torch.device
-) -> tuple[Point, list[float]]:
-    """Train the recipe's network with the recipe's options of FOP; return every epoch's mean loss too."""
-    torch.manual_seed(asked.seed)
-    draw = torch.Generator(device).manual_seed(asked.seed)
-    model = plan.network(len(train.classes), device)
-    options = {**_fop_options(plan, asked.batch_size), "lr": asked.lr, "damping": asked.damping}
-
-    def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        images = train.taken(numbers, device)
-        return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
-
-    training = Training(
-        model,
-        FOP(model, **options),
-        # A schedule that ended at the point would make its steps 0.
-        lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0),
-        batch,
-        evaluate=lambda: math.nan,  # nobody asks for the accuracy
-        samples=len(train),
-        batch_size=asked.batch_size,
-        epochs=asked.epochs,
-        seed=asked.seed,
-        bf16=plan.bf16 and device.type == "cuda",
-    )
-    training.run()
-    now = training.progress
-    if now.diverged:
-        raise ValueError(f"diverged in epoch {now.epoch}; give a smaller --lr, or a larger --damping")
-    return Point(model, training.optimizer.state_dict(), options), [epoch.train_loss for epoch in now.curve]
-
-
 def _fop_options(plan: Recipe, batch_size: int) -> dict[str, Any]:
     """Return the fixed options of the recipe's first contender that is FOP as in the paper."""
-    contenders = (each for study in plan.studies.values() for each in study.contenders.values())
-    plain = (each for each in contenders if (each.optimizer, each.formula) == ("fop", "paper"))
-    return next((dict(each.options(batch_size)) for each in plain), {})
+    for study in plan.studies.values():
+        for each in study.contenders.values():
+            if (each.optimizer, each.formula) == ("fop", "paper"):
+                return dict(each.options(batch_size))
+    return {}
 
 
 def picture_of(point: Point, batch: FixedBatch, points: int) -> dict[str, Any]:
@@ -233,32 +200,23 @@ def picture_of(point: Point, batch: FixedBatch, points: int) -> dict[str, Any]:
     weights = list(point.model.parameters())
     steps = {name: single_step(point, batch, name)[0] for name in STEPS}
     plane = Plane(weights, steps["average"], steps["first"] - steps["second"])
-    places = {name: plane.place(step) for name, step in steps.items()}
-    x, y = grid([(0.0, 0.0), *(place[:2] for place in places.values())], points)
     model, here = deepcopy(point.model), flat(weights)
 
-    def losses(vector: Tensor) -> dict[str, float | None]:
+    def losses(vector: Tensor) -> Losses:
         nn.utils.vector_to_parameters((here + vector).to(weights[0].dtype), model.parameters())
         return batch.parts(model)
 
+    shown: dict[str, Any] = {}
+    for name, step in steps.items():
+        place = dict(zip(("x", "y", "share_in_plane"), plane.place(step), strict=True))
+        ends = {"norm": step.norm().item(), "losses_at_end": losses(step)}
+        shown[name] = {"what": STEPS[name], **place, **ends}
+    x, y = grid([(0.0, 0.0), *((each["x"], each["y"]) for each in shown.values())], points)
     rows = [[losses(plane.at(along_u, along_v)) for along_u in x] for along_v in y]
-    ends = {
-        name: dict(zip(("x", "y", "share_in_plane"), place, strict=True)) for name, place in places.items()
-    }
     return {
         "step_options": {"lr": point.options["lr"], "damping": point.options["damping"], **BARE},
         "origin": losses(torch.zeros_like(plane.u)),
-        "steps": {
-            name: {
-                "what": STEPS[name],
-                **ends[name],
-                "norm": step.norm().item(),
-                "losses_at_end": losses(step),
-            }
-            for name, step in steps.items()
-        },
-        "x": x,
-        "y": y,
+        **{"steps": shown, "x": x, "y": y},
         "losses": {part: [[cell[part] for cell in row] for row in rows] for part in PARTS},
     }
 
@@ -276,13 +234,12 @@ def single_step(point: Point, batch: FixedBatch, name: str, **changes: Any) -> t
     optimizer = kind(model, **{**options, **BARE, **changes})
     optimizer.load_state_dict(_with_curvature(optimizer.state_dict(), point.state))
     first, second = batch.halves
-    whole: Pass = (nullcontext(), slice(None), 1.0)
     passes: dict[str, list[Pass]] = {
         "first": [(nullcontext(), first, 1.0)],
         "second": [(nullcontext(), second, 1.0)],
         "fop": [(optimizer.sub_batch(0), first, 0.5), (optimizer.sub_batch(1), second, 0.5)],
     }
-    for label, part, weight in passes.get(name, [whole]):
+    for label, part, weight in passes.get(name, [(nullcontext(), slice(None), 1.0)]):
         with label:
             (weight * batch.losses(model)[part].mean()).backward()
     optimizer.step()
@@ -295,7 +252,7 @@ def _with_curvature(fresh: Mapping[str, Any], trained: Mapping[str, Any]) -> dic
     groups = [{**new, "step": old["step"]} for new, old in pairs]
     later = groups[0]["step"] + BARE["curvature_interval"]
     state = {
-        key: {**entries, "refresh_at": later} if "refresh_at" in entries else entries
+        key: entries | ({"refresh_at": later} if "refresh_at" in entries else {})
         for key, entries in trained["state"].items()
     }
     return {"state": state, "param_groups": groups}

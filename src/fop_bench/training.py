@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,17 +21,6 @@ Batch = Callable[[Tensor], tuple[Tensor, Tensor]]
 EVALUATED_AT_ONCE = 1000
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """The state after an epoch; seconds are of training, without evaluation, since the start."""
-
-    epoch: int  # from 1
-    seconds: float
-    train_loss: float  # mean over the epoch's batches, each before its step
-    accuracy: float  # from 0 to 1
-    processor_seconds: float = 0.0
-
-
 @dataclass
 class Progress:
     """How far a training is."""
@@ -42,7 +31,8 @@ class Progress:
     loss: Tensor | None = None  # 0-dim sum of the current epoch's losses; None before its first step
     seconds: float = 0.0
     processor_seconds: float = 0.0
-    curve: list[Epoch] = field(default_factory=list)
+    # By epoch: its number from 1, seconds of training since the start, accuracy, and the mean of the losses.
+    curve: list[dict[str, float]] = field(default_factory=list)
     diverged: bool = False  # a loss was not finite
 
 
@@ -53,10 +43,7 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
 
 @dataclass
 class Training:
-    """A training with cross-entropy that stops when told to, and goes on from its state as if it had not.
-
-    Samples are shuffled in each epoch; those that do not fill a last batch are left out of that epoch.
-    """
+    """A training with cross-entropy that stops when told to, and goes on from its state as if it had not."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -69,6 +56,7 @@ class Training:
     epochs: int
     seed: int
     bf16: bool = False
+    draw: torch.Generator | None = None  # what `batch` draws from
     mean: Callable[[Tensor], float] = float  # of a loss over all processes that train together
     progress: Progress = field(default_factory=Progress)
 
@@ -81,7 +69,8 @@ class Training:
         self.device = next(self.model.parameters()).device
         self.shuffle = torch.Generator().manual_seed(self.seed)
         self.scheduler = self.schedule(self.optimizer, self.steps * self.epochs)
-        self._since: tuple[float, float] | None = None
+        self.parts: tuple[Any, ...] = (self.model, self.optimizer, self.scheduler)
+        self._since = (0.0, 0.0)
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train until the end, or until ``stop``, asked before every step, says so; tell which."""
@@ -98,31 +87,30 @@ class Training:
         return True
 
     def start_clock(self) -> None:
-        """Count the time from here on as training."""
         self._since = _now(self.device), time.process_time()
 
     def stop_clock(self) -> None:
         """Add the time since the clock was started to the progress."""
-        if self._since is not None:
-            self.progress.seconds += _now(self.device) - self._since[0]
-            self.progress.processor_seconds += time.process_time() - self._since[1]
-        self._since = None
+        self.progress.seconds += _now(self.device) - self._since[0]
+        self.progress.processor_seconds += time.process_time() - self._since[1]
 
     def _epoch(self, stop: Callable[[], bool]) -> bool:
         """Take the steps that are left of this epoch; return False if told to stop in between."""
         now = self.progress
         if now.order is None or now.loss is None:
+            # What does not fill a last batch is left out of this epoch.
             order = torch.randperm(self.samples, generator=self.shuffle)[: self.steps * self.batch_size]
             now.order, now.loss = order.to(self.device), torch.zeros((), device=self.device)
         self.model.train()
         self.start_clock()
-        stopped = False
-        while now.step < self.steps and not (stopped := stop()):
+        while now.step < self.steps:
+            if stop():
+                return False
             numbers = now.order[now.step * self.batch_size : (now.step + 1) * self.batch_size]
             now.loss = now.loss + self._step(numbers)  # read once an epoch: no sync in between
             now.step += 1
         self.stop_clock()
-        return not stopped
+        return True
 
     def _step(self, numbers: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,37 +128,40 @@ class Training:
         assert now.loss is not None
         loss = self.mean(now.loss) / self.steps
         now.epoch, now.step, now.order, now.loss = now.epoch + 1, 0, None, None
-        if not math.isfinite(loss):
-            now.diverged = True
+        now.diverged = not math.isfinite(loss)
+        if now.diverged:
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(loss)
-        now.curve.append(Epoch(now.epoch, now.seconds, loss, self.evaluate(), now.processor_seconds))
+        times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
+        now.curve.append({"epoch": now.epoch, **times, "train_loss": loss, "accuracy": self.evaluate()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that another process needs to go on, the state of torch's random numbers included."""
-        now, cuda = self.progress, self.device.type == "cuda"
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "shuffle": self.shuffle.get_state(),
-            "random": torch.get_rng_state(),
-            "random_on_device": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "progress": {**vars(now), "curve": [asdict(epoch) for epoch in now.curve]},
+            "parts": [part.state_dict() for part in self.parts],
+            "random": [generator.get_state() for generator in self._generators()],
+            "progress": vars(self.progress),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.shuffle.set_state(state["shuffle"])
-        torch.set_rng_state(state["random"])
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        for generator, saved in zip(self._generators(), state["random"], strict=True):
+            generator.set_state(saved)
+        self.progress = Progress(**state["progress"])
+
+    def _generators(self) -> list[torch.Generator]:
+        known = [self.shuffle, torch.default_generator, *([self.draw] if self.draw else [])]
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_on_device"], self.device)
-        progress = state["progress"]
-        self.progress = Progress(**{**progress, "curve": [Epoch(**epoch) for epoch in progress["curve"]]})
+            known.append(torch.cuda.default_generators[self.device.index or 0])
+        return known
+
+
+def by_sub_batch(count: int) -> Tensor:
+    """Return the places of a batch, those in FOP's first sub-batch (by parity of bits) before the others."""
+    return torch.tensor([place.bit_count() % 2 for place in range(count)]).argsort(stable=True)
 
 
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -182,10 +173,7 @@ def messages(caught: list[warnings.WarningMessage]) -> list[str]:
 def share_right(
     model: nn.Module, count: int, batch: Batch, total: Callable[[Tensor], Tensor] = lambda counts: counts
 ) -> float:
-    """Return the share of ``count`` samples that a model gets right in evaluation mode.
-
-    ``total`` sums the numbers of right samples and of all samples over the processes that share the work.
-    """
+    """Return the share of ``count`` samples that a model gets right, and with ``total`` of all processes'."""
     model.eval()
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)

@@ -78,27 +78,23 @@ def world_on(device: torch.device) -> Iterator[World]:
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Call ``function(*arguments)`` in ``ranks`` new processes of one thread, joined by gloo if several.
+    """Call a function in ``ranks`` new processes of one thread, joined by gloo; return its results by rank.
 
-    Returns what it returned, by rank. Raises ProcessException if a process failed; its message has the
-    traceback, and the others are ended.
+    Raises ProcessException with the traceback if a process failed; the others are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (ranks, folder, function, arguments), ranks)
+        spawn(_rank, (ranks, Path(folder), function, arguments), ranks)
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
-def _rank(
-    rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, ranks: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         if sys.platform.startswith("linux"):
             # Otherwise gloo looks up the name of the host, which need not have an address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = f"file://{folder}/rendezvous"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(*arguments)))
+        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    (folder / f"result{rank}").write_bytes(pickle.dumps(function(*arguments)))
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()

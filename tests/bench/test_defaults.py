@@ -13,7 +13,7 @@ from PIL import Image
 
 import command
 from command import Told
-from fop_bench import execution
+from fop_bench import cli, execution
 from fop_bench.images import per_class
 from fop_bench.recipes import CIFAR10, DEFAULTS, RECIPES, Contender, ImageTask
 from fop_bench.study_report import read_defaults, write_defaults
@@ -40,7 +40,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch, **tasks: ImageTask) -> None:
 
 def test_runs_are_made_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
-    first = invoke(tmp_path, "clip", "--tasks", "digits-mlp")
+    monkeypatch.setattr(cli, "DEFAULTS", DEFAULTS[:1])
+    first = invoke(tmp_path, "clip")
     assert first.exit_code == 0, first.output
     assert f"Wrote {tmp_path}/README.md; 0 runs left" in first.output
     content = (tmp_path / "clip.jsonl").read_bytes()
@@ -52,7 +53,8 @@ def test_runs_are_made_once_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert runs[0]["environment"] == runs[1]["environment"]
     assert json.loads(content.splitlines()[0])["evaluated_on"] == "held-out"
     # The rest of the study goes into the same file.
-    assert invoke(tmp_path, "clip", "--tasks", "digits").exit_code == 0
+    monkeypatch.setattr(cli, "DEFAULTS", DEFAULTS)
+    assert invoke(tmp_path, "clip").exit_code == 0
     assert (tmp_path / "clip.jsonl").read_bytes().startswith(content)
     assert "6 runs on 6 tasks, 0 diverged" in (tmp_path / "README.md").read_text()
 
@@ -72,25 +74,25 @@ def test_cifar_is_read_from_the_training_folder_alone(
     two = replace(CIFAR10, size=16, classes=2)
     small = ImageTask(two, per_class(3), per_class(2, skip=3), has_test=False)
     shrink(monkeypatch, **{"defaults-cifar-small": small})
+    monkeypatch.setattr(cli, "DEFAULTS", DEFAULTS[-1:])
     data = ("--data", str(tmp_path))
-    told = invoke(tmp_path / "out", "clip", "--tasks", "cifar-small", *data)
+    told = invoke(tmp_path / "out", "clip", *data)
     assert told.exit_code == 0, told.output
     assert "0 runs left" in told.output
     (run,) = read_defaults(tmp_path / "out" / "clip.jsonl")
     assert run["task"] == "cifar-small, full batch"
     (tmp_path / "train" / "dog" / "4.png").unlink()
     execution.parts_of.cache_clear()
-    told = invoke(tmp_path / "other", "clip", "--tasks", "cifar", *data)
+    told = invoke(tmp_path / "other", "clip", *data)
     assert told.exit_code == 1
     assert "class 1 has 4 images; 5 are needed" in told.output
 
 
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
-    told = invoke(tmp_path, "trust", "--tasks", "nothing")
-    assert told.exit_code == 1
-    assert "'nothing', which is in none of: digits-mlp, digits-cnn, " in told.output
-    assert "cifar" not in told.output, "which needs --data"
     assert invoke(tmp_path, "nothing").exit_code == 2
+    told = invoke(tmp_path, "trust", "--data", str(tmp_path / "nowhere"))
+    assert told.exit_code == 2
+    assert "there is no folder" in told.output
 
 
 # --- Tables, of lines as version 0.1 wrote them

@@ -126,13 +126,14 @@ def test_the_digits_are_split_without_overlap_and_stratified() -> None:
 
 def test_the_digits_are_scikit_learns_and_shared_out() -> None:
     raw, loaded = load_digits(), DigitsTask().load(None)
-    for images, part in zip((loaded.train, loaded.held_out, loaded.test), digits_split(), strict=True):
+    assert loaded["tuning"][0] is loaded["final"][0]
+    for images, part in zip((*loaded["tuning"], loaded["final"][1]), digits_split(), strict=True):
         assert images.pixels.shape == (len(part), 8, 8, 1)
         np.testing.assert_array_equal(images.pixels[..., 0].numpy(), raw.images[part] * 15)
         assert images.labels.tolist() == raw.target[part].tolist()
     shares = [DigitsTask().load(None, rank, 2) for rank in range(2)]
-    together = sorted(int(each) for share in shares for each in share.train.pixels.sum((1, 2, 3)))
-    assert together == sorted(loaded.train.pixels.sum((1, 2, 3)).tolist())
+    together = sorted(int(each) for share in shares for each in share["final"][0].pixels.sum((1, 2, 3)))
+    assert together == sorted(loaded["final"][0].pixels.sum((1, 2, 3)).tolist())
     with pytest.raises(ValueError, match="--data is /tmp; the digits come with scikit-learn"):
         DigitsTask().load("/tmp")
 
@@ -151,7 +152,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(folder: Path) -> None:
     parts = ImageTask(Source("owner/name"), held_out=0.1).load(str(folder))
-    tuning, held, final = parts.training(final=False), parts.judging(final=False), parts.training(final=True)
+    (tuning, held), (final, test) = parts["tuning"], parts["final"]
     seen = [
         list(zip(e.labels.tolist(), e.pixels[:, 0, 0, 1].tolist(), strict=True))
         for e in (tuning, held, final)
@@ -161,15 +162,15 @@ def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(folder: Path) 
     assert seen[0] == [(0, n) for n in range(9)] + [(1, n) for n in range(18)] + [(2, 0)]
     assert seen[2] == seen[0] + seen[1]
     assert tuning.pixels.data_ptr() == final.pixels.data_ptr()
-    assert len(parts.judging(final=True)) == 31
+    assert len(test) == 31
     shares = [ImageTask(Source("owner/name")).load(str(folder), rank, 2) for rank in range(2)]
-    assert sum(len(share.training(final=True)) for share in shares) == 31
+    assert sum(len(share["final"][0]) for share in shares) == 31
 
 
 def test_a_task_without_test_images_reads_none(folder: Path) -> None:
     (folder / "test").rename(folder / "elsewhere")
     parts = ImageTask(Source("owner/name"), has_test=False).load(str(folder))
-    assert len(parts.held_out) == 3
+    assert len(parts["tuning"][1]) == len(parts["final"][1]) == 3
 
 
 # --- Where a record was made

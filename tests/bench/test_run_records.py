@@ -13,25 +13,11 @@ from fop_bench.study_report import write_report
 from study_records import ONE, OTHER, line, write
 
 
-def test_a_cut_off_last_line_is_left_out_and_named(tmp_path: Path) -> None:
-    whole = [line("fop", [0.5], seed=seed) for seed in (1, 2)]
-    # Cut inside a character of two bytes.
-    cut = (
-        json.dumps({"label": "é"}, ensure_ascii=False).encode().partition("é".encode())[0] + "é".encode()[:1]
-    )
-    path = write(tmp_path / "comparison.jsonl", whole)
-    path.write_bytes(path.read_bytes() + cut)
-    before = path.read_bytes()
-    with pytest.warns(UserWarning, match=r"comparison\.jsonl, line 3, the last one, is not JSON"):
-        assert read_runs(tmp_path) == whole
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("broken", ['{"recipe": ', '{"recipe": NaN}'])
-def test_a_broken_line_elsewhere_is_an_error(tmp_path: Path, broken: str) -> None:
-    path = write(tmp_path / "a.jsonl", [line("fop", [0.5])], broken + "\n")
-    write_end = path.read_text() + json.dumps(line("fop", [0.5], seed=2)) + "\n"
-    path.write_text(write_end)
+@pytest.mark.parametrize("broken", ['{"recipe": ', '{"recipe": NaN}', '{"label": "\udcc3'])
+@pytest.mark.parametrize("rest", ["", "\n{}\n"])
+def test_a_broken_line_is_an_error(tmp_path: Path, broken: str, rest: str) -> None:
+    content = json.dumps(line("fop", [0.5])) + "\n" + broken + rest
+    (tmp_path / "a.jsonl").write_text(content, errors="surrogateescape")  # cut inside a character
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is .*delete that line"):
         read_runs(tmp_path)
 

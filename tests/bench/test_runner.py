@@ -228,9 +228,7 @@ def test_records_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("lr", [1e3, 1e15, 1e30])
 def test_divergence_is_reported_in_strict_json(tmp_path: Path, name: str, lr: float) -> None:
-    contender = replace(
-        CONTENDERS[name], options=lambda batch: {"kl_clip": None} if name in ("kfac", "fop") else {}
-    )
+    contender = replace(CONTENDERS[name], fixed={"kl_clip": None} if name in ("kfac", "fop") else {})
     RECIPES["tiny"] = replace(TINY, studies={"all": Study({name: contender}, {8: 6}, seeds=(1,))})
     record = finished(final_of(name, options={"lr": lr}, epochs=6), tmp_path)
     assert record["diverged"] == (len(record["curve"]) < 6)

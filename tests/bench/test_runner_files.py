@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -26,9 +25,7 @@ from tiny_study import (
     accuracies,
     faked,
     go,
-    identity,
     lines,
-    result,
     seconds_as_steps,
     tiny_recipe,  # noqa: F401 - for every test here
 )
@@ -57,35 +54,8 @@ def content_of(folder: Path) -> dict[Path, bytes]:
 # --- A file that others wrote to
 
 
-@pytest.mark.parametrize("kept", [1, 200, -1])
-def test_a_line_that_was_cut_off_is_put_aside_and_its_run_made_again(tmp_path: Path, kept: int) -> None:
-    path = started(tmp_path)
-    first, second = path.read_bytes().splitlines(keepends=True)
-    cut = second[:kept]  # -1: all but the end of the line
-    path.write_bytes(first + cut)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert go(tmp_path) == 0
-    assert (tmp_path / "comparison.cut-off").read_bytes() == cut + b"\n"
-    records = lines(path)
-    assert len({identity(record) for record in records}) == len(records) == 10
-    assert path.read_bytes().startswith(first)
-    assert result(records[1]) == result(json.loads(second))
-
-
-def test_cut_off_lines_do_not_replace_each_other(tmp_path: Path) -> None:
-    path = tmp_path / "comparison.jsonl"
-    for cut in (b'{"first', '{"label": "é'.encode()[:-1]):
-        with path.open("ab") as file:
-            file.write(cut)
-        go(tmp_path, minutes=-1.0)
-    assert (tmp_path / "comparison.cut-off").read_bytes() == b'{"first\n{"label": "\xc3\n'
-    assert go(tmp_path) == 0
-    assert len(lines(path)) == 10
-
-
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_whole_line_that_is_broken_is_an_error_and_nothing_is_written(tmp_path: Path, at: int) -> None:
+def test_a_line_that_is_broken_is_an_error_and_nothing_is_written(tmp_path: Path, at: int) -> None:
     path = started(tmp_path)
     content = path.read_bytes().splitlines(keepends=True)
     content[at] = b"\0\0\0\n"
@@ -104,13 +74,13 @@ def test_a_second_process_in_the_same_folder_is_refused(
     refused = []
 
     def second(done: int, planned: int, title: str) -> None:
-        before = path.read_bytes()
+        before = content_of(tmp_path)
         with pytest.raises(BlockingIOError, match=rf"another fop-bench is writing {path}; wait for it, or"):
             go(tmp_path)
         told = invoke(tmp_path)
         assert told.exit_code == 1
         assert f"Error: another fop-bench is writing {path}" in told.output
-        assert path.read_bytes() == before
+        assert content_of(tmp_path) == before
         refused.append(title)
 
     assert go(tmp_path, on_run=second) == 0

@@ -197,8 +197,8 @@ def test_minutes_end_all_ranks_at_one_step_and_the_next_sitting_goes_on(folder: 
 
 def by_hand(ranks: int) -> tuple[list[float], list[float]]:
     """Train as the plain recipe says, in one process and in double precision; give losses and accuracies."""
-    parts = RandomImages().load(None)
-    pixels = parts.train.pixels.double()
+    train, test = RandomImages().load(None)["final"]
+    pixels = train.pixels.double()
     mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2), correction=0)
 
     def inputs(of: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def by_hand(ranks: int) -> tuple[list[float], list[float]]:
         order, of_epoch = torch.randperm(TRAIN // ranks, generator=draw), []
         for part in order.split(8 // ranks):
             numbers = torch.cat([part * ranks + rank for rank in range(ranks)])
-            loss = cross_entropy(model(inputs(parts.train.pixels[numbers])), parts.train.labels[numbers])
+            loss = cross_entropy(model(inputs(train.pixels[numbers])), train.labels[numbers])
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             lr = 0.05 * (1 + math.cos(math.pi * step / steps))
             with torch.no_grad():
@@ -224,7 +224,7 @@ def by_hand(ranks: int) -> tuple[list[float], list[float]]:
             of_epoch.append(loss.item())
             step += 1
         losses.append(sum(of_epoch) / STEPS)
-        right = model(inputs(parts.test.pixels)).argmax(1) == parts.test.labels
+        right = model(inputs(test.pixels)).argmax(1) == test.labels
         accuracies.append(right.double().mean().item())
     return losses, accuracies
 

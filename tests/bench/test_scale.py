@@ -142,7 +142,7 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
     ("arguments", "said"),
     [
         (["--ranks", "0"], "0 is less than 1"),
-        (["--ranks", "two"], "invalid integer value: 'two'"),
+        (["--ranks", "two"], "invalid int value: 'two'"),
         (["--model", "alexnet"], "invalid choice: 'alexnet'"),
     ],
 )
@@ -154,7 +154,7 @@ def test_bad_options(arguments: list[str], said: str, tmp_path: Path) -> None:
 
 
 def test_a_failure_is_a_message_not_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **how: Any) -> None:
         raise ProcessException("no luck", 1, 77)
 
     monkeypatch.setattr(scale, "measure_scale", fail)

@@ -238,8 +238,8 @@ def test_what_is_not_finite_is_none_and_still_drawn(point, tmp_path):
 
 CONTENDERS = {
     "sgd": Contender("sgd", {"lr": (0.1,)}),
-    "damped": Contender("fop", {}, lambda _: {"momentum": 0.3}, formula="damped projection"),
-    "fop": Contender("fop", {"lr": (0.1,)}, lambda batch: {"curvature_interval": batch}),
+    "damped": Contender("fop", {}, {"momentum": 0.3}, formula="damped projection"),
+    "fop": Contender("fop", {"lr": (0.1,)}, {"curvature_interval": lambda batch: batch}),
 }
 TINY = Recipe(
     name="tiny",
@@ -305,7 +305,6 @@ def test_command_writes_the_record_and_the_picture(folder):
     ("arguments", "words"),
     [
         (("nonsense",), ["nonsense", "cifar10-small", "tiny"]),
-        (("tiny", "--task", "birds"), ["birds", "images"]),
         (("tiny", "--batch", "26"), ["26", "24"]),
         (("tiny", "--batch", "7"), ["7", "even"]),
         (("diverging", "--batch", "12"), ["diverged in epoch 1", "--lr", "--damping"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from fop.capture.sub_batches import sub_batch_entries
 from fop_bench import training
 from fop_bench.models import mlp
-from fop_bench.training import Epoch, Training, cosine, share_right
+from fop_bench.training import Training, cosine, share_right
 
 TARGETS = torch.arange(48) % 3
 INPUTS = torch.randn(48, 4, generator=torch.Generator().manual_seed(3)) + 2.0 * nn.functional.one_hot(
@@ -53,8 +53,15 @@ def run(
     return made.progress
 
 
-def timeless(curve: list[Epoch]) -> list[Epoch]:
-    return [replace(epoch, seconds=0.0, processor_seconds=0.0) for epoch in curve]
+def timeless(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{**epoch, "seconds": 0.0, "processor_seconds": 0.0} for epoch in curve]
+
+
+@pytest.mark.parametrize("samples", [2, 8, 10, 24])
+def test_halves_are_the_sub_batches_of_the_optimizer(samples: int) -> None:
+    halves = training.by_sub_batch(samples).chunk(2)
+    theirs = sub_batch_entries(samples, 2, 1, torch.device("cpu"))
+    assert all(torch.equal(mine, their) for mine, their in zip(halves, theirs, strict=True))
 
 
 def test_same_seed_same_run_and_another_seed_another_run() -> None:
@@ -65,17 +72,17 @@ def test_same_seed_same_run_and_another_seed_another_run() -> None:
 
 def test_curve_is_complete_and_learns() -> None:
     result = run(epochs=30, lr=0.5)
-    assert [epoch.epoch for epoch in result.curve] == list(range(1, 31))
+    assert [epoch["epoch"] for epoch in result.curve] == list(range(1, 31))
     assert not result.diverged
-    assert result.curve[-1].accuracy > 0.85
-    assert result.curve[-1].train_loss < 0.5 * result.curve[0].train_loss
+    assert result.curve[-1]["accuracy"] > 0.85
+    assert result.curve[-1]["train_loss"] < 0.5 * result.curve[0]["train_loss"]
 
 
 def test_divergence_ends_the_run_and_is_reported() -> None:
     result = run(lr=1e30, epochs=6)
     assert result.diverged
     assert len(result.curve) < 6
-    assert all(math.isfinite(epoch.train_loss) for epoch in result.curve)
+    assert all(math.isfinite(epoch["train_loss"]) for epoch in result.curve)
 
 
 def test_seconds_leave_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +99,7 @@ def test_seconds_leave_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(training, "_now", lambda device: clock[0])
     result = run(epochs=3, optimizer=SlowSGD, evaluate=slow_accuracy)
-    assert [epoch.seconds for epoch in result.curve] == [3.0, 6.0, 9.0]
+    assert [epoch["seconds"] for epoch in result.curve] == [3.0, 6.0, 9.0]
 
 
 @pytest.mark.parametrize(("batch_size", "used"), [(16, 48), (20, 40), (48, 48)])
