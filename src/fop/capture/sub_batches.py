@@ -86,7 +86,7 @@ def sub_batch_entries(samples: int, count: int, rows: int, device: torch.device)
     come in blocks, as chosen before rejected answers, or with both in turn: each sub-batch has both alike.
     """
     place, rest = torch.zeros(samples, dtype=torch.long), torch.arange(samples)
-    while rest.any():
+    while count > 1 and rest.any():
         place, rest = place + rest % count, rest // count
     place = (place % count).repeat_interleave(rows)
     return [(place == k).nonzero()[:, 0].to(device) for k in range(count)]
