@@ -213,9 +213,10 @@ def test_no_disagreement_is_kfac(ratio: float, dtype: torch.dtype) -> None:
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4)).to(dtype)
-    x, residual = torch.randn(3, 5, dtype=dtype).repeat(2, 1), torch.randn(3, 4, dtype=dtype)
+    half, residual = torch.randn(3, 5, dtype=dtype), torch.randn(3, 4, dtype=dtype)
+    x = reference.joined(half, half)
     with torch.no_grad():
-        y = model(x) - torch.cat([residual, ratio * residual])
+        y = model(x) - reference.joined(residual, ratio * residual)
     oracle = ReferenceFOP(model, **PLAIN, damping=DAMPING, beta=0.0, eta=1.0)
     optimizer = FOP(model, **PLAIN, damping=DAMPING)
     before = weights(model)
