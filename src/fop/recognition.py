@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, Source, begin_watch, end_watch, parts_called, remove_all, source_of, watches
-from fop.layers import FunctionCall
-from fop.torch_internals import current_transform, has_compiled, outside, running_modules, runs_compiled
+from fop.layers import FUNCTIONS, FunctionCall
+from fop.torch_internals import (
+    current_transform,
+    has_compiled,
+    outside,
+    running_modules,
+    runs_compiled,
+    view_base,
+)
 
 # Takes a call of a function, the source of its weight, and the innermost module that runs; returns whether it
 # is recorded.
@@ -22,7 +29,8 @@ Found: TypeAlias = Callable[[FunctionCall, Source, nn.Module], bool]
 # Passes after which a parameter without a gradient is no longer watched.
 _PASSES = 16
 # Functions, beside those of `fop.layers`, that may use a parameter as a weight.
-_PRODUCTS = {"einsum", "bmm", "baddbmm", "addbmm", "tensordot", "bilinear", "mv", "inner"}
+_PRODUCTS = {"einsum", "bmm", "baddbmm", "addbmm", "tensordot", "bilinear", "mv", "inner", "grouped_mm"}
+_PRODUCTS |= {function.__name__.strip("_") for function in FUNCTIONS}
 _UNSEEN = "no function that FOP knows was seen to use it"
 
 
@@ -73,12 +81,13 @@ class Recogniser:
 
     def sees(self, call: FunctionCall) -> bool:
         """Take a call of a function; return whether it is recorded."""
-        source, found, modules = source_of(call.given["weight"]), self.found(), running_modules()
-        if source is None or found is None or not modules or not torch.is_grad_enabled():
+        used, found, modules = call.given["weight"], self.found(), running_modules()
+        if found is None or not modules or not torch.is_grad_enabled():
             return False
-        if found(call, source, modules[0]):
+        source = source_of(used)
+        if source is not None and found(call, source, modules[0]):
             return True
-        self.passes(call.function, tuple(call.given.values()))
+        self.passes(call.function, (used, view_base(used) if isinstance(used, Tensor) else None))
         return False
 
     def passes(self, function: Any, args: tuple[Any, ...]) -> None:

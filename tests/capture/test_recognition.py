@@ -462,6 +462,28 @@ def test_weight_of_another_function_is_named_once() -> None:
     assert rows["head.weight"].path == "FOP"
 
 
+class Experts(nn.Module):
+    """Weights of several layers in one parameter."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.spelling = nn.Parameter(torch.randn(2, 3, 5)), spelling
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spelling == "bmm":
+            return torch.bmm(x.expand(2, *x.shape), self.experts.mT).sum(0)
+        return F.linear(x, self.experts[0]) + F.linear(x, self.experts[1])
+
+
+@pytest.mark.parametrize(("spelling", "seen"), [("bmm", "no function that FOP knows"), ("linear", "linear")])
+def test_weights_of_experts_are_named(spelling: str, seen: str) -> None:
+    optimizer, messages = steps_of(Experts(spelling))
+    assert optimizer.summary().rows[0].path == "AdamW" and seen in optimizer.summary().rows[0].reason
+    assert len(messages) == 1 and "experts" in messages[0]
+
+
 def test_user_who_knows_is_not_warned() -> None:
     _, messages = steps_of(Strange(), layer_options={"": {"path": "adamw"}})
     assert messages == []
