@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import KFAC
+from internals import contiguous_sub_batches
 from ranks import run_ranks
 from trajectories import (
     EVERYTHING,
@@ -110,6 +111,8 @@ def go_on(rank: int, name: str, checkpoint: dict[str, Any], how: str) -> dict[st
     run.inner.load_state_dict(checkpoint["model"])
     if "optimizer" in checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for step in range(STEPS, STEPS + MORE):
-        plain(run, step)
+    # As batches were split when the checkpoints were written.
+    with contiguous_sub_batches():
+        for step in range(STEPS, STEPS + MORE):
+            plain(run, step)
     return {key: param.detach().clone() for key, param in run.inner.named_parameters()}

@@ -137,6 +137,7 @@ def test_every_row_on_the_adamw_path_says_why(bare: bool) -> None:
         "mixed_dims.k_proj_weight": "(A 3², G 4²)",
         "mixed_dims.v_proj_weight": "(A 2², G 4²)",
         "mixed_dims.out_proj.weight": "(A 5², G 4²)",
+        "normed.parametrizations.weight.original1": "(A 3², G 3²)",
     }
     biases = ("body.attention.in_proj_bias", "body.attention.out_proj.bias", "body.down.bias", "body.up.bias")
     assert {name for name, row in fop.items() if not row.factors} == {*biases, "mixed_dims.out_proj.bias"}
