@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
@@ -89,6 +90,18 @@ class Attentive(nn.Module):
         x = self.group(x.mT + self.up(torch.tanh(self.down(x.mT))))
         out: Tensor = self.head(x.mean(-1))
         return out
+
+
+class Own(nn.Module):
+    """A linear layer that no class of torch's tells about."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        inner = nn.Linear(*sizes)
+        self.weight, self.bias = nn.Parameter(inner.weight.data), nn.Parameter(inner.bias.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 def batch(n: int = 6, seed: int = 1, shape: tuple[int, ...] = (5,)) -> tuple[Tensor, Tensor]:

@@ -279,27 +279,27 @@ class Bindings:
             if use.module() is module:
                 # A module whose own output is the layer's is recorded by its hook.
                 return use.sees(call) if type(use) is FunctionUse else True
-        owner, key = next(((owner, key) for ref, key in self._owners[weight] if (owner := ref())), (None, ""))
+        owners = ((ref(), key) for ref, key in self._owners[weight])
+        owner, key = next(((owner, key) for owner, key in owners if owner is not None), (None, ""))
         root = next((root for root in self.roots() if module in set(root.modules())), None)
         if root is None or owner is None or (binding is None and weight not in self.recogniser.waiting):
             return False
         bias = None if source.computed else self._bias_of(call, owner, binding)
         bias_key = None if bias is None else self._owners[bias][0][1]
-        named = {each: name for name, each in root.named_modules()}
-        own, path = self.names[weight].removesuffix(".weight"), named.get(module, "")
-        options = (
-            self.choices.of((named.get(owner, own), owner), (path, module))
-            if binding is None
-            else binding.layer.options
-        )
+        name = self.names[weight].removesuffix(".weight")
+        if binding is None:
+            named = {each: path for path, each in root.named_modules()}
+            path = named.get(module, "")
+            options = self.choices.of((named.get(owner, name), owner), (path, module))
+        else:
+            options = binding.layer.options
         layer = call.layer(turned=source.turned, bias=bias is not None, options=options)
         if layer is None or options.path == "adamw":
             return False
         if binding is None:
-            kind = (
-                f"{call.name}{' of a computed weight' if source.computed else ''} in {type(module).__name__}"
-            )
-            name = type(owner).__name__ if own == "weight" else own
+            computed = " of a computed weight" if source.computed else ""
+            kind = f"{call.name}{computed} in {type(module).__name__}"
+            name = type(owner).__name__ if name == "weight" else name
             uses = (Use(path, module, Slot(key, bias_key, lambda *_: layer), layer),)
             found = FoundLayer(name, kind, layer, weight, bias, uses)
             binding = self._bind(found, state)
@@ -317,9 +317,8 @@ class Bindings:
         if leaf in self._owners:
             return leaf
         each = ((param, ref(), key) for param, owners in self._owners.items() for ref, key in owners)
-        return next(
-            (param for param, owner, key in each if owner and owner._parameters.get(key) is leaf), None
-        )
+        has = ((param, None if owner is None else owner._parameters.get(key)) for param, owner, key in each)
+        return next((param for param, now in has if now is leaf), None)
 
     def _bias_of(self, call: FunctionCall, owner: nn.Module, binding: Binding | None) -> nn.Parameter | None:
         """Return the bias of a call, if it belongs to the weight's layer and the weight's owner has it."""

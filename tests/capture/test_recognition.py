@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fop import FOP
 from internals import function_watches
-from models import PLAIN, assert_equal, loss_of, train_step, weights
+from models import PLAIN, Own, assert_equal, loss_of, train_step, weights
 from reference import correct, dense_damped_fisher, dense_fisher, split, unvec, vec
 
 Build = Callable[..., nn.Module]
@@ -59,16 +59,6 @@ class Outside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.inner.weight, self.inner.bias)
-
-
-class Own(nn.Module):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        inner = nn.Linear(*sizes)
-        self.weight, self.bias = nn.Parameter(inner.weight.data), nn.Parameter(inner.bias.data)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 class Helped(Own):
@@ -330,6 +320,24 @@ def test_use_in_two_modules() -> None:
             return out
 
     assert_trains_like(Both(True).double(), Both(False).double(), vectors)
+
+
+def test_owner_that_is_an_empty_container() -> None:
+    """It counts as False, and is there all the same."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.holder = nn.Sequential()
+            self.holder.register_parameter("weight", nn.Parameter(torch.randn(3, 5, dtype=torch.float64)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.holder.get_parameter("weight"))
+
+    model = Net()
+    optimizer = FOP(model, **PLAIN)
+    train_step(model, optimizer, vectors(0), torch.zeros(8, 3, dtype=torch.float64))
+    assert [row.path for row in optimizer.summary().rows] == ["FOP"]
 
 
 # --- weights that are computed -----------------------------------------------------------------------------

@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import OPTIONS, Weights, steps, whole, wrapped
-from torch import Tensor, nn
+from torch import nn
 
 from fop import FOP
+from models import Own
 from ranks import run_ranks
-
-
-class Own(nn.Module):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        inner = nn.Linear(*sizes)
-        self.weight, self.bias = nn.Parameter(inner.weight.data), nn.Parameter(inner.bias.data)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 def trained(rank: int, layer: Any, wrap: str, mode: str) -> tuple[Weights, set[str]]:

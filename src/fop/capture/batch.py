@@ -119,16 +119,19 @@ class Batch:
         return shape[0] != self.size or self.seconds is None or self.size in self.seconds
 
     def _in_doubt(self, shape: tuple[int, ...], dims: int) -> Layout:
-        if not self.sequences and not self.ambiguous:
-            fitting = set(self.sizes).intersection(shape[:2])
-            if len(fitting) == 1:
-                (N,) = fitting
-                return Layout(0, N) if shape[0] == N else _not_first(N, shape, dims)
-            why = f"its input is {shape}, and the model has inputs or outputs of {sorted(set(self.sizes))}"
-            return Layout(0, shape[0], problem=why, unclear=True)
-        if not self.sequences:
+        if self.sequences:
+            return self._among_sequences(shape)
+        if self.ambiguous:
             why = "a compiled model with batch_first=False, or inputs of several sizes, needs batch_dim"
             return Layout(0, shape[0], problem=why)
+        fitting = set(self.sizes).intersection(shape[:2])
+        if len(fitting) == 1:
+            (N,) = fitting
+            return Layout(0, N) if shape[0] == N else _not_first(N, shape, dims)
+        why = f"its input is {shape}, and the model has inputs or outputs of {sorted(set(self.sizes))}"
+        return Layout(0, shape[0], problem=why, unclear=True)
+
+    def _among_sequences(self, shape: tuple[int, ...]) -> Layout:
         sizes = {N for _, N in self.sequences}
         N = max(sizes)
         if len(sizes) > 1:

@@ -205,7 +205,8 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
 class ModuleUse(ABC):
     """One module that uses a weight, and the hooks on it.
 
-    ``names`` are the module's for weight and bias, dotted where a submodule owns them; None for no bias.
+    ``names`` are the owner's for weight and bias, dotted where a submodule has them; None for no bias. The
+    owner is the module itself if no other is given.
     """
 
     def __init__(
@@ -215,8 +216,10 @@ class ModuleUse(ABC):
         module: nn.Module,
         names: tuple[str, str | None],
         watch: ModelWatch,
+        owner: nn.Module | None = None,
     ) -> None:
         self.recorder, self.module = weakref.ref(recorder), weakref.ref(module)
+        self.owner = weakref.ref(module if owner is None else owner)
         self.layer, self.names, self.watch = layer, names, watch
         self.handles = self.register(module)
 
@@ -285,19 +288,7 @@ class ForwardUse(ModuleUse):
 
 
 class FunctionUse(ModuleUse):
-    """A module in which a function uses the weight, which ``owner`` has under the name ``key``."""
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        layer: Layer,
-        module: nn.Module,
-        names: tuple[str, str | None],
-        watch: ModelWatch,
-        owner: nn.Module | None = None,
-    ) -> None:
-        self.owner = weakref.ref(module if owner is None else owner)
-        super().__init__(recorder, layer, module, names, watch)
+    """A module in which a function uses the weight, its own or another module's."""
 
     def register(self, module: nn.Module) -> list[RemovableHandle]:
         return [
