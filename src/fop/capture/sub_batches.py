@@ -19,8 +19,6 @@ _SAME_DIRECTION = 1e-3
 # autograd and the hooks round differently.
 _SAME_SUM, _SAME_SUM_HALF = 1e-2, 5e-2
 
-_CPU = torch.device("cpu")
-
 EMPTY = "its batch is empty"
 _CHANGED = (
     "p.grad is not what the layer's own backward pass gave (changed since, not finite, not zeroed before, "
@@ -85,11 +83,25 @@ def sub_batch_entries(samples: int, count: int, rows: int, device: torch.device)
     Sample i goes where the sum of its digits in base K says (for K = 2 the Thue-Morse sequence). A batch may
     come in blocks, as chosen before rejected answers, or with both in turn: each sub-batch has both alike.
     """
-    place, rest = torch.zeros(samples, dtype=torch.long), torch.arange(samples)
-    while count > 1 and rest.any():
-        place, rest = place + rest % count, rest // count
-    place = (place % count).repeat_interleave(rows)
-    return [(place == k).nonzero()[:, 0].to(device) for k in range(count)]
+    rest, power = torch.arange(samples, device=device), 1
+    place = torch.zeros_like(rest)
+    while count > 1 and power < samples:
+        place, rest, power = place + rest % count, rest // count, power * count
+    # Sorted, and cut where the sizes say: a look at the places would wait for the device.
+    entries = (place % count).repeat_interleave(rows).argsort(stable=True)
+    return list(entries.split([rows * size for size in sub_batch_sizes(samples, count)]))
+
+
+@lru_cache(maxsize=256)
+def sub_batch_sizes(samples: int, count: int) -> list[int]:
+    """Return how many of N samples each of the K sub-batches has."""
+    rounds, rest = divmod(samples, count)
+    start = _digit_sum(rounds, count) if count > 1 else 0
+    return [rounds + ((k - start) % count < rest) for k in range(count)]
+
+
+def _digit_sum(number: int, base: int) -> int:
+    return number % base + _digit_sum(number // base, base) if number else 0
 
 
 class SubBatches:
@@ -129,7 +141,7 @@ class SubBatches:
 
     def sizes(self, samples: int) -> list[int]:
         """Return how many of N samples each sub-batch has."""
-        return [len(each) for each in sub_batch_entries(samples, self.count, 1, _CPU)]
+        return sub_batch_sizes(samples, self.count)
 
     def begin(self, samples: int, label: int | None) -> None:
         """Decide which sub-batch a backward pass belongs to; p.grad is still without it.
