@@ -74,6 +74,9 @@ class FOP(JoinableOptimizer, Optimizer):
         damping: λ of the paper; γ = sqrt(damping) is split between A and G by π. May be a function of the
             step.
         stat_decay: weight of the old factors when new statistics come in, in [0, 1).
+        statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
+            from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
+            by generators of the optimizer's own. None for all rows.
         curvature_interval: steps between curvature updates; early in training they come more often. May be a
             function of the step.
         inverse_delay: steps after which new inverses are used; until then they are computed in another thread
@@ -127,6 +130,7 @@ class FOP(JoinableOptimizer, Optimizer):
         weight_decay: float = DEFAULTS["weight_decay"],
         damping: float | Schedule = DEFAULTS["damping"],
         stat_decay: float = DEFAULTS["stat_decay"],
+        statistics_rows: int | None = DEFAULTS["statistics_rows"],
         curvature_interval: int | Schedule = DEFAULTS["curvature_interval"],
         inverse_delay: int = DEFAULTS["inverse_delay"],
         sub_batches: int = DEFAULTS["sub_batches"],

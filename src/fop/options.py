@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "damping": 1e-3,
     "stat_decay": 0.9,
+    "statistics_rows": 16,
     "curvature_interval": 100,
     "inverse_delay": 0,
     "sub_batches": 2,
@@ -147,6 +148,12 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
                 raise TypeError(f"{name}={count!r} must be a whole number of {unit}, {least} or more")
             if count < least:
                 raise ValueError(f"{name}={count} must be {least} or more {unit}")
+    if options.get("statistics_rows") is not None:
+        rows = options["statistics_rows"]
+        if isinstance(rows, bool) or not isinstance(rows, numbers.Integral):
+            raise TypeError(f"statistics_rows={rows!r} must be a whole number, 1 or more, or None for all rows")
+        if rows < 1:
+            raise ValueError(f"statistics_rows={rows} must be 1 or more, or None for all rows")
     if "betas" in options:
         betas = options["betas"]
         if not isinstance(betas, Sequence) or len(betas) != 2:

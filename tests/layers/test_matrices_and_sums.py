@@ -129,14 +129,14 @@ def test_convolutions_sum_in_chunks_of_bounded_size(name: str, monkeypatch: pyte
     model = nn.Sequential(module)
     (block,) = observe(model, Tape(model), (x,), b, lambda out, dot: (out * dot).sum()).values()
     chunks: list[int] = []
-    columns = layer.input_columns
+    rows_of = layer.input_rows
 
-    def seen(part: Tensor) -> Tensor:
-        rows = columns(part)
+    def seen(part: Tensor, *rest: Any) -> Tensor:
+        rows = rows_of(part, *rest)
         chunks.append(rows.numel())
         return rows
 
-    monkeypatch.setattr(layer, "input_columns", seen)
+    monkeypatch.setattr(layer, "input_rows", seen)
     layer.factor_sums(x[:1], b[:1])
     one = chunks.pop()
     for limit in (1, 3 * one + 1, 10**9):

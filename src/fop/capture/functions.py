@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fop.correction import ratio
-from fop.layers import FUNCTIONS, FactorSums, FunctionCall, Layer, function_call
+from fop.layers import FUNCTIONS, FactorSums, FunctionCall, Layer, RowSampler, function_call
 from fop.torch_internals import leaf_of, running_modules, top_function_mode, view_base
 
 # Takes a call of a function; returns whether it was of a weight of its own.
@@ -184,9 +184,9 @@ class ComputedLayer:
         """Return the gradient matrix of these samples, of the weight."""
         return self._of_weight(self._layer.gradient(x, b))
 
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+    def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         """Return the Kronecker statistics of these samples, of the weight."""
-        sums, gradient = self._layer.factor_sums(x, b), self._layer.gradient(x, b)
+        sums, gradient = self._layer.factor_sums(x, b, sampler), self._layer.gradient(x, b)
         lengths = [torch.linalg.vector_norm(each, dim=2) for each in (gradient, self._of_weight(gradient))]
         scale = ratio(lengths[1], lengths[0], otherwise=1.0).to(sums.a.dtype)
         assert sums.g is not None

@@ -276,8 +276,10 @@ class ForwardUse(ModuleUse):
         if recorder is not None and self.module() is module and self.uses(recorder.weight, module):
             if recorder.sharded:
                 self.follow_shards(recorder, module)
-            x = x.detach() if normalised is None else normalised(module, x)
-            recorder.observe(self.layer, x, output, self.watch.batch())
+            if normalised is not None:
+                recorder.observe(self.layer, normalised(module, x), output, self.watch.batch())
+            else:
+                return recorder.observe(self.layer, x, output, self.watch.batch(), module)
         return None
 
     def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:
@@ -338,7 +340,7 @@ class FunctionUse(ModuleUse):
         if source.computed:
             layer = cast(Layer, ComputedLayer(layer, call.given["weight"], source.leaf))
         if current_transform() is None:
-            recorder.observe(layer, call.given["input"].detach(), call.output, self.watch.batch())
+            recorder.observe(layer, call.given["input"], call.output, self.watch.batch())
         return True
 
 
@@ -362,7 +364,7 @@ class AttentionUse(FunctionUse):
         if recorder is None or weight is None or (rows := rows_of(weight, used)) is None:
             return False
         layer = self.layer.uses(rows) if isinstance(self.layer, PackedLayer) else self.layer
-        recorder.observe(layer, call.given["input"].detach(), call.output, self._running.batch)
+        recorder.observe(layer, call.given["input"], call.output, self._running.batch)
         return True
 
 

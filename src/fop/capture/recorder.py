@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture.batch import Batch, Layout
+from fop.capture.graph import Call, OutputHook, replace_output
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import EMPTY, PassRecord, SubBatches, sub_batch_entries
-from fop.layers import Layer, Statistics
-from fop.torch_internals import (
-    current_backward_pass,
-    graph_is_retained,
-    is_legacy_vmapped,
-    is_vmapped,
-    outside,
-    view_base,
-)
+from fop.capture.sub_batches import EMPTY, PassRecord, SplitSums, SubBatches, sub_batch_entries
+from fop.layers import Layer, RowSampler, Statistics
+from fop.torch_internals import current_backward_pass, outside, view_base
+
+# Gradients of weight and bias, in their shapes.
+Gradients: TypeAlias = tuple[Tensor, Tensor | None]
 
 _UNCLEAR = (
     "it is not clear where the samples of a batch are in the input of a layer: {}. Such layers take K-FAC's "
@@ -64,6 +62,8 @@ class Recorder:
         paired: whether sub-batch gradients are wanted (FOP) or only statistics (K-FAC).
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
+        statistics_rows: rows for each dimension of a factor that statistics are made from; None for all.
+        key: of the draws of these rows; another one in every step, for every weight and on every rank.
         samples: N of all passes together.
         cleared: what they gave before `zero_grad`; serves a gradient that is put there by hand since.
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
@@ -80,6 +80,8 @@ class Recorder:
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
         self.paired, self.due, self.counted, self.count = True, True, False, 2
+        self.statistics_rows: int | None = None
+        self.key = ""
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
@@ -107,6 +109,7 @@ class Recorder:
         # Backward pass around the last one, whether others inside it came before, and its N.
         self._outer, self._continued, self._last_samples = -1, False, 0
         self._arrived: dict[Tensor, Tensor] = {}
+        self._sampler: RowSampler | None = None
 
     # The modules
 
@@ -147,31 +150,51 @@ class Recorder:
         """Whether anything is wanted of the coming backward pass."""
         return self.paired or self.due or self.counted
 
-    def observe(self, layer: Layer, x: Tensor, output: Tensor, batch: Batch) -> None:
+    def observe(
+        self, layer: Layer, x: Tensor, output: Tensor, batch: Batch, module: nn.Module | None = None
+    ) -> Tensor | None:
         """Arrange that the gradient of ``output`` meets ``x`` in the backward pass.
 
         Not only if anything is wanted of it: that may change until then, and checkpointing expects the same
-        tensors to be kept when it repeats a forward pass.
+        tensors to be kept when it repeats a forward pass. Where all that ``module`` does is this layer, and
+        sub-batch gradients are wanted, returns what must take the place of ``output``.
         """
         if not (torch.is_grad_enabled() and output.requires_grad and self.weight.requires_grad):
-            return
+            return None
         if len(self._watched) < len(self.params) or self.sharded:
             self.watch_gradients()
+        call = Call(weakref.ref(self), layer, batch, current_backward_pass())
+        if module is not None and self.paired and layer.owns_backward and not self.sharded:
+            replaced = replace_output(call, x, module, output)
+            if replaced is not None:
+                return replaced
+        x = x.detach()
         # An in-place operation on a view (3-d inputs of Linear, unbatched convolutions) would cut the view,
         # and a hook on it, out of the graph.
         base = view_base(output)
         source = base if base is not None and base.numel() == output.numel() else output
-        node, index, hook = source.grad_fn, source.output_nr, _OutputHook(self, layer, x, batch, output.shape)
+        node, index, hook = source.grad_fn, source.output_nr, OutputHook(call, x, output.shape)
         assert node is not None
         # On the node and not on the tensor: after hooks of the user's that change the gradient.
         node.register_prehook(lambda gradients: hook(gradients[index]))
+        return None
 
     @torch.no_grad()
-    def record(self, layer: Layer, x: Tensor | None, b: Tensor, batch: Batch, outer: int = -1) -> None:
+    def record(
+        self,
+        layer: Layer,
+        x: Tensor | None,
+        b: Tensor,
+        batch: Batch,
+        outer: int = -1,
+        *,
+        whole: bool = False,
+    ) -> Gradients | None:
         """Record one use of the weight, which ``layer`` describes, in a running backward pass.
 
         ``x`` is None if it was changed since the forward pass; ``outer`` is the backward pass that repeated
-        the forward pass (reentrant checkpointing), -1 if none did.
+        the forward pass (reentrant checkpointing), -1 if none did. If asked for the ``whole``, and the pass was
+        split, returns the gradients of weight and bias, as the sums of those of the sub-batches.
         """
         if x is None:
             layout = Layout(0, 0, problem="its input was changed in place")
@@ -194,33 +217,43 @@ class Recorder:
             if not self._continued and (samples or layout.problem is not None):
                 self.sub_batches.begin(samples, self._label.index)
         with torch.autocast(b.device.type, enabled=False):
-            record = self._record_of(layer, x, b, layout)
+            record, gradients = self._record_of(layer, x, b, layout, whole)
         if task in self._passes:
             self._passes[task].add_use(record)
         else:
             self._passes[task] = record
+        return gradients
 
-    def _record_of(self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout) -> PassRecord:
+    def _record_of(
+        self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout, whole: bool
+    ) -> tuple[PassRecord, Gradients | None]:
         record = PassRecord(layout.samples, layout.problem, precise=torch.finfo(b.dtype).bits > 16)
+        gradients: Gradients | None = None
         if x is None or not x.numel() or not b.numel():
             record.problem = record.problem or EMPTY
-            return record
+            return record, None
         if layout.dim != 0 or layout.folded:
             x, b = layout.batched(x), layout.batched(b)
         if layout.samples < self.count:
             how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
             record.problem = record.problem or f"a batch of {layout.samples} {how}"
-        sums, last = record.sums, None
         if self.paired and self.sub_batches.split and record.problem is None:
-            *parts, last = sub_batch_entries(layout.samples, self.sub_batches.count, layout.rows, x.device)
-            sums.first = [layer.gradient(_select(x, part), _select(b, part)) for part in parts]
+            entries = sub_batch_entries(layout.samples, self.sub_batches.count, layout.rows, x.device)
+            if whole:
+                gradients = _sum_of_parts(layer, x, b, entries, record.sums)
+                if self.due:
+                    record.sums.whole = layer.to_matrix(gradients[0], gradients[1] if layer.bias else None)
+            else:
+                *first, last = entries
+                record.sums.first = [layer.gradient(_select(x, each), _select(b, each)) for each in first]
+                if self.due:
+                    of_last = layer.gradient(_select(x, last), _select(b, last))
+                    record.sums.whole = reduce(torch.add, record.sums.first[::-1], of_last)
         if self.due:
-            record.statistics = gather_statistics(layer, x, b, layout.samples)
-            if last is not None:
-                sums.whole = layer.gradient(_select(x, last), _select(b, last))
-                for each in reversed(sums.first):
-                    sums.whole = each + sums.whole
-        return record
+            if self.statistics_rows is not None and self._sampler is None:
+                self._sampler = RowSampler(self.statistics_rows, self.key, x.device)
+            record.statistics = gather_statistics(layer, x, b, layout.samples, self._sampler)
+        return record, gradients
 
     @torch.no_grad()
     def accumulated(self, param: Tensor) -> None:
@@ -250,6 +283,9 @@ class Recorder:
             self._version = id(gradient), gradient._version
         if self.paired or self.due:
             sub_batches.measures[param] = sub_batches.measure(param, gradient)
+            if param is self.weight and self.statistics is not None:
+                # The rows that were drawn may not show that a gradient is not finite.
+                self.statistics.spoil(sub_batches.measures[param][0])
         if self.completed is not None:
             self._arrived[param] = gradient
             if all(each in self._arrived or not each.requires_grad for each in self.params):
@@ -292,43 +328,21 @@ def _select(x: Tensor, entries: Tensor) -> Tensor:
     return x.index_select(0, entries)
 
 
-class _Keep(torch.autograd.Function):
-    """Holds a tensor where checkpointing and offloading find it, and where changes in place are noticed."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise NotImplementedError("nothing is computed from it")
-
-
-class _OutputHook:
-    """Hook on an output's node: holds the input until the gradient of the output comes, as autograd does."""
-
-    def __init__(self, recorder: Recorder, layer: Layer, x: Tensor, batch: Batch, shape: torch.Size) -> None:
-        self._recorder = weakref.ref(recorder)
-        self._layer, self._batch, self._shape = layer, batch, shape
-        # The output and not its node: before torch 2.13 the node's tensors went with the output.
-        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
-        self._outer = current_backward_pass()
-
-    def __call__(self, b: Tensor | None) -> None:
-        recorder, kept = self._recorder(), self._kept
-        if not graph_is_retained():
-            self._kept = None
-        if recorder is None or not (recorder.paired or recorder.due or recorder.counted):
-            return
-        if b is None or is_vmapped(b) or is_legacy_vmapped(b):
-            return
-        x: Tensor | None = None
-        if kept is not None:
-            try:
-                x = kept.grad_fn.saved_tensors[0]
-            except RuntimeError as error:
-                # Legal where autograd kept a copy of its own, as under autocast.
-                if "modified by an inplace operation" not in str(error):
-                    raise
-        recorder.record(self._layer, x, b.reshape(self._shape), self._batch, self._outer)
+def _sum_of_parts(
+    layer: Layer, x: Tensor, b: Tensor, entries: Sequence[Tensor], sums: SplitSums
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and bias from those of all sub-batches; ``sums`` keeps all but the last."""
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    for each in entries:
+        part = _select(b, each)
+        of_weight, of_bias = layer.weight_gradient(_select(x, each), part), layer.bias_gradient(part)
+        # In half precision the sum would round once more.
+        dtype = torch.promote_types(b.dtype, torch.float32)
+        of_weight, of_bias = of_weight.to(dtype), of_bias.to(dtype)
+        if each is not entries[-1]:
+            sums.first.append(layer.to_matrix(of_weight, of_bias if layer.bias else None))
+        weight = of_weight if weight is None else weight + of_weight
+        bias = of_bias if bias is None else bias + of_bias
+    assert weight is not None and bias is not None
+    return weight, bias

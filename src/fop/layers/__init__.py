@@ -5,6 +5,7 @@ from fop.layers.base import Layer, LayerOptions
 from fop.layers.embedding import EmbeddingLayer
 from fop.layers.functions import FUNCTIONS, FunctionCall, function_call
 from fop.layers.registry import EXCLUDED, Slot, Unfit, describe
+from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums, Reduction, Statistics
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LayerOptions",
     "PackedLayer",
     "Reduction",
+    "RowSampler",
     "Slot",
     "Statistics",
     "Unfit",

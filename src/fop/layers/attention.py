@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fop.layers.base import LayerOptions, RowLayer
+from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
 
@@ -21,6 +25,8 @@ class PackedLayer(RowLayer):
     ) -> None:
         super().__init__(3, embed_dim, embed_dim, bias=bias, options=options)
         self.first, self.count = first, count
+        # Groups before and after those that this use reaches.
+        self._missing = first, 3 - first - count
 
     def uses(self, rows: slice) -> PackedLayer:
         """Return the layer of a use of some rows of the weight."""
@@ -31,27 +37,29 @@ class PackedLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1
 
-    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        x_RI, b_RO = x.flatten(0, -2), b.flatten(0, -2)
-        matrix = b.new_zeros(3 * self.out_dim, self.in_dim)
-        bias = b.new_zeros(3 * self.out_dim)
-        reached = slice(self.first * self.out_dim, (self.first + self.count) * self.out_dim)
-        matrix[reached] = b_RO.T @ x_RI.to(b.dtype)
-        bias[reached] = b_RO.sum(0)
-        return self.to_matrix(matrix, bias if self.bias else None)
+    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        product = b.flatten(0, -2).T @ x.flatten(0, -2).to(b.dtype)
+        return F.pad(product, (0, 0, *(size * self.out_dim for size in self._missing)))
 
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        sums = super().factor_sums(x, b)
+    def bias_gradient(self, b: Tensor) -> Tensor:
+        return F.pad(b.flatten(0, -2).sum(0), tuple(size * self.out_dim for size in self._missing))
+
+    def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
+        sums = super().factor_sums(x, b, sampler)
         reached = torch.zeros(3, dtype=sums.a.dtype, device=sums.a.device)
         reached[self.first : self.first + self.count] = 1
         # Groups that this use does not reach: their rows come from other inputs.
         mask = reached.reshape(-1, *[1] * (sums.a.dim() - 1))
         return FactorSums(sums.a * mask, sums.g, sums.samples, sums.rows * reached)
 
-    def input_columns(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], 1, -1, self.in_dim).mT.expand(-1, 3, -1, -1)
+    def rows_per_sample(self, b: Tensor) -> int:
+        return prod(b.shape[1:-1])
 
-    def output_columns(self, b: Tensor) -> Tensor:
-        columns = b.reshape(b.shape[0], -1, self.count, self.out_dim).permute(0, 2, 3, 1)
-        before, after = self.first, 3 - self.first - self.count
-        return torch.nn.functional.pad(columns, (0, 0, 0, 0, before, after))
+    def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, 1, self.in_dim)
+        return rows if entries is None else rows.index_select(0, entries)
+
+    def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
+        rows = b.reshape(-1, self.count, self.out_dim)
+        rows = rows if entries is None else rows.index_select(0, entries)
+        return F.pad(rows, (0, 0, *self._missing))

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
-# Elements of rows that exist at a time where they must be copied (64 MiB in float32). Unfolding a large batch
-# at once would take kernel-area times the memory of the activations.
+# Elements of rows that exist at a time where they must be copied (64 MiB in float32). The patches of a large
+# batch at once would take kernel-area times the memory of the activations.
 CHUNK_ELEMENTS = 2**24
 
 
@@ -59,8 +60,8 @@ class Layer(ABC):
     normalised: Callable[[nn.Module, Tensor], Tensor] | None = None
     # Whether the input holds the numbers of rows of the weight.
     by_index = False
-    # Whether statistics of a large batch may take every k-th sample, see `fop.capture.statistics`.
-    subsampled = False
+    # Whether `input_gradient`, `weight_gradient` and `bias_gradient` are all that autograd computes for it.
+    owns_backward = False
 
     def __init__(
         self,
@@ -101,8 +102,11 @@ class Layer(ABC):
         """Return the gradient matrix Σ b āᵀ of these samples; x and b with the batch as dim 0."""
 
     @abstractmethod
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0."""
+    def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
+        """Return the Kronecker statistics of these samples; x and b with the batch as dim 0.
+
+        With ``sampler`` the sums over rows are estimated, without bias, from the rows that it draws.
+        """
 
     # What follows from it
 
@@ -142,34 +146,76 @@ class Layer(ABC):
 
 
 class RowLayer(Layer):
-    """A layer whose factors are covariances of rows."""
+    """A layer whose factors are covariances of rows.
+
+    A sample has R rows, and rows are numbered sample by sample.
+    """
 
     @abstractmethod
-    def input_columns(self, x: Tensor) -> Tensor:
-        """Return the rows ā of x without the bias' 1, as columns: (N, groups, in, R)."""
+    def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
+        """Return rows ā of x without the bias' 1, (rows, groups, in), all or those of these numbers.
+
+        ``output`` is the shape of the layer's output; groups may be 1 where they have the same rows.
+        """
 
     @abstractmethod
-    def output_columns(self, b: Tensor) -> Tensor:
-        """Return the rows of b as columns: (N, groups, out, R)."""
+    def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
+        """Return rows of b, (rows, groups, out), all or those of these numbers."""
 
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+    @abstractmethod
+    def rows_per_sample(self, b: Tensor) -> int:
+        """Return R."""
+
+    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        """Return the gradient of the weight, in its shape; x and b with the batch as dim 0."""
+        raise NotImplementedError
+
+    def bias_gradient(self, b: Tensor) -> Tensor:
+        """Return the gradient of the bias; b with the batch as dim 0."""
+        raise NotImplementedError
+
+    def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of the input, which is x or has its shape; x and b with the batch as dim 0."""
+        raise NotImplementedError
+
+    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        return self.to_matrix(self.weight_gradient(x, b), self.bias_gradient(b) if self.bias else None)
+
+    def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         dtype = statistics_dtype(b)
         a, g = (torch.zeros(shape, dtype=dtype, device=x.device) for shape in self.factor_shapes)
-        rows = 0
-        for x_chunk, b_chunk in self.chunks(x, b):
-            # Not yet in the statistics' dtype: the rows of large inputs are views.
-            a_columns = self.input_columns(x_chunk).to(dtype)
-            g_columns = self.output_columns(b_chunk).to(dtype)
-            if self.options.weight_sharing == "reduce":
-                a_columns = a_columns.mean(-1, keepdim=True)
-                g_columns = g_columns.sum(-1, keepdim=True)
-            rows += a_columns.shape[0] * a_columns.shape[-1]
-            _add_covariance(a, a_columns, ones=self.bias)
-            _add_covariance(g, g_columns, ones=False)
-        return FactorSums(a, g, x.shape[0], rows)
+        samples, rows = x.shape[0], self.rows_per_sample(b)
+        reduced = self.options.weight_sharing == "reduce"
+        scale = 1.0
+        if sampler is not None and (kept := sampler.draw(samples, max(self.in_dim, self.out_dim))) is not None:
+            # One row of each of these samples is enough.
+            x, b, scale = x.index_select(0, kept), b.index_select(0, kept), samples / len(kept)
+        for x_chunk, b_chunk in self.chunks(x, b, all_rows=sampler is None):
+            total, share = x_chunk.shape[0] * (1 if reduced else rows), x_chunk.shape[0] / x.shape[0]
+            for factor, dim in ((a, self.in_dim), (g, self.out_dim)):
+                of_input = factor is a
+                drawn = None if sampler is None else sampler.draw(total, dim, share)
+                chosen = self._rows(of_input, x_chunk, b_chunk, drawn, dtype)
+                weight = scale * total / max(1, chosen.shape[0])
+                _add_covariance(factor, chosen, ones=self.bias and of_input, scale=weight)
+        return FactorSums(a, g, samples, samples * (1 if reduced else rows))
 
-    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield x and b in pieces whose rows fit in memory."""
+    def _rows(
+        self, of_input: bool, x: Tensor, b: Tensor, entries: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        reduced = self.options.weight_sharing == "reduce"
+        if reduced and entries is not None:
+            x, b, entries = x.index_select(0, entries), b.index_select(0, entries), None
+        rows = self.input_rows(x, b.shape, entries) if of_input else self.output_rows(b, entries)
+        rows = rows.to(dtype)
+        if not reduced:
+            return rows
+        # K-FAC-reduce has one row a sample: the mean of its rows ā, and the sum of its rows of b.
+        by_sample = rows.unflatten(0, (x.shape[0], -1))
+        return by_sample.mean(1) if of_input else by_sample.sum(1)
+
+    def chunks(self, x: Tensor, b: Tensor, *, all_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield x and b in pieces of samples whose rows fit in memory; not ``all_rows`` if some are drawn."""
         yield x, b
 
 
@@ -178,18 +224,18 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _add_covariance(total: Tensor, columns_NGDR: Tensor, *, ones: bool) -> None:
-    """Add Σ (row, 1)(row, 1)ᵀ, or its diagonal, over all columns; without the 1 if not ``ones``."""
-    dim = columns_NGDR.shape[2]
+def _add_covariance(total: Tensor, rows_RGD: Tensor, *, ones: bool, scale: float) -> None:
+    """Add scale·Σ (row, 1)(row, 1)ᵀ, or its diagonal, over all rows; without the 1 if not ``ones``."""
+    count, _, dim = rows_RGD.shape
     if total.dim() == 2:
-        total[:, :dim] += columns_NGDR.square().sum((0, 3))
+        total[:, :dim].add_(rows_RGD.square().sum(0), alpha=scale)
         if ones:
-            total[:, dim:] += columns_NGDR.shape[0] * columns_NGDR.shape[3]
+            total[:, dim:] += scale * count
         return
-    columns_GDR = columns_NGDR.permute(1, 2, 0, 3).flatten(2)
-    total[:, :dim, :dim].baddbmm_(columns_GDR, columns_GDR.mT)
+    rows_GRD = rows_RGD.movedim(0, 1)
+    total[:, :dim, :dim].add_(rows_GRD.mT @ rows_GRD, alpha=scale)
     if ones:
-        sums = columns_GDR.sum(-1)
-        total[:, -1, :dim] += sums
-        total[:, :dim, -1] += sums
-        total[:, -1, -1] += columns_GDR.shape[-1]
+        sums = rows_RGD.sum(0)
+        total[:, -1, :dim].add_(sums, alpha=scale)
+        total[:, :dim, -1].add_(sums, alpha=scale)
+        total[:, -1, -1] += scale * count

@@ -19,8 +19,6 @@ TransposedConvolution: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.
 class ConvLayer(RowLayer):
     """Rows of A are unfolded patches in the order of ``weight.flatten(1)``, rows of G output positions."""
 
-    subsampled = True
-
     def __init__(
         self, module: Convolution | TransposedConvolution, *, bias: bool, options: LayerOptions
     ) -> None:
@@ -31,47 +29,84 @@ class ConvLayer(RowLayer):
         self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        # Otherwise the module pads its input itself.
+        self.owns_backward = self.mode == "constant" and all(before == after for before, after in self.pads)
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1 - self.spatial
 
-    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        befores, afters = zip(*self.pads, strict=True)
-        if self.mode == "constant" and befores == afters:
-            return self._gradient(x, b, befores)
-        return self._gradient(self._padded(x), b, (0,) * self.spatial)
+    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        x = x.to(b.dtype) if self.owns_backward else self._padded(x.to(b.dtype))
+        return self._backward(x, b, b.new_empty(1).expand(self.weight_shape), of_input=False)
 
-    def _gradient(
-        self, x: Tensor, b: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...] | None = None
-    ) -> Tensor:
-        # torch.nn.grad.conv2d_weight and its kin, for any dimension and for transposed ones.
-        weight = b.new_empty(1).expand(self.weight_shape)
-        transposed, longer = output_padding is not None, output_padding or (0,) * self.spatial
+    def bias_gradient(self, b: Tensor) -> Tensor:
+        return b.sum([0, *range(2, b.dim())])
+
+    def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        return self._backward(x, b, weight, of_input=True)
+
+    def _backward(self, x: Tensor, b: Tensor, weight: Tensor, *, of_input: bool) -> Tensor:
+        padding = tuple(before for before, _ in self.pads) if self.owns_backward else (0,) * self.spatial
+        transposed, longer = self._output_padding(x, b)
         geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, transposed, longer, self.groups)
-        mask = (False, True, False)
-        gradients = torch.ops.aten.convolution_backward(b, x.to(b.dtype), weight, None, *geometry, mask)
-        return self.to_matrix(gradients[1], b.transpose(0, 1).flatten(1).sum(1) if self.bias else None)
+        mask = (of_input, not of_input, False)
+        gradients = torch.ops.aten.convolution_backward(b, x, weight, None, *geometry, mask)
+        gradient: Tensor = gradients[0 if of_input else 1]
+        return gradient
 
-    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        per_sample = self.groups * self.in_dim * b[0, 0].numel()
+    def _output_padding(self, x: Tensor, b: Tensor) -> tuple[bool, tuple[int, ...]]:
+        """Return whether the convolution is transposed, and by how much its output is longer then."""
+        return False, (0,) * self.spatial
+
+    def chunks(self, x: Tensor, b: Tensor, *, all_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        per_sample = self.groups * self.in_dim * b[0, 0].numel() if all_rows else x[0].numel()
         chunk = max(1, CHUNK_ELEMENTS // max(1, per_sample))
         yield from zip(x.split(chunk), b.split(chunk), strict=True)
 
-    def input_columns(self, x: Tensor) -> Tensor:
-        return self._patches(self._padded(x), self.stride)
+    def rows_per_sample(self, b: Tensor) -> int:
+        return prod(b.shape[2:])
 
-    def output_columns(self, b: Tensor) -> Tensor:
-        return b.reshape(b.shape[0], self.groups, self.out_dim, -1)
+    def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
+        if self.mode != "constant":
+            x = self._padded(x)
+        if entries is None:
+            entries = torch.arange(x.shape[0] * prod(output[2:]), device=x.device)
+        # Of every row and tap, where in x (samples and positions in one dimension) its channels are.
+        index, inside = self._sources(x.shape, output[2:], entries)
+        channels = x.movedim(1, -1).reshape(-1, x.shape[1])
+        patches = channels.index_select(0, index.flatten()).view(*index.shape, self.groups, -1)
+        patches.masked_fill_(~inside[..., None, None], 0)
+        # In the order of weight.flatten(1).
+        return patches.permute(0, 2, 3, 1).reshape(len(entries), self.groups, self.in_dim)
 
-    def _patches(self, x: Tensor, stride: tuple[int, ...]) -> Tensor:
-        """Return the patches of x (N, channels, *size) as (N, groups, channels/groups·kernel, positions)."""
-        for dim, (k, s, d) in enumerate(zip(self.kernel, stride, self.dilation, strict=True), start=2):
-            # Each unfold appends a dimension: (N, channels, *positions, *kernel) in the end.
-            x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
-        n, channels = x.shape[:2]
-        positions, taps = range(2, 2 + self.spatial), range(2 + self.spatial, 2 + 2 * self.spatial)
-        columns = channels // self.groups * self.taps
-        return x.permute(0, 1, *taps, *positions).reshape(n, self.groups, columns, -1)
+    def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
+        rows = b.movedim(1, -1).reshape(-1, self.groups, self.out_dim)
+        return rows if entries is None else rows.index_select(0, entries)
+
+    def _sources(self, size: torch.Size, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the position in the input that each tap of a row sees, (rows, taps), and whether it is one.
+
+        Both count (sample, *position) in one dimension; ``size`` is the input's shape, ``output`` the positions'.
+        """
+        places = []
+        for length in reversed(output):
+            places.append(rows % length)
+            rows = rows // length
+        index, inside = rows[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None]
+        for dim, place in enumerate(reversed(places)):
+            source, seen = self._seen(dim, place[:, None])
+            seen = seen & (source >= 0) & (source < size[2 + dim])
+            # One more dimension of taps, and all of them in one.
+            index = (index[..., None] * size[2 + dim] + source.clamp(0, size[2 + dim] - 1)[:, None]).flatten(1)
+            inside = (inside[..., None] & seen[:, None]).flatten(1)
+        return index, inside
+
+    def _seen(self, dim: int, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the taps see from positions in the output, in one dimension, and whether they see any."""
+        taps = torch.arange(self.kernel[dim], device=place.device)
+        before = self.pads[dim][0] if self.mode == "constant" else 0
+        source = place * self.stride[dim] + taps * self.dilation[dim] - before
+        return source, torch.ones_like(source, dtype=torch.bool)
 
     def _padded(self, x: Tensor) -> Tensor:
         pads = [size for pair in reversed(self.pads) for size in pair]
@@ -79,34 +114,24 @@ class ConvLayer(RowLayer):
 
 
 class TransposedConvLayer(ConvLayer):
-    """A transposed convolution as the convolution of its input with zeros between the pixels.
+    """A transposed convolution as a convolution of its input with zeros between the pixels.
 
     Rows of A are the pixels that reach an output position, in the order (input channel, kernel position);
     the weight is stored as (in, out/groups, *kernel).
     """
 
-    def __init__(self, module: TransposedConvolution, *, bias: bool, options: LayerOptions) -> None:
-        super().__init__(module, bias=bias, options=options)
-        self.padding = tuple(int(p) for p in module.padding)
-
-    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
+    def _output_padding(self, x: Tensor, b: Tensor) -> tuple[bool, tuple[int, ...]]:
+        geometry = zip(self.kernel, self.stride, self.dilation, self.pads, strict=True)
         # Not the module's: the caller may have asked for an output size.
-        output_padding = tuple(
-            out - (size - 1) * s + 2 * p - d * (k - 1) - 1
-            for size, out, (k, s, d, p) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
+        return True, tuple(
+            out - (size - 1) * s + 2 * before - d * (k - 1) - 1
+            for size, out, (k, s, d, (before, _)) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
-        return self._gradient(x, b, self.padding, output_padding)
 
-    def chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for x_chunk, b_chunk in super().chunks(x, b):
-            yield self._spread(x_chunk, b_chunk.shape[2:]), b_chunk
-
-    def input_columns(self, x: Tensor) -> Tensor:
-        patches = self._patches(x, (1,) * self.spatial)
-        # Output t sees input s through tap k where t = s·stride - padding + k·dilation: later k, earlier s
-        taps: Tensor = patches.unflatten(2, (-1, self.taps))
-        return taps.flip(3).flatten(2, 3)
+    def _seen(self, dim: int, place: Tensor) -> tuple[Tensor, Tensor]:
+        taps = torch.arange(self.kernel[dim], device=place.device)
+        spread = place + self.pads[dim][0] - taps * self.dilation[dim]
+        return spread.div(self.stride[dim], rounding_mode="floor"), spread % self.stride[dim] == 0
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         split = weight.reshape(self.groups, self.in_dim // self.taps, self.out_dim, self.taps)
@@ -115,20 +140,6 @@ class TransposedConvLayer(ConvLayer):
     def weight_from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         split = matrix.reshape(self.groups, self.out_dim, self.in_dim // self.taps, self.taps)
         return split.transpose(1, 2).reshape(shape)
-
-    def _spread(self, x: Tensor, out_size: torch.Size) -> Tensor:
-        """Return x with zeros between its pixels, padded so that every output position has a patch."""
-        sizes, pads = [], []
-        geometry = zip(self.kernel, self.stride, self.dilation, self.padding, strict=True)
-        for size, out, (k, s, d, p) in zip(x.shape[2:], out_size, geometry, strict=True):
-            sizes.append((size - 1) * s + 1)
-            before = d * (k - 1) - p
-            # The output may be longer than the input asks for (output_padding).
-            pads.append((before, out + d * (k - 1) - sizes[-1] - before))
-        spread = x.new_zeros(*x.shape[:2], *sizes)
-        every = [slice(None, None, s) for s in self.stride]
-        spread[(slice(None), slice(None), *every)] = x
-        return F.pad(spread, [size for pair in reversed(pads) for size in pair])
 
 
 def _pads(module: Convolution | TransposedConvolution) -> list[tuple[int, int]]:

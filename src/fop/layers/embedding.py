@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fop.layers.base import Layer, LayerOptions, statistics_dtype
+from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
 
@@ -37,18 +38,20 @@ class EmbeddingLayer(Layer):
         weight = b_RD.new_zeros(self.tokens, self.features).index_add_(0, ids, b_RD)
         return self.to_matrix(weight, None)
 
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
-        ids, b_RD = x.reshape(-1), b.reshape(-1, self.features).to(statistics_dtype(b))
+    def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
+        ids, b_RD, scale = x.reshape(-1), b.reshape(-1, self.features), 1.0
         rows: int | Tensor = ids.numel()
-        valid = torch.ones_like(b_RD[:, 0])
+        valid = torch.ones(ids.shape, dtype=statistics_dtype(b), device=b.device)
         if self.padding_idx is not None:
-            valid = (ids != self.padding_idx).to(b_RD.dtype)
-            b_RD = b_RD * valid[:, None]
+            valid = (ids != self.padding_idx).to(valid.dtype)
             # On the device: a batch may be all padding, and nobody here waits to know.
             rows = valid.sum().clamp(min=1)[None]
         a = valid.new_zeros(self.tokens).index_add_(0, ids, valid)
+        if sampler is not None and (drawn := sampler.draw(ids.numel(), self.features)) is not None:
+            b_RD, valid, scale = b_RD.index_select(0, drawn), valid[drawn], ids.numel() / len(drawn)
+        b_RD = b_RD.to(valid.dtype) * valid[:, None]
         g = b_RD.square().sum(0) if self.diagonal_sum else b_RD.T @ b_RD
-        return FactorSums(a[None], g[None], x.shape[0], rows)
+        return FactorSums(a[None], scale * g[None], x.shape[0], rows)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return (weight if self.tied else weight.T)[None]

@@ -16,6 +16,8 @@ class LinearLayer(RowLayer):
     The weight of a ``transposed`` layer is stored as (in, out).
     """
 
+    owns_backward = True
+
     def __init__(
         self, out_dim: int, in_dim: int, *, bias: bool, options: LayerOptions, transposed: bool = False
     ) -> None:
@@ -25,16 +27,25 @@ class LinearLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1
 
-    def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        x_RI, b_RO = x.flatten(0, -2), b.flatten(0, -2)
-        weight = b_RO.T @ x_RI.to(b.dtype)
-        return self.to_matrix(weight.T if self.transposed else weight, b_RO.sum(0) if self.bias else None)
+    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
+        x_RI, b_RO = x.flatten(0, -2).to(b.dtype), b.flatten(0, -2)
+        return x_RI.T @ b_RO if self.transposed else b_RO.T @ x_RI
 
-    def input_columns(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], 1, prod(x.shape[1:-1]), x.shape[-1]).mT
+    def bias_gradient(self, b: Tensor) -> Tensor:
+        return b.flatten(0, -2).sum(0)
 
-    def output_columns(self, b: Tensor) -> Tensor:
-        return self.input_columns(b)
+    def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        return b @ (weight.T if self.transposed else weight)
+
+    def rows_per_sample(self, b: Tensor) -> int:
+        return prod(b.shape[1:-1])
+
+    def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
+        return self.output_rows(x, entries)
+
+    def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
+        rows = b.reshape(-1, 1, b.shape[-1])
+        return rows if entries is None else rows.index_select(0, entries)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return (weight.T if self.transposed else weight)[None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fop.layers.base import Layer, LayerOptions, statistics_dtype
+from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
 Norm: TypeAlias = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _BatchNorm
@@ -52,7 +53,7 @@ class NormLayer(Layer):
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         return self._by_sample(x, b).sum(0, keepdim=True)
 
-    def factor_sums(self, x: Tensor, b: Tensor) -> FactorSums:
+    def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         return FactorSums(self._by_sample(x, b), None, x.shape[0], x.shape[0])
 
     def _by_sample(self, x: Tensor, b: Tensor) -> Tensor:

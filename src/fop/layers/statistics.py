@@ -85,6 +85,11 @@ class Statistics:
             else:
                 self.terms[key].add_batch(sums)
 
+    def spoil(self, norm: Tensor) -> None:
+        """Make the statistics NaN if ``norm``, that of the gradient, is not finite."""
+        for sums in self.terms.values():
+            sums.a += 0 * norm.to(sums.a.dtype)
+
     def factors(self, reduction: Reduction, loss_scale: Tensor | None) -> tuple[Tensor, ...]:
         """Return A and G of the weight, or A alone where the statistics are gradients of single samples.
 
