@@ -11,15 +11,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fop.capture import functions, recorder, sub_batches
+from fop.capture import recorder, sub_batches
 from fop.capture.batch import Batch
 from fop.capture.sub_batches import sub_batch_entries
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
+from fop.curvature import refresh
 from fop.curvature.diagonal import DiagonalCurvature
 from fop.curvature.inversion import Fallback, Inversion, damped_inverses, mean_eigenvalue
 from fop.curvature.kronecker import KroneckerCurvature, damping_split, kronecker_product
-from fop.layers import Layer, LayerOptions, conv, describe
+from fop.layers import FactorSums, Layer, LayerOptions, PackedLayer, RowSampler, conv, describe, sampling
 from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from fop.report import Refusals
@@ -27,22 +28,33 @@ from fop.step_size import scale_update
 
 
 @contextlib.contextmanager
-def contiguous_sub_batches() -> Iterator[None]:
-    """Split every batch in K pieces one after the other, as versions did that recorded trajectories."""
+def as_when_recorded() -> Iterator[None]:
+    """Do as the versions did that recorded trajectories and checkpoints.
+
+    Batches are split in K pieces one after the other, the second gradient is computed beside autograd's, and the
+    interval between curvature updates grows by one in five steps.
+    """
+
+    def observe(self: Any, layer: Layer, x: Tensor, output: Tensor, batch: Batch, _: Any = None) -> None:
+        observed(self, layer, x, output, batch)
+
+    observed = recorder.Recorder.observe
 
     def ends(samples: int, count: int) -> list[int]:
         return [samples * k // count for k in range(count + 1)]
 
-    def sizes(self: sub_batches.SubBatches, samples: int) -> list[int]:
-        return torch.tensor(ends(samples, self.count)).diff().tolist()  # type: ignore[no-any-return]
+    def sizes(samples: int, count: int) -> list[int]:
+        return torch.tensor(ends(samples, count)).diff().tolist()  # type: ignore[no-any-return]
 
     def entries(samples: int, count: int, rows: int, device: torch.device) -> list[slice]:
         return [slice(rows * start, rows * end) for start, end in pairwise(ends(samples, count))]
 
     with (
-        mock.patch.object(sub_batches.SubBatches, "sizes", sizes),
+        mock.patch.object(sub_batches, "sub_batch_sizes", sizes),
         mock.patch.object(recorder, "sub_batch_entries", entries),
         mock.patch.object(recorder, "_select", operator.getitem),
+        mock.patch.object(recorder.Recorder, "observe", observe),
+        mock.patch.object(refresh, "GROWTH", 5),
     ):
         yield
 
@@ -112,13 +124,16 @@ __all__ = [
     "Curvature",
     "DiagonalBlock",
     "Direction",
+    "FactorSums",
     "Fallback",
     "Inversion",
     "KroneckerBlock",
     "Layer",
     "LayerOptions",
     "LinearLayer",
+    "PackedLayer",
     "Refusals",
+    "RowSampler",
     "conv",
     "damped_diagonal",
     "damped_inverses",
@@ -128,10 +143,6 @@ __all__ = [
     "kfac_direction",
     "kronecker_product",
     "mean_eigenvalue",
+    "sampling",
     "sub_batch_entries",
 ]
-
-
-def function_watches() -> int:
-    """How many calls of modules are watched for functions in this thread."""
-    return len(functions._thread.watchers)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import KFAC
-from internals import contiguous_sub_batches
+from internals import as_when_recorded
 from ranks import run_ranks
 from trajectories import (
     EVERYTHING,
@@ -112,7 +112,7 @@ def go_on(rank: int, name: str, checkpoint: dict[str, Any], how: str) -> dict[st
     if "optimizer" in checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
     # As batches were split when the checkpoints were written.
-    with contiguous_sub_batches():
+    with as_when_recorded():
         for step in range(STEPS, STEPS + MORE):
             plain(run, step)
     return {key: param.detach().clone() for key, param in run.inner.named_parameters()}

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from fop import FOP, KFAC
-from internals import contiguous_sub_batches
+from internals import as_when_recorded
 from ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {
@@ -831,7 +831,7 @@ def train(name: str, dtype: str, rank: int = 0) -> Result:
     training = TRAININGS[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with contiguous_sub_batches(), warnings.catch_warnings():
+    with as_when_recorded(), warnings.catch_warnings():
         # Steps without a pair and steps that are refused are meant here.
         warnings.simplefilter("ignore")
         try:

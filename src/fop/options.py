@@ -151,7 +151,9 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
     if options.get("statistics_rows") is not None:
         rows = options["statistics_rows"]
         if isinstance(rows, bool) or not isinstance(rows, numbers.Integral):
-            raise TypeError(f"statistics_rows={rows!r} must be a whole number, 1 or more, or None for all rows")
+            raise TypeError(
+                f"statistics_rows={rows!r} must be a whole number, 1 or more, or None for all rows"
+            )
         if rows < 1:
             raise ValueError(f"statistics_rows={rows} must be 1 or more, or None for all rows")
     if "betas" in options:

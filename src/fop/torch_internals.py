@@ -30,18 +30,6 @@ graph_is_retained: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", bool
 )
 
-def is_executed(node: Any) -> bool:
-    """Return whether the running backward pass comes to a node of the graph; None is no node.
-
-    Seen in 2.4 to 2.14. Without it: True, and `torch.autograd.grad` for inputs computes gradients of weights.
-    """
-    try:
-        return node is not None and bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:
-        # A leaf for which torch.autograd.grad was asked.
-        return True
-
-
 # The transformation of torch.func that is running, whose tensors stand for others; None if none is.
 # Seen in 2.4 to 2.14. Without it: what runs under torch.func is recorded like any other pass.
 current_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)

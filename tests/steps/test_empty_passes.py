@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP
-from models import assert_equal, check_lost_pair, weights
+from models import Own, assert_equal, check_lost_pair, weights
 
 
 def linear() -> nn.Module:
@@ -100,7 +100,7 @@ def test_a_labelled_pass_that_is_empty(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", LOSSES)
 def test_a_pass_of_an_unknown_number_of_samples(reduction: str) -> None:
     """Its input was changed in place: how much of a sum it made up, nobody knows."""
-    model = nn.Linear(4, 2)
+    model = Own(4, 2)
     optimizer = FOP(model, loss_reduction=reduction)
     for changed in (False, True):
         x = numbers(4).float()

@@ -83,11 +83,11 @@ def assert_near(left: Any, right: Any, tolerance: float) -> None:
 # --- autocast ----------------------------------------------------------------------------------------------
 
 
-def overwritten_run(overwrite: int) -> dict[str, Tensor]:
+def overwritten_run(kind: type[FOP], overwrite: int) -> dict[str, Tensor]:
     """Two steps; in step ``overwrite`` the input is tripled in place after the layer has used it."""
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, bias=False)
-    optimizer = FOP(layer, lr=0.1, stat_decay=0.0, curvature_interval=1)
+    optimizer = kind(layer, lr=0.1, stat_decay=0.0, curvature_interval=1)
     for step in range(2):
         hidden = torch.randn(6, 3) * 1.0
         with torch.autocast("cpu", torch.bfloat16):
@@ -100,9 +100,16 @@ def overwritten_run(overwrite: int) -> dict[str, Tensor]:
     return {"A": optimizer.state[layer.weight]["A"], "weight": layer.weight.detach()}
 
 
-def test_overwritten_input_enters_nothing() -> None:
+def test_overwritten_input_of_fop() -> None:
+    """Its own node keeps the input in bfloat16, as autograd does, so the original may be overwritten."""
+    untouched, overwritten = overwritten_run(FOP, -1), overwritten_run(FOP, 1)
+    assert torch.equal(untouched["A"], overwritten["A"])
+    assert torch.equal(untouched["weight"], overwritten["weight"])
+
+
+def test_overwritten_input_of_kfac_enters_nothing() -> None:
     """Autograd keeps a copy of the input in bfloat16, so the original may be overwritten."""
-    untouched, overwritten = overwritten_run(-1), overwritten_run(1)
+    untouched, overwritten = overwritten_run(KFAC, -1), overwritten_run(KFAC, 1)
     torch.manual_seed(0)
     nn.Linear(3, 2, bias=False)
     first = torch.randn(6, 3)

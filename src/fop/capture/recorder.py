@@ -7,23 +7,30 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture.batch import Batch, Layout
-from fop.capture.graph import Call, OutputHook, replace_output
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
 from fop.capture.sub_batches import EMPTY, PassRecord, SplitSums, SubBatches, sub_batch_entries
 from fop.layers import Layer, RowSampler, Statistics
-from fop.torch_internals import current_backward_pass, outside, view_base
+from fop.torch_internals import (
+    current_backward_pass,
+    graph_is_retained,
+    is_legacy_vmapped,
+    is_vmapped,
+    outside,
+    view_base,
+)
 
 # Gradients of weight and bias, in their shapes.
-Gradients: TypeAlias = tuple[Tensor, Tensor | None]
+Gradients: TypeAlias = tuple[Tensor, Tensor]
 
 _UNCLEAR = (
     "it is not clear where the samples of a batch are in the input of a layer: {}. Such layers take K-FAC's "
@@ -163,17 +170,22 @@ class Recorder:
             return None
         if len(self._watched) < len(self.params) or self.sharded:
             self.watch_gradients()
-        call = Call(weakref.ref(self), layer, batch, current_backward_pass())
+        call = _Call(weakref.ref(self), layer, batch, current_backward_pass())
         if module is not None and self.paired and layer.owns_backward and not self.sharded:
-            replaced = replace_output(call, x, module, output)
-            if replaced is not None:
+            plain = type(x) in (Tensor, nn.Parameter) and type(output) is Tensor
+            # A custom function has no forward-mode derivative.
+            if plain and x.layout is torch.strided and unpack_dual(output).tangent is None:
+                bias = module._parameters.get("bias")
+                # In the precision of autocast.
+                given = x.to(output.dtype), module._parameters["weight"], bias, call, [output]
+                replaced: Tensor = _LayerFunction.apply(*given)  # type: ignore[no-untyped-call]
                 return replaced
         x = x.detach()
         # An in-place operation on a view (3-d inputs of Linear, unbatched convolutions) would cut the view,
         # and a hook on it, out of the graph.
         base = view_base(output)
         source = base if base is not None and base.numel() == output.numel() else output
-        node, index, hook = source.grad_fn, source.output_nr, OutputHook(call, x, output.shape)
+        node, index, hook = source.grad_fn, source.output_nr, _OutputHook(call, x, output.shape)
         assert node is not None
         # On the node and not on the tensor: after hooks of the user's that change the gradient.
         node.register_prehook(lambda gradients: hook(gradients[index]))
@@ -193,8 +205,8 @@ class Recorder:
         """Record one use of the weight, which ``layer`` describes, in a running backward pass.
 
         ``x`` is None if it was changed since the forward pass; ``outer`` is the backward pass that repeated
-        the forward pass (reentrant checkpointing), -1 if none did. If asked for the ``whole``, and the pass was
-        split, returns the gradients of weight and bias, as the sums of those of the sub-batches.
+        the forward pass (reentrant checkpointing), -1 if none did. Returns the gradients of weight and bias,
+        as sums over the sub-batches, if asked for the ``whole`` and the pass was split.
         """
         if x is None:
             layout = Layout(0, 0, problem="its input was changed in place")
@@ -330,19 +342,104 @@ def _select(x: Tensor, entries: Tensor) -> Tensor:
 
 def _sum_of_parts(
     layer: Layer, x: Tensor, b: Tensor, entries: Sequence[Tensor], sums: SplitSums
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and bias from those of all sub-batches; ``sums`` keeps all but the last."""
+) -> Gradients:
+    """Return the gradients of weight and bias from those of the sub-batches; ``sums`` keeps all but one."""
     weight: Tensor | None = None
     bias: Tensor | None = None
     for each in entries:
-        part = _select(b, each)
-        of_weight, of_bias = layer.weight_gradient(_select(x, each), part), layer.bias_gradient(part)
         # In half precision the sum would round once more.
-        dtype = torch.promote_types(b.dtype, torch.float32)
-        of_weight, of_bias = of_weight.to(dtype), of_bias.to(dtype)
+        of_weight, of_bias = (
+            part.to(torch.promote_types(part.dtype, torch.float32))
+            for part in layer.gradients(_select(x, each), _select(b, each))
+        )
         if each is not entries[-1]:
             sums.first.append(layer.to_matrix(of_weight, of_bias if layer.bias else None))
         weight = of_weight if weight is None else weight + of_weight
         bias = of_bias if bias is None else bias + of_bias
     assert weight is not None and bias is not None
     return weight, bias
+
+
+class _Call(NamedTuple):
+    """One use of a weight in a forward pass; ``outer`` is the backward pass that runs it, -1 for none."""
+
+    recorder: weakref.ReferenceType[Recorder]
+    layer: Layer
+    batch: Batch
+    outer: int
+
+
+class _LayerFunction(torch.autograd.Function):
+    """Stands for a layer in the graph, and computes the gradient of its weight sub-batch by sub-batch.
+
+    Their sum is what autograd would have computed, so that the gradients of the sub-batches cost nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, output: list[Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.call = call
+        # Computed already; not a tensor among the arguments, of which the result must not be a view.
+        return output[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (of_input, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        call: _Call = ctx.call
+        recorder, layer = call.recorder(), call.layer
+        whole: Gradients | None = None
+        with torch.autocast(b.device.type, enabled=False):
+            if recorder is not None and of_weight and not (is_vmapped(b) or is_legacy_vmapped(b)):
+                # With create_graph=True the gradients must themselves have a graph.
+                split = not torch.is_grad_enabled()
+                whole = recorder.record(layer, x.detach(), b.detach(), call.batch, call.outer, whole=split)
+            single = layer.leading_dims(x) == 0
+            x_N, b_N = (x[None], b[None]) if single else (x, b)
+            gradient = layer.input_gradient(x_N, b_N, weight.to(b.dtype)) if of_input else None
+            if whole is None:
+                whole = layer.gradients(x_N, b_N)
+        of_x = gradient[0] if gradient is not None and single else gradient
+        return of_x, whole[0] if of_weight else None, whole[1] if of_bias else None, None, None
+
+
+class _Keep(torch.autograd.Function):
+    """Holds a tensor where checkpointing and offloading find it, and where changes in place are noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise NotImplementedError("nothing is computed from it")
+
+
+class _OutputHook:
+    """Hook on an output's node: holds the input until the gradient of the output comes, as autograd does."""
+
+    def __init__(self, call: _Call, x: Tensor, shape: torch.Size) -> None:
+        self._call, self._shape = call, shape
+        # The output and not its node: before torch 2.13 the node's tensors went with the output.
+        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
+
+    def __call__(self, b: Tensor | None) -> None:
+        call, kept = self._call, self._kept
+        if not graph_is_retained():
+            self._kept = None
+        recorder = call.recorder()
+        if recorder is None or not recorder.wants:
+            return
+        if b is None or is_vmapped(b) or is_legacy_vmapped(b):
+            return
+        x: Tensor | None = None
+        if kept is not None:
+            try:
+                x = kept.grad_fn.saved_tensors[0]
+            except RuntimeError as error:
+                # Legal where autograd kept a copy of its own, as under autocast.
+                if "modified by an inplace operation" not in str(error):
+                    raise
+        recorder.record(call.layer, x, b.reshape(self._shape), call.batch, call.outer)

@@ -139,10 +139,6 @@ class SubBatches:
         self._passes, self._samples = [0] * count, [0] * count
         self._earlier: list[dict[Tensor, Tensor]] = [{} for _ in range(count - 1)]
 
-    def sizes(self, samples: int) -> list[int]:
-        """Return how many of N samples each sub-batch has."""
-        return sub_batch_sizes(samples, self.count)
-
     def begin(self, samples: int, label: int | None) -> None:
         """Decide which sub-batch a backward pass belongs to; p.grad is still without it.
 
@@ -163,7 +159,7 @@ class SubBatches:
     def _splits_like_first(self, samples: int) -> bool:
         # One formula gives the gradients from the sums only if all passes were split in the same ratio.
         first = self._ratio_of
-        pairs = zip(self.sizes(samples), self.sizes(first), strict=True)
+        pairs = zip(sub_batch_sizes(samples, self.count), sub_batch_sizes(first, self.count), strict=True)
         return bool(self.sums.first) and all(now * first == then * samples > 0 for now, then in pairs)
 
     def _turn_to(self, label: int) -> None:
@@ -242,7 +238,8 @@ class SubBatches:
         scale = scale.to(average.dtype)
         vetoes = [self.clean]
         if self.sums.first:
-            shares = [size / self._ratio_of for size in self.sizes(self._ratio_of)[:-1]]
+            N = self._ratio_of
+            shares = [size / N for size in sub_batch_sizes(N, self.count)[:-1]]
             sums = [each.to(average.dtype) * scale for each in self.sums.first]
             vetoes.append(complete)
         else:

@@ -77,13 +77,14 @@ def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     L, info = torch.linalg.cholesky_ex(damped)
     factored = info == 0
     # A zero on the diagonal of an unfinished L would raise for the whole batch.
-    L = torch.where(factored[:, None, None], L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device))
+    diagonal = L.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(torch.where(factored[:, None], diagonal, 1))
     # Symmetric, and this way round its rows are rows in memory: torch.distributed.checkpoint keeps no
     # strides, and another layout would round otherwise after a resume.
     inverse = torch.cholesky_inverse(L).mT
     # An infinite entry of M factors without complaint.
-    finite = torch.isfinite(damped) & torch.isfinite(inverse)
-    return inverse, factored & finite.flatten(1).all(1)
+    largest = [torch.linalg.vector_norm(each, torch.inf, dim=(1, 2)) for each in (damped, inverse)]
+    return inverse, factored & torch.isfinite(largest[0]) & torch.isfinite(largest[1])
 
 
 def _fall_back(M: Tensor, shift: Tensor) -> Inversion:

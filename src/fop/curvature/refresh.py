@@ -15,7 +15,7 @@ from fop.curvature.base import NEVER, Curvature
 from fop.curvature.inversion import Fallback, Inversion, damped_inverses
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
-GROWTH = 5
+GROWTH = 1
 
 # The state of a weight whose inverse may come later: none is under way.
 NOTHING_PENDING: dict[str, Any] = {"inverse_at": NEVER, "inverse_of": NEVER, "inverse_damping": 0.0}
@@ -34,8 +34,8 @@ class Estimate(NamedTuple):
 def next_refresh(step: int, interval: int) -> int:
     """Return the step of the next curvature update after one in ``step``.
 
-    The distance grows with the number of steps taken, up to ``interval``: early on the weights move far
-    and an inverse is soon out of date.
+    The distance is the number of steps taken, up to ``interval``: early on the weights move far and an
+    inverse is soon out of date. Updates are in steps 0, 1, 2, 4, 8 and so on.
     """
     return step + max(1, min(interval, step // GROWTH))
 

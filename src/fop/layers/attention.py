@@ -37,12 +37,10 @@ class PackedLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1
 
-    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        product = b.flatten(0, -2).T @ x.flatten(0, -2).to(b.dtype)
-        return F.pad(product, (0, 0, *(size * self.out_dim for size in self._missing)))
-
-    def bias_gradient(self, b: Tensor) -> Tensor:
-        return F.pad(b.flatten(0, -2).sum(0), tuple(size * self.out_dim for size in self._missing))
+    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        b_RO, missing = b.flatten(0, -2), [size * self.out_dim for size in self._missing]
+        product = b_RO.T @ x.flatten(0, -2).to(b.dtype)
+        return F.pad(product, (0, 0, *missing)), F.pad(b_RO.sum(0), missing)
 
     def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         sums = super().factor_sums(x, b, sampler)

@@ -16,6 +16,8 @@ from fop.layers.statistics import FactorSums
 # Elements of rows that exist at a time where they must be copied (64 MiB in float32). The patches of a large
 # batch at once would take kernel-area times the memory of the activations.
 CHUNK_ELEMENTS = 2**24
+# Covariances of twice this side are computed in blocks, which saves up to half of the products.
+GRAM_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Layer(ABC):
     normalised: Callable[[nn.Module, Tensor], Tensor] | None = None
     # Whether the input holds the numbers of rows of the weight.
     by_index = False
-    # Whether `input_gradient`, `weight_gradient` and `bias_gradient` are all that autograd computes for it.
+    # Whether `gradients` and `input_gradient` are all that its backward pass computes.
     owns_backward = False
 
     def __init__(
@@ -107,6 +109,16 @@ class Layer(ABC):
 
         With ``sampler`` the sums over rows are estimated, without bias, from the rows that it draws.
         """
+
+    # What a layer that ``owns_backward`` must say, too
+
+    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of weight and bias in their shapes; x and b with the batch as dim 0."""
+        raise NotImplementedError
+
+    def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of the input x; x and b with the batch as dim 0, all of one dtype."""
+        raise NotImplementedError
 
     # What follows from it
 
@@ -166,20 +178,9 @@ class RowLayer(Layer):
     def rows_per_sample(self, b: Tensor) -> int:
         """Return R."""
 
-    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        """Return the gradient of the weight, in its shape; x and b with the batch as dim 0."""
-        raise NotImplementedError
-
-    def bias_gradient(self, b: Tensor) -> Tensor:
-        """Return the gradient of the bias; b with the batch as dim 0."""
-        raise NotImplementedError
-
-    def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of the input, which is x or has its shape; x and b with the batch as dim 0."""
-        raise NotImplementedError
-
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        return self.to_matrix(self.weight_gradient(x, b), self.bias_gradient(b) if self.bias else None)
+        weight, bias = self.gradients(x, b)
+        return self.to_matrix(weight, bias if self.bias else None)
 
     def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         dtype = statistics_dtype(b)
@@ -187,7 +188,10 @@ class RowLayer(Layer):
         samples, rows = x.shape[0], self.rows_per_sample(b)
         reduced = self.options.weight_sharing == "reduce"
         scale = 1.0
-        if sampler is not None and (kept := sampler.draw(samples, max(self.in_dim, self.out_dim))) is not None:
+        if (
+            sampler is not None
+            and (kept := sampler.draw(samples, max(self.in_dim, self.out_dim))) is not None
+        ):
             # One row of each of these samples is enough.
             x, b, scale = x.index_select(0, kept), b.index_select(0, kept), samples / len(kept)
         for x_chunk, b_chunk in self.chunks(x, b, all_rows=sampler is None):
@@ -211,7 +215,7 @@ class RowLayer(Layer):
         if not reduced:
             return rows
         # K-FAC-reduce has one row a sample: the mean of its rows ā, and the sum of its rows of b.
-        by_sample = rows.unflatten(0, (x.shape[0], -1))
+        by_sample = rows.reshape(x.shape[0], -1, *rows.shape[1:])
         return by_sample.mean(1) if of_input else by_sample.sum(1)
 
     def chunks(self, x: Tensor, b: Tensor, *, all_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -232,10 +236,24 @@ def _add_covariance(total: Tensor, rows_RGD: Tensor, *, ones: bool, scale: float
         if ones:
             total[:, dim:] += scale * count
         return
-    rows_GRD = rows_RGD.movedim(0, 1)
-    total[:, :dim, :dim].add_(rows_GRD.mT @ rows_GRD, alpha=scale)
+    total[:, :dim, :dim].add_(_gram(rows_RGD.movedim(0, 1)), alpha=scale)
     if ones:
         sums = rows_RGD.sum(0)
         total[:, -1, :dim].add_(sums, alpha=scale)
         total[:, :dim, -1].add_(sums, alpha=scale)
         total[:, -1, -1] += scale * count
+
+
+def _gram(X: Tensor) -> Tensor:
+    """Return XᵀX for each of a batch of matrices; of two blocks the one below the diagonal is copied."""
+    dim = X.shape[-1]
+    if dim < 2 * GRAM_BLOCK:
+        product: Tensor = X.mT @ X
+        return product
+    half = dim // 2
+    left, right = X[..., :half], X[..., half:]
+    result = X.new_empty(*X.shape[:-2], dim, dim)
+    result[..., :half, :half], result[..., half:, half:] = _gram(left), _gram(right)
+    result[..., :half, half:] = corner = left.mT @ right
+    result[..., half:, :half] = corner.mT
+    return result

@@ -35,12 +35,10 @@ class ConvLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1 - self.spatial
 
-    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
+    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(b.dtype) if self.owns_backward else self._padded(x.to(b.dtype))
-        return self._backward(x, b, b.new_empty(1).expand(self.weight_shape), of_input=False)
-
-    def bias_gradient(self, b: Tensor) -> Tensor:
-        return b.sum([0, *range(2, b.dim())])
+        weight = self._backward(x, b, b.new_empty(1).expand(self.weight_shape), of_input=False)
+        return weight, b.sum([0, *range(2, b.dim())])
 
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         return self._backward(x, b, weight, of_input=True)
@@ -75,7 +73,8 @@ class ConvLayer(RowLayer):
         index, inside = self._sources(x.shape, output[2:], entries)
         channels = x.movedim(1, -1).reshape(-1, x.shape[1])
         patches = channels.index_select(0, index.flatten()).view(*index.shape, self.groups, -1)
-        patches.masked_fill_(~inside[..., None, None], 0)
+        if inside is not None:
+            patches.masked_fill_(~inside[..., None, None], 0)
         # In the order of weight.flatten(1).
         return patches.permute(0, 2, 3, 1).reshape(len(entries), self.groups, self.in_dim)
 
@@ -83,30 +82,39 @@ class ConvLayer(RowLayer):
         rows = b.movedim(1, -1).reshape(-1, self.groups, self.out_dim)
         return rows if entries is None else rows.index_select(0, entries)
 
-    def _sources(self, size: torch.Size, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _sources(self, size: torch.Size, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the position in the input that each tap of a row sees, (rows, taps), and whether it is one.
 
-        Both count (sample, *position) in one dimension; ``size`` is the input's shape, ``output`` the positions'.
+        Positions are (sample, *position) as one number; ``size`` is the shape of the input, ``output`` that
+        of the output's positions. None where all taps see one.
         """
         places = []
         for length in reversed(output):
             places.append(rows % length)
             rows = rows // length
-        index, inside = rows[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None]
+        index, inside = rows[:, None], None
         for dim, place in enumerate(reversed(places)):
-            source, seen = self._seen(dim, place[:, None])
-            seen = seen & (source >= 0) & (source < size[2 + dim])
+            length = size[2 + dim]
+            source, seen = self._seen(dim, place[:, None], length)
+            if seen is not None:
+                source = source.clamp_(0, length - 1)
+                inside = seen[:, None] if inside is None else inside[..., None] & seen[:, None]
+                inside = inside.expand(-1, index.shape[1], -1).flatten(1)
+            elif inside is not None:
+                inside = inside.repeat_interleave(self.kernel[dim], dim=1)
             # One more dimension of taps, and all of them in one.
-            index = (index[..., None] * size[2 + dim] + source.clamp(0, size[2 + dim] - 1)[:, None]).flatten(1)
-            inside = (inside[..., None] & seen[:, None]).flatten(1)
+            index = (index[..., None] * length + source[:, None]).flatten(1)
         return index, inside
 
-    def _seen(self, dim: int, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the taps see from positions in the output, in one dimension, and whether they see any."""
+    def _seen(self, dim: int, place: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """Return where taps look from places in the output, in one dimension, and whether there is an entry.
+
+        None where there always is one.
+        """
         taps = torch.arange(self.kernel[dim], device=place.device)
-        before = self.pads[dim][0] if self.mode == "constant" else 0
+        before, after = self.pads[dim] if self.mode == "constant" else (0, 0)
         source = place * self.stride[dim] + taps * self.dilation[dim] - before
-        return source, torch.ones_like(source, dtype=torch.bool)
+        return source, (source >= 0) & (source < length) if before or after else None
 
     def _padded(self, x: Tensor) -> Tensor:
         pads = [size for pair in reversed(self.pads) for size in pair]
@@ -128,10 +136,11 @@ class TransposedConvLayer(ConvLayer):
             for size, out, (k, s, d, (before, _)) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
 
-    def _seen(self, dim: int, place: Tensor) -> tuple[Tensor, Tensor]:
+    def _seen(self, dim: int, place: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         taps = torch.arange(self.kernel[dim], device=place.device)
         spread = place + self.pads[dim][0] - taps * self.dilation[dim]
-        return spread.div(self.stride[dim], rounding_mode="floor"), spread % self.stride[dim] == 0
+        source = spread.div(self.stride[dim], rounding_mode="floor")
+        return source, (spread % self.stride[dim] == 0) & (source >= 0) & (source < length)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         split = weight.reshape(self.groups, self.in_dim // self.taps, self.out_dim, self.taps)

@@ -27,12 +27,10 @@ class LinearLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1
 
-    def weight_gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        x_RI, b_RO = x.flatten(0, -2).to(b.dtype), b.flatten(0, -2)
-        return x_RI.T @ b_RO if self.transposed else b_RO.T @ x_RI
-
-    def bias_gradient(self, b: Tensor) -> Tensor:
-        return b.flatten(0, -2).sum(0)
+    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        # Not flatten, which vectorized Jacobians do not know.
+        x_RI, b_RO = x.reshape(-1, x.shape[-1]).to(b.dtype), b.reshape(-1, b.shape[-1])
+        return x_RI.T @ b_RO if self.transposed else b_RO.T @ x_RI, b_RO.sum(0)
 
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         return b @ (weight.T if self.transposed else weight)

@@ -14,13 +14,13 @@ MIN_ROWS = 2048
 class RowSampler:
     """Draws rows for the statistics of one weight: ``per_dim`` for each dimension of a factor.
 
-    Each row is equally likely, and the draws are spread evenly over the samples. They depend on ``key`` and on
-    how many were made before, not on torch's global generators.
+    Each row is equally likely, and the draws are spread evenly over the samples. They depend on ``key`` and
+    how many came before, not on torch's global generators.
     """
 
     def __init__(self, per_dim: int, key: str, device: torch.device) -> None:
         self.per_dim = per_dim
-        # Elsewhere than on CUDA a device may have no float64, or no generator of its own.
+        # A device other than CUDA may have no float64, or no generator of its own.
         self._device, home = device, device if device.type == "cuda" else torch.device("cpu")
         self._generator = torch.Generator(home).manual_seed(random.Random(key).getrandbits(63))
 
