@@ -31,8 +31,8 @@ from fop.step_size import scale_update
 def as_when_recorded() -> Iterator[None]:
     """Do as the versions did that recorded trajectories and checkpoints.
 
-    Batches are split in K pieces one after the other, the second gradient is computed beside autograd's, and the
-    interval between curvature updates grows by one in five steps.
+    Batches are split in K pieces one after the other, the second gradient is computed beside autograd's, and
+    the interval between curvature updates grows by one in five steps.
     """
 
     def observe(self: Any, layer: Layer, x: Tensor, output: Tensor, batch: Batch, _: Any = None) -> None:

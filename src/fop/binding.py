@@ -45,7 +45,6 @@ class Binding:
     ``refresh_at`` and ``complete`` (whether p.grad is all that the hooks see).
 
     Attributes:
-        stream: number of the rank, whose draws of rows are its own.
         corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
@@ -62,7 +61,6 @@ class Binding:
         self.params: list[Tensor] = recorder.params
         self.recorder = recorder
         self.curvature = make_curvature(found.layer, [use.layer for use in found.uses], state)
-        self.stream = 0
         self.corrected = True
         self.lean = False
         self.by_adamw = False
@@ -86,7 +84,7 @@ class Binding:
         recorder.counted = group["loss_reduction"] == "sum"
         recorder.count = group["sub_batches"]
         recorder.statistics_rows = group["statistics_rows"]
-        recorder.key = f"{self.name} {group['step']} {self.stream}"
+        recorder.key = f"{self.name} {group['step']}"
 
     def schedule_refresh(self, group: Mapping[str, Any]) -> None:
         """Note that the curvature was refreshed, when the next time is, and how far p.grad was seen."""

@@ -14,14 +14,15 @@ from fop.curvature import KINDS, NEVER, NOTHING_PENDING, entry_names, expected_e
 from fop.layers import Layer
 from fop.options import DEFAULTS, check_shared, checked
 
-_NEWER = ("sub_batches",)  # options that a state_dict of an earlier version lacks
+# Options that a state_dict of an earlier version lacks, and how it was without them.
+_NEWER = {"sub_batches": 2, "statistics_rows": None}
 _COUNTS = {"refreshed_at", "refresh_at", "inverse_at"}  # numbers of steps in the state of a weight
 
 
 def check_state_dict(
     saved: Any, groups: Sequence[Mapping[str, Any]], layers: Mapping[Tensor, Layer]
 ) -> dict[str, Any]:
-    """Return ``saved`` with the options that an earlier version did not have, at their defaults.
+    """Return ``saved`` with the options that an earlier version did not have.
 
     ``layers`` are those known already, by weight. ValueError if it does not fit these parameter groups, or
     holds what no step could use.
@@ -33,7 +34,6 @@ def check_state_dict(
             "make the optimizer with the same groups before loading"
         )
     needed = DEFAULTS.keys() - {*_NEWER} | {"params", "step", "base_lr", "last_lr"}
-    newer = {name: DEFAULTS[name] for name in _NEWER}
     loaded = []
     for index, (old, new) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         if missing := needed - old.keys():
@@ -41,7 +41,7 @@ def check_state_dict(
                 f"parameter group {index} of the state_dict lacks {sorted(missing)}: it was not saved by FOP"
             )
         try:
-            loaded.append(checked({**newer, **old}))
+            loaded.append(checked({**_NEWER, **old}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"parameter group {index} of the state_dict: {error}") from None
         if len(old["params"]) != len(new["params"]):

@@ -70,7 +70,8 @@ class Recorder:
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
         statistics_rows: rows for each dimension of a factor that statistics are made from; None for all.
-        key: of the draws of these rows; another one in every step, for every weight and on every rank.
+        key: of the draws of these rows, another one in every step and for every weight.
+        stream: of the draws, for those who share a key (ranks).
         samples: N of all passes together.
         cleared: what they gave before `zero_grad`; serves a gradient that is put there by hand since.
         averaged: whether the last backward pass was one after which somebody averages p.grad over ranks.
@@ -88,7 +89,7 @@ class Recorder:
         self.params = [weight] if bias is None else [weight, bias]
         self.paired, self.due, self.counted, self.count = True, True, False, 2
         self.statistics_rows: int | None = None
-        self.key = ""
+        self.key, self.stream = "", 0
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
@@ -263,7 +264,7 @@ class Recorder:
                     record.sums.whole = reduce(torch.add, record.sums.first[::-1], of_last)
         if self.due:
             if self.statistics_rows is not None and self._sampler is None:
-                self._sampler = RowSampler(self.statistics_rows, self.key, x.device)
+                self._sampler = RowSampler(self.statistics_rows, f"{self.key} {self.stream}", x.device)
             record.statistics = gather_statistics(layer, x, b, layout.samples, self._sampler)
         return record, gradients
 

@@ -114,7 +114,7 @@ class Ranks(Distributor):
         completed = Hook(self, Ranks.completed)
         for binding in bindings:
             recorder = binding.recorder
-            recorder.completed = completed
+            recorder.completed, recorder.stream = completed, dist.get_rank(self.group)
             if not self._agreed:
                 # Which weights lack a curvature is known after the handshake.
                 recorder.due = True
