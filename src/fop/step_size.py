@@ -1,4 +1,7 @@
-"""How far a step goes: learning rate, η* (17) and the KL clip; its direction is of `fop.correction`."""
+"""How far a step goes: a share of the weight's norm, or η* (17) and the KL clip.
+
+Its direction is of `fop.correction`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ from torch import Tensor
 
 from fop.correction import Direction, ratio
 
+# In the state: the norm that a weight which has been zero is taken to have, see `stretch`; 0 for others.
+REFERENCE_NORM = "reference_norm"
+
 
 class Update(NamedTuple):
-    """What one weight is about to do, before learning rate, KL clip and momentum.
+    """What one weight is about to do, before momentum, learning rate, and length or KL clip.
 
     Attributes:
         matrix: η·F̂⁻¹·Gc as gradient matrix (18).
@@ -23,6 +29,9 @@ class Update(NamedTuple):
         trusted: 0-dim bool, whether the sub-batch gradients were believed; None without any.
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
+        natural: with ``step_length="weight"`` the norm that the update has where its length in the metric of
+            F̂ is 1, as `squared_norm` counts it; 0 for an update of 0.
+        input_square: with ``step_length="weight"`` the mean square of the weight's inputs, see `Curvature`.
     """
 
     matrix: Tensor
@@ -33,6 +42,8 @@ class Update(NamedTuple):
     trusted: Tensor | None = None
     reason: str = ""
     used: Tensor | None = None
+    natural: Tensor | None = None
+    input_square: Tensor | None = None
 
 
 def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,6 +79,50 @@ def kl_scale(lengths: Sequence[Tensor], kl_clip: float | None) -> tuple[Tensor, 
     return scale, finite
 
 
+def squared_norm(parts: Sequence[Tensor], input_square: Tensor) -> Tensor:
+    """Return the squared norm of a weight's update, with that of its bias, the second of ``parts``, if any.
+
+    A bias is a weight whose input is 1. It counts as one on inputs of the size that the others have:
+    otherwise the units of the inputs would decide which of the two the norm is of.
+    """
+    weight, *bias = (part.square().sum() for part in parts)
+    return weight + bias[0] / input_square.to(weight) if bias else weight
+
+
+def natural_norm(parts: Sequence[Tensor], alignment: Tensor, input_square: Tensor) -> Tensor:
+    """Return ‖d‖ / sqrt(⟨g, d⟩) of a direction d = F̂⁻¹·g: its norm where its length in F̂ is 1; 0 for 0."""
+    return (squared_norm(parts, input_square) / torch.where(alignment == 0, 1, alignment.abs())).sqrt()
+
+
+def measures(parts: Sequence[Tensor], input_square: Tensor, weight: Tensor, *, by_row: bool) -> Tensor:
+    """Return what `stretch` must know, (3,): ‖u‖², ‖weight‖² and Σ ‖row of u‖; of shards, to be added up.
+
+    ``parts`` are u, what a weight and its bias are to move by; the sum over rows is 0 unless ``by_row``.
+    """
+    square = squared_norm(parts, input_square)
+    own = torch.linalg.vector_norm(weight, dtype=square.dtype).square()
+    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else torch.zeros_like(square)
+    return torch.stack([square, own, rows])
+
+
+def stretch(sums: Tensor, natural: Tensor, reference: Tensor, rows: int) -> Tensor:
+    """Return ‖weight‖ / ‖u‖, 0-dim: what makes u as long as the weight; 0 for a direction of 0.
+
+    A weight of exactly 0 has no norm. Its ``reference``, changed in place, is then the ``natural`` norm of
+    the direction, and stands for the weight's as long as that is smaller. ``rows`` is not 0 for an embedding
+    of so many rows, of which a batch uses few: as much of the norm counts as rows move, (Σ ‖row‖)² / Σ ‖row‖²
+    of them.
+    """
+    square, own, by_row = sums.unbind()
+    own = own.sqrt()
+    reference.copy_(torch.where(own > 0, reference, natural))
+    length = torch.maximum(own, reference)
+    if rows:
+        length = length * by_row / (rows * torch.where(square > 0, square, 1)).sqrt()
+    moves = (square > 0) & (natural > 0)
+    return torch.where(moves, length / torch.where(moves, square, 1).sqrt(), 0)
+
+
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:
     """Return the scale of gradients with these squared norms, as in `torch.nn.utils.clip_grad_norm_`."""
     total = torch.stack(list(squares)).sum()
@@ -81,7 +136,7 @@ def momentum_of(group: Mapping[str, Any]) -> float:
     further than that.
     """
     momentum: float = group["momentum"]
-    if group["kl_clip"] is None or group["lr"] <= group["last_lr"]:
+    if group["step_length"] != "paper" or group["kl_clip"] is None or group["lr"] <= group["last_lr"]:
         return momentum
     return momentum * float(group["last_lr"] / group["lr"])
 
