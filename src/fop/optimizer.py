@@ -6,7 +6,7 @@ import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +58,13 @@ from fop.step_size import (
     REFERENCE_NORM,
     Update,
     kl_scale,
-    measures,
+    measure,
     momentum_of,
-    natural_norm,
     scale_update,
     stretch,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+_Kind = TypeVar("_Kind", bound="FOP")
 
 # Every optimizer in use: two on one parameter would take each other's gradients.
 _live: weakref.WeakSet[FOP] = weakref.WeakSet()
@@ -197,7 +195,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._take_over()
 
     @classmethod
-    def paper(cls, params: ParamsLike, lr: float = 0.05, **options: Any) -> Self:
+    def paper(cls: type[_Kind], params: ParamsLike, lr: float = 0.05, **options: Any) -> _Kind:
         """Return an optimizer with the paper's equations, ``step_length="paper"``, and typical values.
 
         The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's; it names no momentum,
@@ -439,22 +437,13 @@ class FOP(JoinableOptimizer, Optimizer):
             shared = distributor.share(ready, own)
 
             # All ranks move the weights alike.
+            home = shared[0][0].length.device
+            lengths = torch.stack([update.length.to(home) for update, _ in shared])
+            finite, first = torch.isfinite(lengths), self.param_groups[0]
+            clipped = first["step_length"] == "paper" and first["kl_clip"] is not None
+            self._kl_scale = kl_scale(lengths, first["kl_clip"]) if clipped else None
             del own
-            by_weight = self.param_groups[0]["step_length"] == "weight"
-            kl_clip = None if by_weight else self.param_groups[0]["kl_clip"]
-            self._kl_scale, finite = kl_scale([update.length for update, _ in shared], kl_clip)
-            fine = [
-                good if update.used is None else good & update.used.to(good.device)
-                for good, (update, _) in zip(finite, shared, strict=True)
-            ]
-            for index, (binding, (update, parts)) in enumerate(zip(ready, shared, strict=True)):
-                binding.note(update)
-                averaged = [(p, self._averaged(p, part, fine[index], groups[p])) for p, part in parts]
-                shared[index] = update, averaged
-            factors = self._stretches(ready, shared) if by_weight else []
-            for index, (_, parts) in enumerate(shared):
-                for param, part in parts:
-                    self._move(param, part, factors[index] if factors else None, fine[index], groups[param])
+            self._move(ready, shared, finite, groups)
             if not (finite.is_cpu and bool(finite.all())):
                 self._refusals.count(tuple(f"layer {binding.name!r}" for binding in ready), finite)
 
@@ -533,63 +522,73 @@ class FOP(JoinableOptimizer, Optimizer):
         update = Update(matrix, length, mixing, eta_used, direction.rho, trusted, gradients.reason)
         if group["step_length"] == "paper":
             return update
-        input_square, parts = binding.curvature.input_square(), [part for _, part in binding.parts(matrix)]
-        natural = natural_norm(parts, alignment, input_square)
+        input_square = binding.curvature.input_square
+        square = measure([part for _, part in binding.parts(matrix)], input_square)[0]
+        # With a fixed β the alignment may be negative.
+        natural = (square / torch.where(alignment == 0, 1, alignment.abs())).sqrt()
         return update._replace(natural=natural, input_square=input_square)
 
-    def _averaged(self, param: Tensor, part: Tensor, fine: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return a parameter's part of an update with `torch.optim.SGD`'s momentum.
-
-        Where the 0-dim bool ``fine`` is false, the momentum stays as it is.
-        """
-        assert self._kl_scale is not None
-        fine = fine.to(part.device)
-        # Not a product: 0 times NaN is NaN.
-        update = torch.where(fine, part * self._kl_scale.to(part.device, part.dtype), 0)
-        if not group["momentum"]:
-            return update
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=update.dtype)
-        buffer = local(state["momentum_buffer"])
-        # Tensors, as torch.where of two numbers would round them to float32.
-        kept = torch.where(fine, update.new_full((), momentum_of(group)), update.new_ones(()))
-        buffer.mul_(kept).add_(update)
-        return update.add_(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-
-    def _stretches(self, bindings: list[Binding], shared: list[Shared]) -> list[Tensor]:
-        """Return by what the update of every weight must be multiplied to be as long as the weight."""
-        sums = []
-        for binding, (update, parts) in zip(bindings, shared, strict=True):
-            assert update.input_square is not None
-            moves, by_row = [part for _, part in parts], binding.layer.by_index
-            sums.append(measures(moves, update.input_square, local(binding.weight), by_row=by_row))
-        result = []
-        sums = self._distributor.sums(bindings, sums)
-        for binding, (update, _), of_one in zip(bindings, shared, sums, strict=True):
-            assert update.natural is not None
-            if REFERENCE_NORM not in binding.state:
-                binding.state[REFERENCE_NORM] = torch.zeros_like(of_one[0])
-            rows = len(binding.weight) if binding.layer.by_index else 0
-            # A bad update has no length.
-            natural = torch.where(update.natural.isfinite(), update.natural, 0).to(of_one)
-            result.append(stretch(of_one, natural, binding.state[REFERENCE_NORM], rows))
-        return result
-
-    def _move(
-        self, param: Tensor, part: Tensor, factor: Tensor | None, fine: Tensor, group: dict[str, Any]
+    def _move(  # noqa: PLR0912 - momentum, length and move in one piece
+        self,
+        bindings: list[Binding],
+        shared: list[Shared],
+        finite: Tensor,
+        groups: dict[Tensor, dict[str, Any]],
     ) -> None:
-        """Decay a parameter, then move it by its part of an update, times ``factor`` if there is one.
+        """Move weights and biases by their parts of the updates, with momentum, at the length of the options.
 
-        Where the 0-dim bool ``fine`` is false, the parameter stays as it is.
+        Where ``finite``, of every binding, or ``used`` of its update is false, all of it stays as it is.
         """
-        weight, fine = local(param), fine.to(part.device)
-        rate = torch.where(fine, part.new_full((), group["lr"]), part.new_zeros(()))
-        if group["weight_decay"]:
-            weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
-        if factor is not None:
-            rate = rate * factor.to(rate)
-        weight.add_((part * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
+        by_weight = self.param_groups[0]["step_length"] == "weight"
+        sharded = any(hasattr(binding.weight, "to_local") for binding in bindings)
+        measured: list[Tensor] = []
+        fine: list[Tensor] = []
+        for index, (binding, (update, parts)) in enumerate(zip(bindings, shared, strict=True)):
+            binding.note(update)
+            good = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
+            fine.append(good)
+            moves = []
+            for param, part in parts:
+                group, state, good = groups[param], self.state[param], good.to(part.device)
+                if self._kl_scale is not None:
+                    part = part * self._kl_scale.to(part.device, part.dtype)
+                # Not a product: 0 times NaN is NaN.
+                move = torch.where(good, part, 0)
+                if group["momentum"]:
+                    # That of `torch.optim.SGD`.
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(param, dtype=move.dtype)
+                    buffer = local(state["momentum_buffer"]) if sharded else state["momentum_buffer"]
+                    momentum = group["momentum"] if by_weight else momentum_of(group)
+                    # Tensors, as torch.where of two numbers would round them to float32.
+                    kept = torch.where(good, move.new_full((), momentum), move.new_ones(()))
+                    buffer.mul_(kept).add_(move)
+                    move = move.add_(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+                moves.append((param, move))
+            shared[index] = update, moves
+            if by_weight:
+                assert update.input_square is not None
+                weight = local(binding.weight) if sharded else binding.weight
+                rows = len(binding.weight) if binding.layer.by_index else 0
+                measured.append(measure([move for _, move in moves], update.input_square, weight, rows))
+        if sharded and by_weight:
+            measured = self._distributor.sums(bindings, measured)
+        for index, (binding, (update, moves)) in enumerate(zip(bindings, shared, strict=True)):
+            factor = None
+            if by_weight:
+                assert update.natural is not None
+                state, rows = self.state[binding.weight], len(binding.weight) if binding.layer.by_index else 0
+                if REFERENCE_NORM not in state:
+                    state[REFERENCE_NORM] = torch.zeros_like(measured[index][0])
+                factor = stretch(measured[index], update.natural, state[REFERENCE_NORM], rows)
+            for param, move in moves:
+                group, weight, good = groups[param], local(param) if sharded else param, fine[index]
+                rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))
+                if group["weight_decay"]:
+                    weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
+                if factor is not None:
+                    rate = rate * factor.to(rate)
+                weight.add_((move * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
 
     def _step_adamw(self, done: set[Tensor]) -> None:
         """Step every other parameter that is trained and has a gradient."""

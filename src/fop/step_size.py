@@ -29,9 +29,9 @@ class Update(NamedTuple):
         trusted: 0-dim bool, whether the sub-batch gradients were believed; None without any.
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
-        natural: with ``step_length="weight"`` the norm that the update has where its length in the metric of
-            F̂ is 1, as `squared_norm` counts it; 0 for an update of 0.
-        input_square: with ``step_length="weight"`` the mean square of the weight's inputs, see `Curvature`.
+        natural: with ``step_length="weight"`` ‖update‖ / sqrt(⟨update, Ga⟩), its norm where its length in the
+            metric of F̂ is 1; 0 for an update of 0.
+        input_square: with ``step_length="weight"`` that of `Curvature`.
     """
 
     matrix: Tensor
@@ -63,46 +63,32 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
     return update.mul_(scale), scale * alignment, scale
 
 
-def kl_scale(lengths: Sequence[Tensor], kl_clip: float | None) -> tuple[Tensor, Tensor]:
-    """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)), and which are finite.
+def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
+    """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)) (Ba et al. 2017).
 
-    ``lengths`` are lr²·⟨update, gradient⟩ of every weight, 0-dim; κ is None for no clip (Ba et al. 2017).
+    ``lengths`` are lr²·⟨update, gradient⟩ of every weight, 1-d; those that are not finite do not count.
     """
-    home = lengths[0].device
-    stacked = torch.stack([length.to(home) for length in lengths])
-    finite = torch.isfinite(stacked)
-    total = torch.where(finite, stacked, 0).sum()
-    scale = torch.ones_like(total)
-    if kl_clip is not None:
-        # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
-        scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
-    return scale, finite
+    total = torch.where(torch.isfinite(lengths), lengths, 0).sum()
+    # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
+    return torch.where(total > kl_clip, (kl_clip / total).sqrt(), 1)
 
 
-def squared_norm(parts: Sequence[Tensor], input_square: Tensor) -> Tensor:
-    """Return the squared norm of a weight's update, with that of its bias, the second of ``parts``, if any.
-
-    A bias is a weight whose input is 1. It counts as one on inputs of the size that the others have:
-    otherwise the units of the inputs would decide which of the two the norm is of.
-    """
-    weight, *bias = (part.square().sum() for part in parts)
-    return weight + bias[0] / input_square.to(weight) if bias else weight
-
-
-def natural_norm(parts: Sequence[Tensor], alignment: Tensor, input_square: Tensor) -> Tensor:
-    """Return ‖d‖ / sqrt(⟨g, d⟩) of a direction d = F̂⁻¹·g: its norm where its length in F̂ is 1; 0 for 0."""
-    return (squared_norm(parts, input_square) / torch.where(alignment == 0, 1, alignment.abs())).sqrt()
-
-
-def measures(parts: Sequence[Tensor], input_square: Tensor, weight: Tensor, *, by_row: bool) -> Tensor:
+def measure(
+    parts: Sequence[Tensor], input_square: Tensor, weight: Tensor | None = None, rows: int = 0
+) -> Tensor:
     """Return what `stretch` must know, (3,): ‖u‖², ‖weight‖² and Σ ‖row of u‖; of shards, to be added up.
 
-    ``parts`` are u, what a weight and its bias are to move by; the sum over rows is 0 unless ``by_row``.
+    ``parts`` are u, by what a weight and its bias, if any, are to move. A bias is a weight whose input is 1:
+    it counts as one on inputs of the size that the others have, ``input_square``; otherwise the units of the
+    inputs would decide which of the two ‖u‖ is of. The last sum is 0 without ``rows``, see `stretch`.
     """
-    square = squared_norm(parts, input_square)
-    own = torch.linalg.vector_norm(weight, dtype=square.dtype).square()
-    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else torch.zeros_like(square)
-    return torch.stack([square, own, rows])
+    square, *bias = (part.square().sum() for part in parts)
+    if bias:
+        square = square + bias[0] / input_square.to(square)
+    none = torch.zeros_like(square)
+    own = none if weight is None else torch.linalg.vector_norm(weight, dtype=square.dtype).square()
+    by_row = torch.linalg.vector_norm(parts[0], dim=1).sum() if rows else none
+    return torch.stack([square, own, by_row])
 
 
 def stretch(sums: Tensor, natural: Tensor, reference: Tensor, rows: int) -> Tensor:
@@ -114,13 +100,15 @@ def stretch(sums: Tensor, natural: Tensor, reference: Tensor, rows: int) -> Tens
     of them.
     """
     square, own, by_row = sums.unbind()
-    own = own.sqrt()
+    # A bad update has no length.
+    natural, own = torch.where(natural.isfinite(), natural, 0).to(own), own.sqrt()
     reference.copy_(torch.where(own > 0, reference, natural))
     length = torch.maximum(own, reference)
-    if rows:
-        length = length * by_row / (rows * torch.where(square > 0, square, 1)).sqrt()
     moves = (square > 0) & (natural > 0)
-    return torch.where(moves, length / torch.where(moves, square, 1).sqrt(), 0)
+    norm = torch.where(moves, square, 1).sqrt()
+    if rows:
+        length = length * by_row / (rows**0.5 * norm)
+    return torch.where(moves, length / norm, 0)
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:
@@ -136,7 +124,7 @@ def momentum_of(group: Mapping[str, Any]) -> float:
     further than that.
     """
     momentum: float = group["momentum"]
-    if group["step_length"] != "paper" or group["kl_clip"] is None or group["lr"] <= group["last_lr"]:
+    if group["kl_clip"] is None or group["lr"] <= group["last_lr"]:
         return momentum
     return momentum * float(group["last_lr"] / group["lr"])
 

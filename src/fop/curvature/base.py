@@ -50,6 +50,8 @@ class Curvature(ABC):
         pending: whether a new inverse is being computed, see `fop.curvature.refresh`.
         ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
         trace: tr F of the averages, 0-dim, from which `fop.correction` knows what is rounding.
+        input_square: the mean square of the weight's inputs, where the bias' input is 1; 0-dim, above 0. It
+            makes weight and bias comparable, whatever the units of the inputs are.
         fallbacks: how often an inversion needed each fallback.
     """
 
@@ -74,7 +76,7 @@ class Curvature(ABC):
         self.state = state
         self.ready = self.held
         if self.estimated:
-            self.trace = self.fisher_trace()
+            self.trace, self.input_square = self.fisher_trace(), self.input_bias_ratio()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
@@ -127,7 +129,7 @@ class Curvature(ABC):
             decay = before / weight
         for name, new in zip(self.averages, estimate, strict=True):
             self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
-        self.trace = self.fisher_trace()
+        self.trace, self.input_square = self.fisher_trace(), self.input_bias_ratio()
 
     @abstractmethod
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
@@ -154,11 +156,8 @@ class Curvature(ABC):
         """Return tr F, 0-dim; 0 if an approximation does not say, which is safe for means of few samples."""
         return torch.zeros(())
 
-    def input_square(self) -> Tensor:
-        """Return the mean square of the weight's inputs in units of the bias' input, 0-dim; above 0.
-
-        It makes weight and bias comparable, whatever the units of the inputs are.
-        """
+    def input_bias_ratio(self) -> Tensor:
+        """Return `input_square`; 1 if an approximation does not say."""
         return torch.ones(())
 
     # Reports, costs, messages between ranks

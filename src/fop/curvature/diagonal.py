@@ -63,7 +63,7 @@ class DiagonalCurvature(Curvature):
     def fisher_trace(self) -> Tensor:
         return self.state["A"].sum()  # type: ignore[no-any-return]
 
-    def input_square(self) -> Tensor:
+    def input_bias_ratio(self) -> Tensor:
         means = self._means().flatten()
         return torch.where((means > 0).all(), means[0] / means[-1], 1)
 

@@ -78,9 +78,9 @@ class KroneckerCurvature(Curvature):
         trace: Tensor = (mean_eigenvalue(A) * mean_eigenvalue(G)).sum() * (A.shape[-1] * G.shape[-1])
         return trace
 
-    def input_square(self) -> Tensor:
+    def input_bias_ratio(self) -> Tensor:
         if not self.layer.bias:
-            return super().input_square()
+            return super().input_bias_ratio()
         squares = typical_squares(self.state["A"], bias=True).mean(0)
         return squares[0] / squares[-1]
 
