@@ -46,6 +46,7 @@ class Binding:
 
     Attributes:
         corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
+        rows: how many rows an embedding has, of which a batch uses few; 0 for other weights.
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
         seen: whether the modules knew of the last gradient.
@@ -62,6 +63,8 @@ class Binding:
         self.recorder = recorder
         self.curvature = make_curvature(found.layer, [use.layer for use in found.uses], state)
         self.corrected = True
+        looked_up = found.layer.by_index and not found.layer.swapped
+        self.rows = len(found.weight) if looked_up else 0
         self.lean = False
         self.by_adamw = False
         self.last: Update | None = None

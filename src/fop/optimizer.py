@@ -569,18 +569,18 @@ class FOP(JoinableOptimizer, Optimizer):
             if by_weight:
                 assert update.input_square is not None
                 weight = local(binding.weight) if sharded else binding.weight
-                rows = len(binding.weight) if binding.layer.by_index else 0
-                measured.append(measure([move for _, move in moves], update.input_square, weight, rows))
+                own = [move for _, move in moves]
+                measured.append(measure(own, update.input_square, weight, binding.rows))
         if sharded and by_weight:
             measured = self._distributor.sums(bindings, measured)
         for index, (binding, (update, moves)) in enumerate(zip(bindings, shared, strict=True)):
             factor = None
             if by_weight:
                 assert update.natural is not None
-                state, rows = self.state[binding.weight], len(binding.weight) if binding.layer.by_index else 0
+                state = self.state[binding.weight]
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(measured[index][0])
-                factor = stretch(measured[index], update.natural, state[REFERENCE_NORM], rows)
+                factor = stretch(measured[index], update.natural, state[REFERENCE_NORM], binding.rows)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))

@@ -71,6 +71,36 @@ def dense_damped_fisher(A: Tensor, G: Tensor, damping: float) -> Tensor:
     return dense_fisher(torch.stack(A_hat), torch.stack(G_hat))
 
 
+def relative_damping(factor: Tensor, damping: float, *, bias: bool) -> Tensor:
+    """What is added to a factor (groups, d, d): √λ of its mean diagonal; a bias' entry is its own mean."""
+    added = torch.zeros_like(factor)
+    for group, matrix in zip(added, factor, strict=True):
+        diagonal = matrix.diagonal().tolist()
+        inputs = diagonal[:-1] if bias else diagonal
+        for i, entry in enumerate(diagonal):
+            mean = sum(inputs) / len(inputs) if i < len(inputs) else entry
+            group[i, i] = math.sqrt(damping) * mean
+    return added
+
+
+def dense_relative_fisher(A: Tensor, G: Tensor, damping: float, *, bias: bool) -> Tensor:
+    """F̂ where each factor is damped by itself."""
+    A_hat = A + relative_damping(A, damping, bias=bias)
+    return dense_fisher(A_hat, G + relative_damping(G, damping, bias=False))
+
+
+def comparable(matrix: Tensor, A: Tensor, *, bias: bool) -> Tensor:
+    """The gradient-shaped matrix of a layer whose bias has an input of the size of the others, not 1.
+
+    Its entries then all have the same unit, that of the weight, so that it has a norm.
+    """
+    if not bias:
+        return matrix
+    diagonal = full(A).diagonal(dim1=1, dim2=2).mean(0)
+    size = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
+    return torch.cat([matrix[:, :, :-1], matrix[:, :, -1:] / size], dim=2)
+
+
 # --- the step --------------------------------------------------------------------------------------
 
 
