@@ -510,7 +510,9 @@ class FOP(JoinableOptimizer, Optimizer):
         if group["loss_reduction"] == "sum":
             contrasts = tuple(contrast / samples for contrast in gradients.contrasts)
             gradients = gradients._replace(average=average / samples, contrasts=contrasts)
-        direction = combine(binding.curvature, gradients, beta=beta)
+        by_weight = group["step_length"] == "weight"
+        units = binding.curvature.units if by_weight else None
+        direction = combine(binding.curvature, gradients, beta=beta, units=units)
         matrix, alignment, eta_used = scale_update(direction, eta, bool(gradients.contrasts))
         if binding.bias is None or groups[binding.bias]["lr"] == group["lr"]:
             length = alignment * float(group["lr"]) ** 2
@@ -519,14 +521,9 @@ class FOP(JoinableOptimizer, Optimizer):
         mixing, trusted = direction.beta, gradients.trusted
         if trusted is not None:
             mixing = torch.where(trusted, mixing, 0)
-        update = Update(matrix, length, mixing, eta_used, direction.rho, trusted, gradients.reason)
-        if group["step_length"] == "paper":
-            return update
-        input_square = binding.curvature.input_square
-        square = measure([part for _, part in binding.parts(matrix)], input_square)[0]
-        # With a fixed β the alignment may be negative.
-        natural = (square / torch.where(alignment == 0, 1, alignment.abs())).sqrt()
-        return update._replace(natural=natural, input_square=input_square)
+        input_square = None if units is None else units.flatten()[-1]
+        kinds = direction.rho, trusted, gradients.reason
+        return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square)
 
     def _move(  # noqa: PLR0912 - momentum, length and move in one piece
         self,
@@ -567,20 +564,18 @@ class FOP(JoinableOptimizer, Optimizer):
                 moves.append((param, move))
             shared[index] = update, moves
             if by_weight:
-                assert update.input_square is not None
                 weight = local(binding.weight) if sharded else binding.weight
-                own = [move for _, move in moves]
-                measured.append(measure(own, update.input_square, weight, binding.rows))
+                steps = [move for _, move in moves]
+                measured.append(measure(steps, update.input_square, weight, by_row=bool(binding.rows)))
         if sharded and by_weight:
             measured = self._distributor.sums(bindings, measured)
         for index, (binding, (update, moves)) in enumerate(zip(bindings, shared, strict=True)):
             factor = None
             if by_weight:
-                assert update.natural is not None
-                state = self.state[binding.weight]
+                state, sums = self.state[binding.weight], measured[index]
                 if REFERENCE_NORM not in state:
-                    state[REFERENCE_NORM] = torch.zeros_like(measured[index][0])
-                factor = stretch(measured[index], update.natural, state[REFERENCE_NORM], binding.rows)
+                    state[REFERENCE_NORM] = torch.zeros_like(sums[0])
+                factor = stretch(sums, update, state[REFERENCE_NORM], binding.typical_norm, binding.rows)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))

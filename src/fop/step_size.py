@@ -29,9 +29,7 @@ class Update(NamedTuple):
         trusted: 0-dim bool, whether the sub-batch gradients were believed; None without any.
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
-        natural: with ``step_length="weight"`` ‖update‖ / sqrt(⟨update, Ga⟩), its norm where its length in the
-            metric of F̂ is 1; 0 for an update of 0.
-        input_square: with ``step_length="weight"`` that of `Curvature`.
+        input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
     """
 
     matrix: Tensor
@@ -42,7 +40,6 @@ class Update(NamedTuple):
     trusted: Tensor | None = None
     reason: str = ""
     used: Tensor | None = None
-    natural: Tensor | None = None
     input_square: Tensor | None = None
 
 
@@ -73,38 +70,39 @@ def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
     return torch.where(total > kl_clip, (kl_clip / total).sqrt(), 1)
 
 
-def measure(
-    parts: Sequence[Tensor], input_square: Tensor, weight: Tensor | None = None, rows: int = 0
-) -> Tensor:
+def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor, *, by_row: bool) -> Tensor:
     """Return what `stretch` must know, (3,): ‖u‖², ‖weight‖² and Σ ‖row of u‖; of shards, to be added up.
 
     ``parts`` are u, by what a weight and its bias, if any, are to move. A bias is a weight whose input is 1:
     it counts as one on inputs of the size that the others have, ``input_square``; otherwise the units of the
-    inputs would decide which of the two ‖u‖ is of. The last sum is 0 without ``rows``, see `stretch`.
+    inputs would decide which of the two ‖u‖ is of. The last sum is 0 unless ``by_row``.
     """
     square, *bias = (part.square().sum() for part in parts)
     if bias:
-        square = square + bias[0] / input_square.to(square)
-    none = torch.zeros_like(square)
-    own = none if weight is None else torch.linalg.vector_norm(weight, dtype=square.dtype).square()
-    by_row = torch.linalg.vector_norm(parts[0], dim=1).sum() if rows else none
-    return torch.stack([square, own, by_row])
+        square = square + (bias[0] if input_square is None else bias[0] / input_square.to(square))
+    own = torch.linalg.vector_norm(weight, dtype=square.dtype).square()
+    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else torch.zeros_like(square)
+    return torch.stack([square, own, rows])
 
 
-def stretch(sums: Tensor, natural: Tensor, reference: Tensor, rows: int) -> Tensor:
-    """Return ‖weight‖ / ‖u‖, 0-dim: what makes u as long as the weight; 0 for a direction of 0.
+def stretch(sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int) -> Tensor:
+    """Return ‖weight‖ / ‖u‖, 0-dim: what makes u, see `measure`, as long as the weight; 0 for an update of 0.
 
-    A weight of exactly 0 has no norm. Its ``reference``, changed in place, is then the ``natural`` norm of
-    the direction, and stands for the weight's as long as that is smaller. ``rows`` is not 0 for an embedding
-    of so many rows, of which a batch uses few: as much of the norm counts as rows move, (Σ ‖row‖)² / Σ ‖row‖²
-    of them.
+    A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
+    be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
+    changed in place, stands for the weight's norm as long as that is smaller.
+
+    ``rows`` is not 0 for an embedding of so many rows, of which a batch uses few: as much of the norm counts
+    as rows move, (Σ ‖row‖)² / Σ ‖row‖² of them.
     """
     square, own, by_row = sums.unbind()
-    # A bad update has no length.
-    natural, own = torch.where(natural.isfinite(), natural, 0).to(own), own.sqrt()
-    reference.copy_(torch.where(own > 0, reference, natural))
+    own, size = own.sqrt(), torch.full_like(own, typical)
+    if update.input_square is not None:
+        size = size / update.input_square.to(size).sqrt()
+    reference.copy_(torch.where(own > 0, reference, size))
     length = torch.maximum(own, reference)
-    moves = (square > 0) & (natural > 0)
+    # Momentum alone does not move a weight: however small it is, it would be stretched.
+    moves = (square > 0) & (update.length.to(square) != 0)
     norm = torch.where(moves, square, 1).sqrt()
     if rows:
         length = length * by_row / (rows**0.5 * norm)

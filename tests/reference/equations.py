@@ -8,7 +8,7 @@ F·vec(V) = vec(G V A).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,16 +89,17 @@ def dense_relative_fisher(A: Tensor, G: Tensor, damping: float, *, bias: bool) -
     return dense_fisher(A_hat, G + relative_damping(G, damping, bias=False))
 
 
-def comparable(matrix: Tensor, A: Tensor, *, bias: bool) -> Tensor:
-    """The gradient-shaped matrix of a layer whose bias has an input of the size of the others, not 1.
+def sizes(like: Tensor, A: Tensor, *, bias: bool) -> Tensor:
+    """What the input of every entry of a gradient matrix is taken to be: 1, and that of the bias as the others'.
 
-    Its entries then all have the same unit, that of the weight, so that it has a norm.
+    A layer with this as the input of its bias, in place of 1, has entries that are all in the unit of the
+    weight: gradients times ``sizes``, steps divided by them.
     """
-    if not bias:
-        return matrix
-    diagonal = full(A).diagonal(dim1=1, dim2=2).mean(0)
-    size = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
-    return torch.cat([matrix[:, :, :-1], matrix[:, :, -1:] / size], dim=2)
+    result = torch.ones_like(like)
+    if bias:
+        diagonal = full(A).diagonal(dim1=1, dim2=2).mean(0)
+        result[:, :, -1] = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
+    return result
 
 
 # --- the step --------------------------------------------------------------------------------------
@@ -130,6 +131,15 @@ def correct(F: Tensor, F_hat: Tensor, Ga: Tensor, Gd: Tensor | None, beta: Mixin
     solved = torch.linalg.solve(F_hat, Gc)
     eta = float((Ga @ solved) / (Gc @ solved + TINY)) if eta == "adaptive" else eta  # (17), with g_tot = Ga
     return Correction(eta * solved, perp, beta=beta, eta=eta, rho=rho)
+
+
+def correct_in_sizes(
+    sizes: Tensor, F: Tensor, F_hat: Tensor, Ga: Tensor, Gd: Tensor | None, beta: Mixing, eta: Mixing
+) -> Correction:
+    """`correct` for the layer with the inputs that `sizes`, as `vec`, says; its direction for this one."""
+    T = torch.diag(sizes)
+    result = correct(T @ F @ T, T @ F_hat @ T, T @ Ga, None if Gd is None else T @ Gd, beta, eta)
+    return replace(result, direction=T @ result.direction)
 
 
 def momentum_step(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from reference.equations import (
     Correction,
     Mixing,
-    comparable,
     correct,
+    correct_in_sizes,
     dense_damped_fisher,
     dense_fisher,
     dense_relative_fisher,
     momentum_step,
+    sizes,
     split,
     unvec,
     vec,
@@ -58,7 +59,8 @@ class LayerState:
     G: Tensor | None = None
     estimates: list[dict[str, Tensor]] = field(default_factory=list)
     buffer: Tensor | None = None
-    natural: float = 0.0  # the norm that stands for that of a weight which was 0
+    sizes: Tensor | None = None
+    reference: float = 0.0  # the norm that stands for that of a weight which was 0
     correction: Correction | None = field(default=None, repr=False)
 
 
@@ -99,7 +101,7 @@ class ReferenceFOP:
         directions = {name: self._direction(name, block, vec(Ga[name])) for name, block in layers.items()}
         self.kl_scale = self._kl_scale(sum(float(d @ vec(Ga[name])) for name, d in directions.items()))
         for name, d in directions.items():
-            self._apply(name, unvec(self.kl_scale * d, like=Ga[name]), Ga[name])
+            self._apply(name, unvec(self.kl_scale * d, like=Ga[name]))
 
     def _direction(self, name: str, block: Block, Ga: Tensor) -> Tensor:
         state, N = self.state[name], len(block.samples)
@@ -126,7 +128,13 @@ class ReferenceFOP:
             F_hat = dense_relative_fisher(state.A, state.G, self.damping, bias=bias)
         else:
             F_hat = dense_damped_fisher(state.A, state.G, self.damping)
-        state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
+        if self.by_weight:
+            like = block.mean_gradient(range(N))
+            state.sizes = sizes(like, state.A, bias=layers_of(self.model)[name].bias is not None)
+            own = vec(state.sizes)
+            state.correction = correct_in_sizes(own, F, F_hat, Ga, Gd, self.beta, self.eta)
+        else:
+            state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
         return state.correction.direction
 
     def _kl_scale(self, product: float) -> float:
@@ -135,17 +143,16 @@ class ReferenceFOP:
             return 1.0
         return min(1.0, math.sqrt(self.kl_clip / (self.lr**2 * product)))
 
-    def _apply(self, name: str, direction: Tensor, gradient: Tensor) -> None:
+    def _apply(self, name: str, direction: Tensor) -> None:
         layer, state = layers_of(self.model)[name], self.state[name]
         step, state.buffer = momentum_step(direction, state.buffer, self.momentum, self.nesterov)
         if self.by_weight:
-            assert state.A is not None
-            bias = layer.bias is not None
+            assert state.sizes is not None
             norm = float(layer.weight.detach().norm())
             if norm == 0:
-                square = float((direction * gradient).sum())
-                state.natural = float(comparable(direction, state.A, bias=bias).norm()) / math.sqrt(square)
-            step = step * max(norm, state.natural) / comparable(step, state.A, bias=bias).norm()
+                # All outputs of size 1: (out, in) weights times inputs of the size of the bias'.
+                state.reference = math.sqrt(len(layer.weight)) / float(state.sizes[0, 0, -1])
+            step = step * max(norm, state.reference) / (step / state.sizes).norm()
         with torch.no_grad():
             for p, change in zip(layer.parameters(), from_matrix(layer, step), strict=True):
                 p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * change)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reference.equations import (
-    comparable,
     correct,
+    correct_in_sizes,
     dense_damped_fisher,
     dense_fisher,
     dense_relative_fisher,
     full,
+    sizes,
     split,
     unvec,
     vec,
@@ -153,7 +153,7 @@ def check_steps(
                 difference,
                 options,
                 tolerance,
-                partial(_lengthened, twin, blocks[name], curvature[name]) if by_weight(options) else None,
+                Weighted(twin, blocks[name], curvature[name]) if by_weight(options) else None,
                 bias=blocks[name].bias is not None,
             )
 
@@ -177,27 +177,56 @@ def check_direction(
     difference: Tensor,
     options: Mapping[str, Any],
     tolerance: float,
-    lengthened: Callable[[Tensor], Tensor] | None = None,
+    weighted: Weighted | None = None,
     *,
     bias: bool = False,
 ) -> None:
     """``moved`` is η F̂⁻¹ (Ga + β G⊥), and is not the step without the second gradient.
 
-    Options without β and η are K-FAC's: β = 0 and η = 1. ``lengthened`` makes a direction as long as a step.
+    Options without β and η are K-FAC's: β = 0 and η = 1. ``weighted`` says how long a step is.
     """
     F, F_hat = _dense(held, options, bias=bias)
-    as_moved = lengthened or (lambda matrix: matrix)
+    as_moved = weighted.lengthened if weighted else (lambda matrix: matrix)
     Ga, Gd = vec(average), vec(difference)
     beta, eta = options.get("beta", 0.0), options.get("eta", 1.0)
     kfac = torch.linalg.solve(F_hat, Ga)
     if beta == 0.0:
         _assert_near(moved, as_moved(unvec(kfac, like=average)), f"step of {name}", tolerance)
         return
-    expected = correct(F, F_hat, Ga, Gd, beta, eta).direction
+    if weighted:
+        own = vec(weighted.sizes(average))
+        expected = correct_in_sizes(own, F, F_hat, Ga, Gd, beta, eta).direction
+    else:
+        expected = correct(F, F_hat, Ga, Gd, beta, eta).direction
     _assert_near(moved, as_moved(unvec(expected, like=average)), f"step of {name}", tolerance)
     # A fixed η stays without a second gradient: it is the caller's own scale.
     without = kfac if eta == "adaptive" else eta * kfac
     assert (without - expected).norm() > 1e-4 * expected.norm(), f"{name}: the case cannot fail"
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A step that is as long as its weight; ``twin`` has the old weights, and ``held`` the factors."""
+
+    twin: nn.Module
+    block: Block
+    held: Tensors
+
+    def sizes(self, like: Tensor) -> Tensor:
+        A = self.held["A"]
+        if not self.block.diagonal:
+            return sizes(like, A, bias=self.block.bias is not None)
+        # The rows of a norm are weight and bias, and its curvature is that of the gradients themselves.
+        return (A[:, :1].mean() / A.mean(2, keepdim=True)).sqrt().expand_as(like)
+
+    def lengthened(self, direction: Tensor) -> Tensor:
+        weight = dict(self.twin.named_parameters())[self.block.weight].detach()
+        length = weight.norm()
+        if isinstance(self.block.kind, Lookup):
+            # Tokens that take part: n if n move equally far and the others not.
+            far = direction[0].norm(dim=0)
+            length = length * (far.sum() ** 2 / far.square().sum() / len(far)).sqrt()
+        return direction * length / (direction / self.sizes(direction)).norm()
 
 
 def by_weight(options: Mapping[str, Any]) -> bool:
@@ -217,22 +246,6 @@ def _dense(held: Tensors, options: Mapping[str, Any], *, bias: bool) -> tuple[Te
     # Of weight and bias, the rows of (1, 2, size), each by itself.
     added = damping * F.mean(2, keepdim=True).expand_as(F) if relative else torch.full_like(F, damping)
     return torch.diag(vec(F)), torch.diag(vec(F + added))
-
-
-def _lengthened(twin: nn.Module, block: Block, held: Tensors, direction: Tensor) -> Tensor:
-    """A direction as long as its weight, whose norm is the last factor; ``twin`` has the old weights."""
-    weight = dict(twin.named_parameters())[block.weight].detach()
-    length = weight.norm()
-    if block.diagonal:
-        A, rows = held["A"][0], direction[0]
-        norm = (rows[0].square().sum() + sum(rows[1:].square().sum(1)) * A[-1].mean() / A[0].mean()).sqrt()
-    else:
-        norm = comparable(direction, held["A"], bias=block.bias is not None).norm()
-    if isinstance(block.kind, Lookup):
-        # Tokens that take part: n if n move equally far and the others not.
-        far = direction[0].norm(dim=0)
-        length = length * (far.sum() ** 2 / far.square().sum() / len(far)).sqrt()
-    return direction * length / norm
 
 
 def _pair(twin: nn.Module, block: Block, inputs: Inputs, y: Tensor, whole: bool) -> Pair:

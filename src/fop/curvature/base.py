@@ -50,8 +50,8 @@ class Curvature(ABC):
         pending: whether a new inverse is being computed, see `fop.curvature.refresh`.
         ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
         trace: tr F of the averages, 0-dim, from which `fop.correction` knows what is rounding.
-        input_square: the mean square of the weight's inputs, where the bias' input is 1; 0-dim, above 0. It
-            makes weight and bias comparable, whatever the units of the inputs are.
+        units: None, or in the form of a gradient matrix, but for dimensions of 1, what makes weight and bias
+            comparable: 1 for a weight, and for a bias, whose input is 1, the mean square of the others.
         fallbacks: how often an inversion needed each fallback.
     """
 
@@ -76,7 +76,7 @@ class Curvature(ABC):
         self.state = state
         self.ready = self.held
         if self.estimated:
-            self.trace, self.input_square = self.fisher_trace(), self.input_bias_ratio()
+            self.trace, self.units = self.fisher_trace(), self.input_units()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
@@ -129,7 +129,7 @@ class Curvature(ABC):
             decay = before / weight
         for name, new in zip(self.averages, estimate, strict=True):
             self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
-        self.trace, self.input_square = self.fisher_trace(), self.input_bias_ratio()
+        self.trace, self.units = self.fisher_trace(), self.input_units()
 
     @abstractmethod
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,9 +156,9 @@ class Curvature(ABC):
         """Return tr F, 0-dim; 0 if an approximation does not say, which is safe for means of few samples."""
         return torch.zeros(())
 
-    def input_bias_ratio(self) -> Tensor:
-        """Return `input_square`; 1 if an approximation does not say."""
-        return torch.ones(())
+    def input_units(self) -> Tensor | None:
+        """Return ``units`` of the averages; None for a weight without bias, or if nothing is known."""
+        return None
 
     # Reports, costs, messages between ranks
 

@@ -63,9 +63,10 @@ class DiagonalCurvature(Curvature):
     def fisher_trace(self) -> Tensor:
         return self.state["A"].sum()  # type: ignore[no-any-return]
 
-    def input_bias_ratio(self) -> Tensor:
-        means = self._means().flatten()
-        return torch.where((means > 0).all(), means[0] / means[-1], 1)
+    def input_units(self) -> Tensor | None:
+        means = self._means()
+        units = torch.where((means > 0).all(), means[:, :1] / means, 1)
+        return units if self.layer.bias else None
 
     def describe(self) -> str:
         _, out, columns = self.layer.matrix_shape

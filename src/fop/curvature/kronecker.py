@@ -78,11 +78,13 @@ class KroneckerCurvature(Curvature):
         trace: Tensor = (mean_eigenvalue(A) * mean_eigenvalue(G)).sum() * (A.shape[-1] * G.shape[-1])
         return trace
 
-    def input_bias_ratio(self) -> Tensor:
+    def input_units(self) -> Tensor | None:
         if not self.layer.bias:
-            return super().input_bias_ratio()
+            return None
         squares = typical_squares(self.state["A"], bias=True).mean(0)
-        return squares[0] / squares[-1]
+        units = torch.ones_like(squares)
+        units[-1] = squares[0] / squares[-1]
+        return units
 
     def describe(self) -> str:
         groups, out, columns = self.layer.matrix_shape
