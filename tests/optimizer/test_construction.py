@@ -269,8 +269,8 @@ def test_options_of_the_whole_step_in_a_group_are_refused(option: dict[str, Any]
     model = mlp()
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}.*constructor"):
-        FOP([{"params": model.parameters(), **option}])
-    FOP([{"params": model.parameters(), **option}], **option)
+        FOP([{"params": model.parameters(), **option}], step_length="paper")
+    FOP([{"params": model.parameters(), **option}], step_length="paper", **option)
 
 
 # --- parameters that are refused ---------------------------------------------------------------------------

@@ -250,7 +250,8 @@ def test_numbers_of_numpy_set_by_a_schedule() -> None:
 def test_option_that_is_set_is_the_one_that_is_used(change: Callable[[dict[str, Any]], None]) -> None:
     """As an optimizer made with it would step on from the same state."""
     model, clean, same = mlp(), mlp(), mlp()
-    optimizer, expected, plain = (FOP(net, lr=0.1) for net in (model, clean, same))
+    nets = (model, clean, same)
+    optimizer, expected, plain = (FOP(net, lr=0.1, step_length="paper") for net in nets)
     for net, its in ((model, optimizer), (clean, expected), (same, plain)):
         train_step(net, its, *batch())
     change(optimizer.param_groups[0])
@@ -282,11 +283,12 @@ def test_loaded_option_of_the_whole_step_is_used(name: str, library: type[FOP]) 
     """As for any option of torch.optim: the state wins over the constructor, and a later group follows it."""
     of_state, of_constructor = WHOLE[name]
     model, clean, same = mlp(), mlp(), mlp()
-    expected = library(clean, lr=0.1, **{name: of_state})
+    expected = library(clean, lr=0.1, step_length="paper", **{name: of_state})
     train_step(clean, expected, *batch())
     for net in (model, same):
         net.load_state_dict(clean.state_dict())
-    optimizer, plain = (library(net, lr=0.1, **{name: of_constructor}) for net in (model, same))
+    options: dict[str, Any] = {"step_length": "paper", name: of_constructor}
+    optimizer, plain = (library(net, lr=0.1, **options) for net in (model, same))
     optimizer.load_state_dict(snapshot(expected))
     plain.load_state_dict(snapshot(expected))
     plain.param_groups[0][name] = of_constructor

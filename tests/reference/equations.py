@@ -90,7 +90,7 @@ def dense_relative_fisher(A: Tensor, G: Tensor, damping: float, *, bias: bool) -
 
 
 def sizes(like: Tensor, A: Tensor, *, bias: bool) -> Tensor:
-    """What the input of every entry of a gradient matrix is taken to be: 1, and that of the bias as the others'.
+    """What the input of every entry of a gradient matrix is taken to be: 1, or for a bias as the others are.
 
     A layer with this as the input of its bias, in place of 1, has entries that are all in the unit of the
     weight: gradients times ``sizes``, steps divided by them.

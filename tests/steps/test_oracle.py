@@ -24,6 +24,7 @@ from reference.cases import CONV2D, LINEAR
 DAMPING, DAMPING_ONE_SAMPLE = 0.1, 1.0
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PLAIN: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.5,  # large, so that rounding of the new weight itself is small beside the update
     "momentum": 0.0,
     "weight_decay": 0.0,
