@@ -68,9 +68,10 @@ def _inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     invert = _cholesky_inverse if M.dim() == 3 else _reciprocal
     if shift.dim() == 1:
         return invert(M, shift[:, None])
-    # In units of its mean eigenvalue: the inverse of a small M, or products on the way, may leave float32.
+    # In units of its mean eigenvalue: products on the way might leave the range of float32.
     mean = mean_eigenvalue(M)
-    some = mean > 0
+    # Of less, an inverse leaves the range, too; squares of gradients that small are no numbers any more.
+    some = mean > 1024 * torch.finfo(M.dtype).tiny
     unit, ones = torch.where(some, mean, 1), [1] * (M.dim() - 1)
     inverse, fine = invert(M / unit.view(-1, *ones), torch.where(some[:, None], shift / unit[:, None], 1))
     inverse = inverse * torch.where(some, 1 / unit, 0).view(-1, *ones)

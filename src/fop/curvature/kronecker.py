@@ -148,8 +148,8 @@ def kronecker_product(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
 def typical_squares(M: Tensor, *, bias: bool) -> Tensor:
     """Return for every entry of a factor's diagonal the size that relative damping takes, (groups, d).
 
-    That is the mean eigenvalue, with the last entry apart where it belongs to a ``bias``: its input is 1,
-    whatever the units of the others are.
+    That is the mean eigenvalue; but the last entry, where it belongs to a ``bias``, counts by itself: its
+    input is 1, whatever the units of the others are.
     """
     diagonal = M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1)
     if not bias:
