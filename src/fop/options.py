@@ -134,7 +134,9 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options with those that were not given (None) as ``step_length`` says."""
-    _check_choices(options)
+    for name in ("step_length", "damping_kind"):
+        if name == "step_length" or options[name] is not None:
+            _check_choice(name, options[name])
     implied = BY_STEP_LENGTH[options["step_length"]]
     chosen = {name: value for name, value in options.items() if name not in implied or value is not None}
     chosen = {**implied, **chosen}
@@ -157,15 +159,16 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
-def _check_choices(options: Mapping[str, Any]) -> None:
-    for name, allowed in _CHOICES.items():
-        value = options.get(name)
-        if value is not None and not (isinstance(value, str) and value in allowed):
-            raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, allowed))}")
+def _check_choice(name: str, value: Any) -> None:
+    allowed = _CHOICES[name]
+    if not (isinstance(value, str) and value in allowed):
+        raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, allowed))}")
 
 
 def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
-    _check_choices(options)
+    for name in _CHOICES:
+        if name in options:
+            _check_choice(name, options[name])
     for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps", "base_lr", "last_lr"):
         if name in options:
             _check_number(name, options[name], low=0.0)

@@ -55,7 +55,7 @@ def test_wrong_name_given_to_the_constructor(name: str, library: type[FOP]) -> N
 
 
 def test_name_that_resembles_none() -> None:
-    with pytest.raises(TypeError, match=r"no option 'warmup': the options are lr, momentum, .*max_grad_norm"):
+    with pytest.raises(TypeError, match=r"no option 'warmup': the options are lr, .*max_grad_norm"):
         FOP(mlp(), warmup=3)  # type: ignore[arg-type]
 
 
@@ -141,7 +141,10 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("lr", None, TypeError, "None must be"),
     ("lr", "0.1", TypeError, "'0.1' must be"),
     ("lr", torch.tensor(0.2), TypeError, r"float\(lr\)"),
-    ("nesterov", 1, TypeError, "True or False"),
+    ("nesterov", "yes", TypeError, "True or False"),
+    ("step_length", "kl", ValueError, "'weight' or 'paper'"),
+    ("damping_kind", None, ValueError, "'relative' or 'absolute'"),
+    ("kl_clip", 1e-2, ValueError, "step_length='paper'"),
     ("curvature_interval", 0, ValueError, "1 or more"),
     ("inverse_delay", 1.5, TypeError, "whole number"),
     ("sub_batches", 0, ValueError, "1 or more"),
@@ -179,7 +182,7 @@ def test_option_set_to_a_bad_value(
 
 def test_options_that_go_together() -> None:
     model = mlp()
-    optimizer = FOP(model, nesterov=True)
+    optimizer = FOP.paper(model, nesterov=True)
     train_step(model, optimizer, *batch())
     optimizer.param_groups[0]["momentum"] = 0.0
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
@@ -274,6 +277,7 @@ WHOLE: dict[str, tuple[Any, Any]] = {
     "max_grad_norm": (0.01, None),
     "loss_reduction": ("sum", "mean"),
     "sub_batches": (3, 2),
+    "damping_kind": ("relative", "absolute"),
 }
 
 
@@ -310,7 +314,8 @@ def test_loaded_option_of_the_whole_step_is_used(name: str, library: type[FOP]) 
 @pytest.mark.parametrize("name", WHOLE)
 def test_option_of_the_whole_step_in_one_group_alone(name: str) -> None:
     model = mlp()
-    optimizer = FOP([{"params": model[index].parameters()} for index in (0, 2)])
+    groups = [{"params": model[index].parameters()} for index in (0, 2)]
+    optimizer = FOP(groups, step_length="paper")
     train_step(model, optimizer, *batch())
     before = weights(model)
     optimizer.param_groups[1][name] = WHOLE[name][0]
