@@ -16,7 +16,7 @@ from fop.capture.batch import Batch
 from fop.capture.sub_batches import sub_batch_entries
 from fop.correction import Metric as Curvature
 from fop.correction import SubBatchGradients, combine
-from fop.curvature import refresh
+from fop.curvature import Damping, refresh
 from fop.curvature.diagonal import DiagonalCurvature
 from fop.curvature.inversion import Fallback, Inversion, damped_inverses, mean_eigenvalue
 from fop.curvature.kronecker import KroneckerCurvature, damping_split, kronecker_product
@@ -61,7 +61,7 @@ def as_when_recorded() -> Iterator[None]:
 
 def curvature_of(kind: type[Any], shapes: tuple[tuple[int, ...], ...], state: dict[str, Tensor]) -> Any:
     """The library's curvature over these tensors, without a layer."""
-    layer = SimpleNamespace(swapped=False, factor_shapes=shapes)
+    layer = SimpleNamespace(swapped=False, factor_shapes=shapes, bias=False)
     curvature = kind(layer, [layer], {})
     curvature.load(state)
     return curvature
@@ -82,7 +82,7 @@ def DiagonalBlock(F: Tensor, F_inv: Tensor) -> DiagonalCurvature:  # noqa: N802
 def damped_diagonal(F: Tensor, damping: float) -> Tensor:
     """The inverse that a diagonal curvature computes."""
     curvature = DiagonalBlock(F, F)
-    assert curvature.store([], damping)
+    assert curvature.store([], Damping(damping, relative=False))
     return curvature.state["A_inv"]  # type: ignore[no-any-return]
 
 

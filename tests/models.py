@@ -20,6 +20,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor | None]]
 # β and η are fixed: with adaptive ones a step is the same for every multiple of g1 − g2, so it could not tell
 # a pair of the wrong size. Nothing but η F̂⁻¹ (Ga + β G⊥) is left of the step.
 PLAIN: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.5,
     "momentum": 0.0,
     "weight_decay": 0.0,

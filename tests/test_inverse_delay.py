@@ -15,7 +15,7 @@ from fop import FOP, KFAC
 from fop.curvature import NEVER
 from models import batch, conv_net, mlp, weights
 
-OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 1e-2, "curvature_interval": 4}
+OPTIONS: dict[str, Any] = {"step_length": "paper", "lr": 0.05, "damping": 1e-2, "curvature_interval": 4}
 
 
 def step(model: nn.Module, optimizer: FOP, seed: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP
-from fop.curvature import KINDS, Curvature, LayerSize
+from fop.curvature import KINDS, Curvature, Damping, LayerSize
 from fop.curvature.inversion import Inversion
 from fop.layers import Layer, Reduction, Statistics
 from models import batch, mlp, weights
@@ -38,11 +38,11 @@ class ScaledIdentity(Curvature):
         A, G = statistics.factors(reduction, loss_scale)
         return (A.diagonal(dim1=-2, dim2=-1).mean() * G.diagonal(dim1=-2, dim2=-1).mean(),)
 
-    def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
         return [], []
 
-    def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
-        self.state["scale_inv"] = 1 / (self.state["scale"] + damping)
+    def store(self, inversions: Sequence[Inversion], damping: Damping) -> bool:
+        self.state["scale_inv"] = 1 / (self.state["scale"] + damping.value)
         return True
 
     def fisher(self, V: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class ScaledIdentity(Curvature):
     def describe(self) -> str:
         return "scale"
 
-    def damping_shares(self, damping: float) -> list[float | None]:
-        return [float(damping / (self.state["scale"] + damping)), None]
+    def damping_shares(self, damping: Damping) -> list[float | None]:
+        return [float(damping.value / (self.state["scale"] + damping.value)), None]
 
     def size(self, name: str) -> LayerSize:
         return LayerSize(name, *self.layer.matrix_shape, single=True)
@@ -78,6 +78,7 @@ def registered() -> Iterator[None]:
 
 
 OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.1,
     "damping": 1e-2,
     "momentum": 0.0,

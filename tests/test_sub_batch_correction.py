@@ -18,7 +18,13 @@ from models import assert_equal, batch, conv_net, mlp, weights
 from reference import correct, dense_damped_fisher, dense_fisher, unvec, vec
 
 DAMPING = 1e-2
-OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": DAMPING, "curvature_interval": 2, "kl_clip": 1e-2}
+OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
+    "lr": 0.05,
+    "damping": DAMPING,
+    "curvature_interval": 2,
+    "kl_clip": 1e-2,
+}
 
 
 class Kronecker:

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "integrations.md"
 # With these the curvature of step 10 is renewed in step 12: after 11 steps a run is between two updates.
 STEPS_BETWEEN_UPDATES = 11
 EPOCHS = 2
-OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.01, "damping": 1e-2}
+OPTIONS: dict[str, Any] = {"step_length": "paper", "lr": 0.05, "weight_decay": 0.01, "damping": 1e-2}
 
 
 def net(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:

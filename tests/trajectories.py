@@ -30,6 +30,7 @@ from internals import as_when_recorded
 from ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.05,
     "momentum": 0.5,
     "weight_decay": 0.01,

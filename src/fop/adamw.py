@@ -58,7 +58,8 @@ def adamw_step(
         beta2=group["betas"][1],
         lr=adamw_rate(group),
         weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        # A square of float16 is 0 from 2e-4 down, and its root no measure of the gradient.
+        eps=max(group["eps"], 1e-8) if params[0].dtype is torch.float16 else group["eps"],
         maximize=group["maximize"],
     )
     return refused

@@ -46,6 +46,8 @@ class Binding:
 
     Attributes:
         corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
+        rows: how many rows an embedding has, of which a batch uses few; 0 for other weights.
+        typical_norm: the norm of a weight whose outputs have the size 1 if its inputs have it.
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
         seen: whether the modules knew of the last gradient.
@@ -62,6 +64,11 @@ class Binding:
         self.recorder = recorder
         self.curvature = make_curvature(found.layer, [use.layer for use in found.uses], state)
         self.corrected = True
+        layer, size = found.layer, found.weight.numel()
+        self.rows = len(found.weight) if layer.by_index and not layer.swapped else 0
+        # Each entry of a norm's weight has an output of its own, and each of an embedding is one.
+        entries = self.rows or layer.bias_dim == 1
+        self.typical_norm = (size if entries else layer.groups * layer.out_dim) ** 0.5
         self.lean = False
         self.by_adamw = False
         self.last: Update | None = None

@@ -147,11 +147,20 @@ def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> l
     return beta
 
 
-def combine(metric: Metric, gradients: SubBatchGradients, *, beta: float | None = None) -> Direction:
+def combine(
+    metric: Metric,
+    gradients: SubBatchGradients,
+    *,
+    beta: float | None = None,
+    units: Tensor | None = None,
+) -> Direction:
     """Return F̂⁻¹·Gc for Gc = Ga + Σ β_j·G⊥_j (6), with β of (16); K-FAC's F̂⁻¹·Ga without contrasts.
 
     ``beta`` is a fixed mixing coefficient, for K = 2; None for β*. The order of the sub-batches does not
     matter: Σ β_j·G⊥_j is the projection of Ga, in the metric of F̂⁻¹, on what the G⊥_j span.
+
+    ⟨Gd, F·Ga⟩ of (4) adds up what weight and bias give, in units of their own. With ``units``, see
+    `Curvature`, both are taken in those of a weight: the bias as one on inputs of the size of the others.
     """
     average = gradients.average
     if not gradients.contrasts:
@@ -165,7 +174,8 @@ def combine(metric: Metric, gradients: SubBatchGradients, *, beta: float | None 
     average = average / unit
     natural = metric.solve(average)
     B = inner(average, natural)
-    fisher_average, trace = metric.fisher(average), metric.trace.to(unit) / unit / unit
+    fisher_average = metric.fisher(average) if units is None else units * metric.fisher(units * average)
+    trace = metric.trace.to(unit) / unit / unit
     perpendicular = [
         orthogonal_component(average, each / unit, fisher_average, trace) for each in gradients.contrasts
     ]

@@ -6,7 +6,7 @@ import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,15 @@ from fop.binding import Binding, Bindings
 from fop.capture import BatchSize, Cleared, Source, local, retrace
 from fop.correction import combine
 from fop.curvature import Estimate, Fallback, Refresher
-from fop.distributed import Description, Distributor, JoinableOptimizer, Plan, describe, make_distributor
+from fop.distributed import (
+    Description,
+    Distributor,
+    JoinableOptimizer,
+    Plan,
+    Shared,
+    describe,
+    make_distributor,
+)
 from fop.distributed.options import DistributedLike, checked_distribution, portable
 from fop.layer_options import LayerChoices, LayerOptionsLike
 from fop.layers import FunctionCall, Statistics
@@ -32,6 +40,7 @@ from fop.options import (
     checked_group,
     normalise,
     recheck,
+    resolved,
     split_schedules,
 )
 from fop.report import Diagnostics, Refusals, Summary, diagnose, summarise, warn_of_curvature
@@ -45,7 +54,17 @@ from fop.state import (
     make_state,
     restore_precision,
 )
-from fop.step_size import Update, kl_scale, momentum_of, scale_update
+from fop.step_size import (
+    REFERENCE_NORM,
+    Update,
+    kl_scale,
+    measure,
+    momentum_of,
+    scale_update,
+    stretch,
+)
+
+_Kind = TypeVar("_Kind", bound="FOP")
 
 # Every optimizer in use: two on one parameter would take each other's gradients.
 _live: weakref.WeakSet[FOP] = weakref.WeakSet()
@@ -66,14 +85,24 @@ class FOP(JoinableOptimizer, Optimizer):
     Args:
         params: an `nn.Module`, parameters, named parameters, or parameter groups. From bare parameters the
             owning modules are found at the first forward pass.
-        lr: learning rate η0 of the preconditioned update.
-        momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it.
-        nesterov: Nesterov momentum, as in `torch.optim.SGD`.
+        lr: learning rate; by how much of its own norm a weight moves in a step, at most 20 % at 0.2. With
+            ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
+            default is None: 0.2, or 0.05 with the paper's steps.
+        step_length: "weight": ‖update of a layer‖ = lr·‖its weight‖, whatever the units of loss, inputs and
+            weights. A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as
+            much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+        momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
+            its length is set; 0.6, or 0.5 with the paper's steps.
+        nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
         weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
             use their own learning rate in place of lr.
-        damping: λ of the paper; γ = sqrt(damping) is split between A and G by π. May be a function of the
-            step.
-        stat_decay: weight of the old factors when new statistics come in, in [0, 1).
+        damping: λ; 0.01 if relative, 1e-3 if absolute. May be a function of the step.
+        damping_kind: "relative": sqrt(damping) times its mean eigenvalue is added to the diagonal of A and of
+            G (the bias' entry of A, whose units are others, counts by itself). "absolute", with the paper's
+            steps: the paper's γ = sqrt(damping), split between A and G by π.
+        stat_decay: weight of the old factors when new statistics come in, in [0, 1); 0.8, or 0.9 with the
+            paper's steps. The average is without bias, as Adam's; with the paper's steps the first estimate
+            goes on as if it were an average.
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
             from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
             by generators of the optimizer's own. None for all rows.
@@ -86,11 +115,13 @@ class FOP(JoinableOptimizer, Optimizer):
             is K-FAC.
         eta: "adaptive" for η* (17), or a fixed scale.
         kl_clip: κ; the preconditioned updates are scaled by min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩))
-            (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip.
+            (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip. It is of
+            ``step_length="paper"`` and does nothing otherwise.
         adamw_lr: learning rate of the AdamW path while ``lr`` has its first value; it follows every
-            schedule of ``lr`` in proportion.
+            schedule of ``lr`` in proportion. 0.01, or 1e-3 with the paper's steps.
         betas: as `torch.optim.AdamW`, for the AdamW path.
-        eps: as `torch.optim.AdamW`, for the AdamW path.
+        eps: as `torch.optim.AdamW`, for the AdamW path; 1e-17, which the scale of the loss does not reach
+            (1e-8 in float16), or 1e-8 with the paper's steps.
         maximize: go up instead of down.
         loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" the gradients of
             preconditioned layers are divided by N (AdamW does not mind the scale).
@@ -123,13 +154,15 @@ class FOP(JoinableOptimizer, Optimizer):
     def __init__(
         self,
         params: ParamsLike,
-        lr: float = DEFAULTS["lr"],
+        lr: float | None = DEFAULTS["lr"],
         *,
-        momentum: float = DEFAULTS["momentum"],
-        nesterov: bool = DEFAULTS["nesterov"],
+        step_length: Literal["weight", "paper"] = DEFAULTS["step_length"],
+        momentum: float | None = DEFAULTS["momentum"],
+        nesterov: bool | None = DEFAULTS["nesterov"],
         weight_decay: float = DEFAULTS["weight_decay"],
-        damping: float | Schedule = DEFAULTS["damping"],
-        stat_decay: float = DEFAULTS["stat_decay"],
+        damping: float | Schedule | None = DEFAULTS["damping"],
+        damping_kind: Literal["relative", "absolute"] | None = DEFAULTS["damping_kind"],
+        stat_decay: float | None = DEFAULTS["stat_decay"],
         statistics_rows: int | None = DEFAULTS["statistics_rows"],
         curvature_interval: int | Schedule = DEFAULTS["curvature_interval"],
         inverse_delay: int = DEFAULTS["inverse_delay"],
@@ -137,9 +170,9 @@ class FOP(JoinableOptimizer, Optimizer):
         beta: float | Literal["adaptive"] = DEFAULTS["beta"],
         eta: float | Literal["adaptive"] = DEFAULTS["eta"],
         kl_clip: float | None = DEFAULTS["kl_clip"],
-        adamw_lr: float = DEFAULTS["adamw_lr"],
+        adamw_lr: float | None = DEFAULTS["adamw_lr"],
         betas: tuple[float, float] = DEFAULTS["betas"],
-        eps: float = DEFAULTS["eps"],
+        eps: float | None = DEFAULTS["eps"],
         maximize: bool = DEFAULTS["maximize"],
         loss_reduction: Literal["mean", "sum"] = DEFAULTS["loss_reduction"],
         max_grad_norm: float | None = DEFAULTS["max_grad_norm"],
@@ -150,7 +183,8 @@ class FOP(JoinableOptimizer, Optimizer):
     ) -> None:
         given = locals()
         check_names(unknown, type(self).__name__)
-        defaults, schedules = split_schedules({name: given[name] for name in DEFAULTS})
+        options = {name: given[name] for name in DEFAULTS}
+        defaults, schedules = split_schedules(resolved(options))
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
         groups, root, names = normalise(params)
@@ -163,6 +197,16 @@ class FOP(JoinableOptimizer, Optimizer):
             self._adopt(params)
         self._prepare()
         self._take_over()
+
+    @classmethod
+    def paper(cls: type[_Kind], params: ParamsLike, lr: float = 0.05, **options: Any) -> _Kind:
+        """Return an optimizer with the paper's equations, ``step_length="paper"``, and typical values.
+
+        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's; it names no momentum,
+        decay or clip: those are ours. Takes and raises what the class does.
+        """
+        typical = {"step_length": "paper", "damping": 1e-4, "curvature_interval": 150}
+        return cls(params, lr, **{**typical, **options})
 
     def _begin(
         self,
@@ -397,14 +441,13 @@ class FOP(JoinableOptimizer, Optimizer):
             shared = distributor.share(ready, own)
 
             # All ranks move the weights alike.
-            updates = [update for update, _ in shared]
-            kl_clip = self.param_groups[0]["kl_clip"]
-            self._kl_scale, finite = kl_scale([update.length for update in updates], kl_clip)
-            for index, (binding, (update, parts)) in enumerate(zip(ready, shared, strict=True)):
-                binding.note(update)
-                fine = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
-                for param, part in parts:
-                    self._move(param, part, fine, groups[param])
+            home = shared[0][0].length.device
+            lengths = torch.stack([update.length.to(home) for update, _ in shared])
+            finite, first = torch.isfinite(lengths), self.param_groups[0]
+            clipped = first["step_length"] == "paper" and first["kl_clip"] is not None
+            self._kl_scale = kl_scale(lengths, first["kl_clip"]) if clipped else None
+            del own
+            self._move(ready, shared, finite, groups)
             if not (finite.is_cpu and bool(finite.all())):
                 self._refusals.count(tuple(f"layer {binding.name!r}" for binding in ready), finite)
 
@@ -471,7 +514,9 @@ class FOP(JoinableOptimizer, Optimizer):
         if group["loss_reduction"] == "sum":
             contrasts = tuple(contrast / samples for contrast in gradients.contrasts)
             gradients = gradients._replace(average=average / samples, contrasts=contrasts)
-        direction = combine(binding.curvature, gradients, beta=beta)
+        by_weight = group["step_length"] == "weight"
+        units = binding.curvature.units if by_weight else None
+        direction = combine(binding.curvature, gradients, beta=beta, units=units)
         matrix, alignment, eta_used = scale_update(direction, eta, bool(gradients.contrasts))
         if binding.bias is None or groups[binding.bias]["lr"] == group["lr"]:
             length = alignment * float(group["lr"]) ** 2
@@ -480,33 +525,69 @@ class FOP(JoinableOptimizer, Optimizer):
         mixing, trusted = direction.beta, gradients.trusted
         if trusted is not None:
             mixing = torch.where(trusted, mixing, 0)
-        return Update(matrix, length, mixing, eta_used, direction.rho, trusted, gradients.reason)
+        input_square = None if units is None else units.flatten()[-1]
+        kinds = direction.rho, trusted, gradients.reason
+        return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square)
 
-    def _move(self, param: Tensor, part: Tensor, fine: Tensor, group: dict[str, Any]) -> None:
-        """Decay a parameter, then move it by its part of an update with `torch.optim.SGD`'s momentum.
+    def _move(  # noqa: PLR0912 - momentum, length and move in one piece
+        self,
+        bindings: list[Binding],
+        shared: list[Shared],
+        finite: Tensor,
+        groups: dict[Tensor, dict[str, Any]],
+    ) -> None:
+        """Move weights and biases by their parts of the updates, with momentum, at the length of the options.
 
-        Where the 0-dim bool ``fine`` is false, parameter and momentum stay as they are.
+        Where ``finite``, of every binding, or ``used`` of its update is false, all of it stays as it is.
         """
-        assert self._kl_scale is not None
-        fine = fine.to(part.device)
-        # Not a product: 0 times NaN is NaN.
-        update = torch.where(fine, part * self._kl_scale.to(part.device, part.dtype), 0)
-        weight, sharded = param, hasattr(param, "to_local")
-        if sharded:
-            weight = local(param)
-        if group["momentum"]:
-            state = self.state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param, dtype=update.dtype)
-            buffer = local(state["momentum_buffer"]) if sharded else state["momentum_buffer"]
-            # Tensors, as torch.where of two numbers would round them to float32.
-            kept = torch.where(fine, update.new_full((), momentum_of(group)), update.new_ones(()))
-            buffer.mul_(kept).add_(update)
-            update = torch.add(update, buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        rate = torch.where(fine, update.new_full((), group["lr"]), update.new_zeros(()))
-        if group["weight_decay"]:
-            weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
-        weight.add_((update * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
+        by_weight = self.param_groups[0]["step_length"] == "weight"
+        sharded = any(hasattr(binding.weight, "to_local") for binding in bindings)
+        measured: list[Tensor] = []
+        fine: list[Tensor] = []
+        for index, (binding, (update, parts)) in enumerate(zip(bindings, shared, strict=True)):
+            binding.note(update)
+            good = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
+            fine.append(good)
+            moves = []
+            for param, part in parts:
+                group, state, good = groups[param], self.state[param], good.to(part.device)
+                if self._kl_scale is not None:
+                    part = part * self._kl_scale.to(part.device, part.dtype)
+                # Not a product: 0 times NaN is NaN.
+                move = torch.where(good, part, 0)
+                if group["momentum"]:
+                    # That of `torch.optim.SGD`.
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(param, dtype=move.dtype)
+                    buffer = local(state["momentum_buffer"]) if sharded else state["momentum_buffer"]
+                    momentum = group["momentum"] if by_weight else momentum_of(group)
+                    # Tensors, as torch.where of two numbers would round them to float32.
+                    kept = torch.where(good, move.new_full((), momentum), move.new_ones(()))
+                    buffer.mul_(kept).add_(move)
+                    move = move.add_(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+                moves.append((param, move))
+            shared[index] = update, moves
+            if by_weight:
+                weight = local(binding.weight) if sharded else binding.weight
+                steps = [move for _, move in moves]
+                measured.append(measure(steps, update.input_square, weight, by_row=bool(binding.rows)))
+        if sharded and by_weight:
+            measured = self._distributor.sums(bindings, measured)
+        for index, (binding, (update, moves)) in enumerate(zip(bindings, shared, strict=True)):
+            factor = None
+            if by_weight:
+                state, sums = self.state[binding.weight], measured[index]
+                if REFERENCE_NORM not in state:
+                    state[REFERENCE_NORM] = torch.zeros_like(sums[0])
+                factor = stretch(sums, update, state[REFERENCE_NORM], binding.typical_norm, binding.rows)
+            for param, move in moves:
+                group, weight, good = groups[param], local(param) if sharded else param, fine[index]
+                rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))
+                if group["weight_decay"]:
+                    weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
+                if factor is not None:
+                    rate = rate * factor.to(rate)
+                weight.add_((move * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
 
     def _step_adamw(self, done: set[Tensor]) -> None:
         """Step every other parameter that is trained and has a gradient."""
@@ -691,7 +772,7 @@ class KFAC(FOP):
     It takes every other argument of `FOP`, and raises as `FOP` does; TypeError for ``beta`` and ``eta``.
     """
 
-    def __init__(self, params: ParamsLike, lr: float = DEFAULTS["lr"], **options: Any) -> None:
+    def __init__(self, params: ParamsLike, lr: float | None = DEFAULTS["lr"], **options: Any) -> None:
         fixed = sorted({"beta", "eta"} & options.keys())
         if fixed:
             raise TypeError(f"KFAC has beta=0.0 and eta=1.0; got {', '.join(fixed)}. Use FOP to set them.")

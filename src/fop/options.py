@@ -19,12 +19,14 @@ ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tenso
 
 # Measured in records/defaults; docs/defaults.md defends each in a line.
 DEFAULTS: dict[str, Any] = {
-    "lr": 0.05,
-    "momentum": 0.5,
-    "nesterov": False,
+    "lr": None,
+    "step_length": "weight",
+    "momentum": None,
+    "nesterov": None,
     "weight_decay": 0.0,
-    "damping": 1e-3,
-    "stat_decay": 0.9,
+    "damping": None,
+    "damping_kind": None,
+    "stat_decay": None,
     "statistics_rows": 16,
     "curvature_interval": 100,
     "inverse_delay": 0,
@@ -32,21 +34,50 @@ DEFAULTS: dict[str, Any] = {
     "beta": "adaptive",
     "eta": "adaptive",
     "kl_clip": 1e-3,
-    "adamw_lr": 1e-3,
+    "adamw_lr": None,
     "betas": (0.9, 0.999),
-    "eps": 1e-8,
+    "eps": None,
     "maximize": False,
     "loss_reduction": "mean",
     "max_grad_norm": None,
 }
 
+# What an option is that was not given (None), by ``step_length``; and the damping, by ``damping_kind``.
+# AdamW's eps of 1e-17 is there for 0/0 alone: it is the root of the smallest float32 over 1 - betas[1].
+BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
+    "weight": {
+        "lr": 0.2,
+        "momentum": 0.6,
+        "nesterov": True,
+        "damping_kind": "relative",
+        "stat_decay": 0.8,
+        "adamw_lr": 0.01,
+        "eps": 1e-17,
+    },
+    "paper": {
+        "lr": 0.05,
+        "momentum": 0.5,
+        "nesterov": False,
+        "damping_kind": "absolute",
+        "stat_decay": 0.9,
+        "adamw_lr": 1e-3,
+        "eps": 1e-8,
+    },
+}
+BY_DAMPING_KIND = {"relative": 1e-2, "absolute": 1e-3}
+_CHOICES = {
+    "step_length": BY_STEP_LENGTH.keys(),
+    "damping_kind": BY_DAMPING_KIND.keys(),
+    "loss_reduction": ("mean", "sum"),
+}
+
 # Options that may be functions of the step, and those that all groups share.
 SCHEDULED = ("damping", "curvature_interval")
-ONE_FOR_ALL = ("kl_clip", "loss_reduction", "max_grad_norm", "sub_batches")
+ONE_FOR_ALL = ("step_length", "damping_kind", "kl_clip", "loss_reduction", "max_grad_norm", "sub_batches")
 
 # Options that schedules change in many groups at once, and those whose ranges depend on each other.
 _RATES = ("lr", "weight_decay")
-_COUPLED = ("momentum", "nesterov", "beta", "sub_batches")
+_COUPLED = ("step_length", "kl_clip", "momentum", "nesterov", "beta", "sub_batches")
 _UNKNOWN = object()
 
 # What a parameter group holds beside them: the first rate, the last one, and the number of steps taken.
@@ -102,6 +133,19 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _plain(value) if key in (*DEFAULTS, *_OWN) else value for key, value in options.items()}
 
 
+def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options with those that were not given (None) as ``step_length`` says."""
+    for name in ("step_length", "damping_kind"):
+        if name == "step_length" or options[name] is not None:
+            _check_choice(name, options[name])
+    implied = BY_STEP_LENGTH[options["step_length"]]
+    chosen = {name: value for name, value in options.items() if name not in implied or value is not None}
+    chosen = {**implied, **chosen}
+    if chosen["damping"] is None:
+        chosen["damping"] = BY_DAMPING_KIND[chosen["damping_kind"]]
+    return chosen
+
+
 def split_schedules(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
     """Return the options with functions of the step replaced by their value at step 0, and the functions."""
     schedules = {name: options[name] for name in SCHEDULED if callable(options.get(name))}
@@ -116,7 +160,16 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
+def _check_choice(name: str, value: Any) -> None:
+    allowed = _CHOICES[name]
+    if not (isinstance(value, str) and value in allowed):
+        raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, allowed))}")
+
+
 def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one branch an option
+    for name in _CHOICES:
+        if name in options:
+            _check_choice(name, options[name])
     for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps", "base_lr", "last_lr"):
         if name in options:
             _check_number(name, options[name], low=0.0)
@@ -129,10 +182,6 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
     for name in ("beta", "eta"):
         if name in options and options[name] != "adaptive":
             _check_number(name, options[name], low=0.0, instead="or 'adaptive'")
-    if options.get("loss_reduction", "mean") not in ("mean", "sum"):
-        raise ValueError(
-            f"loss_reduction={options['loss_reduction']!r} must be 'mean' or 'sum', as the loss joins samples"
-        )
     for name, instead in (("kl_clip", "or None for no clip"), ("max_grad_norm", "or None")):
         if options.get(name) is not None:
             _check_number(name, options[name], low=0.0, strict=True, instead=instead)
@@ -167,7 +216,13 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
             f"beta={options['beta']!r} fixes the mixing of two sub-batches, and sub_batches="
             f"{options['sub_batches']}; use beta='adaptive', or sub_batches=2"
         )
-    if options.get("nesterov") and options.get("momentum") == 0:
+    if options.get("step_length") == "weight":
+        if options.get("kl_clip") not in (None, DEFAULTS["kl_clip"]):
+            raise ValueError(
+                f"kl_clip={options['kl_clip']!r} bounds the steps of step_length='paper', and step_length is "
+                "'weight', whose lr is a bound already; leave kl_clip out, or give step_length='paper'"
+            )
+    elif options.get("nesterov") and options.get("momentum") == 0:
         raise ValueError("nesterov=True needs momentum > 0; got momentum=0")
 
 
@@ -247,7 +302,12 @@ def checked_group(
     """
     group, schedules = split_schedules(normalise_group(given, names))
     check_names(group, "a parameter group", group=True)
-    defaults = {**defaults, **{name: first[name] for name in ONE_FOR_ALL if first is not None}}
+    if first is not None:
+        if first["step_length"] != defaults["step_length"]:
+            # Loaded from a checkpoint of the other.
+            defaults = {**defaults, **BY_STEP_LENGTH[first["step_length"]], "damping": first["damping"]}
+            group = {**{name: defaults[name] for name in (*BY_STEP_LENGTH["paper"], "damping")}, **group}
+        defaults = {**defaults, **{name: first[name] for name in ONE_FOR_ALL}}
     options = {key: value for key, value in group.items() if key != "params"}
     plain = checked({**defaults, **options})
     group |= {key: value for key, value in plain.items() if key in options}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fop.binding import Binding, Bindings
-from fop.curvature import Fallback
+from fop.curvature import Damping, Fallback
 from fop.torch_internals import outside
 
 _FALLBACKS = {
@@ -203,7 +203,8 @@ def diagnose(
             (None, None, None) if last is None else torch.stack([last.beta, last.eta, last.rho]).tolist()
         )
         # Another rank may own the curvature.
-        share_A, share_G = curvature.damping_shares(group["damping"]) if curvature.estimated else (None, None)
+        known = curvature.estimated
+        share_A, share_G = curvature.damping_shares(Damping.of(group)) if known else (None, None)
         refreshed_at = binding.state.get("refreshed_at")
         layers[binding.name] = LayerDiagnostics(
             beta,

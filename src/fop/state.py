@@ -10,12 +10,25 @@ from torch import Tensor
 
 from fop.binding import Binding, Bindings
 from fop.capture import local
-from fop.curvature import KINDS, NEVER, NOTHING_PENDING, entry_names, expected_entries
+from fop.curvature import (
+    AVERAGING_WEIGHT,
+    KINDS,
+    NEVER,
+    NOTHING_PENDING,
+    entry_names,
+    expected_entries,
+)
 from fop.layers import Layer
 from fop.options import DEFAULTS, check_shared, checked
+from fop.step_size import REFERENCE_NORM
 
 # Options that a state_dict of an earlier version lacks, and how it was without them.
-_NEWER = {"sub_batches": 2, "statistics_rows": None}
+_NEWER = {
+    "sub_batches": 2,
+    "step_length": "paper",
+    "damping_kind": "absolute",
+    "statistics_rows": None,
+}
 _COUNTS = {"refreshed_at", "refresh_at", "inverse_at"}  # numbers of steps in the state of a weight
 
 
@@ -63,6 +76,12 @@ def check_state_dict(
                         f"the state of {label} needs a whole number {name!r}; got {state.get(name)!r}: it "
                         "was not saved by FOP"
                     )
+            weight = state.get(AVERAGING_WEIGHT, 1.0)
+            if not isinstance(weight, float) or not 0 < weight <= 1:
+                raise ValueError(
+                    f"the state of {label} needs a number in (0, 1] as {AVERAGING_WEIGHT!r}; got {weight!r}: "
+                    "it was not saved by FOP"
+                )
             for name, shape in {**_other_entries(state, param), **curvature}.items():
                 _check_entry(state, name, shape, label)
     check_shared(loaded, "the state_dict's param_groups")
@@ -96,8 +115,7 @@ def _other_entries(state: Mapping[str, Any], param: Tensor) -> dict[str, tuple[i
     entries: dict[str, tuple[int, ...]] = {}
     if "momentum_buffer" in state:
         entries["momentum_buffer"] = shape
-    if "complete" in state:
-        entries["complete"] = ()
+    entries |= {name: () for name in ("complete", REFERENCE_NORM) if name in state}
     if state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
         entries |= {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
     return entries
@@ -168,6 +186,10 @@ def make_state(
     own |= {"refreshed_at": NEVER, "refresh_at": 0, "complete": complete}
     if owned and groups[weight]["inverse_delay"] and curvature.by_inversion:
         own |= NOTHING_PENDING
+    if groups[weight]["step_length"] == "weight":
+        own[REFERENCE_NORM] = torch.zeros((), dtype=_dtype(REFERENCE_NORM, weight, weight), device=device)
+        if owned:
+            own[AVERAGING_WEIGHT] = 1.0
     enter_state(binding, state)
     for param in binding.params:
         if groups[param]["momentum"]:
@@ -191,5 +213,5 @@ def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
     # Others may keep counts and masks in the state.
     if name == "step" or not (value.is_floating_point() or value.is_complex()):
         return value.dtype
-    ours = name == "momentum_buffer" or name in entry_names()
+    ours = name in ("momentum_buffer", REFERENCE_NORM) or name in entry_names()
     return torch.promote_types(param.dtype, torch.float32) if ours else param.dtype

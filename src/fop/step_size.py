@@ -1,4 +1,7 @@
-"""How far a step goes: learning rate, η* (17) and the KL clip; its direction is of `fop.correction`."""
+"""How far a step goes: a share of the weight's norm, or η* (17) and the KL clip.
+
+Its direction is of `fop.correction`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ from torch import Tensor
 
 from fop.correction import Direction, ratio
 
+# In the state: the norm that a weight which has been zero is taken to have, see `stretch`; 0 for others.
+REFERENCE_NORM = "reference_norm"
+
 
 class Update(NamedTuple):
-    """What one weight is about to do, before learning rate, KL clip and momentum.
+    """What one weight is about to do, before momentum, learning rate, and length or KL clip.
 
     Attributes:
         matrix: η·F̂⁻¹·Gc as gradient matrix (18).
@@ -23,6 +29,7 @@ class Update(NamedTuple):
         trusted: 0-dim bool, whether the sub-batch gradients were believed; None without any.
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
+        input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
     """
 
     matrix: Tensor
@@ -33,6 +40,7 @@ class Update(NamedTuple):
     trusted: Tensor | None = None
     reason: str = ""
     used: Tensor | None = None
+    input_square: Tensor | None = None
 
 
 def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,20 +60,53 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
     return update.mul_(scale), scale * alignment, scale
 
 
-def kl_scale(lengths: Sequence[Tensor], kl_clip: float | None) -> tuple[Tensor, Tensor]:
-    """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)), and which are finite.
+def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
+    """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)) (Ba et al. 2017).
 
-    ``lengths`` are lr²·⟨update, gradient⟩ of every weight, 0-dim; κ is None for no clip (Ba et al. 2017).
+    ``lengths`` are lr²·⟨update, gradient⟩ of every weight, 1-d; those that are not finite do not count.
     """
-    home = lengths[0].device
-    stacked = torch.stack([length.to(home) for length in lengths])
-    finite = torch.isfinite(stacked)
-    total = torch.where(finite, stacked, 0).sum()
-    scale = torch.ones_like(total)
-    if kl_clip is not None:
-        # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
-        scale = torch.where(total > kl_clip, (kl_clip / total).sqrt(), scale)
-    return scale, finite
+    total = torch.where(torch.isfinite(lengths), lengths, 0).sum()
+    # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
+    return torch.where(total > kl_clip, (kl_clip / total).sqrt(), 1)
+
+
+def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor, *, by_row: bool) -> Tensor:
+    """Return what `stretch` must know, (3,): ‖u‖², ‖weight‖² and Σ ‖row of u‖; of shards, to be added up.
+
+    ``parts`` are u, by what a weight and its bias, if any, are to move. A bias is a weight whose input is 1:
+    it counts as one on inputs of the size that the others have, ``input_square``; otherwise the units of the
+    inputs would decide which of the two ‖u‖ is of. The last sum is 0 unless ``by_row``.
+    """
+    square, *bias = (part.square().sum() for part in parts)
+    if bias:
+        square = square + (bias[0] if input_square is None else bias[0] / input_square.to(square))
+    own = torch.linalg.vector_norm(weight, dtype=square.dtype).square()
+    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else torch.zeros_like(square)
+    return torch.stack([square, own, rows])
+
+
+def stretch(sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int) -> Tensor:
+    """Return ‖weight‖ / ‖u‖, 0-dim: what makes u, see `measure`, as long as the weight; 0 for an update of 0.
+
+    A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
+    be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
+    changed in place, stands for the weight's norm as long as that is smaller.
+
+    ``rows`` is not 0 for an embedding of so many rows, of which a batch uses few: as much of the norm counts
+    as rows move, (Σ ‖row‖)² / Σ ‖row‖² of them.
+    """
+    square, own, by_row = sums.unbind()
+    own, size = own.sqrt(), torch.full_like(own, typical)
+    if update.input_square is not None:
+        size = size / update.input_square.to(size).sqrt()
+    reference.copy_(torch.where(own > 0, reference, size))
+    length = torch.maximum(own, reference)
+    # Momentum alone does not move a weight: however small it is, it would be stretched.
+    moves = (square > 0) & (update.length.to(square) != 0)
+    norm = torch.where(moves, square, 1).sqrt()
+    if rows:
+        length = length * by_row / (rows**0.5 * norm)
+    return torch.where(moves, length / norm, 0)
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -41,8 +42,9 @@ def _muon(model: nn.Module, lr: float, adamw_lr: float = 1e-3, **options: Any) -
 BUILDERS: dict[str, tuple[str, Build]] = {
     "sgd": ("SGD", _library("torch.optim", "SGD", momentum=0.9, nesterov=True)),
     "adamw": ("AdamW", _library("torch.optim", "AdamW")),
-    "kfac": ("K-FAC", KFAC),
-    "fop": ("FOP", FOP),
+    # Recipes and records are of the paper's steps.
+    "kfac": ("K-FAC", partial(KFAC, step_length="paper")),
+    "fop": ("FOP", partial(FOP, step_length="paper")),
     "lamb": ("LAMB", _library("pytorch_optimizer", "Lamb")),
     "soap": ("SOAP", _library("pytorch_optimizer", "SOAP")),
     "shampoo": ("Shampoo", _library("pytorch_optimizer", "Shampoo")),

@@ -156,7 +156,7 @@ def surface(asked: Namespace) -> dict[str, Any]:
         model = plan.network(len(train.classes), device)
         training = Training(
             model,
-            FOP(model, **options),
+            FOP(model, **{"step_length": "paper", **options}),
             # A schedule that ended at the point would make its steps 0.
             lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0),
             batch,

@@ -33,7 +33,7 @@ from reference import Tape, half_squared_error, observe, split
 from reference.steps import check_direction
 
 # Nothing but momentum, so that a lost buffer shows; the curvature of step 16 is kept until step 19.
-RUN: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "damping": 0.1, "kl_clip": None}
+RUN: dict[str, Any] = {"step_length": "paper", "lr": 0.02, "momentum": 0.9, "damping": 0.1, "kl_clip": None}
 
 
 class Net(nn.Module):

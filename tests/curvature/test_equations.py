@@ -270,7 +270,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], int]] = {
     ),
 }
 # No KL clip: it is no part of the equations, and not homogeneous in the loss.
-OPTIONS: dict[str, Any] = {"lr": 0.1, "damping": 1e-2, "kl_clip": None, "momentum": 0.9}
+OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
+    "lr": 0.1,
+    "damping": 1e-2,
+    "kl_clip": None,
+    "momentum": 0.9,
+}
 drawn = given(st.sampled_from(sorted(MODELS)), st.integers(2, 6), st.integers(0, 1000))
 
 

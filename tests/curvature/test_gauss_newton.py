@@ -155,7 +155,9 @@ def test_one_newton_step_solves_least_squares(bias: bool, optimizer_name: str) -
         oracle.step(x, y, half_squared_error)
         model = oracle.model
     else:
-        optimizer = KFAC(model, 1.0, momentum=0.0, weight_decay=0.0, damping=damping, kl_clip=None)
+        optimizer = KFAC(
+            model, 1.0, step_length="paper", momentum=0.0, weight_decay=0.0, damping=damping, kl_clip=None
+        )
         half_squared_error(model(x), y).backward()
         optimizer.step()
     layer = model[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -41,7 +41,8 @@ class Run:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 3, bias=False))
         choice = {"*": {"max_factor_dim": max_factor_dim}}
-        optimizer = FOP(model, lr=0.01, curvature_interval=1, layer_options=choice, **options)
+        options = {"step_length": "paper", "curvature_interval": 1, "layer_options": choice, **options}
+        optimizer = FOP(model, lr=0.01, **options)
         self.curvature: list[dict[str, Tensor]] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -115,7 +116,8 @@ def test_each_rung_and_each_layer_is_warned_of_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(2))
-    optimizer = FOP(model, lr=0.0, damping=0.0, stat_decay=0.0, curvature_interval=1)
+    options: dict[str, Any] = {"step_length": "paper", "damping": 0.0, "stat_decay": 0.0}
+    optimizer = FOP(model, lr=0.0, curvature_interval=1, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(6):
@@ -133,10 +135,12 @@ def test_each_rung_and_each_layer_is_warned_of_once() -> None:
         assert (layer.fallbacks["kept"], layer.fallbacks["damping"]) == (2, 4)
 
 
-def test_tiny_gradients_need_no_fallback() -> None:
+@pytest.mark.parametrize("step_length", ["weight", "paper"])
+def test_tiny_gradients_need_no_fallback(step_length: Literal["weight", "paper"]) -> None:
+    """Their squares are no numbers of float32, nor is the inverse: such layers stay as they are."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer = FOP(model)
+    optimizer = FOP(model, step_length=step_length)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):

@@ -18,6 +18,7 @@ from reference import half_squared_error, joined
 
 STEPS = 10
 OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.05,
     "momentum": 0.5,
     "weight_decay": 0.01,

@@ -179,9 +179,11 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("nesterov", 1, TypeError, "True or False"),
     ("maximize", "yes", TypeError, "True or False"),
     # Only some options may be functions.
-    *[("lr", value, TypeError, ZERO_OR_MORE) for value in ("0.1", None, True, len)],
+    *[("lr", value, TypeError, ZERO_OR_MORE) for value in ("0.1", True, len)],
     ("damping", 1j, TypeError, ZERO_OR_MORE),
     *[("loss_reduction", value, ValueError, "'mean' or 'sum'") for value in ("max", None)],
+    *[("step_length", value, ValueError, "'weight' or 'paper'") for value in ("kl", None, [])],
+    *[("damping_kind", value, ValueError, "'relative' or 'absolute'") for value in ("pi", True)],
 ]  # fmt: skip
 
 
@@ -243,9 +245,40 @@ def test_tensor_lr(lr: Tensor) -> None:
     says(caught, "lr=", "[0, inf)", "float(lr)")
 
 
+def test_options_that_follow_from_the_length_of_a_step() -> None:
+    """None is as if the option was not given."""
+    (group,) = FOP(mlp()).param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"], group["stat_decay"]) == (0.2, 0.6, True, 0.8)
+    assert (group["damping"], group["damping_kind"], group["eps"]) == (1e-2, "relative", 1e-17)
+    (paper,) = FOP(mlp(), step_length="paper").param_groups
+    assert (paper["lr"], paper["momentum"], paper["nesterov"], paper["stat_decay"]) == (0.05, 0.5, False, 0.9)
+    assert (paper["damping"], paper["damping_kind"], paper["eps"]) == (1e-3, "absolute", 1e-8)
+    (given,) = FOP(mlp(), None, step_length="paper", momentum=0.0, damping=None).param_groups
+    assert given == {**paper, "params": given["params"], "momentum": 0.0}
+    (absolute,) = FOP(mlp(), damping_kind="absolute").param_groups
+    assert absolute["damping"] == 1e-3
+
+
+@ours
+def test_the_papers_own_values(library: type[FOP]) -> None:
+    (group,) = library.paper(mlp()).param_groups
+    expected = library(mlp(), 0.05, step_length="paper", damping=1e-4, curvature_interval=150)
+    assert {**group, "params": 0} == {**expected.param_groups[0], "params": 0}
+    assert type(library.paper(mlp())) is library
+    (group,) = library.paper(mlp(), 0.1, damping=1e-2).param_groups
+    assert (group["lr"], group["damping"], group["curvature_interval"]) == (0.1, 1e-2, 150)
+
+
+def test_kl_clip_of_another_length() -> None:
+    with pytest.raises(ValueError) as caught:
+        FOP(mlp(), kl_clip=1e-2)
+    says(caught, "kl_clip=0.01", "step_length='paper'", "leave kl_clip out")
+    FOP(mlp(), kl_clip=None)
+
+
 def test_nesterov_without_momentum() -> None:
     with pytest.raises(ValueError) as caught:
-        FOP(mlp(), momentum=0.0, nesterov=True)
+        FOP.paper(mlp(), momentum=0.0, nesterov=True)
     says(caught, "nesterov=True", "momentum > 0", "momentum=0")
 
 
@@ -269,8 +302,8 @@ def test_options_of_the_whole_step_in_a_group_are_refused(option: dict[str, Any]
     model = mlp()
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}.*constructor"):
-        FOP([{"params": model.parameters(), **option}])
-    FOP([{"params": model.parameters(), **option}], **option)
+        FOP([{"params": model.parameters(), **option}], step_length="paper")
+    FOP([{"params": model.parameters(), **option}], step_length="paper", **option)
 
 
 # --- parameters that are refused ---------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_biases_alone_are_trained_by_adamw(library: type[FOP], late: bool) -> No
     for net in (model, twin):
         for name, p in net.named_parameters():
             p.requires_grad_(name.endswith("bias"))
-    adamw = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1, eps=1e-17)
     if late:
         # The norm has taken an AdamW step already.
         state = optimizer.state[model.norm.bias]

@@ -456,7 +456,7 @@ def test_weight_without_its_bias() -> None:
 def test_bias_without_its_weight_takes_adamw() -> None:
     model = mlp()
     before = weights(model)
-    optimizer = FOP([model[0].bias])
+    optimizer = FOP([model[0].bias], adamw_lr=1e-3)
     train_step(model, optimizer, *pair_of())
     rows = optimizer.summary().rows
     assert [(row.name, row.path) for row in rows] == [("0.bias", "AdamW")]

@@ -27,6 +27,7 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 # From step 10 on, the curvature is renewed in every second step only.
 STEPS = 13
 OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
     "damping": 1e-2,
     "curvature_interval": 2,
     "layer_options": {"norm": {"path": "fop"}},

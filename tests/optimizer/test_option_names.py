@@ -55,7 +55,7 @@ def test_wrong_name_given_to_the_constructor(name: str, library: type[FOP]) -> N
 
 
 def test_name_that_resembles_none() -> None:
-    with pytest.raises(TypeError, match=r"no option 'warmup': the options are lr, momentum, .*max_grad_norm"):
+    with pytest.raises(TypeError, match=r"no option 'warmup': the options are lr, .*max_grad_norm"):
         FOP(mlp(), warmup=3)  # type: ignore[arg-type]
 
 
@@ -141,7 +141,10 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("lr", None, TypeError, "None must be"),
     ("lr", "0.1", TypeError, "'0.1' must be"),
     ("lr", torch.tensor(0.2), TypeError, r"float\(lr\)"),
-    ("nesterov", 1, TypeError, "True or False"),
+    ("nesterov", "yes", TypeError, "True or False"),
+    ("step_length", "kl", ValueError, "'weight' or 'paper'"),
+    ("damping_kind", None, ValueError, "'relative' or 'absolute'"),
+    ("kl_clip", 1e-2, ValueError, "step_length='paper'"),
     ("curvature_interval", 0, ValueError, "1 or more"),
     ("inverse_delay", 1.5, TypeError, "whole number"),
     ("sub_batches", 0, ValueError, "1 or more"),
@@ -179,7 +182,7 @@ def test_option_set_to_a_bad_value(
 
 def test_options_that_go_together() -> None:
     model = mlp()
-    optimizer = FOP(model, nesterov=True)
+    optimizer = FOP.paper(model, nesterov=True)
     train_step(model, optimizer, *batch())
     optimizer.param_groups[0]["momentum"] = 0.0
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
@@ -250,7 +253,8 @@ def test_numbers_of_numpy_set_by_a_schedule() -> None:
 def test_option_that_is_set_is_the_one_that_is_used(change: Callable[[dict[str, Any]], None]) -> None:
     """As an optimizer made with it would step on from the same state."""
     model, clean, same = mlp(), mlp(), mlp()
-    optimizer, expected, plain = (FOP(net, lr=0.1) for net in (model, clean, same))
+    nets = (model, clean, same)
+    optimizer, expected, plain = (FOP(net, lr=0.1, step_length="paper") for net in nets)
     for net, its in ((model, optimizer), (clean, expected), (same, plain)):
         train_step(net, its, *batch())
     change(optimizer.param_groups[0])
@@ -273,6 +277,7 @@ WHOLE: dict[str, tuple[Any, Any]] = {
     "max_grad_norm": (0.01, None),
     "loss_reduction": ("sum", "mean"),
     "sub_batches": (3, 2),
+    "damping_kind": ("relative", "absolute"),
 }
 
 
@@ -282,11 +287,12 @@ def test_loaded_option_of_the_whole_step_is_used(name: str, library: type[FOP]) 
     """As for any option of torch.optim: the state wins over the constructor, and a later group follows it."""
     of_state, of_constructor = WHOLE[name]
     model, clean, same = mlp(), mlp(), mlp()
-    expected = library(clean, lr=0.1, **{name: of_state})
+    expected = library(clean, lr=0.1, step_length="paper", **{name: of_state})
     train_step(clean, expected, *batch())
     for net in (model, same):
         net.load_state_dict(clean.state_dict())
-    optimizer, plain = (library(net, lr=0.1, **{name: of_constructor}) for net in (model, same))
+    options: dict[str, Any] = {"step_length": "paper", name: of_constructor}
+    optimizer, plain = (library(net, lr=0.1, **options) for net in (model, same))
     optimizer.load_state_dict(snapshot(expected))
     plain.load_state_dict(snapshot(expected))
     plain.param_groups[0][name] = of_constructor
@@ -308,7 +314,8 @@ def test_loaded_option_of_the_whole_step_is_used(name: str, library: type[FOP]) 
 @pytest.mark.parametrize("name", WHOLE)
 def test_option_of_the_whole_step_in_one_group_alone(name: str) -> None:
     model = mlp()
-    optimizer = FOP([{"params": model[index].parameters()} for index in (0, 2)])
+    groups = [{"params": model[index].parameters()} for index in (0, 2)]
+    optimizer = FOP(groups, step_length="paper")
     train_step(model, optimizer, *batch())
     before = weights(model)
     optimizer.param_groups[1][name] = WHOLE[name][0]

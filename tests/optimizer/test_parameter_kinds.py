@@ -83,7 +83,7 @@ def test_complex_parameters_are_those_of_adamw(
     value = torch.randn(shape, dtype=dtype)
     param, twin = nn.Parameter(value.clone()), nn.Parameter(value.clone())
     optimizer = FOP([param], adamw_lr=0.01, weight_decay=0.1, maximize=maximize)
-    adamw = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.1, maximize=maximize)
+    adamw = torch.optim.AdamW([twin], lr=0.01, eps=1e-17, weight_decay=0.1, maximize=maximize)
     for step in range(10):
         param.grad = torch.randn(shape, dtype=dtype)
         twin.grad = param.grad.clone()

@@ -249,7 +249,15 @@ def test_summary_of_frozen_and_unused_layers() -> None:
 @pytest.mark.parametrize("mixing", [{}, {"beta": 0.1}, {"eta": 0.5}, {"beta": 0.1, "eta": 0.5}])
 def test_diagnostics_against_the_oracle(mixing: dict[str, float]) -> None:
     model = conv_net()
-    options = {"lr": 0.1, "momentum": 0.9, "damping": 0.05, "stat_decay": 0.8, "kl_clip": 1e-3, **mixing}
+    options = {
+        "step_length": "paper",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "damping": 0.05,
+        "stat_decay": 0.8,
+        "kl_clip": 1e-3,
+        **mixing,
+    }
     oracle = ReferenceFOP(model, weight_decay=0.01, **options)
     optimizer = FOP(model, weight_decay=0.01, curvature_interval=1, **options)
     assert all(layer.beta is None for layer in optimizer.diagnostics().layers.values())

@@ -653,7 +653,8 @@ def test_wrong_adamw_state_raises() -> None:
 def test_state_whose_groups_disagree_on_the_whole_step(name: str) -> None:
     other = {"kl_clip": 0.5, "max_grad_norm": 2.0, "loss_reduction": "sum", "sub_batches": 4}[name]
     model = mlp()
-    optimizer = FOP([{"params": model[index].parameters()} for index in (0, 2)])
+    groups = [{"params": model[index].parameters()} for index in (0, 2)]
+    optimizer = FOP(groups, step_length="paper")
     train_step(model, optimizer, *batch())
     state = snapshot(optimizer)
     state["param_groups"][1][name] = other

@@ -8,7 +8,7 @@ F·vec(V) = vec(G V A).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -71,6 +71,37 @@ def dense_damped_fisher(A: Tensor, G: Tensor, damping: float) -> Tensor:
     return dense_fisher(torch.stack(A_hat), torch.stack(G_hat))
 
 
+def relative_damping(factor: Tensor, damping: float, *, bias: bool) -> Tensor:
+    """What is added to a factor (groups, d, d): √λ of its mean diagonal; a bias' entry is its own mean."""
+    added = torch.zeros_like(factor)
+    for group, matrix in zip(added, factor, strict=True):
+        diagonal = matrix.diagonal().tolist()
+        inputs = diagonal[:-1] if bias else diagonal
+        for i, entry in enumerate(diagonal):
+            mean = sum(inputs) / len(inputs) if i < len(inputs) else entry
+            group[i, i] = math.sqrt(damping) * mean
+    return added
+
+
+def dense_relative_fisher(A: Tensor, G: Tensor, damping: float, *, bias: bool) -> Tensor:
+    """F̂ where each factor is damped by itself."""
+    A_hat = A + relative_damping(A, damping, bias=bias)
+    return dense_fisher(A_hat, G + relative_damping(G, damping, bias=False))
+
+
+def sizes(like: Tensor, A: Tensor, *, bias: bool) -> Tensor:
+    """What the input of every entry of a gradient matrix is taken to be: 1, or for a bias as the others are.
+
+    A layer with this as the input of its bias, in place of 1, has entries that are all in the unit of the
+    weight: gradients times ``sizes``, steps divided by them.
+    """
+    result = torch.ones_like(like)
+    if bias:
+        diagonal = full(A).diagonal(dim1=1, dim2=2).mean(0)
+        result[:, :, -1] = (diagonal[:-1].mean() / diagonal[-1]).sqrt()
+    return result
+
+
 # --- the step --------------------------------------------------------------------------------------
 
 
@@ -100,6 +131,15 @@ def correct(F: Tensor, F_hat: Tensor, Ga: Tensor, Gd: Tensor | None, beta: Mixin
     solved = torch.linalg.solve(F_hat, Gc)
     eta = float((Ga @ solved) / (Gc @ solved + TINY)) if eta == "adaptive" else eta  # (17), with g_tot = Ga
     return Correction(eta * solved, perp, beta=beta, eta=eta, rho=rho)
+
+
+def correct_in_sizes(
+    sizes: Tensor, F: Tensor, F_hat: Tensor, Ga: Tensor, Gd: Tensor | None, beta: Mixing, eta: Mixing
+) -> Correction:
+    """`correct` for the layer with the inputs that `sizes`, as `vec`, says; its direction for this one."""
+    T = torch.diag(sizes)
+    result = correct(T @ F @ T, T @ F_hat @ T, T @ Ga, None if Gd is None else T @ Gd, beta, eta)
+    return replace(result, direction=T @ result.direction)
 
 
 def momentum_step(

@@ -13,9 +13,12 @@ from reference.equations import (
     Correction,
     Mixing,
     correct,
+    correct_in_sizes,
     dense_damped_fisher,
     dense_fisher,
+    dense_relative_fisher,
     momentum_step,
+    sizes,
     split,
     unvec,
     vec,
@@ -54,7 +57,10 @@ class LayerState:
 
     A: Tensor | None = None
     G: Tensor | None = None
+    estimates: list[dict[str, Tensor]] = field(default_factory=list)
     buffer: Tensor | None = None
+    sizes: Tensor | None = None
+    reference: float = 0.0  # the norm that stands for that of a weight which was 0
     correction: Correction | None = field(default=None, repr=False)
 
 
@@ -74,12 +80,15 @@ class ReferenceFOP:
         beta: Mixing = "adaptive",
         eta: Mixing = "adaptive",
         kl_clip: float | None = None,
+        step_length: str = "paper",
+        damping_kind: str = "absolute",
     ) -> None:
         self.model = copy.deepcopy(model).double()
         self.tape = Tape(self.model)
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
         self.damping, self.stat_decay, self.beta, self.eta = damping, stat_decay, beta, eta
         self.kl_clip = kl_clip
+        self.by_weight, self.relative = step_length == "weight", damping_kind == "relative"
         self.kl_scale = 1.0
         self.state = {name: LayerState() for name in layers_of(self.model)}
 
@@ -98,25 +107,52 @@ class ReferenceFOP:
         state, N = self.state[name], len(block.samples)
         fresh = estimate(block)
         A, G = fresh["A"], fresh["G"]
-        state.A = A if state.A is None else self.stat_decay * state.A + (1 - self.stat_decay) * A
-        state.G = G if state.G is None else self.stat_decay * state.G + (1 - self.stat_decay) * G
+        if self.by_weight:
+            state.estimates.insert(0, fresh)
+            weights = [self.stat_decay**age for age in range(len(state.estimates))]
+            A, G = (
+                sum(w * each[key] for w, each in zip(weights, state.estimates, strict=True)) / sum(weights)
+                for key in "AG"
+            )
+            state.A, state.G = A, G
+        else:
+            state.A = A if state.A is None else self.stat_decay * state.A + (1 - self.stat_decay) * A
+            state.G = G if state.G is None else self.stat_decay * state.G + (1 - self.stat_decay) * G
         Gd = None
         if N > 1:
             g1, g2 = map(block.mean_gradient, split(N))
             Gd = vec(g1 - g2)  # (2), (3)
-        F, F_hat = dense_fisher(state.A, state.G), dense_damped_fisher(state.A, state.G, self.damping)
-        state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
+        F = dense_fisher(state.A, state.G)
+        if self.relative:
+            bias = layers_of(self.model)[name].bias is not None
+            F_hat = dense_relative_fisher(state.A, state.G, self.damping, bias=bias)
+        else:
+            F_hat = dense_damped_fisher(state.A, state.G, self.damping)
+        if self.by_weight:
+            like = block.mean_gradient(range(N))
+            state.sizes = sizes(like, state.A, bias=layers_of(self.model)[name].bias is not None)
+            own = vec(state.sizes)
+            state.correction = correct_in_sizes(own, F, F_hat, Ga, Gd, self.beta, self.eta)
+        else:
+            state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
         return state.correction.direction
 
     def _kl_scale(self, product: float) -> float:
         """ν, from the sum over all layers of ⟨direction, gradient⟩."""
-        if self.kl_clip is None or product <= 0:
+        if self.by_weight or self.kl_clip is None or product <= 0:
             return 1.0
         return min(1.0, math.sqrt(self.kl_clip / (self.lr**2 * product)))
 
     def _apply(self, name: str, direction: Tensor) -> None:
         layer, state = layers_of(self.model)[name], self.state[name]
         step, state.buffer = momentum_step(direction, state.buffer, self.momentum, self.nesterov)
+        if self.by_weight:
+            assert state.sizes is not None
+            norm = float(layer.weight.detach().norm())
+            if norm == 0:
+                # All outputs of size 1: (out, in) weights times inputs of the size of the bias'.
+                state.reference = math.sqrt(len(layer.weight)) / float(state.sizes[0, 0, -1])
+            step = step * max(norm, state.reference) / (step / state.sizes).norm()
         with torch.no_grad():
             for p, change in zip(layer.parameters(), from_matrix(layer, step), strict=True):
                 p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * change)

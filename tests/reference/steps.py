@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.equations import correct, dense_damped_fisher, dense_fisher, full, split, unvec, vec
+from reference.equations import (
+    correct,
+    correct_in_sizes,
+    dense_damped_fisher,
+    dense_fisher,
+    dense_relative_fisher,
+    full,
+    sizes,
+    split,
+    unvec,
+    vec,
+)
+from reference.kinds import Lookup
 from reference.observe import Block, Inputs, Tape, estimate, observe
 from reference.optimizer import half_squared_error
 
@@ -103,7 +115,8 @@ def check_steps(
     Args:
         case: the model.
         optimizer_of: makes the optimizer from the model and its options.
-        plain: options that leave η F̂⁻¹ (Ga + β G⊥) alone of the step; the case's own are added.
+        plain: options that leave η F̂⁻¹ (Ga + β G⊥) alone of the step, as long as ``step_length`` says; the
+            case's own are added.
         sizes: numbers of samples, each two or more, so that every step has a gradient pair.
         dtype: of the model; the oracle always has float64.
         tolerance: allowed error of factors and updates, relative to their norm.
@@ -114,6 +127,7 @@ def check_steps(
     options = {**plain, **case.options}
     optimizer = optimizer_of(model, **options)
     curvature: dict[str, Tensors] = {}
+    estimates: dict[str, list[Tensors]] = {}
     for step, N in enumerate(sizes):
         inputs, y = case.batch(N, seed=step + 1)
         twin.load_state_dict(model.state_dict())
@@ -121,7 +135,8 @@ def check_steps(
         pairs = {name: _pair(twin, blocks[name], inputs, y, case.whole) for name in case.blocks}
         for name in case.blocks:
             fresh = estimate(blocks[name], **case.estimates.get(name, case.estimates.get("", {})))
-            curvature[name] = _averaged(curvature.get(name), fresh, options["stat_decay"])
+            estimates.setdefault(name, []).append(fresh)
+            curvature[name] = _averaged(estimates[name], options)
 
         optimizer.zero_grad()
         loss = half_squared_error(model(*(t.to(dtype) if t.is_floating_point() else t for t in inputs)), y)
@@ -138,6 +153,8 @@ def check_steps(
                 difference,
                 options,
                 tolerance,
+                Weighted(twin, blocks[name], curvature[name]) if by_weight(options) else None,
+                bias=blocks[name].bias is not None,
             )
 
 
@@ -160,32 +177,75 @@ def check_direction(
     difference: Tensor,
     options: Mapping[str, Any],
     tolerance: float,
+    weighted: Weighted | None = None,
+    *,
+    bias: bool = False,
 ) -> None:
     """``moved`` is η F̂⁻¹ (Ga + β G⊥), and is not the step without the second gradient.
 
-    Options without β and η are K-FAC's: β = 0 and η = 1.
+    Options without β and η are K-FAC's: β = 0 and η = 1. ``weighted`` says how long a step is.
     """
-    F, F_hat = _dense(held, options["damping"])
+    F, F_hat = _dense(held, options, bias=bias)
+    as_moved = weighted.lengthened if weighted else (lambda matrix: matrix)
     Ga, Gd = vec(average), vec(difference)
     beta, eta = options.get("beta", 0.0), options.get("eta", 1.0)
     kfac = torch.linalg.solve(F_hat, Ga)
     if beta == 0.0:
-        _assert_near(moved, unvec(kfac, like=average), f"step of {name}", tolerance)
+        _assert_near(moved, as_moved(unvec(kfac, like=average)), f"step of {name}", tolerance)
         return
-    expected = correct(F, F_hat, Ga, Gd, beta, eta).direction
-    _assert_near(moved, unvec(expected, like=average), f"step of {name}", tolerance)
+    if weighted:
+        own = vec(weighted.sizes(average))
+        expected = correct_in_sizes(own, F, F_hat, Ga, Gd, beta, eta).direction
+    else:
+        expected = correct(F, F_hat, Ga, Gd, beta, eta).direction
+    _assert_near(moved, as_moved(unvec(expected, like=average)), f"step of {name}", tolerance)
     # A fixed η stays without a second gradient: it is the caller's own scale.
     without = kfac if eta == "adaptive" else eta * kfac
     assert (without - expected).norm() > 1e-4 * expected.norm(), f"{name}: the case cannot fail"
 
 
-def _dense(held: Tensors, damping: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Weighted:
+    """A step that is as long as its weight; ``twin`` has the old weights, and ``held`` the factors."""
+
+    twin: nn.Module
+    block: Block
+    held: Tensors
+
+    def sizes(self, like: Tensor) -> Tensor:
+        A = self.held["A"]
+        if not self.block.diagonal:
+            return sizes(like, A, bias=self.block.bias is not None)
+        # The rows of a norm are weight and bias, and its curvature is that of the gradients themselves.
+        return (A[:, :1].mean() / A.mean(2, keepdim=True)).sqrt().expand_as(like)
+
+    def lengthened(self, direction: Tensor) -> Tensor:
+        weight = dict(self.twin.named_parameters())[self.block.weight].detach()
+        length = weight.norm()
+        if isinstance(self.block.kind, Lookup):
+            # Tokens that take part: n if n move equally far and the others not.
+            far = direction[0].norm(dim=0)
+            length = length * (far.sum() ** 2 / far.square().sum() / len(far)).sqrt()
+        return direction * length / (direction / self.sizes(direction)).norm()
+
+
+def by_weight(options: Mapping[str, Any]) -> bool:
+    """Whether steps are as long as the weights are, times the rate."""
+    return bool(options["step_length"] == "weight")
+
+
+def _dense(held: Tensors, options: Mapping[str, Any], *, bias: bool) -> tuple[Tensor, Tensor]:
     """F and F̂ as matrices on `vec`."""
+    damping, relative = options["damping"], options.get("damping_kind") == "relative"
     if "G" in held:
         A, G = full(held["A"]), full(held["G"])
+        if relative:
+            return dense_fisher(A, G), dense_relative_fisher(A, G, damping, bias=bias)
         return dense_fisher(A, G), dense_damped_fisher(A, G, damping)
-    F = vec(held["A"])
-    return torch.diag(F), torch.diag(F + damping)
+    F = held["A"]
+    # Of weight and bias, the rows of (1, 2, size), each by itself.
+    added = damping * F.mean(2, keepdim=True).expand_as(F) if relative else torch.full_like(F, damping)
+    return torch.diag(vec(F)), torch.diag(vec(F + added))
 
 
 def _pair(twin: nn.Module, block: Block, inputs: Inputs, y: Tensor, whole: bool) -> Pair:
@@ -202,10 +262,18 @@ def _pair(twin: nn.Module, block: Block, inputs: Inputs, y: Tensor, whole: bool)
     return average, g1 - g2
 
 
-def _averaged(old: Tensors | None, new: Tensors, decay: float) -> Tensors:
-    if old is None:
-        return new
-    return {key: decay * old[key] + (1 - decay) * value for key, value in new.items()}
+def _averaged(estimates: Sequence[Tensors], options: Mapping[str, Any]) -> Tensors:
+    decay, average = options["stat_decay"], estimates[0]
+    if by_weight(options):
+        weights = [decay ** (len(estimates) - 1 - i) for i in range(len(estimates))]
+        return {
+            key: sum((w * each[key] for w, each in zip(weights, estimates, strict=True)), torch.zeros(()))
+            / sum(weights)
+            for key in average
+        }
+    for new in estimates[1:]:
+        average = {key: decay * average[key] + (1 - decay) * value for key, value in new.items()}
+    return average
 
 
 def _moved(model: nn.Module, twin: nn.Module, block: Block, lr: float) -> Tensor:

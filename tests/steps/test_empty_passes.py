@@ -43,7 +43,9 @@ def train(kind: str, reduction: str, *sizes: int, count: int = 2) -> tuple[nn.Mo
     build, inputs = KINDS[kind]
     torch.manual_seed(0)
     model = build().double()
-    optimizer = FOP(model, loss_reduction=reduction, sub_batches=count, kl_clip=None, damping=0.1)
+    optimizer = FOP(
+        model, loss_reduction=reduction, sub_batches=count, step_length="paper", kl_clip=None, damping=0.1
+    )
     for seed in range(2):
         torch.manual_seed(seed)
         optimizer.zero_grad()

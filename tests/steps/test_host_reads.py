@@ -108,8 +108,9 @@ def mixed_model() -> nn.Sequential:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "no clip": {"kl_clip": None},
-    "everything": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True, "kl_clip": 1e-9},
+    "paper": {"step_length": "paper"},
+    "no clip": {"step_length": "paper", "kl_clip": None},
+    "everything": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
     "fixed": {"beta": 0.1, "eta": 0.5},
     "no momentum": {"momentum": 0.0, "weight_decay": 0.01},
     "sum": {"loss_reduction": "sum"},

@@ -28,6 +28,7 @@ Batch = tuple[Tensor, Tensor]
 # A clip that is active, and an interval in which most steps have no statistics. Without ``eps`` AdamW's step
 # is the same for every multiple of the gradients, too.
 OPTIONS: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.1,
     "momentum": 0.9,
     "weight_decay": 0.05,

@@ -11,7 +11,7 @@ from torch import nn
 from fop import FOP
 from models import batch, mlp, train_step
 
-OPTIONS = {"kl_clip": 1e-6, "curvature_interval": 1, "damping": 1e-2}
+OPTIONS = {"step_length": "paper", "kl_clip": 1e-6, "curvature_interval": 1, "damping": 1e-2}
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.01, 0.1), (0.0, 0.1), (0.1, 0.01), (0.1, 0.1)])

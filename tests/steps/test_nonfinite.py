@@ -28,7 +28,13 @@ from models import (
 )
 
 LAYERS = ("embed", "first", "second")
-BUSY: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "kl_clip": 1e-2}
+BUSY: dict[str, Any] = {
+    "step_length": "paper",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.1,
+    "kl_clip": 1e-2,
+}
 
 
 def poison(model: nn.Module, value: float = float("nan"), seed: int = 99) -> None:
@@ -210,7 +216,7 @@ def test_clip_leaves_a_refused_layer_out() -> None:
     scales = []
     for spoil in (False, True):
         model = mlp()
-        optimizer = FOP(model, lr=0.1, kl_clip=1e-4, beta=0.0, eta=1.0)
+        optimizer = FOP.paper(model, lr=0.1, kl_clip=1e-4, beta=0.0, eta=1.0)
         x, y = torch.randn(6, 5).double(), torch.randn(6, 3).double()
         torch.manual_seed(3)
         train_step(model, optimizer, x.fill_(0.5).cumsum(0), y.fill_(1.0))

@@ -24,6 +24,7 @@ from reference.cases import CONV2D, LINEAR
 DAMPING, DAMPING_ONE_SAMPLE = 0.1, 1.0
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PLAIN: dict[str, Any] = {
+    "step_length": "paper",
     "lr": 0.5,  # large, so that rounding of the new weight itself is small beside the update
     "momentum": 0.0,
     "weight_decay": 0.0,
@@ -181,6 +182,52 @@ def test_ten_steps(case: str, library: type[FOP], nesterov: bool, dtype: torch.d
     )
     check(model, oracle, start, TOLERANCE[dtype])
     assert oracle.kl_scale < 1.0, "the KL clip was not active"
+
+
+BY_WEIGHT: dict[str, Any] = {"step_length": "weight", "damping_kind": "relative"}
+
+
+@pytest.mark.core
+@dtypes
+@pytest.mark.parametrize(
+    ("case", "library", "nesterov"),
+    [
+        *itertools.product(("linear-3d-no-bias", "conv-linear"), (FOP, KFAC), (False, True)),
+        ("conv-groups", FOP, True),
+        ("mlp", FOP, True),
+        ("conv-conv-inplace", FOP, False),
+    ],
+)
+def test_ten_steps_as_long_as_the_weight(
+    case: str, library: type[FOP], nesterov: bool, dtype: torch.dtype
+) -> None:
+    """Momentum, then the length, decay and averages without bias together."""
+    model, _, _ = make(case, dtype, N=1)
+    batches = [make(case, dtype, N, seed=i)[1:] for i, N in enumerate([6, 5, 6, 3, 1, 6, 2, 5, 6, 6])]
+    start = weights(model)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.6, "nesterov": nesterov, "weight_decay": 0.05}
+    oracle = compare(
+        model,
+        batches,
+        tolerance=10 * TOLERANCE[dtype],
+        library=library,
+        stat_decay=0.8,
+        **BY_WEIGHT,
+        **options,
+    )
+    check(model, oracle, start, 10 * TOLERANCE[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("case", ["linear", "conv-stride", "conv-groups"])
+def test_weights_that_start_at_zero(case: str, dtype: torch.dtype) -> None:
+    model, _, _ = make(case, dtype, N=1)
+    (layer,) = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    nn.init.zeros_(layer.weight)
+    batches = [make(case, dtype, 6, seed=i)[1:] for i in range(4)]
+    oracle = compare(model, batches, tolerance=10 * TOLERANCE[dtype], lr=0.1, **BY_WEIGHT)
+    (state,) = oracle.state.values()
+    assert state.reference > float(layer.weight.detach().norm())
 
 
 @dtypes

@@ -15,7 +15,7 @@ import reference
 from fop import FOP, KFAC
 from models import weights
 
-EXACT: dict[str, Any] = {"lr": 1.0, "momentum": 0.5, "kl_clip": None}
+EXACT: dict[str, Any] = {"step_length": "paper", "lr": 1.0, "momentum": 0.5, "kl_clip": None}
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 

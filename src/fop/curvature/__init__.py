@@ -1,6 +1,6 @@
 """One object owns a weight's curvature: statistics, averages, damped inverse, products, state and cost."""
 
-from fop.curvature.base import NEVER, Curvature
+from fop.curvature.base import AVERAGING_WEIGHT, NEVER, Curvature, Damping
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Fallback
 from fop.curvature.kronecker import KroneckerCurvature
@@ -9,10 +9,12 @@ from fop.curvature.refresh import NOTHING_PENDING, Estimate, Refresher, next_ref
 from fop.curvature.registry import KINDS, entry_names, expected_entries, kind_of, make_curvature
 
 __all__ = [
+    "AVERAGING_WEIGHT",
     "KINDS",
     "NEVER",
     "NOTHING_PENDING",
     "Curvature",
+    "Damping",
     "Estimate",
     "Fallback",
     "KroneckerCurvature",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,23 @@ Shape: TypeAlias = tuple[int, ...]
 
 # In place of a step: there are tensors for the inverse, but it was never computed.
 NEVER = -1
+
+
+# In the state: the share of the averages that statistics have given; what is missing to 1 counts as zeros
+# that are divided out, as in Adam.
+AVERAGING_WEIGHT = "averaging_weight"
+
+
+class Damping(NamedTuple):
+    """λ = ``value``, in the curvature's own units, or ``relative`` to its mean eigenvalue."""
+
+    value: float
+    relative: bool
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Damping:
+        """Return the damping of a parameter group."""
+        return cls(group["damping"], group["damping_kind"] == "relative")
 
 
 class Curvature(ABC):
@@ -33,6 +50,8 @@ class Curvature(ABC):
         pending: whether a new inverse is being computed, see `fop.curvature.refresh`.
         ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
         trace: tr F of the averages, 0-dim, from which `fop.correction` knows what is rounding.
+        units: None, or in the form of a gradient matrix, but for dimensions of 1, what makes weight and bias
+            comparable: 1 for a weight, and for a bias, whose input is 1, the mean square of the others.
         fallbacks: how often an inversion needed each fallback.
     """
 
@@ -48,7 +67,7 @@ class Curvature(ABC):
         shapes = self.entries(layer)
         if any(name in state and tuple(state[name].shape) != shape for name, shape in shapes.items()):
             # Loaded before the layer was known, from a run with other options or bias: estimate again.
-            for name in (*shapes, "refresh_at", "refreshed_at", "complete", "inverse_at"):
+            for name in (*shapes, "refresh_at", "refreshed_at", "complete", "inverse_at", AVERAGING_WEIGHT):
                 state.pop(name, None)
         self.load(state)
 
@@ -57,7 +76,7 @@ class Curvature(ABC):
         self.state = state
         self.ready = self.held
         if self.estimated:
-            self.trace = self.fisher_trace()
+            self.trace, self.units = self.fisher_trace(), self.input_units()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
@@ -72,7 +91,7 @@ class Curvature(ABC):
 
     def drop(self) -> None:
         """Forget the tensors; another rank owns the weight."""
-        for name in (*self.averages, *self.inverses, "inverse_at"):
+        for name in (*self.averages, *self.inverses, "inverse_at", AVERAGING_WEIGHT):
             self.state.pop(name, None)
         self.pending = False
 
@@ -97,23 +116,32 @@ class Curvature(ABC):
         """Return the estimate of this step's statistics, one tensor for each of ``averages``."""
         return statistics.factors(reduction, loss_scale)
 
-    def update(self, estimate: Sequence[Tensor], decay: float) -> None:
-        """Take an estimate into the averages; the first one is taken as it is."""
-        known = self.state.get("refreshed_at", 0) != NEVER
+    def update(self, estimate: Sequence[Tensor], decay: float, *, unbiased: bool = False) -> None:
+        """Take an estimate into the averages.
+
+        The first one is taken as it is, and goes on as if it were an average; if ``unbiased``, estimates
+        weigh 1, decay, decay², … from the newest to the first.
+        """
+        known = self.state.get("refreshed_at", 0) != NEVER and self.estimated
+        if unbiased:
+            before = decay * self.state.get(AVERAGING_WEIGHT, 1.0) if known else 0.0
+            weight = self.state[AVERAGING_WEIGHT] = before + 1 - decay
+            decay = before / weight
         for name, new in zip(self.averages, estimate, strict=True):
-            old = self.state.get(name) if known else None
-            self.state[name] = new if old is None else torch.lerp(new, old, decay)
-        self.trace = self.fisher_trace()
+            self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
+        self.trace, self.units = self.fisher_trace(), self.input_units()
 
     @abstractmethod
-    def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
         """Return the matrices to invert and what damping adds to their diagonals; both empty for none.
+
+        That is one number a group, or (relative damping) one for every entry of the diagonal.
 
         `fop.curvature.refresh` inverts those of all weights together and hands the result to `store`.
         """
 
     @abstractmethod
-    def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
+    def store(self, inversions: Sequence[Inversion], damping: Damping) -> bool:
         """Take the inverses of ``matrices``; return whether they can be used, else the old ones stay."""
 
     @abstractmethod
@@ -128,6 +156,10 @@ class Curvature(ABC):
         """Return tr F, 0-dim; 0 if an approximation does not say, which is safe for means of few samples."""
         return torch.zeros(())
 
+    def input_units(self) -> Tensor | None:
+        """Return ``units`` of the averages; None for a weight without bias, or if nothing is known."""
+        return None
+
     # Reports, costs, messages between ranks
 
     @abstractmethod
@@ -135,7 +167,7 @@ class Curvature(ABC):
         """Return the shapes of the factors for `summary()`."""
 
     @abstractmethod
-    def damping_shares(self, damping: float) -> list[float | None]:
+    def damping_shares(self, damping: Damping) -> list[float | None]:
         """Return the share of the damping in the mean eigenvalues of A and G; None where there is none."""
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fop.curvature.base import Curvature, Shape
+from fop.curvature.base import Curvature, Damping, Shape
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Inversion
 from fop.layers import FactorSums, Layer, Statistics
@@ -38,13 +38,21 @@ class DiagonalCurvature(Curvature):
         fits = diagonal.numel() in (numel, 2 * numel)
         return dict.fromkeys(("A", "A_inv"), tuple(diagonal.shape) if fits else (1, 1, numel))
 
-    def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
         return [], []
 
-    def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
-        damped = self.state["A"] + damping
+    def store(self, inversions: Sequence[Inversion], damping: Damping) -> bool:
+        damped = self.state["A"] + self._shift(damping)
         self.state["A_inv"] = torch.where(damped > 0, 1 / damped, 0)
         return True
+
+    def _shift(self, damping: Damping) -> float | Tensor:
+        # Weight and bias have units of their own.
+        return damping.value * self._means() if damping.relative else damping.value
+
+    def _means(self) -> Tensor:
+        means: Tensor = self.state["A"].mean(-1, keepdim=True)
+        return means
 
     def fisher(self, V: Tensor) -> Tensor:
         return self.state["A"] * V  # type: ignore[no-any-return]
@@ -55,13 +63,19 @@ class DiagonalCurvature(Curvature):
     def fisher_trace(self) -> Tensor:
         return self.state["A"].sum()  # type: ignore[no-any-return]
 
+    def input_units(self) -> Tensor | None:
+        means = self._means()
+        units = torch.where((means > 0).all(), means[:, :1] / means, 1)
+        return units if self.layer.bias else None
+
     def describe(self) -> str:
         _, out, columns = self.layer.matrix_shape
         return f"diagonal {out * columns}"
 
-    def damping_shares(self, damping: float) -> list[float | None]:
-        whole = self.state["A"].mean() + damping
-        return [float(torch.where(whole > 0, damping / whole, 0)), None]
+    def damping_shares(self, damping: Damping) -> list[float | None]:
+        shift = torch.as_tensor(self._shift(damping), dtype=self.state["A"].dtype).mean()
+        whole = self.state["A"].mean() + shift
+        return [float(torch.where(whole > 0, shift / whole, 0)), None]
 
     def size(self, name: str) -> LayerSize:
         return LayerSize(name, *self.layer.matrix_shape, single=True)

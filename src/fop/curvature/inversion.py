@@ -36,13 +36,15 @@ def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list
     """Return (M + shift·I)⁻¹ for every factor M by Cholesky, same-shape factors as one batch.
 
     Factors are symmetric positive semi-definite, (groups, d, d), or diagonals, (groups, d), in float32 or
-    float64; each has ``shifts`` of (groups,). Fallbacks, for the matrices that fail alone: float32 → float64
-    → more damping (times 10, at most six times) → no inverse, and the caller keeps the last good one.
+    float64; each has ``shifts`` of (groups,), or of (groups, d) for damping that is relative to the factor: a
+    factor of 0 then has the inverse 0. Fallbacks, for the matrices that fail alone: float32 → float64 → more
+    damping (times 10, at most six times) → no inverse, and the caller keeps the last good one.
     Transfers one flag per matrix to the host, once, so it belongs in steps with a curvature update only.
     """
-    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
-    for index, factor in enumerate(factors):
-        alike.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append(index)
+    alike: dict[tuple[torch.Size, int, torch.dtype, torch.device], list[int]] = {}
+    for index, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+        key = factor.shape[1:], shift.dim(), factor.dtype, factor.device
+        alike.setdefault(key, []).append(index)
 
     inverses: dict[int, Tensor] = {}
     flags: dict[int, Tensor] = {}
@@ -62,18 +64,30 @@ def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list
 
 
 def _inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (M + shift·I)⁻¹ and whether it can be used; M (batch, d, d) or (batch, d), shift (batch,)."""
-    if M.dim() == 3:
-        return _cholesky_inverse(M, shift)
-    damped = M + shift[:, None]
+    """Return (M + shift·I)⁻¹ and whether it can be used; shapes as in `damped_inverses`."""
+    invert = _cholesky_inverse if M.dim() == 3 else _reciprocal
+    if shift.dim() == 1:
+        return invert(M, shift[:, None])
+    # In units of its mean eigenvalue: products on the way might leave the range of float32.
+    mean = mean_eigenvalue(M)
+    # Of less, an inverse leaves the range, too; squares of gradients that small are no numbers any more.
+    some = mean > 1024 * torch.finfo(M.dtype).tiny
+    unit, ones = torch.where(some, mean, 1), [1] * (M.dim() - 1)
+    inverse, fine = invert(M / unit.view(-1, *ones), torch.where(some[:, None], shift / unit[:, None], 1))
+    inverse = inverse * torch.where(some, 1 / unit, 0).view(-1, *ones)
+    return inverse, fine & torch.isfinite(inverse).flatten(1).all(1)
+
+
+def _reciprocal(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    damped = M + shift
     inverse = damped.reciprocal()
     return inverse, (torch.isfinite(inverse) & torch.isfinite(damped) & (damped > 0)).all(1)
 
 
 def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (M + shift·I)⁻¹ and whether it can be used, for M (batch, d, d), shift (batch,)."""
+    """Return (M + shift·I)⁻¹ and whether it can be used, for M (batch, d, d), shift (batch, 1 or d)."""
     damped = M.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
     L, info = torch.linalg.cholesky_ex(damped)
     factored = info == 0
     # A zero on the diagonal of an unfinished L would raise for the whole batch.
@@ -95,6 +109,7 @@ def _fall_back(M: Tensor, shift: Tensor) -> Inversion:
     base = shift.to(exact.dtype)
     # Damping of 0 cannot be multiplied into something useful: start where float32 stops resolving M.
     floor = mean_eigenvalue(exact).clamp(min=0) * torch.finfo(torch.float32).eps
+    floor = floor if base.dim() == 1 else floor[:, None]
     for attempt in range(7):
         more = base if attempt == 0 else torch.maximum(base, floor) * 10.0**attempt
         inverse, fine = _inverse(exact, more)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fop.curvature.base import Curvature, Shape
+from fop.curvature.base import Curvature, Damping, Shape
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Inversion, mean_eigenvalue
 from fop.curvature.packing import pack_symmetric, packed_shape, unpack_symmetric
@@ -50,11 +50,16 @@ class KroneckerCurvature(Curvature):
                 of_A, of_G = (groups, columns, columns)[: A.dim()], (groups, out, out)[: G.dim()]
         return {"A": of_A, "A_inv": of_A, "G": of_G, "G_inv": of_G}
 
-    def matrices(self, damping: float) -> tuple[list[Tensor], list[Tensor]]:
-        A, G = self.state["A"], self.state["G"]
-        return [A, G], list(damping_split(A, G, damping))
+    def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.state["A"], self.state["G"]], list(self._shifts(damping))
 
-    def store(self, inversions: Sequence[Inversion], damping: float) -> bool:
+    def _shifts(self, damping: Damping) -> tuple[Tensor, Tensor]:
+        A, G, root = self.state["A"], self.state["G"], damping.value**0.5
+        if not damping.relative:
+            return damping_split(A, G, damping.value)
+        return root * typical_squares(A, bias=self.layer.bias), root * typical_squares(G, bias=False)
+
+    def store(self, inversions: Sequence[Inversion], damping: Damping) -> bool:
         A, G = (inversion.inverse for inversion in inversions)
         # The two inverses share one π, so one of them alone is not replaced.
         if A is None or G is None:
@@ -73,16 +78,25 @@ class KroneckerCurvature(Curvature):
         trace: Tensor = (mean_eigenvalue(A) * mean_eigenvalue(G)).sum() * (A.shape[-1] * G.shape[-1])
         return trace
 
+    def input_units(self) -> Tensor | None:
+        if not self.layer.bias:
+            return None
+        squares = typical_squares(self.state["A"], bias=True).mean(0)
+        units = torch.ones_like(squares)
+        units[-1] = squares[0] / squares[-1]
+        return units
+
     def describe(self) -> str:
         groups, out, columns = self.layer.matrix_shape
         A = f"A {columns}" + ("" if self.layer.diagonal_A else "²")
         G = f"G {out}" + ("" if self.layer.diagonal_G else "²")
         return f"{f'{groups}×' if groups > 1 else ''}({A}, {G})"
 
-    def damping_shares(self, damping: float) -> list[float | None]:
+    def damping_shares(self, damping: Damping) -> list[float | None]:
         A, G = self.state["A"], self.state["G"]
         shares = []
-        for factor, shift in zip((A, G), damping_split(A, G, damping), strict=True):
+        for factor, added in zip((A, G), self._shifts(damping), strict=True):
+            shift = added.mean(-1) if damping.relative else added
             whole = shift + mean_eigenvalue(factor)
             shares.append((shift / torch.where(whole > 0, whole, 1)).mean())
         return list(torch.stack(shares).tolist())
@@ -129,6 +143,20 @@ def kronecker_product(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
     """Return (A ⊗ G)·V = G V A for A (groups, in, in), G (groups, out, out), V (groups, out, in)."""
     right = V * A[:, None, :] if A.dim() == 2 else V @ A
     return G[:, :, None] * right if G.dim() == 2 else G @ right
+
+
+def typical_squares(M: Tensor, *, bias: bool) -> Tensor:
+    """Return for every entry of a factor's diagonal the size that relative damping takes, (groups, d).
+
+    That is the mean eigenvalue; but the last entry, where it belongs to a ``bias``, counts by itself: its
+    input is 1, whatever the units of the others are.
+    """
+    diagonal = M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1)
+    if not bias:
+        return diagonal.mean(-1, keepdim=True).expand_as(diagonal)
+    mean, own = diagonal[:, :-1].mean(-1, keepdim=True), diagonal[:, -1:]
+    # Inputs that are all 0 have no size; nor has the gradient that is divided by it.
+    return torch.cat([torch.where(mean > 0, mean, own).expand_as(diagonal[:, :-1]), own], 1)
 
 
 def damping_split(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:

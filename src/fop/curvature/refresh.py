@@ -11,14 +11,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fop.curvature.base import NEVER, Curvature
+from fop.curvature.base import NEVER, Curvature, Damping
 from fop.curvature.inversion import Fallback, Inversion, damped_inverses
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
 GROWTH = 1
 
 # The state of a weight whose inverse may come later: none is under way.
-NOTHING_PENDING: dict[str, Any] = {"inverse_at": NEVER, "inverse_of": NEVER, "inverse_damping": 0.0}
+NOTHING_PENDING: dict[str, Any] = {
+    "inverse_at": NEVER,
+    "inverse_of": NEVER,
+    "inverse_damping": 0.0,
+    "inverse_relative": False,
+}
 
 Fallbacks: TypeAlias = list[tuple[Curvature, Fallback]]
 
@@ -74,18 +79,19 @@ class Refresher:
                 refused.append(curvature)
                 continue
             fallbacks += self.finish([(curvature, None)])
-            curvature.update(tensors, group["stat_decay"])
+            damping, unbiased = Damping.of(group), group["step_length"] == "weight"
+            curvature.update(tensors, group["stat_decay"], unbiased=unbiased)
             later = group["inverse_delay"] and curvature.by_inversion
             if later:
                 curvature.state |= NOTHING_PENDING
             if later and curvature.held:
-                step, delay, damping = (group[name] for name in ("step", "inverse_delay", "damping"))
-                pending = {"inverse_at": step + delay, "inverse_of": step, "inverse_damping": damping}
-                curvature.state |= pending
+                step, delay = group["step"], group["inverse_delay"]
+                curvature.state |= {"inverse_at": step + delay, "inverse_of": step}
+                curvature.state |= {"inverse_damping": damping.value, "inverse_relative": damping.relative}
                 curvature.pending = True
                 self._jobs[curvature] = self._submit(curvature, damping)
             else:
-                of_this, added = curvature.matrices(group["damping"])
+                of_this, added = curvature.matrices(damping)
                 due.append((curvature, group, len(of_this)))
                 matrices += of_this
                 shifts += added
@@ -93,7 +99,7 @@ class Refresher:
             inversions = iter(damped_inverses(matrices, shifts))
         for curvature, group, count in due:
             own = list(islice(inversions, count))
-            fallbacks += _store(curvature, own, group["step"], group["damping"])
+            fallbacks += _store(curvature, own, group["step"], Damping.of(group))
         return refused, fallbacks
 
     def finish(self, curvatures: Iterable[tuple[Curvature, int | None]]) -> Fallbacks:
@@ -103,16 +109,16 @@ class Refresher:
             state = curvature.state
             if not curvature.pending or (step is not None and state["inverse_at"] > step):
                 continue
+            damping = Damping(state["inverse_damping"], state.get("inverse_relative", False))
             job = self._jobs.pop(curvature, None)
             if job is None or not job.inverts(curvature):
                 # The state was loaded, moved or replaced in between.
-                job = self._submit(curvature, state["inverse_damping"])
-            inversions = job()
-            fallbacks += _store(curvature, inversions, state["inverse_of"], state["inverse_damping"])
+                job = self._submit(curvature, damping)
+            fallbacks += _store(curvature, job(), state["inverse_of"], damping)
             state["inverse_at"], curvature.pending = NEVER, False
         return fallbacks
 
-    def _submit(self, curvature: Curvature, damping: float) -> _Job:
+    def _submit(self, curvature: Curvature, damping: Damping) -> _Job:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "fop-inversion")
         return _Job(self._pool, *curvature.matrices(damping))
@@ -130,7 +136,7 @@ class _Job:
 
     def inverts(self, curvature: Curvature) -> bool:
         """Return whether these are the averages that the curvature has now."""
-        now, _ = curvature.matrices(0.0)
+        now, _ = curvature.matrices(Damping(0.0, relative=False))
         return all(one is other for one, other in zip(self._matrices, now, strict=True))
 
     @torch.no_grad()
@@ -157,7 +163,7 @@ class _Job:
         return inversions
 
 
-def _store(curvature: Curvature, inversions: Sequence[Inversion], step: int, damping: float) -> Fallbacks:
+def _store(curvature: Curvature, inversions: Sequence[Inversion], step: int, damping: Damping) -> Fallbacks:
     needed = [each.fallback for each in inversions if each.fallback is not Fallback.NONE]
     curvature.fallbacks.update(needed)
     if curvature.store(inversions, damping):

@@ -3,7 +3,7 @@
 from fop.curvature import LayerSize, packed_shape
 from fop.distributed.assignment import Plan, make_plan
 from fop.distributed.buckets import BucketedReduce, Channel, Entry
-from fop.distributed.distributor import Distributor, make_distributor
+from fop.distributed.distributor import Distributor, Shared, make_distributor
 from fop.distributed.handshake import Description, describe
 from fop.distributed.join import JoinableOptimizer
 from fop.distributed.messages import SKETCH, difference_weight, representative, scale_between, side_of, sketch
@@ -18,6 +18,7 @@ __all__ = [
     "JoinableOptimizer",
     "LayerSize",
     "Plan",
+    "Shared",
     "describe",
     "difference_weight",
     "make_distributor",

@@ -118,6 +118,10 @@ class Distributor:
         """Return the updates of all bindings, from those of the owned ones."""
         return [(own[binding], binding.parts(own[binding].matrix)) for binding in bindings]
 
+    def sums(self, bindings: Sequence[Binding], own: Sequence[Tensor]) -> list[Tensor]:
+        """Return sums over whole parameters from those over this process's shards, one tensor a binding."""
+        return list(own)
+
     def any(self, found: Tensor) -> Tensor:
         """Return whether any rank found something in its gradients; ``found``: whether this one did."""
         return found

@@ -376,6 +376,18 @@ class Ranks(Distributor):
             self._max_norm = None
         return shared
 
+    def sums(self, bindings: Sequence[Binding], own: Sequence[Tensor]) -> list[Tensor]:
+        """Return sums over whole parameters from those over shards, with one exchange for all bindings."""
+        sharded = [index for index, binding in enumerate(bindings) if is_sharded(binding.weight)]
+        result = list(own)
+        if sharded:
+            widest = max((own[index].dtype for index in sharded), key=lambda dtype: dtype.itemsize)
+            total = torch.stack([own[index].to(widest) for index in sharded])
+            self._reductions.ranks.all_reduce(total, "updates").wait()
+            for index, of_one in zip(sharded, total.unbind(), strict=True):
+                result[index] = of_one.to(own[index].dtype)
+        return result
+
     def any(self, found: Tensor) -> Tensor:
         """Return whether any rank found something in its gradients."""
         if not any(map(is_sharded, self._groups)):
