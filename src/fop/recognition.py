@@ -26,7 +26,8 @@ from fop.torch_internals import (
 # is recorded.
 Found: TypeAlias = Callable[[FunctionCall, Source, nn.Module], bool]
 
-# Passes after which a parameter without a gradient is no longer watched.
+# Passes after which nobody looks for parameters without a gradient any more, until one has a gradient; twice as
+# many the next time, as that may come once in many passes.
 _PASSES = 16
 # Functions, beside those of `fop.layers`, that may use a parameter as a weight.
 _PRODUCTS = {"einsum", "bmm", "baddbmm", "addbmm", "tensordot", "bilinear", "mv", "inner", "grouped_mm"}
@@ -38,7 +39,7 @@ class Recogniser:
     """Watches functions in the first forward passes of models, but of none that torch.compile would trace.
 
     Attributes:
-        open: whether forward passes are watched.
+        open: whether steps must be settled.
         waiting: the parameters that no module's class tells about, and the functions that have used them.
         found: what takes the calls; held weakly, as a `weakref.WeakMethod`.
     """
@@ -47,7 +48,10 @@ class Recogniser:
         self.open = False
         self.waiting: dict[Tensor, set[str]] = {}
         self.found: Callable[[], Found | None] = lambda: None
-        self._passes = 0
+        # Whether forward passes are watched.
+        self._looking = False
+        # Passes since it began to look, whether any was watched, and how many there are at most.
+        self._passes, self._watched, self._limit = 0, False, _PASSES
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
         weakref.finalize(self, remove_all, self._handles)
@@ -55,7 +59,7 @@ class Recogniser:
     def watch(self, root: nn.Module, params: Iterable[Tensor]) -> None:
         """Watch the coming forward passes of a model; ``params`` are those that no class tells about."""
         self.waiting |= {param: set() for param in params if param not in self.waiting}
-        self.open, self._passes = True, 0
+        self._look()
         known = root in self._roots
         self._roots.add(root)
         for part in [] if known else [root, *parts_called(root)]:
@@ -63,16 +67,22 @@ class Recogniser:
             self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(part.register_forward_hook(after, always_call=True))
 
+    def _look(self) -> None:
+        """Watch the coming passes."""
+        self.open = self._looking = True
+        self._passes, self._watched = 0, False
+
     def enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         """Begin a call of a model or of one of its parts; return its arguments, to be used for it."""
-        if torch.compiler.is_compiling() or not (self.open and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or not (self._looking and torch.is_grad_enabled()):
             return None
-        if watches(self.sees) or current_transform() is not None:
-            return None
-        # torch.compile would trace the mode that watches.
-        if runs_compiled() or has_compiled(module):
+        if watches(self.sees) or current_transform() is not None or runs_compiled():
             return None
         self._passes += 1
+        # torch.compile would trace the mode that watches.
+        if has_compiled(module):
+            return None
+        self._watched = True
         return begin_watch(module, args, self.sees, self.passes), kwargs
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -99,16 +109,19 @@ class Recogniser:
 
     def settle(self, names: Mapping[Tensor, str]) -> dict[Tensor, str]:
         """Return at a step why parameters take AdamW; warn of those that may be weights."""
+        used = [param for param in self.waiting if param.grad is not None]
+        if used and not self._looking:
+            self._limit *= 2
+            self._look()
+            return {}
         reasons: dict[Tensor, str] = {}
-        for param, functions in self.waiting.items():
-            if param.grad is None and self._passes < _PASSES:
-                continue
-            if not self._passes:
+        for param in used:
+            functions = self.waiting[param]
+            if not self._watched:
                 reasons[param] = "functions are not seen under torch.compile, nor outside its model's forward"
             else:
                 reasons[param] = f"used by {', '.join(sorted(functions))}" if functions else _UNSEEN
-        unseen = [param for param in reasons if param.grad is not None]
-        unseen = [param for param in unseen if not self.waiting[param] or self.waiting[param] & _PRODUCTS]
+        unseen = [param for param in used if not self.waiting[param] or self.waiting[param] & _PRODUCTS]
         if unseen:
             each = "; ".join(f"{names.get(param, 'a parameter')}: {reasons[param]}" for param in unseen)
             warnings.warn(
@@ -120,13 +133,15 @@ class Recogniser:
             )
         for param in reasons:
             del self.waiting[param]
-        if self._passes and not any(param.requires_grad for param in self.waiting):
+        if self._passes and not self.waiting:
             self.close()
+        elif self._passes >= (self._limit if any(param.requires_grad for param in self.waiting) else 1):
+            self._looking = False
         return reasons
 
     def close(self) -> None:
         """Watch no longer."""
-        self.open = False
+        self.open = self._looking = False
         self.waiting.clear()
         self._roots.clear()
         remove_all(self._handles)

@@ -534,23 +534,42 @@ def test_layers_of_torch_without_factors_do_not_warn(rate: type[nn.Module]) -> N
     assert steps_of(Net())[1] == []
 
 
-def test_parameter_that_is_used_later() -> None:
-    """A head that is not used in the first steps is recognised when it is."""
-    model = nn.ModuleDict({"trunk": Own(5, 4), "late": Own(4, 3), "early": Own(4, 3)}).double()
+class Phases(nn.Module):
+    """Some heads take part only from a later step on."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts, self.head = model, "early"
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.heads, self.head = Own(5, 4), nn.ModuleList(Own(4, 3) for _ in range(heads)), 0
+        self.double()
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.parts[self.head](torch.tanh(self.parts["trunk"](x)))
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.heads[self.head](torch.tanh(self.trunk(x)))
+        return out
 
-    net = Net()
+
+@pytest.mark.parametrize("heads", [[0] * 3 + [1] * 3, [0] * 20 + [1] * 3, [*range(40)] * 3])
+def test_parameter_that_is_used_later(heads: list[int]) -> None:
+    """It is recognised when it is used, also after nobody looked any more; nobody is warned."""
+    net = Phases(max(heads) + 1)
     optimizer = FOP(net, **PLAIN)
-    for step in range(6):
-        net.head = "early" if step < 3 else "late"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step, head in enumerate(heads):
+            net.head = head
+            train_step(net, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+
+
+def test_weight_that_is_thawed_later() -> None:
+    """A part that is frozen, and not used, while the rest begins to train."""
+    net = Phases(2)
+    net.heads[1].requires_grad_(False)
+    optimizer = FOP(net, **PLAIN)
+    for step in range(5):
+        if step == 3:
+            net.heads[1].requires_grad_(True)
+            net.head = 1
         train_step(net, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
     assert {row.path for row in optimizer.summary().rows} == {"FOP"}
 
