@@ -26,8 +26,8 @@ from fop.torch_internals import (
 # is recorded.
 Found: TypeAlias = Callable[[FunctionCall, Source, nn.Module], bool]
 
-# Passes after which nobody looks for parameters without a gradient any more, until one has a gradient; twice as
-# many the next time, as that may come once in many passes.
+# Passes after which nobody looks for parameters without a gradient, until one has it; twice as many the next
+# time, as it may come once in many passes.
 _PASSES = 16
 # Functions, beside those of `fop.layers`, that may use a parameter as a weight.
 _PRODUCTS = {"einsum", "bmm", "baddbmm", "addbmm", "tensordot", "bilinear", "mv", "inner", "grouped_mm"}

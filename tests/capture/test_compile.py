@@ -284,7 +284,7 @@ def walks() -> Iterator[list[nn.Module]]:
 @pytest.mark.parametrize("wrapped", [False, True], ids=["in place", "wrapped"])
 @pytest.mark.parametrize("unused", [False, True])
 def test_nobody_looks_for_compiled_parts_in_every_step(wrapped: bool, unused: bool) -> None:
-    """Only until a step has settled what functions tell; 16 passes at most for a weight without a gradient."""
+    """Only until a step has settled what functions tell; for a weight without a gradient in 16 passes."""
     model = Nested()
     if not unused:
         del model.unused
