@@ -9,13 +9,17 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from fop.capture import Hook, Source, begin_watch, end_watch, parts_called, remove_all, source_of, watches
 from fop.layers import FUNCTIONS, FunctionCall
 from fop.torch_internals import (
+    checkpointed_in,
     current_transform,
     has_compiled,
+    leaves_of,
     outside,
     running_modules,
     runs_compiled,
@@ -62,7 +66,7 @@ class Recogniser:
         self._look()
         known = root in self._roots
         self._roots.add(root)
-        for part in [] if known else [root, *parts_called(root)]:
+        for part in [] if known or isinstance(root, torch.jit.ScriptModule) else [root, *parts_called(root)]:
             before, after = Hook(self, Recogniser.enter), Hook(self, Recogniser.leave)
             self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(part.register_forward_hook(after, always_call=True))
@@ -92,20 +96,25 @@ class Recogniser:
     def sees(self, call: FunctionCall) -> bool:
         """Take a call of a function; return whether it is recorded."""
         used, found, modules = call.given["weight"], self.found(), running_modules()
-        if found is None or not modules or not torch.is_grad_enabled():
+        if found is None or not modules or not (torch.is_grad_enabled() and isinstance(used, Tensor)):
             return False
-        source = source_of(used)
-        if source is not None and found(call, source, modules[0]):
+        source, alone = None if used.is_complex() else source_of(used), checkpointed_in(modules[0])
+        known = source is not None and not alone and not _computes_weight(call, modules)
+        if source is not None and known and found(call, source, modules[0]):
             return True
-        self.passes(call.function, (used, view_base(used) if isinstance(used, Tensor) else None))
+        # The second matrix of a product may be an activation, and all of a model be leaves of that.
+        leaves = leaves_of(used)[0] if call.name.startswith("F.") else []
+        for function in [call.function, checkpoint][: 1 + alone]:
+            self.passes(function, (used, *leaves))
         return False
 
     def passes(self, function: Any, args: tuple[Any, ...]) -> None:
         """Take a call of a function that is no layer."""
-        for arg in args:
-            if isinstance(arg, Tensor) and arg in self.waiting:
-                name = getattr(function, "__name__", "").strip("_")
-                self.waiting[arg] |= {name} - {"get", ""}
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        bases = [base for each in tensors if (base := view_base(each)) is not None]
+        for each in self.waiting.keys() & {*tensors, *bases}:
+            name = getattr(function, "__name__", "").strip("_")
+            self.waiting[each] |= {name} - {"get", ""}
 
     def settle(self, names: Mapping[Tensor, str]) -> dict[Tensor, str]:
         """Return at a step why parameters take AdamW; warn of those that may be weights."""
@@ -122,15 +131,7 @@ class Recogniser:
             else:
                 reasons[param] = f"used by {', '.join(sorted(functions))}" if functions else _UNSEEN
         unseen = [param for param in used if not self.waiting[param] or self.waiting[param] & _PRODUCTS]
-        if unseen:
-            each = "; ".join(f"{names.get(param, 'a parameter')}: {reasons[param]}" for param in unseen)
-            warnings.warn(
-                f"AdamW trains parameters that may be weights of layers ({each}). FOP knows linear, "
-                "convolution and embedding functions and matrix products; with path='adamw' in layer_options "
-                "for their modules you are not warned",
-                UserWarning,
-                stacklevel=outside(),
-            )
+        warn_of_unseen({param: reasons[param] for param in unseen}, names)
         for param in reasons:
             del self.waiting[param]
         if self._passes and not self.waiting:
@@ -145,3 +146,28 @@ class Recogniser:
         self.waiting.clear()
         self._roots.clear()
         remove_all(self._handles)
+
+
+def warn_of_unseen(reasons: Mapping[Tensor, str], names: Mapping[Tensor, str]) -> None:
+    """Warn of parameters that AdamW trains, for these reasons, and that may be weights of layers."""
+    if reasons:
+        each = "; ".join(
+            f"{names.get(param) or f'a parameter {tuple(param.shape)}'}: {why}"
+            for param, why in reasons.items()
+        )
+        warnings.warn(
+            f"AdamW trains parameters that may be weights of layers ({each}). FOP knows linear, convolution "
+            "and embedding functions and matrix products; with path='adamw' in layer_options for their "
+            "modules you are not warned",
+            UserWarning,
+            stacklevel=outside(),
+        )
+
+
+def _computes_weight(call: FunctionCall, modules: list[nn.Module]) -> bool:
+    """Return whether a product is not of samples, but of two parameters, or in a parametrization."""
+    x = call.given.get("input")
+    base = view_base(x) if isinstance(x, Tensor) else None
+    return isinstance(x if base is None else base, nn.Parameter) or any(
+        isinstance(each, ParametrizationList) for each in modules
+    )
