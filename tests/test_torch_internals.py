@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from fop import FOP, torch_internals
 from fop.torch_internals import (
     after_backward,
+    checkpointed_in,
     current_backward_pass,
     current_trace,
     current_transform,
@@ -30,6 +32,7 @@ from fop.torch_internals import (
     is_legacy_vmapped,
     is_vmapped,
     leaf_of,
+    leaves_of,
     running_ddp,
     running_modules,
     runs_compiled,
@@ -182,6 +185,34 @@ def test_the_leaf_of_a_computed_tensor() -> None:
     for turned in (square.t(), square.transpose(0, 1), square.mT, square.permute(1, 0)):
         assert leaf_of(turned) is None
     assert leaf_of(weight + torch.ones(3, 2, requires_grad=True)) is None
+
+
+def test_all_leaves_of_a_computed_tensor() -> None:
+    one, other = (torch.ones(3, 2, requires_grad=True) for _ in range(2))
+    leaves, names = leaves_of((one * 2.0).T @ other)
+    assert {id(leaf) for leaf in leaves} == {id(one), id(other)}
+    assert names is not None and {name.rstrip("0") for name in names} >= {"MmBackward", "MulBackward"}
+    assert leaves_of(one) == ([], set()) and leaves_of(torch.ones(2)) == ([], set())
+    for _ in range(70):
+        one = one + 1
+    assert leaves_of(one)[1] is None
+
+
+def test_functions_that_are_checkpointed_in_a_module() -> None:
+    found: list[bool] = []
+
+    class Ask(nn.Module):
+        def block(self, x: Tensor) -> Tensor:
+            found.append(checkpointed_in(self))
+            return x * 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = checkpoint(self.block, self.block(x), use_reentrant=False)
+            return out
+
+    model = Ask()
+    checkpoint(model, torch.ones(1), use_reentrant=False)
+    assert found == [False, True]
 
 
 def test_modules_that_run() -> None:

@@ -22,15 +22,16 @@ from fop.capture import (
     SubBatchLabel,
     in_place,
     local,
+    parameter_of,
     retrace,
     source_of,
     stands_for,
 )
 from fop.curvature import kind_of, make_curvature, next_refresh
-from fop.discovery import FoundLayer, Use, find_layers
+from fop.discovery import FoundLayer, Use, find_layers, may_be_weight
 from fop.layer_options import LayerChoices
 from fop.layers import FunctionCall, Slot
-from fop.recognition import Recogniser
+from fop.recognition import Recogniser, warn_of_unseen
 from fop.step_size import Update
 from fop.torch_internals import runs_compiled, unwrapped
 
@@ -50,16 +51,14 @@ class Binding:
         typical_norm: the norm of a weight whose outputs have the size 1 if its inputs have it.
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
+        looked_for: whether functions were looked for, as nobody saw the modules run.
         seen: whether the modules knew of the last gradient.
     """
 
     def __init__(self, found: FoundLayer, recorder: Recorder, state: dict[str, Any]) -> None:
-        self.name = found.name
-        self.kind = found.kind
+        self.name, self.kind = found.name, found.kind
         self.modules = tuple(use.name for use in found.uses)
-        self.layer = found.layer
-        self.weight = found.weight
-        self.bias = found.bias
+        self.layer, self.weight, self.bias = found.layer, found.weight, found.bias
         self.params: list[Tensor] = recorder.params
         self.recorder = recorder
         self.curvature = make_curvature(found.layer, [use.layer for use in found.uses], state)
@@ -69,10 +68,8 @@ class Binding:
         # Each entry of a norm's weight has an output of its own, and each of an embedding is one.
         entries = self.rows or layer.bias_dim == 1
         self.typical_norm = (size if entries else layer.groups * layer.out_dim) ** 0.5
-        self.lean = False
-        self.by_adamw = False
+        self.lean = self.by_adamw = self.looked_for = self.seen = False
         self.last: Update | None = None
-        self.seen = False
         # Steps without sub-batch gradients; those that were not believed are counted on the device.
         self._without = 0
         self._distrusted: Tensor | None = None
@@ -180,7 +177,8 @@ class Bindings:
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
         self.label = SubBatchLabel()
-        self.searching = True
+        # Whether modules were looked for again in this step.
+        self.searching, self._followed = True, False
         self.recogniser = Recogniser()
         self._owners: dict[Tensor, list[tuple[weakref.ref[nn.Module], str]]] = {}
         self._roots: list[weakref.ref[nn.Module]] = []
@@ -222,7 +220,9 @@ class Bindings:
             names = found.names
         for param, owners in found.owners.items():
             self.names.setdefault(param, names[param])
-            self._owners[param] = [(weakref.ref(owner.module), owner.key) for owner in owners]
+            # A ScriptModule has others in the place of `_parameters` and hooks.
+            alive = [each for each in owners if not isinstance(each.module, torch.jit.ScriptModule)]
+            self._owners[param] = [(weakref.ref(each.module), each.key) for each in alive]
         for layer in found.layers:
             self._add(layer, root, found.reasons, state)
             if (binding := self.by_weight.get(layer.weight)) is not None:
@@ -234,6 +234,8 @@ class Bindings:
             self.reasons[param] = reason
             # A weight that a later root shares: no single recorder sees its whole gradient.
             self._drop(param)
+        if found.watched:
+            self._watch(root)
         self.recogniser.watch(root, found.watched - self.covered())
 
     def _add(self, found: FoundLayer, root: nn.Module, reasons: dict[Tensor, str], state: State) -> None:
@@ -280,70 +282,84 @@ class Bindings:
         self, call: FunctionCall, source: Source, module: nn.Module, groups: Groups, state: State
     ) -> bool:
         """Record a call of a function that uses a weight in ``module``; return whether it could be."""
-        weight = self._known(source.leaf)
-        if not isinstance(weight, nn.Parameter):
+        if (place := self._place_of(source.leaf)) is None:
             return False
-        binding = self.by_weight.get(weight)
+        weight, owner, key = place
+        binding, waiting = self.by_weight.get(weight), weight in self.recogniser.waiting
         for use in [] if binding is None else binding.recorder.uses:
             if use.module() is module:
                 # A module whose own output is the layer's is recorded by its hook.
                 return use.sees(call) if type(use) is FunctionUse else True
-        owners = ((ref(), key) for ref, key in self._owners[weight])
-        owner, key = next(((owner, key) for owner, key in owners if owner is not None), (None, ""))
         root = next((root for root in self.roots() if module in set(root.modules())), None)
-        if root is None or owner is None or (binding is None and weight not in self.recogniser.waiting):
+        if root is None or (binding is None and not waiting):
             return False
-        bias = None if source.computed else self._bias_of(call, owner, binding)
-        bias_key = None if bias is None else self._owners[bias][0][1]
-        name = self.names[weight].removesuffix(".weight")
-        if binding is None:
-            named = {each: path for path, each in root.named_modules()}
-            path = named.get(module, "")
-            options = self.choices.of((named.get(owner, name), owner), (path, module))
-        else:
-            options = binding.layer.options
+        named = {each: path for path, each in root.named_modules()} if waiting else {}
+        path, name = named.get(module, ""), self.names[weight].removesuffix(".weight")
+        known = None if binding is None else binding.layer.options
+        options = known or self.choices.of((named.get(owner, name), owner), (path, module))
+        bias, bias_key = self._bias_of(call, source, owner, binding)
         layer = call.layer(turned=source.turned, bias=bias is not None, options=options)
         if layer is None or options.path == "adamw":
             return False
+        if binding is not None and not layer.same_as(binding.layer):
+            if not waiting:
+                return False
+            # Nobody has seen its module run, and the function that uses it has another bias, or none.
+            self._drop(weight)
+            if binding.bias is not None:
+                self.reasons[binding.bias] = f"not the bias of {call.name} in {type(module).__name__}"
+            binding = None
         if binding is None:
-            computed = " of a computed weight" if source.computed else ""
-            kind = f"{call.name}{computed} in {type(module).__name__}"
+            kind = f"{call.name}{' of a computed weight' * source.computed} in {type(module).__name__}"
             name = type(owner).__name__ if name == "weight" else name
             uses = (Use(path, module, Slot(key, bias_key, lambda *_: layer), layer),)
-            found = FoundLayer(name, kind, layer, weight, bias, uses)
-            binding = self._bind(found, state)
+            binding = self._bind(FoundLayer(name, kind, layer, weight, bias, uses), state)
             binding.schedule(groups[weight])
-        elif not layer.same_as(binding.layer):
-            return False
         added = FunctionUse(binding.recorder, layer, module, (key, bias_key), self._watch(root), owner)
         binding.recorder.attach(added)
         if binding.recorder.sharded:
             added.follow_shards(binding.recorder, owner)
         return added.sees(call)
 
-    def _known(self, leaf: Tensor) -> Tensor | None:
-        """Return the parameter that a leaf of a forward pass is, or stands for (FSDP)."""
-        if leaf in self._owners:
-            return leaf
-        each = ((param, ref(), key) for param, owners in self._owners.items() for ref, key in owners)
-        has = ((param, None if owner is None else owner._parameters.get(key)) for param, owner, key in each)
-        return next((param for param, now in has if now is leaf), None)
+    def _place_of(self, leaf: Tensor) -> tuple[nn.Parameter, nn.Module, str] | None:
+        """Return the parameter that a leaf is, or stands for (FSDP), its owner, and its name there.
 
-    def _bias_of(self, call: FunctionCall, owner: nn.Module, binding: Binding | None) -> nn.Parameter | None:
-        """Return the bias of a call, if it belongs to the weight's layer and the weight's owner has it."""
-        given = source_of(call.given.get("bias"))
-        bias = None if given is None or given.computed or given.turned else self._known(given.leaf)
-        if not isinstance(bias, nn.Parameter) or bias.dim() != 1:
-            return None
-        if len(self._owners[bias]) != 1 or self._owners[bias][0][0]() is not owner:
-            return None
+        None if the owner has another tensor there, as under torch.func.
+        """
+        places = {leaf: self._owners[leaf]} if leaf in self._owners else self._owners
+        for param, owners in places.items():
+            for ref, key in owners:
+                owner = ref()
+                if owner is not None and isinstance(param, nn.Parameter) and parameter_of(owner, key) is leaf:
+                    return param, owner, key
+        return None
+
+    def _bias_of(
+        self, call: FunctionCall, source: Source, owner: nn.Module, binding: Binding | None
+    ) -> tuple[nn.Parameter | None, str | None]:
+        """Return the bias of a call, and its name, if it belongs to the weight's layer and its owner."""
+        given = None if source.computed else source_of(call.given.get("bias"))
+        place = None if given is None or given.computed or given.turned else self._place_of(given.leaf)
+        if place is None or place[1] is not owner or len(self._owners[place[0]]) > 1:
+            return None, None
+        bias, _, key = place
         free = bias not in self.covered() if binding is None else bias is binding.bias
-        return bias if free else None
+        return (bias, key) if free and bias.dim() == 1 else (None, None)
 
     def settle(self) -> None:
-        """Note at a step, while the recogniser is open, what takes AdamW after all."""
-        for param, why in self.recogniser.settle(self.names).items():
-            self.reasons[param] = f"{self.reasons[param]}; {why}"
+        """Note at a step what takes AdamW; look for functions in place of modules that did not run."""
+        unseen = [each for each in self if each.by_adamw and not each.recorder.samples]
+        for weight in self.by_weight.keys() - {each.weight for each in unseen}:
+            self.recogniser.waiting.pop(weight, None)
+        # After a change it begins to look with the next pass.
+        settled, self._followed = {} if self._followed else self.recogniser.settle(self.names), False
+        for param in settled.keys() & self.reasons.keys():
+            self.reasons[param] = f"{self.reasons[param]}; {settled[param]}"
+        if new := [each for each in unseen if not each.looked_for]:
+            for each in new:
+                each.looked_for = True
+            for root in self.roots():
+                self.recogniser.watch(root, [each.weight for each in new])
 
     def _drop(self, param: Tensor) -> None:
         binding = self.by_weight.pop(param, None)
@@ -382,10 +398,10 @@ class Bindings:
         """Look no longer for the owners of parameters that have a gradient, if any model was run for it."""
         if self._finder is None or not self._finder.used:
             return
-        covered = self.covered()
-        for param in params:
-            if param not in covered:
-                self.reasons.setdefault(param, "belongs to no module that was called")
+        known, why = self.reasons.keys() | self.covered(), "belongs to no module that was called"
+        new = {param: why for param in params if param not in known}
+        self.reasons |= new
+        warn_of_unseen({param: why for param in new if may_be_weight(param)}, self.names)
 
     def listen(self, params: Iterable[Tensor], seen: Seen) -> None:
         """Show every model that runs to ``seen``, for as long as a parameter's owner is not known."""
@@ -432,6 +448,7 @@ class Bindings:
         renamed = {replaced.get(param, param): group for param, group in groups.items()}
         for root in list(self.roots()):
             self.adopt(root, renamed, state)
+        self._followed = True
         for param in changed:
             if param in groups and param not in replaced and param not in self._owners:
                 self.reasons[param] = "belongs to no module any more"

@@ -133,15 +133,20 @@ def find_layers(root: nn.Module, wanted: Collection[Tensor], choices: LayerChoic
     found.watched = {
         param
         for param, each in unfit.items()
-        if param.dim() > 1
-        and param.is_floating_point()
-        and all(one is not None and one.watched for one in each)
+        if may_be_weight(param) and all(one is not None and one.watched for one in each)
     }
     return found
 
 
+def may_be_weight(param: Tensor) -> bool:
+    """Return whether a parameter may be the weight of a function."""
+    return param.dim() > 1 and param.is_floating_point()
+
+
 def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
     """Add the layer of a weight to ``found``, or return why it cannot be one."""
+    if not weight.is_floating_point():
+        return f"its dtype is {weight.dtype}"
     # An attention module uses what its submodule owns: one place for both.
     split = [(place.module, place.slot.weight.rpartition(".")) for place in places]
     seen = {(module.get_submodule(path), key) for module, (path, _, key) in split}

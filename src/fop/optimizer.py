@@ -308,9 +308,9 @@ class FOP(JoinableOptimizer, Optimizer):
         return entered
 
     def _recognise(self, call: FunctionCall, source: Source, module: nn.Module) -> bool:
-        known = len(self._bindings.by_weight)
+        known = list(self._bindings)
         taken = self._bindings.recognise(call, source, module, self._groups(), self.state)
-        if len(self._bindings.by_weight) > known:
+        if list(self._bindings) != known:
             self._prepare()
         return taken
 
@@ -458,7 +458,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if len(moved) < len(groups):
             self._step_adamw(moved)
 
-        if self._bindings.recogniser.open:
+        if self._bindings.recogniser.open or any(binding.by_adamw for binding in active):
             self._bindings.settle()
         if self._bindings.searching:
             self._bindings.give_up([param for param in groups if param.grad is not None])

@@ -74,14 +74,14 @@ _COPIES = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
 _TURNS = ("TBackward0", "TransposeBackward", "PermuteBackward0", "NumpyTBackward0")
 
 
-def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
-    """Return the one leaf of the shape of a computed tensor, and whether that is more than its copy.
+def leaves_of(computed: Tensor) -> tuple[list[Tensor], set[str] | None]:
+    """Return the leaves of a computed tensor, and the names of what computed it; None for a long way.
 
-    None if there is not exactly one, or if it may have been transposed. Seen in 2.4 to 2.14. Without it
-    (the nodes' ``variable``): None.
+    Seen in 2.4 to 2.14. Without it (the nodes' ``variable``): no leaves.
     """
     leaves: dict[int, Tensor] = {}
-    more, waiting = False, [computed.grad_fn]
+    names: set[str] = set()
+    waiting = [computed.grad_fn]
     for _ in range(64):
         if not waiting:
             break
@@ -90,12 +90,22 @@ def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
             continue
-        if node.name().startswith(_TURNS):
-            return None
-        more |= node.name() not in _COPIES
+        names.add(node.name())
         waiting += [each for each, _ in node.next_functions]
-    alike = [leaf for leaf in leaves.values() if leaf.shape == computed.shape]
-    return (alike[0], more) if len(alike) == 1 and not waiting else None
+    return list(leaves.values()), None if waiting else names
+
+
+def leaf_of(computed: Tensor) -> tuple[Tensor, bool] | None:
+    """Return the one leaf of the shape of a computed tensor, and whether that is more than its copy.
+
+    None if there is not exactly one, or if it may have been transposed. Seen in 2.4 to 2.14.
+    Without it: as `leaves_of`.
+    """
+    leaves, names = leaves_of(computed)
+    alike = [leaf for leaf in leaves if leaf.shape == computed.shape]
+    if len(alike) != 1 or names is None or any(name.startswith(_TURNS) for name in names):
+        return None
+    return alike[0], not names <= _COPIES
 
 
 def running_modules() -> list[nn.Module]:
@@ -109,6 +119,20 @@ def running_modules() -> list[nn.Module]:
             found.append(frame.f_locals["self"])
         frame = frame.f_back  # type: ignore[assignment]
     return found
+
+
+def checkpointed_in(module: nn.Module) -> bool:
+    """Return whether torch.utils.checkpoint runs the caller, inside the running call of a module.
+
+    The module is not called again then where its functions are recomputed. Seen in 2.4 to 2.14.
+    Without it: the backward pass of torch.utils.checkpoint fails, as not the same tensors are kept again.
+    """
+    code, frame = nn.Module._call_impl.__code__, sys._getframe(1)
+    while frame is not None and not (frame.f_code is code and frame.f_locals["self"] is module):
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def runs_compiled() -> bool:
@@ -132,7 +156,7 @@ def has_compiled(module: nn.Module) -> bool:
 
     Seen in 2.4 to 2.14. Without it: parts of a model are compiled twice.
     """
-    parts = list(module.modules())
+    parts = module.modules()
     return any(hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) for each in parts)
 
 

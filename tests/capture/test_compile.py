@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fop import FOP, KFAC
 from models import (
+    Own,
     assert_equal,
     batch,
     check_kept_pair,
@@ -247,6 +250,75 @@ class Block(nn.Module):
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(Block() for _ in range(12)), nn.Linear(5, 3)).double()
+
+
+class Nested(nn.Module):
+    """A model whose layers are all in one part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Own(6, 3))
+        self.unused = Own(2, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+@contextlib.contextmanager
+def walks() -> Iterator[list[nn.Module]]:
+    """The models whose modules somebody walks through."""
+    found: list[nn.Module] = []
+    walk = nn.Module.modules
+
+    def modules(self: nn.Module) -> Iterator[nn.Module]:
+        found.append(self)
+        return walk(self)
+
+    with mock.patch.object(nn.Module, "modules", modules):
+        yield found
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["in place", "wrapped"])
+@pytest.mark.parametrize("unused", [False, True])
+def test_nobody_looks_for_compiled_parts_in_every_step(wrapped: bool, unused: bool) -> None:
+    """Only until a step has settled what functions tell; for a weight without a gradient in 16 passes."""
+    model = Nested()
+    if not unused:
+        del model.unused
+    if wrapped:
+        model.net[0] = compiled(model.net[0])
+    else:
+        model.net[0].compile(backend="aot_eager")
+    optimizer = FOP(model, **OPTIONS)
+    with walks() as found, pytest.warns(UserWarning, match=r"net\.2\.weight: functions are not seen"):
+        train(model, optimizer, VECTORS[:1])
+    assert found
+    if unused:
+        train(model, optimizer, VECTORS)
+    with walks() as found:
+        train(model, optimizer, VECTORS)
+    assert found == []
+    check_kept_pair(optimizer)
+
+
+def test_part_compiled_later() -> None:
+    """The rest is seen as before; what was recognised inside the part has no pair any more, and says why."""
+    model, expected = Nested(), Nested()
+    optimizer, other = FOP(model, **OPTIONS), FOP(expected, **OPTIONS)
+    train(model, optimizer, VECTORS[:3])
+    train(expected, other, VECTORS[:3])
+    model.net[0].compile(backend="aot_eager")
+    train(model, optimizer, VECTORS[3:6])
+    train(expected, other, VECTORS[3:6])
+    assert_same(model, expected)
+    check_kept_pair(optimizer, ["net.0", "net.2"])
+    model.net[2].compile(backend="aot_eager")
+    train(model, optimizer, VECTORS[6:9])
+    check_lost_pair(optimizer, ["net.2"], 3)
+    check_kept_pair(optimizer, ["net.0"])
 
 
 def test_blocks_compiled_one_by_one_share_their_graph() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils.checkpoint import checkpoint
 
@@ -481,11 +482,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spelling == "bmm":
-            return torch.bmm(x.expand(2, *x.shape), self.experts.mT).sum(0)
+            return torch.bmm(x.expand(2, *x.shape), self.experts.transpose(1, 2)).sum(0)
         return F.linear(x, self.experts[0]) + F.linear(x, self.experts[1])
 
 
-@pytest.mark.parametrize(("spelling", "seen"), [("bmm", "no function that FOP knows"), ("linear", "linear")])
+@pytest.mark.parametrize(("spelling", "seen"), [("bmm", "bmm, transpose"), ("linear", "linear")])
 def test_weights_of_experts_are_named(spelling: str, seen: str) -> None:
     optimizer, messages = steps_of(Experts(spelling))
     assert optimizer.summary().rows[0].path == "AdamW" and seen in optimizer.summary().rows[0].reason
@@ -534,25 +535,316 @@ def test_layers_of_torch_without_factors_do_not_warn(rate: type[nn.Module]) -> N
     assert steps_of(Net())[1] == []
 
 
-def test_parameter_that_is_used_later() -> None:
-    """A head that is not used in the first steps is recognised when it is."""
-    model = nn.ModuleDict({"trunk": Own(5, 4), "late": Own(4, 3), "early": Own(4, 3)}).double()
+class Phases(nn.Module):
+    """Some heads take part only from a later step on."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts, self.head = model, "early"
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.heads, self.head = Own(5, 4), nn.ModuleList(Own(4, 3) for _ in range(heads)), 0
+        self.double()
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.parts[self.head](torch.tanh(self.parts["trunk"](x)))
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.heads[self.head](torch.tanh(self.trunk(x)))
+        return out
 
-    net = Net()
+
+@pytest.mark.parametrize("heads", [[0] * 3 + [1] * 3, [0] * 20 + [1] * 3, [*range(40)] * 3])
+def test_parameter_that_is_used_later(heads: list[int]) -> None:
+    """It is recognised when it is used, also after nobody looked any more; nobody is warned."""
+    net = Phases(max(heads) + 1)
     optimizer = FOP(net, **PLAIN)
-    for step in range(6):
-        net.head = "early" if step < 3 else "late"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step, head in enumerate(heads):
+            net.head = head
+            train_step(net, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+
+
+def test_weight_that_is_thawed_later() -> None:
+    """A part that is frozen, and not used, while the rest begins to train."""
+    net = Phases(2)
+    net.heads[1].requires_grad_(False)
+    optimizer = FOP(net, **PLAIN)
+    for step in range(5):
+        if step == 3:
+            net.heads[1].requires_grad_(True)
+            net.head = 1
         train_step(net, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
     assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+
+
+# --- what is no layer of samples, or is seen late ----------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """Its second part sees some of the samples only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.all, self.some = Own(5, 3), Own(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.all(x) + F.pad(self.some(x[:6]), (0, 0, 0, len(x) - 6))
+        return out
+
+
+class Attentive(nn.Module):
+    """Products of activations, which positions are a part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.position, self.key, self.head = nn.Parameter(torch.randn(8, 5)), Own(5, 4), Own(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = self.key(x + self.position)
+        out: Tensor = self.head(key @ key.T)
+        return out
+
+
+def test_parameter_in_a_product_of_activations_is_no_weight() -> None:
+    optimizer, messages = steps_of(Attentive())
+    assert messages == [] and optimizer.summary().rows[0].reason.endswith("used by add")
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["model", "parameters"])
+@pytest.mark.parametrize("told", [False, True])
+def test_first_pass_knows_its_batch(bare: bool, told: bool) -> None:
+    """Though no module's class told that anything must be recorded."""
+    model = Routed()
+    size = (lambda x: len(x)) if told else None
+    optimizer = FOP(model.parameters() if bare else model, **PLAIN, batch_size=size)
+    train_step(model, optimizer, vectors(0), torch.zeros(8, 3, dtype=torch.float64))
+    found = optimizer.diagnostics().layers
+    assert "for a batch of 8" in str(found["some"].why_kfac) and found["all"].kfac_steps == 0
+
+
+class Adapted(nn.Module):
+    """A weight with an adapter, merged in every pass."""
+
+    def __init__(self, *sizes: int, trained: bool = False) -> None:
+        super().__init__()
+        self.base = nn.Linear(*sizes).requires_grad_(trained)
+        inputs, outputs = sizes
+        self.A, self.B = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight + self.B @ self.A, self.base.bias)
+
+
+class Merged(nn.Module):
+    """A parametrization that adds an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.B @ self.A
+
+
+def merged() -> nn.Module:
+    return parametrize.register_parametrization(nn.Linear(5, 3), "weight", Merged())
+
+
+@pytest.mark.parametrize(
+    ("build", "taken", "named"),
+    [
+        (lambda: Adapted(5, 3), set(), {"A", "B"}),
+        (lambda: Adapted(5, 3, trained=True), {"base.weight"}, {"A", "B"}),
+        (merged, {"parametrizations.weight.original"}, {"A", "B"}),
+        (lambda: parametrizations.orthogonal(nn.Linear(5, 3)), set(), {"parametrizations.weight.original"}),
+    ],
+    ids=["adapter", "adapter of a trained weight", "parametrization", "orthogonal"],
+)
+def test_product_that_computes_a_weight_is_no_layer(build: Build, taken: set[str], named: set[str]) -> None:
+    """What it is a product of takes AdamW, with one warning."""
+    torch.manual_seed(0)
+    optimizer, messages = steps_of(build().double(), 4)
+    rows = {row.name: row for row in optimizer.summary().rows}
+    frozen = {name for name, row in rows.items() if "frozen" in row.reason}
+    assert {name for name, row in rows.items() if row.path == "FOP"} - frozen == taken
+    assert len(messages) == 1 and all(f"{name}: " in messages[0] for name in named)
+    assert all(layer.why_kfac is None for layer in optimizer.diagnostics().layers.values())
+
+
+class Projected(nn.Module):
+    """WavLM's attention: projections are modules, whose weights one function is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(4, 4) for _ in range(4))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        biases = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        weights = {f"{name}_proj_weight": getattr(self, f"{name}_proj").weight for name in "qkv"}
+        out = self.out_proj.weight, self.out_proj.bias
+        parts = (None, biases, None, None, False, 0.0, *out)
+        use = {"use_separate_proj_weight": True, "need_weights": False, **weights}
+        return F.multi_head_attention_forward(x, x, x, 4, 2, *parts, **use)[0].transpose(0, 1)
+
+
+def test_modules_that_only_hold_weights() -> None:
+    """From the step after that in which nobody saw them run; the biases are not the function's."""
+    model = Projected()
+    optimizer = FOP(model, **PLAIN)
+    for step in range(4):
+        x = torch.randn(8, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        train_step(model, optimizer, x, torch.zeros_like(x))
+    rows = {row.name: (row.path, row.reason) for row in optimizer.summary().rows}
+    for name in "qkv":
+        assert rows[f"{name}_proj.weight"] == ("FOP", "F.linear in Projected")
+        assert rows[f"{name}_proj.bias"] == ("AdamW", "not the bias of F.linear in Projected")
+        assert optimizer.diagnostics().layers[f"{name}_proj"].kfac_steps == 0
+    assert rows["out_proj.bias"][0] == "FOP"
+
+
+def sliced(model: nn.Module, x: Tensor) -> Tensor:
+    """Parts of a weight whose module is not called."""
+    query, key = model[0].weight.chunk(2)  # type: ignore[index]
+    return F.linear(x, query) * F.linear(x, key)
+
+
+def replaced_by(scale: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        tensors = {name: param * scale for name, param in model.named_parameters()}
+        out: Tensor = torch.func.functional_call(model, tensors, (x,))
+        return out
+
+    return call
+
+
+def mapped(model: nn.Module, x: Tensor) -> Tensor:
+    """One sample at a time, by torch.func."""
+    return torch.func.vmap(model)(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+@pytest.mark.parametrize(
+    ("call", "bare"),
+    [(sliced, False), *itertools.product((replaced_by(0.5), mapped), (False, True))],
+)
+def test_weight_that_nobody_sees_in_use(
+    call: Callable[[nn.Module, Tensor], Tensor], kind: Build, bare: bool
+) -> None:
+    """AdamW, with one warning that names it, also where a module's class says that it is a weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(5, 6)).double()
+    optimizer = FOP(model.parameters() if bare else model, **PLAIN)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            optimizer.zero_grad()
+            call(model, vectors(step)).square().mean().backward()
+            optimizer.step()
+    assert optimizer.summary().rows[0].path == "AdamW"
+    (message,) = [str(each.message) for each in caught if "may be weights" in str(each.message)]
+    assert "0.weight: " in message or "a parameter (6, 5): belongs to no module" in message
+    assert function_modes() == []
+
+
+def test_pass_with_other_tensors_comes_first() -> None:
+    """The owners of bare parameters are found in the first pass in which modules have them."""
+    model = stack(Own)
+    optimizer = FOP(model.parameters(), **PLAIN)
+    replaced_by(0.5)(model, vectors(0))
+    torch.func.vmap(lambda x: torch.func.functional_call(model, {}, (x,)))(vectors(0))
+    train_step(model, optimizer, vectors(0), torch.zeros(8, 3, dtype=torch.float64))
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+
+
+class Members(nn.Module):
+    """An ensemble by torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.members = nn.Parameter(torch.randn(4, 3, 5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda weight: F.linear(x, weight))(self.members).mean(0)
+
+
+def test_what_gives_no_gradient_is_no_use() -> None:
+    """Such as a look at the shape: the weight is named all the same."""
+    _, messages = steps_of(Members())
+    assert len(messages) == 1 and "members: no function that FOP knows" in messages[0]
+
+
+class Loose(nn.Module):
+    """A module that is never called, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.part, self.table = nn.Linear(5, 4), nn.Parameter(torch.randn(3, 4))
+        self.double()
+
+
+def test_weight_of_a_module_that_is_never_called() -> None:
+    model = Loose()
+    optimizer = FOP(model.named_parameters(), **PLAIN)
+    F.linear(model.part(vectors(0)), model.table).square().mean().backward()
+    with pytest.warns(UserWarning, match="table: belongs to no module that was called"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_scripted(root: bool) -> None:
+    """What torch.jit.script runs takes no hooks: AdamW, with one warning."""
+    torch.manual_seed(0)
+    inner = torch.jit.script(nn.Sequential(nn.Linear(5, 4)).double())
+    model = inner if root else nn.Sequential(inner, nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizer = FOP(model, **PLAIN)
+    with pytest.warns(UserWarning, match=r"0\.weight: ") as caught:
+        for step in range(3):
+            optimizer.zero_grad()
+            model(vectors(step)).square().mean().backward()
+            optimizer.step()
+    assert sum("may be weights" in str(each.message) for each in caught) == 1
+    rows = optimizer.summary().rows
+    assert [row.path for row in rows] == ["AdamW"] * 2 + ([] if root else ["FOP"] * 2)
+    assert "torch.jit.script runs its module" in rows[0].reason
+
+
+class Turned(nn.Module):
+    """A real weight in a product of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x * 1j, self.weight.to(torch.complex128)).imag
+
+
+def test_real_weight_in_a_complex_product() -> None:
+    optimizer, messages = steps_of(Turned())
+    assert optimizer.summary().rows[0].path == "AdamW"
+    assert len(messages) == 1 and "weight: used by linear" in messages[0]
+
+
+def test_replaced_parameter_of_a_function() -> None:
+    """It is seen from the next pass on; nobody is warned."""
+    model = stack(Own)
+    optimizer = FOP(model, **PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(5):
+            if step == 2:
+                model[4].weight = nn.Parameter(model[4].weight.detach().clone())  # type: ignore[index]
+            train_step(model, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
+    assert {row.path for row in optimizer.summary().rows} == {"FOP"}
+    assert all(layer.why_kfac is None for layer in optimizer.diagnostics().layers.values())
 
 
 # --- the way of a pass -------------------------------------------------------------------------------------
@@ -579,6 +871,47 @@ def test_checkpointed(reentrant: bool) -> None:
             return out
 
     assert_trains_like(Net(True), Net(False), vectors)
+
+
+class Recomputed(nn.Module):
+    """It recomputes a function of its own, in which it uses its own weight."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.reentrant = nn.Linear(5, 5), Own(6, 3), reentrant
+        self.table = nn.Parameter(torch.randn(6, 5))
+        self.double()
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.table))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(checkpoint(self.block, self.first(x), use_reentrant=self.reentrant))
+        return out
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_without_the_call_of_a_module(reentrant: bool) -> None:
+    """What is recomputed must be recorded in both passes, or in none."""
+    optimizer, messages = steps_of(Recomputed(reentrant))
+    assert {row.name: row.path for row in optimizer.summary().rows}["table"] == "AdamW"
+    assert sum("table: " in message for message in messages) == 1
+    assert reentrant or "table: used by checkpoint, linear" in messages[0]
+    assert all(layer.why_kfac is None for layer in optimizer.diagnostics().layers.values())
+
+
+def test_function_that_is_checkpointed_later() -> None:
+    """Its layer has curvature by then, and takes K-FAC's step."""
+    model = Recomputed(False)
+    optimizer = FOP(model, **PLAIN)
+    for step in range(4):
+        if step < 2:
+            model.forward = lambda x: model.head(model.block(model.first(x)))  # type: ignore[method-assign]
+        elif step == 2:
+            del model.forward
+        train_step(model, optimizer, vectors(step), torch.zeros(8, 3, dtype=torch.float64))
+    assert "no hook saw" in str(optimizer.diagnostics().layers["table"].why_kfac)
 
 
 def test_state_goes_on_bit_for_bit() -> None:
@@ -654,6 +987,39 @@ def test_interrupted_pass(stop: type[BaseException], where: str, first: bool) ->
     train_step(model, optimizer, vectors(2)[:6], y[:6])
     train_step(model, optimizer, vectors(3), y)
     assert optimizer.diagnostics().layers["0"].why_kfac is None
+
+
+def as_tree(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    return torch.utils._pytree.tree_map(lambda arg: arg * 1.0, args)
+
+
+def by_type(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    return args if type(args) is tuple else type(args)(*(arg * 1.0 for arg in args))
+
+
+HOOKS: list[Callable[[nn.Module], Any]] = [
+    lambda module: module.register_full_backward_hook(lambda *_: None),
+    lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    lambda module: module.register_forward_pre_hook(as_tree),
+    lambda module: module.register_forward_pre_hook(by_type),
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_others_take_the_arguments_for_a_tuple(hook: Callable[[nn.Module], Any]) -> None:
+    model, other = stack(Own), stack(nn.Linear)
+    expected, _ = trained(other, vectors)
+    torch.manual_seed(0)
+    target = torch.randn_like(expected[0])
+    optimizer = FOP(model, **{**PLAIN, "momentum": 0.5, "curvature_interval": 2})
+    for step in range(len(expected)):
+        train_step(model, optimizer, vectors(step).requires_grad_(), target)
+        if step == 0:
+            # After those that have recognised the layers.
+            for part in model:  # type: ignore[attr-defined]
+                hook(part)
+        torch.testing.assert_close(model(vectors(99)), expected[step], rtol=1e-9, atol=1e-11)
+    assert function_modes() == [] and function_watches() == 0
 
 
 def test_hook_that_replaces_the_arguments() -> None:

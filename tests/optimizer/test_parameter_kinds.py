@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -123,6 +124,33 @@ class Spectral(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(torch.fft.irfft(torch.fft.rfft(self.lift(x)) * self.modes, n=8))
         return out
+
+
+COMPLEX: list[tuple[Callable[..., nn.Module], tuple[int, ...]]] = [
+    (partial(nn.Linear, 4, 3), (6, 4)),
+    (partial(nn.Conv1d, 2, 3, 2), (6, 2, 4)),
+    (partial(nn.ConvTranspose1d, 2, 3, 2), (6, 2, 4)),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape"), COMPLEX)
+def test_complex_layers_are_those_of_adamw(kind: Callable[..., nn.Module], shape: tuple[int, ...]) -> None:
+    """Bit for bit, though the class of the module has Kronecker factors."""
+    torch.manual_seed(0)
+    model = kind(dtype=torch.cdouble)
+    twin = copy.deepcopy(model)
+    optimizer = FOP(model, adamw_lr=0.01)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(shape, dtype=torch.cdouble)
+        for each, its in ((model, optimizer), (twin, adamw)):
+            its.zero_grad()
+            each(x).abs().square().mean().backward()
+            its.step()
+    assert_equal(weights(model), weights(twin))
+    rows = optimizer.summary().rows
+    assert [row.path for row in rows] == ["AdamW"] * 2 and rows[0].reason == "its dtype is torch.complex128"
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])

@@ -23,11 +23,12 @@ class FirstForwardHook:
     """A global forward hook that shows every root module once, until ``remove`` is called.
 
     ``seen``, a bound method held by weak reference, is called with each module and its arguments; it may
-    return others.
+    return others. ``used`` says whether any module was called.
     """
 
     def __init__(self, seen: Seen) -> None:
         self._seen = weakref.WeakMethod(seen)
+        self.used = False
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._handle = register_module_forward_pre_hook(self._before)
 
@@ -44,16 +45,15 @@ class FirstForwardHook:
         if seen is None:
             self.remove()
         elif module not in self._known:
+            self.used = True
+            if not all(isinstance(param, nn.Parameter) for param in module.parameters()):
+                # torch.func runs it with other tensors in the place of its parameters.
+                return None
             # Its children's own forward passes, which follow, need no look of their own.
             self._known.update(module.modules())
             entered = seen(module, args, _keywords(module))
             return None if entered is None else entered[0]
         return None
-
-    @property
-    def used(self) -> bool:
-        """Whether any module was shown that is still there."""
-        return len(self._known) > 0
 
     def remove(self) -> None:
         """Take the global hook away."""

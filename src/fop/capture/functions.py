@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,11 +54,17 @@ class _Mode(TorchFunctionMode):
         if func in FUNCTIONS:
             call = function_call(func, args, kwargs, output)
             any(watcher.sees(call) for watcher in reversed(self.watchers))
-        else:
+        elif _has_gradient(output):
             for watcher in self.watchers:
                 if watcher.passes is not None:
                     watcher.passes(func, args)
         return output
+
+
+def _has_gradient(output: Any) -> bool:
+    if isinstance(output, tuple | list):
+        return any(map(_has_gradient, output))
+    return isinstance(output, Tensor) and output.requires_grad
 
 
 class _Watcher(NamedTuple):
@@ -81,9 +87,24 @@ _thread = _Thread()
 
 
 class _Arguments(tuple[Any, ...]):
-    """Arguments of a call of a module, which its frame holds for as long as it runs, however it ends."""
+    """Arguments of a call of a module, which its frame holds for as long as it runs, however it ends.
+
+    A named tuple without names: torch (hooks on backward passes, pytree) and others make arguments like given
+    ones by ``type(args)(*values)``, but for plain tuples.
+    """
 
     ends: list[_End]
+    _fields: tuple[str, ...] = ()
+
+    def __new__(cls, *values: Any) -> _Arguments:
+        return super().__new__(cls, values)
+
+    @classmethod
+    def _make(cls, values: Iterable[Any]) -> _Arguments:
+        return cls(*values)
+
+    def _asdict(self) -> dict[str, Any]:
+        return {}
 
 
 class _End:
@@ -108,7 +129,7 @@ def begin_watch(
     if _thread.mode is None:
         _thread.mode = _Mode(_thread.watchers)
         _thread.mode.__enter__()  # type: ignore[no-untyped-call]
-    arguments = _Arguments(args)
+    arguments = _Arguments(*args)
     arguments.ends = [*getattr(args, "ends", ()), _End(watcher)]
     return arguments
 

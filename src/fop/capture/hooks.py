@@ -20,6 +20,7 @@ from fop.capture.functions import ComputedLayer, begin_watch, end_watch, rows_of
 from fop.capture.sharded import stands_for
 from fop.layers import FunctionCall, Layer, PackedLayer
 from fop.torch_internals import (
+    checkpointed_in,
     current_backward_pass,
     current_trace,
     current_transform,
@@ -106,6 +107,8 @@ class ModelWatch:
     def register(self, root: nn.Module) -> None:
         """Put the hooks on the model, instead of those that are there."""
         remove_all(self.handles)
+        if isinstance(root, torch.jit.ScriptModule):
+            return
         self._before(root, ModelWatch.enter)
         self.handles.append(root.register_forward_hook(Hook(self, ModelWatch.leave), always_call=True))
         # Scripts also call the modules of a model one by one, from a method of their own.
@@ -185,11 +188,14 @@ class ModelWatch:
 
 
 def parts_called(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of a model that may be called, those in lists and dictionaries included."""
+    """Yield the children of a model that may be called, those in lists and dictionaries included.
+
+    But for those of torch.jit.script, which take no hooks.
+    """
     for child in root.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from parts_called(child)
-        else:
+        elif not isinstance(child, torch.jit.ScriptModule):
             yield child
 
 
@@ -336,6 +342,9 @@ class FunctionUse(ModuleUse):
             return False
         layer = call.layer(turned=source.turned, bias=self.layer.bias, options=self.layer.options)
         if layer is None or layer.matrix_shape != self.layer.matrix_shape:
+            return False
+        module = self.module()
+        if module is None or checkpointed_in(module):
             return False
         if source.computed:
             layer = cast(Layer, ComputedLayer(layer, call.given["weight"], source.leaf))

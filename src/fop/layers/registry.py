@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from fop.layers.attention import PackedLayer
@@ -96,6 +97,8 @@ def describe(module: nn.Module, options: LayerOptions) -> list[Slot] | Unfit:
     """Return the module's weights that can take the FOP step, or why its class does not tell."""
     if options.path == "adamw":
         return Unfit(EXCLUDED)
+    if isinstance(module, torch.jit.ScriptModule):
+        return Unfit("torch.jit.script runs its module", watched=True)
     for kinds, slots, check in _KINDS:
         if isinstance(module, kinds):
             return _unsupported(module, kinds, check, options) or slots(module)
