@@ -146,3 +146,8 @@ __all__ = [
     "sampling",
     "sub_batch_entries",
 ]
+
+
+def function_watches() -> int:
+    """How many calls of modules are watched for functions in this thread."""
+    return len(functions._thread.watchers)
