@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fop.capture import recorder, sub_batches
+from fop.capture import functions, recorder, sub_batches
 from fop.capture.batch import Batch
 from fop.capture.sub_batches import sub_batch_entries
 from fop.correction import Metric as Curvature
