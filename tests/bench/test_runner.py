@@ -234,7 +234,7 @@ def test_divergence_is_reported_in_strict_json(tmp_path: Path, name: str, lr: fl
     assert record["diverged"] == (len(record["curve"]) < 6)
     if name == "sgd" and lr > 1e3:
         assert record["diverged"]
-    runner._append(tmp_path / "all.jsonl", record)
+    runner.append(tmp_path / "all.jsonl", record)
     assert read_runs(tmp_path) == lines(tmp_path / "all.jsonl") == [json.loads(json.dumps(record))]
 
 
