@@ -20,15 +20,14 @@ from torch.multiprocessing.spawn import ProcessException
 
 from fop_bench import scale as scaling
 from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
-from fop_bench.environment import environment, packages
-from fop_bench.optimizers import PEERS
+from fop_bench.environment import environment
+from fop_bench.optimizers import PEERS, installed
 from fop_bench.overhead import (
     COMPARED,
-    DEFAULT_TASKS,
     MODELS,
-    PEER_TASKS,
     PLAIN_STEPS,
     ROW_KEYS,
+    TASKS,
     Row,
     Workload,
     measure_overhead,
@@ -41,6 +40,7 @@ from fop_bench.runner import OnRun, Selection, append, locked, make, refuse_mixt
 from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
+OTHERS = [name for name in MODELS if name not in TASKS]
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -106,15 +106,10 @@ def overhead(asked: argparse.Namespace) -> None:
     """Measure time, peak memory and state of optimizers' steps in turns, or go on with it."""
     if asked.device.type == "cpu":
         torch.set_num_threads(1)  # so that processor seconds are those of a step
-    tasks, names = (PEER_TASKS, [*PEERS]) if asked.peers else (DEFAULT_TASKS, [*COMPARED])
-    precisions = [False, True] if asked.bf16 is None and not asked.peers else [bool(asked.bf16)]
-    todo = [
-        Workload(model, size, bf16)
-        for model in asked.model or tasks
-        for size in asked.batch or [tasks.get(model, 128)]
-        for bf16 in precisions
-    ]
-    path, where = asked.out, environment(asked.device) | {"packages": packages()}
+    names, models = asked.optimizer or (PEERS if asked.peers else COMPARED), asked.model or TASKS
+    sizes = [(model, size) for model in models for size in asked.batch or [TASKS.get(model, 128)]]
+    todo = [Workload(*each, bool(asked.bf16)) for each in sizes]
+    path, where = asked.out, environment(asked.device) | {"packages": installed()}
     with locked(path), _bar("overhead") as on_run:
         rows = read_lines(path, ROW_KEYS, "overhead") if path.exists() else []
         for row in rows:
@@ -127,7 +122,7 @@ def overhead(asked: argparse.Namespace) -> None:
             done = {
                 row["optimizer"] for row in rows if row["workload"] == asdict(workload) and "error" not in row
             }
-            if left := [name for name in asked.optimizer or names if name not in done]:
+            if left := [name for name in names if name not in done]:
                 for row in measure_overhead(workload, left, asked.device, asked.rounds):
                     rows.append(row | {"rounds": asked.rounds, "environment": where})
                     append(path, rows[-1])
@@ -277,18 +272,20 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
-        _option("--peers", "all optimizers, on the networks of issue 14", action="store_true"),
-        _list("--model", f"network to step, of {', '.join(MODELS)}", KNOWN_MODEL),
-        _list("--batch", "samples of a step, else 128 (mlp-3072 1024, gpt-256 64)", WHOLE),
+        _option("--peers", "all optimizers; else SGD, AdamW, K-FAC and FOP", action="store_true"),
+        _list(
+            "--model", f"only this network; else {', '.join(TASKS)}; also {', '.join(OTHERS)}", KNOWN_MODEL
+        ),
+        _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
         _list("--optimizer", f"only this one of {', '.join(PEERS)}", KNOWN_PEER),
-        _option("--bf16", "autocast; else both, with --peers none", action=argparse.BooleanOptionalAction),
+        _option("--bf16", "autocast", action=argparse.BooleanOptionalAction),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
     ],
     scale: [
         _list("--ranks", "processes, or GPUs", WHOLE),
-        _option("--model", "network to step", "resnet18", choices=[*DEFAULT_TASKS]),
+        _option("--model", "network to step", "resnet18", choices=OTHERS),
         _option("--batch", "batch of every rank", "32", WHOLE),
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),

@@ -7,9 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +30,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def packages() -> dict[str, str]:
-    """Return the versions of the libraries of other optimizers that are installed."""
-    found = {}
-    for name in ("pytorch-optimizer", "kfac-pytorch", "singd", "asdfghjkl"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def this_command() -> str:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.metadata import distributions
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,13 @@ def make_peer(
         return peer.build(model, lr=lr, **options)
     except ImportError as error:
         raise MissingPeerError(f"{peer.label} cannot be imported ({error}): {peer.install}") from error
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of others' libraries that are installed."""
+    names = {"pytorch-optimizer", "kfac-pytorch", "singd", "asdfghjkl"}
+    found = {each.name.replace("_", "-"): each.version for each in distributions()}
+    return {name: found[name] for name in sorted(names & found.keys())}
 
 
 def gradients(

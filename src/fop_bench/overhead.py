@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
@@ -57,9 +57,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
     "vit-128": (partial(ViT, dim=128, heads=4), _images(3, 32, 32)),
     "gpt-256": (GPT, _tokens),
 }
-# What is measured by default, with the batch size.
-DEFAULT_TASKS = {"resnet18": 128, "vit": 128, "mlp": 128}
-PEER_TASKS = {"mlp-3072": 1024, "resnet18-16": 128, "vit-128": 128, "gpt-256": 64}
+# What is measured by default, and the batch size.
+TASKS = {"mlp-3072": 1024, "resnet18-16": 128, "vit-128": 128, "gpt-256": 64}
 
 Row = dict[str, Any]
 ROW_KEYS = ("workload", "optimizer", "label", "rounds", "environment")
@@ -238,7 +237,7 @@ def measure_overhead(
     """Measure memory, one optimizer by one, then time, in turns with SGD and AdamW; return a row for each.
 
     A row of an optimizer that is not installed or that fails has an ``error`` instead of numbers. Raises
-    RuntimeError if SGD or AdamW fails, with which the others are compared.
+    ValueError if SGD or AdamW fails, with which the others are compared.
     """
     everybody = list(dict.fromkeys(("sgd", "adamw", *names)))
     memory = peak_memory(workload, device, everybody)
@@ -249,7 +248,7 @@ def measure_overhead(
     # Processor seconds: what else runs on the machine counts little.
     seen = measure_in_turns(pairs, rounds, time.process_time, failed)
     if broken := {"sgd", "adamw"} & {*failed}:
-        raise RuntimeError(f"{workload.title}: the others cannot be compared with {failed[broken.pop()]}")
+        raise ValueError(f"{workload.title}: the others cannot be compared with {failed[broken.pop()]}")
 
     def row(name: str) -> Row:
         if name in failed:
@@ -263,27 +262,24 @@ def measure_overhead(
             **{
                 f"{kind}_seconds": statistics.median(each) if each else None for kind, each in samples.items()
             },
-            "ratios_to_sgd": {kind: _by_round(each, sgd) for kind, each in samples.items()},
+            "ratios_to_sgd": {
+                kind: (_by_round(each, rounds) / sgd).tolist() if each else []
+                for kind, each in samples.items()
+            },
             "memory": memory[name],
             "memory_to_adamw": [each / adamw for each in memory[name].values() if each and adamw],
             "state_bytes": (pairs[name][1] or pairs[name][0]).state_bytes(),
             "samples": samples,
         }
 
-    sgd = seen["sgd"]["plain"]["seconds"]
+    sgd = _by_round(seen["sgd"]["plain"]["seconds"], rounds)
     who = {name: {"optimizer": name, "label": PEERS[name].label} for name in names}
     return [{"workload": asdict(workload), **who[name], **row(name)} for name in names]
 
 
-def _by_round(seconds: Sequence[float], of_sgd: Sequence[float]) -> list[float]:
-    """Return the ratios of each round's median to that of SGD's plain steps."""
-    rounds = len(of_sgd) // PLAIN_STEPS
-
-    def medians(of: Sequence[float]) -> list[float]:
-        each = len(of) // rounds
-        return [statistics.median(of[at : at + each]) for at in range(0, len(of), each or 1)]
-
-    return [a / b for a, b in zip(medians(seconds), medians(of_sgd), strict=bool(seconds))]
+def _by_round(seconds: Sequence[float], rounds: int) -> Tensor:
+    """Return the median of every round's steps, all of one kind."""
+    return torch.tensor(seconds, dtype=torch.float64).view(rounds, -1).median(dim=1).values
 
 
 # --- Peak memory, with one model alive at a time
@@ -312,7 +308,7 @@ def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.dev
         torch.set_num_threads(threads)
         # Tensors get pages of their own, so that freed ones leave the resident set at once.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    _peak_of_step(replace(workload, batch_size=2), name, device, NEVER)  # imports its library
+    _peak_of_step(Workload("mlp", 2, False), name, device, NEVER)  # imports its library
     plain = _peak_of_step(workload, name, device, NEVER)
     curvature = None if peer.interval is None else _peak_of_step(workload, name, device, 1)
     return {"plain_bytes": plain, "curvature_bytes": curvature}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +83,20 @@ def test_a_missing_library_says_what_installs_it(
         MissingPeerError, match=rf"^{PEERS[name].label} cannot be imported \(.*\): {command}$"
     ):
         make_peer(name, mlp((2, 2)), 0.1)
+
+
+def test_the_example_of_the_documentation_adds_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "reproduction.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert sum(bool(line) for line in example.splitlines()) <= 10
+    monkeypatch.setitem(PEERS, "lion", PEERS["sgd"])  # so that it goes again
+    exec(example, {"__name__": "example"})
+    model = mlp((3, 2))
+    before, optimizer = model[1].weight.detach().clone(), make_peer("lion", model, 0.1)
+    gradients(optimizer, model, torch.randn(4, 3), torch.arange(4) % 2)
+    optimizer.step()
+    assert type(optimizer).__name__ == "Lion"
+    assert not torch.equal(model[1].weight, before)
 
 
 # --- Muon
