@@ -304,6 +304,7 @@ def peak_memory(workload: Workload, device: torch.device, names: Sequence[str]) 
 
 def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.device, threads: int) -> Row:
     PEERS[name] = peer  # which a script may have added
+    torch.empty(0, device=device)  # so that the allocator of a GPU knows it
     if device.type == "cpu":
         torch.set_num_threads(threads)
         # Tensors get pages of their own, so that freed ones leave the resident set at once.

@@ -145,8 +145,11 @@ class Booking(SGD):
 class Failing(Booking):
     """Fails in a step late enough to be one that is timed."""
 
+    failures = 0
+
     def step(self, closure: Any = None) -> Any:
         if self.taken == 4:
+            Failing.failures += 1
             raise ArithmeticError("out of luck")
         return super().step(closure)
 
@@ -190,9 +193,10 @@ def test_a_peer_is_measured_with_and_without_curvature_updates() -> None:
 @pytest.mark.usefixtures("clock")
 def test_what_is_missing_or_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     path = tmp_path / "o.jsonl"
-    names = ("failing", "missing", "mine")
+    names, before = ("failing", "missing", "mine"), Failing.failures
     told = measured(path, "--rounds", "2", *(f"--optimizer={name}" for name in names))
     assert told.exit_code == 0, told.output
+    assert Failing.failures == before + 1, "it is left out of the second round"
     errors = {row["optimizer"]: row.get("error") for row in lines(path)}
     assert errors == {
         "failing": "ArithmeticError: out of luck",
