@@ -118,7 +118,7 @@ def test_state_is_found_wherever_it_is() -> None:
     held = torch.zeros(5)
     vars(optimizer)["mine"] = {"a": [held, (held[:2], torch.zeros(7, dtype=torch.float64))], "b": optimizer}
     vars(model[1])["of a layer"] = torch.zeros(3)
-    vars(optimizer)["model"] = model
+    vars(optimizer)["theirs"] = {"model": model, "gradients": [p.grad for p in model.parameters()]}
     assert trainer.state_bytes() == momentum + 4 * 5 + 8 * 7 + 4 * 3
 
 
