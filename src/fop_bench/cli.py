@@ -106,7 +106,9 @@ def overhead(asked: argparse.Namespace) -> None:
     """Measure time, peak memory and state of optimizers' steps in turns, or go on with it."""
     if asked.device.type == "cpu":
         torch.set_num_threads(1)  # so that processor seconds are those of a step
-    names, models = asked.optimizer or (PEERS if asked.peers else COMPARED), asked.model or TASKS
+    peers = [name for name in PEERS if name != "shampoo"]  # which would take minutes
+    names = asked.optimizer or (peers if asked.peers else COMPARED)
+    models = asked.model or TASKS
     sizes = [(model, size) for model in models for size in asked.batch or [TASKS.get(model, 128)]]
     todo = [Workload(*each, bool(asked.bf16)) for each in sizes]
     path, where = asked.out, environment(asked.device) | {"packages": installed()}
@@ -272,7 +274,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
-        _option("--peers", "all optimizers; else SGD, AdamW, K-FAC and FOP", action="store_true"),
+        _option("--peers", "all optimizers but shampoo; else SGD, AdamW, K-FAC and FOP", action="store_true"),
         _list(
             "--model", f"only this network; else {', '.join(TASKS)}; also {', '.join(OTHERS)}", KNOWN_MODEL
         ),

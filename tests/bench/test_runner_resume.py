@@ -232,9 +232,9 @@ PLACES = {
     "in a step": (Clock, "forward", "before"),
     "in a state": (torch, "save", "half"),
     "before a state gets its name": (Path, "replace", "before"),
-    "before a line": (runner, "_append", "before"),
+    "before a line": (runner, "append", "before"),
     "in the file of lines": (Path, "write_text", "half"),
-    "behind a line": (runner, "_append", "after"),
+    "behind a line": (runner, "append", "after"),
 }
 
 
