@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,26 @@ from torch.multiprocessing.spawn import ProcessException
 from fop_bench import scale as scaling
 from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
 from fop_bench.environment import environment
-from fop_bench.overhead import MODELS, PLAIN_STEPS, Row, Workload, measure_overhead, overhead_table
+from fop_bench.optimizers import PEERS, installed
+from fop_bench.overhead import (
+    COMPARED,
+    MODELS,
+    PLAIN_STEPS,
+    ROW_KEYS,
+    TASKS,
+    Row,
+    Workload,
+    measure_overhead,
+    overhead_table,
+)
 from fop_bench.recipes import DEFAULTS, RECIPES
 from fop_bench.report import write_json, write_text
-from fop_bench.runner import OnRun, Selection, make
+from fop_bench.run_records import read_lines, read_runs
+from fop_bench.runner import OnRun, Selection, append, locked, make, refuse_mixture
 from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
+OTHERS = [name for name in MODELS if name not in TASKS]
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -76,7 +87,6 @@ def defaults(asked: argparse.Namespace) -> None:
 
 def demo(asked: argparse.Namespace) -> None:
     """Train a small CNN on digits at three batch sizes, and report on it: two minutes on two CPU cores."""
-    from fop_bench.run_records import read_runs
     from fop_bench.study import comparison_table, studies
     from fop_bench.study_report import write_report
 
@@ -93,14 +103,33 @@ def demo(asked: argparse.Namespace) -> None:
 
 
 def overhead(asked: argparse.Namespace) -> None:
-    """Measure time and peak memory per step, the optimizers taking turns."""
-    models = MODELS if asked.model == "all" else [asked.model]
-    precisions = [False, True] if asked.bf16 is None else [asked.bf16]
-    todo = [Workload(*each) for each in product(models, asked.batch or [128], precisions)]
-    measure = partial(measure_overhead, device=asked.device, rounds=asked.rounds)
-    record = {"environment": environment(asked.device), "rounds": asked.rounds}
-    _show(overhead_table(_measured(todo, measure, record, asked.out)))
-    print(f"Wrote {asked.out}")
+    """Measure time, peak memory and state of optimizers' steps in turns, or go on with it."""
+    if asked.device.type == "cpu":
+        torch.set_num_threads(1)  # so that processor seconds are those of a step
+    peers = [name for name in PEERS if name != "shampoo"]  # which would take minutes
+    names = asked.optimizer or (peers if asked.peers else COMPARED)
+    models = asked.model or TASKS
+    sizes = [(model, size) for model in models for size in asked.batch or [TASKS.get(model, 128)]]
+    todo = [Workload(*each, bool(asked.bf16)) for each in sizes]
+    path, where = asked.out, environment(asked.device) | {"packages": installed()}
+    with locked(path), _bar("overhead") as on_run:
+        rows = read_lines(path, ROW_KEYS, "overhead") if path.exists() else []
+        for row in rows:
+            same = [
+                (f"with {key}", row["environment"][key], where[key]) for key in ("device", "torch", "threads")
+            ]
+            refuse_mixture(path, row["environment"], where["git"], same)
+        for at, workload in enumerate(todo):
+            on_run(at, len(todo), workload.title)
+            done = {
+                row["optimizer"] for row in rows if row["workload"] == asdict(workload) and "error" not in row
+            }
+            if left := [name for name in names if name not in done]:
+                for row in measure_overhead(workload, left, asked.device, asked.rounds):
+                    rows.append(row | {"rounds": asked.rounds, "environment": where})
+                    append(path, rows[-1])
+    _show(table := overhead_table(rows))
+    print(f"Wrote {path} and {write_text(path.with_suffix('.md'), table)}")
 
 
 def scale(asked: argparse.Namespace) -> None:
@@ -116,21 +145,16 @@ def scale(asked: argparse.Namespace) -> None:
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = PLAIN_STEPS
     record = {"environment": where | {"threads": 1}, "protocol": protocol}
-    measure = partial(scaling.measure_scale, workload, rounds=asked.rounds)
-    todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
-    _show(scaling.measured_tables(_measured([*todo], measure, record, asked.out / "scale.json")))
-    print(f"Wrote scale.json to {asked.out}")
-
-
-def _measured(todo: Sequence[Any], measure: Callable[[Any], list[Row]], record: Row, path: Path) -> list[Row]:
-    """Measure one after the other; each is written at once, so that one that fails takes no other with it."""
     results: list[Row] = []
-    with _bar(path.name) as on_run:
-        for at, each in enumerate(todo):
-            on_run(at, len(todo), str(each))
-            results += measure(each)
-            write_json(path, record | {"results": results})
-    return results
+    todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
+    with _bar("scale") as on_run:
+        for at, ranks in enumerate(todo):
+            on_run(at, len(todo), f"{ranks} ranks")
+            results += scaling.measure_scale(workload, ranks, asked.rounds)
+            # At once, so that one that fails takes no other with it.
+            write_json(asked.out / "scale.json", record | {"results": results})
+    _show(scaling.measured_tables(results))
+    print(f"Wrote scale.json to {asked.out}")
 
 
 def surface(asked: argparse.Namespace) -> None:
@@ -220,6 +244,8 @@ def _list(name: str, what: str, kind: Any = str) -> Option:
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
 SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
+KNOWN_MODEL = _checked(str, lambda name: name in MODELS, "there is no network {}")
+KNOWN_PEER = _checked(str, lambda name: name in PEERS, "there is no optimizer {}")
 FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
@@ -248,16 +274,20 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
-        _option("--model", "network to step", "all", choices=[*MODELS, "all"]),
-        _list("--batch", "samples of a step, else 128", WHOLE),
-        _option("--bf16", "autocast; else both", action=argparse.BooleanOptionalAction),
+        _option("--peers", "all optimizers but shampoo; else SGD, AdamW, K-FAC and FOP", action="store_true"),
+        _list(
+            "--model", f"only this network; else {', '.join(TASKS)}; also {', '.join(OTHERS)}", KNOWN_MODEL
+        ),
+        _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
+        _list("--optimizer", f"only this one of {', '.join(PEERS)}", KNOWN_PEER),
+        _option("--bf16", "autocast", action=argparse.BooleanOptionalAction),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
-        _option("--out", "file", "fop-overhead.json", Path),
+        _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
     ],
     scale: [
         _list("--ranks", "processes, or GPUs", WHOLE),
-        _option("--model", "network to step", "resnet18", choices=[*MODELS]),
+        _option("--model", "network to step", "resnet18", choices=OTHERS),
         _option("--batch", "batch of every rank", "32", WHOLE),
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),

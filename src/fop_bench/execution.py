@@ -20,7 +20,7 @@ from fop import FOP
 from fop_bench.environment import commit_title, machine
 from fop_bench.formulas import FORMULAS
 from fop_bench.images import Normaliser, training_inputs
-from fop_bench.optimizers import BUILDERS
+from fop_bench.optimizers import make_peer
 from fop_bench.recipes import Parts, recipe
 from fop_bench.report import replacing
 from fop_bench.training import Training, by_sub_batch, messages, share_right
@@ -139,7 +139,7 @@ class _Run:
         draw = torch.Generator(device).manual_seed(described.seed * world.size + world.rank)
         model = world.wrap(plan.network(len(train.classes), device))
         self.options = {**contender.options(described.batch_size), **described.options}
-        optimizer = BUILDERS[contender.optimizer][1](model, **self.options)
+        optimizer = make_peer(contender.optimizer, model, **self.options)
         self.layers: dict[str, Any] | None = None  # β, η and ρ of every layer of FOP after every epoch
         normalise = Normaliser(train.pixels, world.total)
         order = _halves(contender.halves, train.labels.to(device))

@@ -100,10 +100,16 @@ class TransformerBlock(nn.Module):
     scale: float | None = None  # of the products of queries and keys; by default the root of their width
 
     def __init__(
-        self, dim: int, heads: int, expansion: int = 4, qkv_bias: bool = True, inputs: int | None = None
+        self,
+        dim: int,
+        heads: int,
+        expansion: int = 4,
+        qkv_bias: bool = True,
+        inputs: int | None = None,
+        causal: bool = False,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(inputs or dim)
         self.qkv = nn.Linear(inputs or dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -112,7 +118,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x_NTD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self.scale)
+        mixed = scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal, scale=self.scale)
         # Where the width changes, the values stand in for the input in the residual connection.
         kept = x_NTD if self.scale is None else qkv[2].transpose(1, 2).flatten(2)
         hidden_NTD = kept + self.proj(mixed.transpose(1, 2).flatten(2))
@@ -136,6 +142,23 @@ class ViT(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x_NTD = self.embed(x_NCHW).flatten(2).transpose(1, 2) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x_NTD)).mean(dim=1))
+        return logits
+
+
+class GPT(nn.Module):
+    """A small language model from bytes (N, T) to the logits of the next ones (N, T, 256)."""
+
+    def __init__(self, dim: int = 256, depth: int = 4, heads: int = 4, tokens: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, dim)
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 256)
+
+    def forward(self, x_NT: Tensor) -> Tensor:
+        x_NTD = self.embed(x_NT) + self.position[:, : x_NT.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x_NTD)))
         return logits
 
 

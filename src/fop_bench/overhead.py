@@ -1,4 +1,4 @@
-"""One optimizer on one model and batch; time and peak memory of its steps, side by side with others."""
+"""Time, peak memory and state of an optimizer's steps on one model and batch, side by side with others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,25 +24,44 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fop_bench.models import ViT, mlp, resnet18
-from fop_bench.optimizers import BUILDERS
+from fop_bench.models import GPT, ResNet, ViT, mlp, resnet18
+from fop_bench.optimizers import PEERS, Joined, Peer, gradients, make_peer
 from fop_bench.report import section
 
-CLASSES = 10
 PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
 COMPARED = ("sgd", "adamw", "kfac", "fop")
 # So small that the model hardly moves: every step does the same work, and no loss or gradient vanishes.
 LEARNING_RATE = 1e-4
 # An interval that no measurement lives to see the end of.
 NEVER = 10**9
+INTERVALS = (10, 100)  # between curvature updates, beside 1, that tables give the mean step for
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet18": (resnet18, (3, 32, 32)),
-    "vit": (ViT, (3, 32, 32)),
-    "mlp": (mlp, (784,)),
+Batch = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def _images(*shape: int) -> Batch:
+    return lambda count: (torch.randn(count, *shape), torch.randint(10, (count,)))
+
+
+def _tokens(count: int) -> tuple[Tensor, Tensor]:
+    inputs, targets = torch.randint(256, (2, count, 256))
+    return inputs, targets
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
+    "resnet18": (resnet18, _images(3, 32, 32)),
+    "vit": (ViT, _images(3, 32, 32)),
+    "mlp": (mlp, _images(784)),
+    "mlp-3072": (partial(mlp, (3072, 512, 512, 10)), _images(3072)),
+    "resnet18-16": (partial(ResNet, 16, (2, 2, 2, 2)), _images(3, 32, 32)),
+    "vit-128": (partial(ViT, dim=128, heads=4), _images(3, 32, 32)),
+    "gpt-256": (GPT, _tokens),
 }
+# What is measured by default, and the batch size.
+TASKS = {"mlp-3072": 1024, "resnet18-16": 128, "vit-128": 128, "gpt-256": 64}
 
 Row = dict[str, Any]
+ROW_KEYS = ("workload", "optimizer", "label", "rounds", "environment")
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,15 @@ class Workload:
     model: str
     batch_size: int
     bf16: bool
+
+    @property
+    def title(self) -> str:
+        """Names it in a table."""
+        return f"{self.model}, batch {self.batch_size}, {'bf16' if self.bf16 else 'float32'}"
+
+
+def _loss(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
 @dataclass(frozen=True)
@@ -63,52 +94,67 @@ class Trainer:
 
     def step(self, curvature: bool | None = None) -> None:
         """Take one training step; raises RuntimeError if it updates the curvature against expectation."""
-        due = getattr(self.optimizer, "curvature_due", False)
+        due = getattr(self.optimizer, "curvature_due", curvature)
         if curvature is not None and due != curvature:
             raise RuntimeError(f"the next step has curvature_due={due}, the measurement needs {curvature}")
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.inputs.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = cross_entropy(self.model(self.inputs), self.targets)
-        loss.backward()
+        gradients(self.optimizer, self.model, self.inputs, self.targets, _loss, self.bf16)
         self.optimizer.step()
 
-    def warm_up(self) -> None:
-        """Take the first steps and go to the steady state: curvature updates by `request_curvature` alone."""
-        self.step()
-        for group in self.optimizer.param_groups:
-            if "curvature_interval" in group:
-                # As late in training: in the first steps updates come more often than the interval says.
-                group |= {"curvature_interval": NEVER, "step": 10 * NEVER}
-        self.request_curvature()
-        for _ in range(3):
-            self.step()
+    def state_bytes(self) -> int:
+        """Return the bytes of the tensors that the optimizer holds, weights and gradients left out."""
+        of_model = [*self.model.parameters(), *self.model.buffers(), self.inputs, self.targets]
+        of_model += [p.grad for p in self.model.parameters() if p.grad is not None]
+        found = {each.untyped_storage().data_ptr(): 0 for each in of_model}
+        seen, todo = set[int](), [self.optimizer]
+        while todo:
+            each: Any = todo.pop()
+            if id(each) in seen or isinstance(each, (type, ModuleType)):
+                continue
+            seen.add(id(each))
+            if isinstance(each, Tensor):
+                found.setdefault(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes())
+            elif isinstance(each, (list, tuple, set)):
+                todo += each
+            else:
+                todo += (each if isinstance(each, Mapping) else getattr(each, "__dict__", {})).values()
+        return sum(found.values())
 
-    def request_curvature(self) -> bool:
-        """Make the next step update every layer's curvature; False for an optimizer that has none."""
-        if hasattr(self.optimizer, "request_curvature"):
-            self.optimizer.request_curvature()
-        return hasattr(self.optimizer, "request_curvature")
+
+# Two trainers with the same optimizer: one that never updates its curvature, and one that always does.
+Pair = tuple[Trainer, Trainer | None]
 
 
 def prepare(workload: Workload, optimizer: str, device: torch.device, **options: Any) -> Trainer:
-    """Build the model, its optimizer and this rank's batch; the weights are equal for all optimizers."""
-    build, shape = MODELS[workload.model]
+    """Build model, optimizer and this rank's batch, alike for all optimizers, and take the first steps."""
+    build, batch = MODELS[workload.model]
     torch.manual_seed(0)
     model, rank = build().to(device), 0
     if dist.is_initialized():
         model, rank = DistributedDataParallel(model), dist.get_rank()
     torch.manual_seed(1 + rank)
-    inputs = torch.randn(workload.batch_size, *shape, device=device)
-    targets = torch.randint(CLASSES, (workload.batch_size,), device=device)
-    stepper = BUILDERS[optimizer][1](model, lr=LEARNING_RATE, **options)
-    return Trainer(model, stepper, inputs, targets, workload.bf16)
+    inputs, targets = (each.to(device) for each in batch(workload.batch_size))
+    stepper = make_peer(optimizer, model, LEARNING_RATE, **options)
+    trainer = Trainer(model, stepper, inputs, targets, workload.bf16)
+    trainer.step()
+    for group in stepper.param_groups:
+        if group.get("curvature_interval") == NEVER:
+            # As late in training: in FOP's first steps updates come more often than the interval says.
+            group["step"] = 10 * NEVER
+    trainer.step()
+    return trainer
 
 
-def amortised(plain: float, curvature: float | None, interval: int | None) -> float:
+def prepare_pair(workload: Workload, optimizer: str, device: torch.device, **options: Any) -> Pair:
+    """Prepare both trainers of an optimizer, the second only where there is curvature."""
+    plain = prepare(workload, optimizer, device, interval=NEVER, **options)
+    if PEERS[optimizer].interval is None:
+        return plain, None
+    return plain, prepare(workload, optimizer, device, interval=1, **options)
+
+
+def amortised(plain: float, curvature: float | None, interval: int) -> float:
     """Return the mean time of a step with one curvature update in every interval."""
-    if curvature is None or interval is None:
-        return plain
-    return (plain * (interval - 1) + curvature) / interval
+    return plain if curvature is None else (plain * (interval - 1) + curvature) / interval
 
 
 # --- Time and bytes, the optimizers taking turns
@@ -121,42 +167,63 @@ def in_turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
         yield [*names[turn:], *names[:turn]]
 
 
-def measure_in_turns(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Row]:
-    """Return for every trainer the seconds of its timed steps and the bytes sent in one, by kind of step."""
-    for trainer in trainers.values():
-        trainer.warm_up()
+@contextmanager
+def _noted(name: str, failed: dict[str, str] | None) -> Iterator[None]:
+    """Note an error under a name, or, without ``failed``, raise it."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = f"{type(error).__name__}: {error}"
+
+
+def measure_in_turns(
+    pairs: Mapping[str, Pair],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    failed: dict[str, str] | None = None,
+) -> dict[str, Row]:
+    """Return for every pair the seconds of its timed steps and the bytes sent in one, by kind of step.
+
+    An error is raised, or, given ``failed``, noted there by name, and the others go on.
+    """
     seen: dict[str, Row] = {
-        name: {kind: {"seconds": [], "bytes": {}} for kind in ("plain", "curvature")} for name in trainers
+        name: {kind: {"seconds": [], "bytes": {}} for kind in ("plain", "curvature")} for name in pairs
     }
-    for names in in_turns([*trainers], rounds):
+    for names in in_turns([*pairs], rounds):
         for name in names:
-            _take_turn(trainers[name], **seen[name])
+            if name not in (failed or {}):
+                with _noted(name, failed):
+                    _take_turn(*pairs[name], clock, **seen[name])
     return seen
 
 
-def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
+def _take_turn(
+    first: Trainer, second: Trainer | None, clock: Callable[[], float], plain: Row, curvature: Row
+) -> None:
     """Time plain steps, after an untimed one that fills the caches, and a curvature step if there is one."""
-    cuda = trainer.inputs.device.type == "cuda"
+    cuda = first.inputs.device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize(trainer.inputs.device)
+        torch.cuda.synchronize(first.inputs.device)
     if dist.is_initialized():
         dist.barrier()
     # Events on the GPU's own stream, for which the host does not wait between steps, or the host's seconds.
     marks: list[Any] = []
 
-    def step(of: Row) -> None:
+    def step(trainer: Trainer, of: Row) -> None:
         before = getattr(trainer.optimizer, "bytes_sent", {})
         trainer.step(of is curvature)
-        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else clock())
         if cuda:
             marks[-1].record()
         after = getattr(trainer.optimizer, "bytes_sent", {})
         of["bytes"] |= {what: n - before.get(what, 0) for what, n in after.items() if n > before.get(what, 0)}
 
     for _ in range(1 + PLAIN_STEPS):
-        step(plain)
-    if trainer.request_curvature():
-        step(curvature)
+        step(first, plain)
+    if second is not None:
+        step(second, curvature)
     if cuda:
         marks[-1].synchronize()
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
@@ -164,75 +231,101 @@ def _take_turn(trainer: Trainer, plain: Row, curvature: Row) -> None:
     curvature["seconds"] += seconds[PLAIN_STEPS:]
 
 
-def measure_overhead(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
-    """Measure memory, one optimizer by one, then time, in turns; a row each with medians over `samples`."""
-    memory = peak_memory(workload, device)
-    trainers = {name: prepare(workload, name, device) for name in COMPARED}
-    # Before the measurement sets it to `NEVER`.
-    groups = {name: trainer.optimizer.param_groups[0] for name, trainer in trainers.items()}
-    intervals = {name: group.get("curvature_interval") for name, group in groups.items()}
-    rows: list[Row] = []
-    for name, seen in measure_in_turns(trainers, rounds).items():
-        samples = {kind: each["seconds"] for kind, each in seen.items()}
-        row: Row = {"workload": asdict(workload), "optimizer": name, "interval": intervals[name]}
-        row |= {
-            f"{kind}_seconds": statistics.median(each) if each else None for kind, each in samples.items()
+def measure_overhead(
+    workload: Workload, names: Sequence[str], device: torch.device, rounds: int
+) -> list[Row]:
+    """Measure memory, one optimizer by one, then time, in turns with SGD and AdamW; return a row for each.
+
+    A row of an optimizer that is not installed or that fails has an ``error`` instead of numbers. Raises
+    ValueError if SGD or AdamW fails, with which the others are compared.
+    """
+    everybody = list(dict.fromkeys(("sgd", "adamw", *names)))
+    memory = peak_memory(workload, device, everybody)
+    pairs, failed = dict[str, Pair](), dict[str, str]()
+    for name in everybody:
+        with _noted(name, failed):
+            pairs[name] = prepare_pair(workload, name, device)
+    # Processor seconds: what else runs on the machine counts little.
+    seen = measure_in_turns(pairs, rounds, time.process_time, failed)
+    if broken := {"sgd", "adamw"} & {*failed}:
+        raise ValueError(f"{workload.title}: the others cannot be compared with {failed[broken.pop()]}")
+
+    def row(name: str) -> Row:
+        if name in failed:
+            return {"error": failed[name]}
+        samples = {kind: each["seconds"] for kind, each in seen[name].items()}
+        made = pairs[name][0].optimizer
+        kind_of = type(made.parts[0] if type(made) is Joined else made)
+        adamw = memory["adamw"]["plain_bytes"]
+        return {
+            "class": f"{kind_of.__module__}.{kind_of.__qualname__}",
+            **{
+                f"{kind}_seconds": statistics.median(each) if each else None for kind, each in samples.items()
+            },
+            "ratios_to_sgd": {
+                kind: (_by_round(each, rounds) / sgd).tolist() if each else []
+                for kind, each in samples.items()
+            },
+            "memory": memory[name],
+            "memory_to_adamw": [each / adamw for each in memory[name].values() if each and adamw],
+            "state_bytes": (pairs[name][1] or pairs[name][0]).state_bytes(),
+            "samples": samples,
         }
-        times = row["plain_seconds"], row["curvature_seconds"]
-        row |= {"amortised_seconds": amortised(*times, intervals[name]), "memory": memory[name]}
-        rows.append(row | {"samples": samples})
-    for row in rows:
-        row["ratio_to_sgd"] = row["amortised_seconds"] / rows[0]["plain_seconds"]
-        row["plain_ratio_to_sgd"] = row["plain_seconds"] / rows[0]["plain_seconds"]
-    return rows
+
+    sgd = _by_round(seen["sgd"]["plain"]["seconds"], rounds)
+    who = {name: {"optimizer": name, "label": PEERS[name].label} for name in names}
+    return [{"workload": asdict(workload), **who[name], **row(name)} for name in names]
+
+
+def _by_round(seconds: Sequence[float], rounds: int) -> Tensor:
+    """Return the median of every round's steps, all of one kind."""
+    return torch.tensor(seconds, dtype=torch.float64).view(rounds, -1).median(dim=1).values
 
 
 # --- Peak memory, with one model alive at a time
 
 M_MMAP_THRESHOLD = -3  # glibc's name and number
 MMAP_BYTES = 64 * 1024
+UNKNOWN: Row = {"plain_bytes": None, "curvature_bytes": None}
 
 
-def peak_memory(workload: Workload, device: torch.device) -> dict[str, Row]:
+def peak_memory(workload: Workload, device: torch.device, names: Sequence[str]) -> dict[str, Row]:
     """Measure the peak bytes of a step, of the allocator or of Linux's resident set; None where unknown."""
-    if device.type == "cuda":
-        return _measure_memory(workload, device)
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_measure_memory, workload, device, torch.get_num_threads()).result()
+        threads = torch.get_num_threads()
+        # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
+        jobs = [
+            (name, fresh.submit(_measure_memory, workload, name, PEERS[name], device, threads))
+            for name in (names[0], *names)
+        ]
+        return {name: UNKNOWN if job.exception() else job.result() for name, job in jobs}
 
 
-def _measure_memory(workload: Workload, device: torch.device, threads: int = 1) -> dict[str, Row]:
+def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.device, threads: int) -> Row:
+    PEERS[name] = peer  # which a script may have added
+    torch.empty(0, device=device)  # so that the allocator of a GPU knows it
     if device.type == "cpu":
         torch.set_num_threads(threads)
-        try:
-            _reset_peak(device)
-        except OSError:
-            return {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
         # Tensors get pages of their own, so that freed ones leave the resident set at once.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
-    return {name: _peaks(workload, name, device) for name in ("fop", *COMPARED)}
+    _peak_of_step(Workload("mlp", 2, False), name, device, NEVER)  # imports its library
+    plain = _peak_of_step(workload, name, device, NEVER)
+    curvature = None if peer.interval is None else _peak_of_step(workload, name, device, 1)
+    return {"plain_bytes": plain, "curvature_bytes": curvature}
 
 
-def _peaks(workload: Workload, name: str, device: torch.device) -> Row:
+def _peak_of_step(workload: Workload, name: str, device: torch.device, interval: int) -> int:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
         ctypes.CDLL(None).malloc_trim(0)
     before = _reset_peak(device)
-    trainer = prepare(workload, name, device)
-    trainer.warm_up()
+    trainer = prepare(workload, name, device, interval=interval)
     _reset_peak(device)
-    trainer.step(curvature=False)
-    trainer.step(curvature=False)
-    peaks = {"plain_bytes": _peak(device) - before, "curvature_bytes": None}
-    _reset_peak(device)
-    if trainer.request_curvature():
-        trainer.step(curvature=True)
-        peaks["curvature_bytes"] = _peak(device) - before
-    return peaks
+    trainer.step()
+    return _peak(device) - before
 
 
 def _reset_peak(device: torch.device) -> int:
@@ -250,26 +343,36 @@ def _peak(device: torch.device) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-# By heading: key, and by what a value is multiplied.
-COLUMNS = {
-    **{f"{kind} ms": (f"{kind}_seconds", 1e3) for kind in ("plain", "curvature", "amortised")},
-    **{f"{kind} MiB": (f"{kind}_bytes", 2**-20) for kind in ("plain", "curvature")},
-}
+# --- Tables
+
+NOTE = (
+    "Processor seconds of one thread on a CPU, events on a GPU. ÷ SGD: of the same round in one process, the "
+    "median over the rounds, lowest and highest in brackets. *Every step*: statistics and inversion in each "
+    "(interval 1). *Every 10th*, *100th*: computed from the two medians. ÷ AdamW: peak memory of a plain "
+    "step / one with statistics and inversion. State: all tensors that the optimizer holds."
+)
 
 
 def overhead_table(rows: Sequence[Row]) -> str:
-    """Lay out time and peak memory per step, one row per workload and optimizer."""
+    """Lay out the newest row of every workload and optimizer, and name what could not be measured."""
+    newest = {(Workload(**row["workload"]).title, row["optimizer"]): row for row in rows}
+    tables = []
+    for title in dict.fromkeys(title for title, _ in newest):
+        found = [row for (of, _), row in newest.items() if of == title]
+        tables.append(section(title, NOTE, [_cells(row) for row in found if "error" not in row]))
+        tables += [f"Not measured: {row['label']}: {row['error']}" for row in found if "error" in row]
+    return "\n\n".join(filter(None, tables)) + "\n"
 
-    def cells(each: Row) -> Row:
-        workload, known = each["workload"], each | each["memory"]
-        values = {head: (known[key], scale) for head, (key, scale) in COLUMNS.items()}
-        return {
-            **{"model": workload["model"], "batch": workload["batch_size"]},
-            "precision": "bf16" if workload["bf16"] else "float32",
-            **{"optimizer": BUILDERS[each["optimizer"]][0], "interval": each["interval"] or "–"},
-            **{head: "–" if v is None else f"{v * scale:.2f}" for head, (v, scale) in values.items()},
-            "×SGD": f"{each['ratio_to_sgd']:.3f}",
-        }
 
-    note = "amortised: one curvature step per interval, the others plain; ×SGD: amortised over SGD's."
-    return section("Median time and peak memory of a step", note, [cells(row) for row in rows])
+def _cells(row: Row) -> Row:
+    ratios = row["ratios_to_sgd"]
+    plain, fresh = (statistics.median(each) if each else None for each in ratios.values())
+    assert plain is not None
+    every = [f"{statistics.median(v):.2f} ({min(v):.2f}–{max(v):.2f})" if v else "–" for v in ratios.values()]
+    return {
+        **{"optimizer": row["label"], "plain ms": f"{row['plain_seconds'] * 1e3:.2f}"},
+        **dict(zip(("plain ÷ SGD", "every step ÷ SGD"), every, strict=True)),
+        **{f"every {n}th": f"{amortised(plain, fresh, n):.2f}" for n in INTERVALS},
+        "peak ÷ AdamW": " / ".join(f"{each:.2f}" for each in row["memory_to_adamw"]) or "–",
+        "state MiB": f"{row['state_bytes'] / 2**20:.2f}",
+    }

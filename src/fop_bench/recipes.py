@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fop_bench.images import Augmentation, Choice, Images, Source, by_class, load, long_tail, per_class
 from fop_bench.models import DigitsTransformer, ResNet, T2TViT, digits_cnn, mlp, resnet18, resnet50
-from fop_bench.optimizers import BUILDERS
+from fop_bench.optimizers import PEERS
 from fop_bench.training import cosine
 
 # By phase, "tuning" or "final", the images to train on and those to judge by.
@@ -107,7 +107,7 @@ class DigitsTask:
 class Contender:
     """One side of a comparison."""
 
-    optimizer: str  # key of `BUILDERS`
+    optimizer: str  # key of `PEERS`
     grid: Mapping[str, Sequence[Any]]  # what tuning chooses from; every combination is one tuning run
     # Its other options; a function is given the batch size.
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Contender:
     @property
     def title(self) -> str:
         """The label in tables."""
-        return self.label or BUILDERS[self.optimizer][0]
+        return self.label or PEERS[self.optimizer].label
 
     def options(self, batch_size: int) -> dict[str, Any]:
         """Return the fixed options at a batch size."""

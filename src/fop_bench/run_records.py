@@ -22,11 +22,8 @@ IDENTITY = ("recipe", "task", "study", "phase", "contender", "options", "batch_s
 
 def read_runs(path: Path) -> list[Run]:
     """Read the runs of a folder's JSON lines, or of one file; ValueError for none, or a broken line."""
-    runs = []
-    for file in [path] if path.is_file() else record_files(path):
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                runs.append(_parsed(line, f"{file}, line {number}"))
+    files = [path] if path.is_file() else record_files(path)
+    runs = [run for file in files for run in read_lines(file, KEYS)]
     if not runs:
         raise ValueError(f"no runs in {path}; make some with fop-bench run")
     return runs
@@ -37,7 +34,13 @@ def record_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*.jsonl") if path.is_file())
 
 
-def _parsed(line: bytes, where: str) -> Run:
+def read_lines(file: Path, keys: Sequence[str], command: str = "run") -> list[Run]:
+    """Read the JSON lines of a command; raises ValueError for one that is broken or lacks one of its keys."""
+    lines = enumerate(file.read_bytes().split(b"\n"), start=1)
+    return [_parsed(line, f"{file}, line {n}", keys, command) for n, line in lines if line.strip()]
+
+
+def _parsed(line: bytes, where: str, keys: Sequence[str], command: str) -> Run:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
@@ -45,11 +48,11 @@ def _parsed(line: bytes, where: str) -> Run:
         run: Run = json.loads(line, parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); delete that line, or mend it") from error
-    missing = [key for key in KEYS if key not in run]
+    missing = [key for key in keys if key not in run]
     missing = missing or [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in run["environment"]]
     if missing:
         raise ValueError(
-            f"{where} has no {', '.join(missing)}; it is no line of this version's fop-bench run"
+            f"{where} has no {', '.join(missing)}; it is no line of this version's fop-bench {command}"
         )
     return run
 

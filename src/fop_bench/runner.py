@@ -129,7 +129,7 @@ def make(
     if data is not None and Path(data).is_dir():
         data = str(Path(data).resolve())  # one folder has one name
     path, unfinished = out / f"{chosen.study}.jsonl", out / "unfinished"
-    with _locked(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
+    with locked(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
         # Only the rank that keeps the file knows what is in it; the others follow.
         done = world.agree(read_runs(path) if world.rank == 0 and path.exists() else [])
         git = world.agree(git_state(Path(fop.__file__)))
@@ -155,7 +155,7 @@ def make(
                     continue
                 if record is not None:
                     if world.rank == 0:
-                        _append(path, record)
+                        append(path, record)
                         for saved in unfinished.glob(f"{run.digest}.*"):
                             saved.unlink()
                     done.append(record)
@@ -179,14 +179,14 @@ def _key(record: Record) -> str:
 # --- The file of records
 
 
-def _append(path: Path, record: Record) -> None:
+def append(path: Path, record: Record) -> None:
     """Write the file with one more line; whatever happens meanwhile, it is the old one or the new one."""
     lines = path.read_text(encoding="utf-8") if path.exists() else ""
     write_text(path, lines + json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing runs into the same folder."""
     import fcntl
 
@@ -210,22 +210,31 @@ def _of(
     """Return the records of these runs; raises ValueError for any of another commit, data or ranks."""
     plan, mine = recipe(chosen.recipe), []
     for record in done:
-        there = record["environment"]
-        # What is installed as a package has no commit, but a version.
-        pairs: list[tuple[str, Any, Any]] = [("of fop", there["fop"], fop.__version__)]
-        pairs += [("of", commit_title(there["git"]), commit_title(git))]
+        pairs: list[tuple[str, Any, Any]] = []
         if record["recipe"] == chosen.recipe and record["task"] in chosen.tasks:
             pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
             pairs += [("on ranks:", record["ranks"], ranks)]
             if record["contender"] in chosen.contenders and record["batch_size"] in chosen.batch_sizes:
                 mine.append(record)
-        for what, theirs, ours in pairs:
-            if theirs != ours:
-                raise ValueError(
-                    f"{path} holds runs {what} {theirs}, and this is {ours}: one table must not mix them; "
-                    "give another --out, or go on with the same commit, --data and ranks"
-                )
+        refuse_mixture(path, record["environment"], git, pairs)
     return mine
+
+
+def refuse_mixture(
+    path: Path, there: Mapping[str, Any], git: Git, others: Iterable[tuple[str, Any, Any]] = ()
+) -> None:
+    """Raise ValueError if a record of a file and what would go there now are of other commits, or ``others``.
+
+    ``there`` is the record's environment; ``others`` say what the two must also have in common.
+    """
+    # What is installed as a package has no commit, but a version.
+    pairs = [("of fop", there["fop"], fop.__version__), ("of", commit_title(there["git"]), commit_title(git))]
+    for what, theirs, ours in (*pairs, *others):
+        if theirs != ours:
+            raise ValueError(
+                f"{path} holds runs {what} {theirs}, and this is {ours}: one table must not mix them; "
+                "give another --out, or go on with the same commit, --data and ranks"
+            )
 
 
 # --- Workers

@@ -11,7 +11,7 @@ import torch
 
 from fop.curvature import entry_names
 from fop_bench import cost_model as cost
-from fop_bench.overhead import MODELS, Row, Workload, amortised, measure_in_turns, prepare
+from fop_bench.overhead import MODELS, Row, Workload, amortised, measure_in_turns, prepare_pair
 from fop_bench.report import section
 from fop_bench.world import run_ranks
 
@@ -40,9 +40,9 @@ def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
 def _measure_rank(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, Row]:
     """Return for every optimizer what its steps took, by kind of step, and the bytes of its curvature."""
     cpu = torch.device("cpu")
-    trainers = {name: prepare(workload, name.split("-")[0], cpu, **CONTENDERS[name][2]) for name in names}
-    found = measure_in_turns(trainers, rounds)
-    for name, trainer in trainers.items():
+    pairs = {name: prepare_pair(workload, name.split("-")[0], cpu, **CONTENDERS[name][2]) for name in names}
+    found = measure_in_turns(pairs, rounds)
+    for name, (trainer, _) in pairs.items():
         states = trainer.optimizer.state.values()
         held = (state[key].nbytes for state in states for key in entry_names() if key in state)
         found[name]["factor_bytes"] = sum(held)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from fop_bench.optimizers import gradients
 
 # Given the numbers of samples, their inputs and class numbers.
 Batch = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -113,15 +114,11 @@ class Training:
         return True
 
     def _step(self, numbers: Tensor) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        inputs, targets = self.batch(numbers)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = cross_entropy(self.model(inputs), targets)
-        loss.backward()
+        loss = gradients(self.optimizer, self.model, *self.batch(numbers), bf16=self.bf16)
         self.optimizer.step()
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
-        return loss.detach()
+        return loss
 
     def _close_epoch(self) -> None:
         now = self.progress

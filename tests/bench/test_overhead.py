@@ -1,10 +1,11 @@
-"""Time and memory of a step, from the command and on a clock of its own."""
+"""Time, memory and state of a step: from the command, and of optimizers of the test's own."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +14,74 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from command import invoke
-from fop_bench import overhead
+from command import Told, invoke
+from fop_bench import cli, overhead
 from fop_bench.models import mlp
-from fop_bench.optimizers import BUILDERS
-from fop_bench.overhead import COMPARED, NEVER, PLAIN_STEPS, Trainer, Workload, in_turns, prepare
+from fop_bench.optimizers import PEERS, Joined, Peer
+from fop_bench.overhead import (
+    COMPARED,
+    MODELS,
+    NEVER,
+    PLAIN_STEPS,
+    UNKNOWN,
+    Row,
+    Trainer,
+    Workload,
+    in_turns,
+    measure_overhead,
+    overhead_table,
+    peak_memory,
+    prepare,
+)
 
 MLP_BYTES = 4 * sum(p.numel() for p in mlp().parameters())
 CPU = torch.device("cpu")
+SMALL = Workload("mlp", 2, False)
+
+
+def measured(out: Path, *arguments: str) -> Told:
+    fixed = ["--model", "mlp", "--batch", "2", "--no-bf16", "--device", "cpu", "--out", str(out)]
+    return invoke("overhead", *fixed, *arguments)
+
+
+def lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("overhead") / "new" / "overhead.json"
-    arguments = ["--model", "mlp", "--batch", "2", "--no-bf16", "--rounds", "2", "--device", "cpu"]
-    result = invoke("overhead", *arguments, "--out", str(out))
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
+    out = tmp_path_factory.mktemp("overhead") / "new" / "overhead.jsonl"
+    result = measured(out, "--rounds", "2")
     assert result.exit_code == 0, result.output
     for label in ("SGD", "AdamW", "K-FAC", "FOP"):
         assert label in result.output
-    content = json.loads(out.read_text())
-    assert content["environment"]["threads"] == torch.get_num_threads()
-    return {each["optimizer"]: each for each in content["results"]}
+        assert f"| {label} |" in out.with_suffix(".md").read_text()
+    rows = lines(out)
+    assert {(each["environment"]["threads"], each["rounds"]) for each in rows} == {(1, 2)}
+    assert all(each["workload"] == asdict(SMALL) for each in rows)
+    return {each["optimizer"]: each for each in rows}
 
 
-def test_ratios_follow_from_the_timed_steps(results: dict[str, Any]) -> None:
-    assert list(results) == ["sgd", "adamw", "kfac", "fop"]
-    sgd = statistics.median(results["sgd"]["samples"]["plain"])
+def test_numbers_follow_from_the_timed_steps(results: dict[str, Row]) -> None:
+    assert list(results) == [*COMPARED]
+    sgd = results["sgd"]["samples"]["plain"]
     for name, each in results.items():
-        plain = sorted(each["samples"]["plain"])
+        plain, curvature = each["samples"]["plain"], each["samples"]["curvature"]
         assert len(plain) == 2 * PLAIN_STEPS
-        median = (plain[2] + plain[3]) / 2
-        assert each["plain_seconds"] == pytest.approx(median)
-        assert each["plain_ratio_to_sgd"] == pytest.approx(median / sgd)
-        curvature = each["samples"]["curvature"]
-        if name in ("sgd", "adamw"):
-            assert (each["interval"], each["curvature_seconds"], curvature) == (None, None, [])
-        else:
-            assert 1 <= each["interval"] < NEVER
-            assert len(curvature) == 2
-            extra = sum(curvature) / 2 - median
-            assert each["curvature_seconds"] == pytest.approx(median + extra)
-            median += extra / each["interval"]
-        assert each["amortised_seconds"] == pytest.approx(median)
-        assert each["ratio_to_sgd"] == pytest.approx(median / sgd)
-    assert results["sgd"]["ratio_to_sgd"] == 1.0
+        assert len(curvature) == (0 if name in ("sgd", "adamw") else 2)
+        assert each["plain_seconds"] == statistics.median(plain)
+        assert each["curvature_seconds"] == (sum(curvature) / 2 if curvature else None)
+        middles = [[sorted(of[at : at + 3])[1] for at in (0, 3)] for of in (plain, sgd)]
+        assert each["ratios_to_sgd"]["plain"] == pytest.approx([a / b for a, b in zip(*middles, strict=True)])
+        assert each["ratios_to_sgd"]["curvature"] == pytest.approx(
+            [a / b for a, b in zip(curvature, middles[1], strict=False)]
+        )
+        assert each["class"].endswith({"adamw": "AdamW", "kfac": "KFAC"}.get(name, name.upper()))
+    assert results["sgd"]["ratios_to_sgd"]["plain"] == [1.0, 1.0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from /proc")
-def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str, Any]) -> None:
+def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str, Row]) -> None:
     memory = {name: each["memory"] for name, each in results.items()}
     if all(each["plain_bytes"] is None for each in memory.values()):
         pytest.skip("the peak cannot be reset here")
@@ -71,53 +92,174 @@ def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str,
         assert memory[name]["plain_bytes"] > memory["sgd"]["plain_bytes"]
         assert memory[name]["curvature_bytes"] > memory[name]["plain_bytes"]
     assert memory["sgd"]["curvature_bytes"] is None
+    for name, each in results.items():
+        known = [value for value in memory[name].values() if value]
+        expected = [value / memory["adamw"]["plain_bytes"] for value in known]
+        assert each["memory_to_adamw"] == pytest.approx(expected)
+
+
+def test_state_is_what_the_optimizer_holds_beside_weights_and_gradients(results: dict[str, Row]) -> None:
+    parameters = 4 * 2 * 3
+    sides = [785, 512, 513, 512, 513, 10]
+    assert results["sgd"]["state_bytes"] == MLP_BYTES
+    assert results["adamw"]["state_bytes"] == 2 * MLP_BYTES + parameters
+    factors = 2 * 4 * sum(side**2 for side in sides)
+    for name in ("kfac", "fop"):
+        assert results[name]["state_bytes"] == pytest.approx(factors + MLP_BYTES, rel=0.01)
+
+
+def test_state_is_found_wherever_it_is() -> None:
+    model = mlp((4, 2))
+    optimizer = Joined(SGD(model.parameters(), lr=0.1, momentum=0.9))
+    trainer = Trainer(model, optimizer, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), False)
+    trainer.step()
+    momentum = 4 * (4 * 2 + 2)
+    assert trainer.state_bytes() == momentum
+    held = torch.zeros(5)
+    vars(optimizer)["mine"] = {"a": [held, (held[:2], torch.zeros(7, dtype=torch.float64))], "b": optimizer}
+    vars(model[1])["of a layer"] = torch.zeros(3)
+    vars(optimizer)["theirs"] = {"model": model, "gradients": [p.grad for p in model.parameters()]}
+    assert trainer.state_bytes() == momentum + 4 * 5 + 8 * 7 + 4 * 3
+
+
+# --- Optimizers of the test's own, on a clock of their own
 
 
 class Booking(SGD):
-    """Books what its steps would cost on a clock of its own."""
+    """Books what its steps would cost: ``plain`` seconds, and ``extra`` for every curvature update."""
 
-    def __init__(self, model: nn.Module, lr: float, clock: list[float], plain: float) -> None:
+    clock = 0.0
+
+    def __init__(
+        self, model: nn.Module, lr: float, plain: float = 1.0, extra: float = 0.0, every: int = 1
+    ) -> None:
         super().__init__(model.parameters(), lr=lr)
-        self.clock, self.plain = clock, plain
+        self.plain, self.extra, self.every, self.taken = plain, extra, every, 0
 
     def step(self, closure: Any = None) -> Any:
-        self.clock[0] += self.plain
+        Booking.clock += self.plain + self.extra * (self.taken % self.every == 0)
+        self.taken += 1
         return super().step(closure)
 
 
-class FakeFOP(Booking):
-    """Takes eight seconds more for a curvature step, of which one in five steps is."""
+class Failing(Booking):
+    """Fails in a step late enough to be one that is timed."""
 
-    def __init__(self, model: nn.Module, lr: float, clock: list[float], plain: float) -> None:
-        super().__init__(model, lr, clock, plain)
-        self.param_groups[0]["curvature_interval"] = 5
-        self.curvature_due = True
-
-    def request_curvature(self) -> None:
-        self.curvature_due = True
+    failures = 0
 
     def step(self, closure: Any = None) -> Any:
-        self.clock[0] += 8.0 * self.curvature_due
-        self.curvature_due = False
+        if self.taken == 4:
+            Failing.failures += 1
+            raise ArithmeticError("out of luck")
         return super().step(closure)
 
 
-def test_plain_and_curvature_steps_are_booked_apart_and_amortised(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    for name in COMPARED:
-        monkeypatch.setitem(BUILDERS, name, (name, lambda model, lr: Booking(model, lr, clock, 1.0)))
-    monkeypatch.setitem(BUILDERS, "fop", ("FOP", lambda model, lr: FakeFOP(model, lr, clock, 2.0)))
-    none = {name: {"plain_bytes": None, "curvature_bytes": None} for name in COMPARED}
-    monkeypatch.setattr(overhead, "peak_memory", lambda workload, device: none)
-    monkeypatch.setattr(overhead.time, "perf_counter", lambda: clock[0])
-    measured = overhead.measure_overhead(Workload("mlp", 2, False), CPU, rounds=3)
-    by_name = {each["optimizer"]: each for each in measured}
-    fop = by_name["fop"]
-    assert (fop["plain_seconds"], fop["curvature_seconds"], fop["interval"]) == (2.0, 10.0, 5)
-    assert fop["amortised_seconds"] == pytest.approx((4 * 2.0 + 10.0) / 5)
-    assert fop["ratio_to_sgd"] == pytest.approx(3.6)
-    assert fop["plain_ratio_to_sgd"] == pytest.approx(2.0)
-    assert by_name["adamw"]["ratio_to_sgd"] == 1.0
+def slow(model: nn.Module, lr: float, every: int = 1) -> Booking:
+    return Booking(model, lr, 2.0, 8.0, every)
+
+
+def missing(model: nn.Module, lr: float) -> Any:
+    raise ModuleNotFoundError("No module named 'mine'", name="mine")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace SGD and AdamW, add three peers, and leave the memory out."""
+    for name in ("sgd", "adamw"):
+        monkeypatch.setitem(PEERS, name, replace(PEERS[name], build=Booking))
+    monkeypatch.setitem(PEERS, "mine", Peer("Mine", slow, "every"))
+    monkeypatch.setitem(PEERS, "failing", Peer("Failing", Failing))
+    monkeypatch.setitem(PEERS, "missing", Peer("Missing", missing, install="pip install mine"))
+    monkeypatch.setattr(
+        overhead, "peak_memory", lambda workload, device, names: dict.fromkeys(names, UNKNOWN)
+    )
+    monkeypatch.setattr(overhead.time, "process_time", lambda: Booking.clock)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_peer_is_measured_with_and_without_curvature_updates() -> None:
+    (row,) = measure_overhead(SMALL, ["mine"], CPU, rounds=3)
+    assert (row["plain_seconds"], row["curvature_seconds"]) == (2.0, 10.0)
+    assert row["ratios_to_sgd"] == {"plain": [2.0] * 3, "curvature": [10.0] * 3}
+    table = overhead_table([row | {"memory_to_adamw": [1.5, 2.0]}])
+    head, _, cells = (line.split(" | ") for line in table.splitlines() if line.startswith("|"))
+    shown = dict(zip(head, cells, strict=True))
+    assert shown["plain ÷ SGD"] == "2.00 (2.00–2.00)"
+    assert shown["every step ÷ SGD"] == "10.00 (10.00–10.00)"
+    assert (shown["every 10th"], shown["every 100th"]) == ("2.80", "2.08")
+    assert shown["peak ÷ AdamW"] == "1.50 / 2.00"
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_is_missing_or_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "o.jsonl"
+    names, before = ("failing", "missing", "mine"), Failing.failures
+    told = measured(path, "--rounds", "2", *(f"--optimizer={name}" for name in names))
+    assert told.exit_code == 0, told.output
+    assert Failing.failures == before + 1, "it is left out of the second round"
+    errors = {row["optimizer"]: row.get("error") for row in lines(path)}
+    assert errors == {
+        "failing": "ArithmeticError: out of luck",
+        "missing": "MissingPeerError: Missing cannot be imported (No module named 'mine'): pip install mine",
+        "mine": None,
+    }
+    for text in (path.with_suffix(".md").read_text(), " ".join(told.output.split())):
+        assert "Not measured: Failing: ArithmeticError: out of luck" in text
+        assert "(No module named 'mine'): pip install mine" in text
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_nothing_is_compared_with_a_baseline_that_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, name, Peer(name, Failing))
+    with pytest.raises(ValueError, match=r"mlp, batch 2, float32: .* ArithmeticError: out of luck"):
+        measure_overhead(SMALL, ["mine"], CPU, rounds=2)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_record_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "o.jsonl"
+    here = cli.environment(CPU) | {"threads": 1}
+    monkeypatch.setattr(cli, "environment", lambda device: here)
+    assert measured(path, "--rounds", "1", "--optimizer", "mine", "--optimizer", "missing").exit_code == 0
+    before = path.read_bytes()
+    monkeypatch.setitem(PEERS, "missing", Peer("Missing", Booking))
+    assert measured(path, "--rounds", "1", "--optimizer", "mine", "--optimizer", "missing").exit_code == 0
+    assert path.read_bytes().startswith(before)
+    rows = lines(path)
+    assert [row["optimizer"] for row in rows] == ["mine", "missing", "missing"]
+    assert "error" in rows[1]
+    assert "error" not in rows[2]
+    assert "Not measured" not in path.with_suffix(".md").read_text(), "the newest row counts"
+    monkeypatch.setattr(cli, "environment", lambda device: here | {"git": None})
+    told = measured(path, "--optimizer", "sgd")
+    assert told.exit_code == 1
+    assert "one table must not mix them" in told.output
+    assert lines(path) == rows
+
+
+def test_a_record_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text('{\n "results": []\n}\n')
+    told = measured(path)
+    assert (told.exit_code, path.read_text()) == (1, '{\n "results": []\n}\n')
+    assert "line 1 is not JSON" in told.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from /proc")
+def test_memory_of_a_peer_that_only_a_script_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "mine", Peer("Mine", slow, "every"))
+    monkeypatch.setitem(PEERS, "missing", Peer("Missing", missing))
+    monkeypatch.setitem(PEERS, "lambda", Peer("Not importable", lambda model, lr: Booking(model, lr)))
+    found = peak_memory(SMALL, CPU, ["lambda", "missing", "mine"])
+    assert found["lambda"] == found["missing"] == UNKNOWN
+    if found["mine"] == UNKNOWN:
+        pytest.skip("the peak cannot be reset here")
+    assert 1.9 * MLP_BYTES < found["mine"]["plain_bytes"] < 10 * MLP_BYTES
+    assert found["mine"]["curvature_bytes"] > 1.9 * MLP_BYTES
+
+
+# --- Parts
 
 
 def test_turns_begin_with_another_every_time() -> None:
@@ -125,18 +267,17 @@ def test_turns_begin_with_another_every_time() -> None:
 
 
 def test_a_step_of_the_wrong_kind_is_not_measured() -> None:
-    model = mlp((4, 2))
-    inputs, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
-    trainer = Trainer(model, FakeFOP(model, 0.1, [0.0], 1.0), inputs, targets, False)
-    with pytest.raises(RuntimeError, match="curvature_due=True, the measurement needs False"):
-        trainer.step(curvature=False)
-    trainer.step(curvature=True)
-    with pytest.raises(RuntimeError, match="curvature_due=False, the measurement needs True"):
-        trainer.step(curvature=True)
+    for interval, due in ((NEVER, False), (1, True)):
+        trainer = prepare(SMALL, "fop", CPU, interval=interval)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=f"curvature_due={due}, the measurement needs {not due}"):
+                trainer.step(curvature=not due)
+            trainer.step(curvature=due)
 
 
-def test_all_optimizers_start_from_the_same_weights_and_batch() -> None:
-    first, *others = [prepare(Workload("mlp", 3, False), name, CPU) for name in COMPARED]
+def test_all_optimizers_start_from_the_same_weights_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "step", lambda trainer: None)
+    first, *others = [prepare(replace(SMALL, batch_size=3), name, CPU) for name in COMPARED]
     for trainer in others:
         assert torch.equal(trainer.inputs, first.inputs)
         assert torch.equal(trainer.targets, first.targets)
@@ -152,8 +293,30 @@ def test_bf16_runs_the_forward_pass_in_bf16() -> None:
     assert seen == [torch.bfloat16]
 
 
-def test_unknown_model_is_a_clear_error(tmp_path: Path) -> None:
-    result = invoke("overhead", "--model", "alexnet", "--out", str(tmp_path / "o.json"))
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_takes_its_batch(name: str) -> None:
+    build, batch = MODELS[name]
+    inputs, targets = batch(2)
+    with torch.no_grad():
+        assert overhead._loss(build()(inputs), targets).shape == ()
+
+
+def test_tokens_are_predicted_from_those_before_them() -> None:
+    model = MODELS["gpt-256"][0]()
+    inputs = torch.randint(256, (1, 6))
+    changed = inputs.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % 256
+    with torch.no_grad():
+        same = (model(inputs) == model(changed)).all(dim=2)[0]
+    assert same.tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "known"),
+    [("--model", "alexnet", "resnet18-16"), ("--optimizer", "adam", "kfac-pytorch")],
+)
+def test_unknown_names_are_clear_errors(option: str, wrong: str, known: str) -> None:
+    result = invoke("overhead", option, wrong)
     assert result.exit_code == 2
-    assert "alexnet" in result.output
-    assert "resnet18" in result.output
+    assert wrong in result.output
+    assert known in " ".join(invoke("overhead", "--help").output.split())

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from fop import FOP
 from fop_bench.environment import environment, git_state
 from fop_bench.images import Source
-from fop_bench.optimizers import BUILDERS
+from fop_bench.optimizers import PEERS
 from fop_bench.paper import PAPER_TABLES
 from fop_bench.recipes import CIFAR10_SMALL as SMALL
 from fop_bench.recipes import DEFAULTS, RECIPES, DigitsTask, ImageTask, digits_split, recipe
@@ -29,7 +29,7 @@ def test_contenders_of_a_study_have_grids_of_one_size(name: str) -> None:
     for study in RECIPES[name].studies.values():
         assert len({len(list(each.combinations())) for each in study.contenders.values()}) == 1
         assert not study.tuned or 0 not in study.seeds, "the tuning seed is no final one"
-        assert all(each.optimizer in BUILDERS for each in study.contenders.values())
+        assert all(each.optimizer in PEERS for each in study.contenders.values())
 
 
 def test_batch_sizes_and_targets_are_the_papers() -> None:
@@ -74,32 +74,6 @@ def test_the_defaults_are_chosen_on_held_out_images() -> None:
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown recipe 'mnist'; known are digits, cifar10-small, "):
         recipe("mnist")
-
-
-# --- Optimizers
-
-
-@pytest.mark.parametrize("optimizer", sorted(BUILDERS))
-def test_every_optimizer_steps_the_small_network(optimizer: str) -> None:
-    torch.manual_seed(0)
-    model = SMALL.model(10)
-    before = [p.detach().clone() for p in model.parameters()]
-    stepper = BUILDERS[optimizer][1](model, lr=0.01)
-    for _ in range(2):
-        stepper.zero_grad()
-        cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
-        stepper.step()
-    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-
-
-def test_muon_leaves_the_last_layer_and_vectors_to_adamw() -> None:
-    model = SMALL.model(10)
-    groups = BUILDERS["muon"][1](model, 0.02, adamw_lr=0.003).param_groups
-    names = {p: name for name, p in model.named_parameters()}
-    hidden, others = ({names[p] for p in group["params"]} for group in groups)
-    assert hidden == {name for name, p in model.named_parameters() if p.ndim == 4}
-    assert others == set(names.values()) - hidden
-    assert [group["lr"] for group in groups] == [0.02, 0.003]
 
 
 def test_without_a_mixed_in_direction_eta_is_one_so_that_eta_alone_is_kfac() -> None:

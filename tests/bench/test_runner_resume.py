@@ -24,7 +24,7 @@ from torch import nn
 import tiny_study
 from fop_bench import execution, runner, training
 from fop_bench.execution import Description
-from fop_bench.optimizers import BUILDERS
+from fop_bench.optimizers import PEERS, Peer
 from fop_bench.runner import Record
 from tiny_study import (
     CONTENDERS,
@@ -160,7 +160,7 @@ def test_a_killed_run_keeps_the_seconds_of_its_epoch(tmp_path: Path, monkeypatch
 
 
 def test_warnings_of_all_sittings_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = BUILDERS["sgd"][1]
+    build = PEERS["sgd"].build
 
     def noisy(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         optimizer = build(model, **options)
@@ -172,7 +172,7 @@ def test_warnings_of_all_sittings_are_recorded(tmp_path: Path, monkeypatch: pyte
         optimizer.register_step_pre_hook(warn)
         return optimizer
 
-    monkeypatch.setitem(BUILDERS, "sgd", ("SGD", noisy))
+    monkeypatch.setitem(PEERS, "sgd", Peer("SGD", noisy))
     expected = finished(final_of("sgd"), tmp_path / "a")["warnings"]
     assert "UserWarning: in the first step" in expected
     Clock.now = 0.0
@@ -232,9 +232,9 @@ PLACES = {
     "in a step": (Clock, "forward", "before"),
     "in a state": (torch, "save", "half"),
     "before a state gets its name": (Path, "replace", "before"),
-    "before a line": (runner, "_append", "before"),
+    "before a line": (runner, "append", "before"),
     "in the file of lines": (Path, "write_text", "half"),
-    "behind a line": (runner, "_append", "after"),
+    "behind a line": (runner, "append", "after"),
 }
 
 
