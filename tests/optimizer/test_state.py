@@ -455,7 +455,7 @@ def test_layer_that_has_no_inverse_yet() -> None:
     states: list[State] = []
     for _ in range(2):
         model = nn.Linear(6, 4, bias=False)
-        optimizer = FOP(model, damping=0.0)
+        optimizer = FOP(model, damping=0.0, damping_kind="absolute")
         for state in states:
             optimizer.load_state_dict(state)
         train_step(model, optimizer, torch.zeros(4, 6), torch.ones(4, 4))
