@@ -577,8 +577,12 @@ EDITS: dict[str, Callable[[State], Any]] = {
     "lr-is-negative": group(lr=-0.1),
     "lr-is-infinite": group(lr=float("inf")),
     "betas-with-nan": group(betas=(0.9, nan)),
-    "nesterov-without-momentum": group(nesterov=True, momentum=0.0),
-    **{f"{key}-with-nan": spoiled(key, nan) for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer")},
+    "nesterov-without-momentum": group(step_length="paper", nesterov=True, momentum=0.0),
+    "unknown-length": group(step_length="kl"),
+    "kl_clip-of-the-paper": group(kl_clip=1e-2),
+    **{f"averaging_weight-{value}": entry(averaging_weight=value) for value in (0.0, 1.5, nan, "1")},
+    **{f"{key}-with-nan": spoiled(key, nan)
+       for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer", "reference_norm")},
     "A_inv-infinite": spoiled("A_inv", float("inf")),
 }  # fmt: skip
 # What an optimizer of bare parameters can tell before the first forward pass.
