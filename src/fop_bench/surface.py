@@ -43,7 +43,7 @@ MARGIN = 0.35  # of the side that holds all steps, free on each side of it
 # What makes a step nothing but lr·update: no memory of earlier ones, no clip, no new curvature, no AdamW.
 BARE: dict[str, Any] = {
     **{"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "kl_clip": None, "max_grad_norm": None},
-    **{"adamw_lr": 0.0, "curvature_interval": 10**9, "inverse_delay": 0},
+    **{"adamw_lr": 0.0, "curvature_interval": 10**9, "inverse_delay": 0, "step_length": "paper"},
 }
 
 

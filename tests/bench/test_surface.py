@@ -38,7 +38,8 @@ def without_batch_norm():
 def point_of(build):
     torch.manual_seed(0)
     model = build()
-    options = {"lr": 0.05, "damping": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
+    paper = {"step_length": "paper", "lr": 0.05, "damping": 1e-2}
+    options = {**paper, "momentum": 0.9, "weight_decay": 0.1}
     optimizer = FOP(model, **options)
     for _ in range(4):
         optimizer.zero_grad()

@@ -88,8 +88,8 @@ def test_summary_shows_the_factors_that_are_held() -> None:
         groups, dim_A, _ = state["A"].shape
         shown = [int(number) for number in re.findall(r"\d+", rows[name].factors)]
         assert shown == [groups] * (groups > 1) + [dim_A, state["G"].shape[-1]]
-        # A, G, both inverses and the momentum, in float64
-        elements = 2 * groups * (dim_A**2 + state["G"].shape[-1] ** 2) + param.numel()
+        # A, G, both inverses, the momentum and the norm that stands for one of 0, in float64
+        elements = 2 * groups * (dim_A**2 + state["G"].shape[-1] ** 2) + param.numel() + 1
         # and one bool: whether p.grad was all that the hooks saw
         assert rows[name].bytes == 8 * elements + 1
 
@@ -167,7 +167,7 @@ def test_every_row_on_the_adamw_path_says_why(bare: bool) -> None:
 def test_summary_of_diagonal_curvature() -> None:
     model = Attentive()
     choice = {nn.LayerNorm: {"path": "fop"}, nn.GroupNorm: {"path": "fop"}, "*": {"max_factor_dim": 5}}
-    optimizer = FOP(model, layer_options=choice)
+    optimizer = FOP(model, damping_kind="absolute", layer_options=choice)
     train_step(model, optimizer, *sentences())
     rows = {row.name: row for row in optimizer.summary().rows}
     factors = {name: row.factors for name, row in rows.items() if name.endswith("weight")}
@@ -282,7 +282,7 @@ def test_diagnostics_against_the_oracle(mixing: dict[str, float]) -> None:
 def test_damping_shares() -> None:
     """The share of πγ in the mean eigenvalue of A + πγI, and of γ/π in that of G + γ/π I."""
     model = mlp()
-    optimizer = FOP(model, damping=0.01)
+    optimizer = FOP(model, damping=0.01, damping_kind="absolute")
     train_step(model, optimizer, *batch())
     for name, layer in optimizer.diagnostics().layers.items():
         state = optimizer.state[model[int(name)].weight]
@@ -291,6 +291,16 @@ def test_damping_shares() -> None:
         pi = math.sqrt(a / g)
         assert layer.damping_A == pytest.approx(0.1 * pi / (a + 0.1 * pi), rel=1e-9)
         assert layer.damping_G == pytest.approx(0.1 / pi / (g + 0.1 / pi), rel=1e-9)
+
+
+def test_relative_damping_shares() -> None:
+    """A tenth of the mean eigenvalue of G; of A likewise, but for the bias, which counts by itself."""
+    model = nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = FOP(model, damping=0.01)
+    train_step(model, optimizer, *batch())
+    for name, layer in optimizer.diagnostics().layers.items():
+        assert layer.damping_G == pytest.approx(0.1 / 1.1, rel=1e-9), name
+        assert layer.damping_A == pytest.approx(0.1 / 1.1, rel=1e-9), name
 
 
 def test_diagnostics_of_a_kfac_step() -> None:
@@ -322,7 +332,7 @@ def test_fallbacks_are_counted_and_reported_once() -> None:
 def test_factor_that_no_damping_can_invert() -> None:
     """All inputs are zero and damping is zero: no curvature, no crash, no NaN, and it is reported."""
     model = nn.Linear(6, 4, bias=False)
-    optimizer = FOP(model, damping=0.0)
+    optimizer = FOP(model, damping=0.0, damping_kind="absolute")
     with pytest.warns(RuntimeWarning, match="inversion of a curvature factor"):
         for _ in range(2):
             train_step(model, optimizer, torch.zeros(4, 6), torch.ones(4, 4))

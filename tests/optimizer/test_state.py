@@ -455,7 +455,7 @@ def test_layer_that_has_no_inverse_yet() -> None:
     states: list[State] = []
     for _ in range(2):
         model = nn.Linear(6, 4, bias=False)
-        optimizer = FOP(model, damping=0.0)
+        optimizer = FOP(model, damping=0.0, damping_kind="absolute")
         for state in states:
             optimizer.load_state_dict(state)
         train_step(model, optimizer, torch.zeros(4, 6), torch.ones(4, 4))
@@ -577,8 +577,12 @@ EDITS: dict[str, Callable[[State], Any]] = {
     "lr-is-negative": group(lr=-0.1),
     "lr-is-infinite": group(lr=float("inf")),
     "betas-with-nan": group(betas=(0.9, nan)),
-    "nesterov-without-momentum": group(nesterov=True, momentum=0.0),
-    **{f"{key}-with-nan": spoiled(key, nan) for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer")},
+    "nesterov-without-momentum": group(step_length="paper", nesterov=True, momentum=0.0),
+    "unknown-length": group(step_length="kl"),
+    "kl_clip-of-the-paper": group(kl_clip=1e-2),
+    **{f"averaging_weight-{value}": entry(averaging_weight=value) for value in (0.0, 1.5, nan, "1")},
+    **{f"{key}-with-nan": spoiled(key, nan)
+       for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer", "reference_norm")},
     "A_inv-infinite": spoiled("A_inv", float("inf")),
 }  # fmt: skip
 # What an optimizer of bare parameters can tell before the first forward pass.

@@ -1,0 +1,65 @@
+"""Steps as long as the weights, where ranks have all of a weight and where they have shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ranks import run_ranks
+from trajectories import EVERYTHING, Run, Training, plain
+
+NORMS = {"layer_options": {nn.LayerNorm: {"path": "fop"}, nn.GroupNorm: {"path": "fop"}}}
+OPTIONS: dict[str, Any] = {
+    "step_length": "weight",
+    "damping_kind": "relative",
+    "nesterov": True,
+    "lr": 0.1,
+    "kl_clip": None,
+    "weight_decay": 0.0,
+    **NORMS,
+}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("ddp", {}),
+    "lean": ("ddp", {"distributed": {"mode": "lean"}}),
+    "fsdp": ("fsdp", {}),
+}
+STEPS = 8
+
+
+def whole(param: Tensor) -> Tensor:
+    full: Tensor = getattr(param, "full_tensor", lambda: param)()
+    return full.detach().clone()
+
+
+def lengths(rank: int) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
+    """Of every way, the parameters after some steps, and how far each moved in the last, by its norm."""
+    found = {}
+    for name, (wrap, options) in WAYS.items():
+        training = Training(EVERYTHING, {**OPTIONS, **options}, wrap=wrap, ranks=2)
+        run = Run(training, torch.float64, rank)
+        # A weight without norm, too.
+        with torch.no_grad():
+            next(p for key, p in run.inner.named_parameters() if key.endswith("head.weight")).zero_()
+        for step in range(STEPS):
+            before = {key: whole(p) for key, p in run.inner.named_parameters()}
+            plain(run, step)
+        after = {key: whole(p) for key, p in run.inner.named_parameters()}
+        moved = {key: float((after[key] - old).norm() / old.norm()) for key, old in before.items()}
+        found[name] = after, moved
+    return found
+
+
+@pytest.mark.slow
+def test_shards_are_measured_together() -> None:
+    one, other = run_ranks(lengths, 2)
+    expected, moved = one["ddp"]
+    grown = {"head.weight"}  # it is still shorter than what stood for its norm
+    assert all(0 < far <= 0.1 + 1e-9 for key, far in moved.items() if "weight" in key and key not in grown)
+    assert moved["head.weight"] > 0.1
+    for results in (one, other):
+        for way in WAYS:
+            for key, value in results[way][0].items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-7, atol=1e-9)
