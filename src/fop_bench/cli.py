@@ -33,6 +33,10 @@ from fop_bench.overhead import (
     measure_overhead,
     overhead_table,
 )
+from fop_bench.race import KEYS as RACE_KEYS
+from fop_bench.race import STARTS as RACERS
+from fop_bench.race import next_run, parsed_options, race_table, side_of, train
+from fop_bench.race_tasks import TASKS as RACES
 from fop_bench.recipes import DEFAULTS, RECIPES
 from fop_bench.report import write_json, write_text
 from fop_bench.run_records import read_lines, read_runs
@@ -130,6 +134,30 @@ def overhead(asked: argparse.Namespace) -> None:
                     append(path, rows[-1])
     _show(table := overhead_table(rows))
     print(f"Wrote {path} and {write_text(path.with_suffix('.md'), table)}")
+
+
+def race(asked: argparse.Namespace) -> None:
+    """Search every optimizer's rate on small tasks and repeat the best by seeds, or go on with it."""
+    torch.set_num_threads(1)
+    path, end, left = asked.out, time.monotonic() + 60 * asked.limit, 0
+    options, how = parsed_options(asked.set), {"keep_norm": asked.keep_norm, "bf16": asked.bf16}
+    todo = [(task, name) for task in asked.task or RACES for name in asked.optimizer or RACERS]
+    with locked(path), _bar("race") as on_run:
+        rows = read_lines(path, RACE_KEYS, "race") if path.exists() else []
+        for at, (task, name) in enumerate([] if asked.table else todo):
+            side = side_of(name, task, options.get(name, {}), **how)
+            while run := next_run(side, rows, asked.seeds, asked.rate):
+                on_run(at, len(todo), "{task} · {variant} · rate {0} · seed {1}".format(*run, **side))
+                if (row := train(side, *run, asked.data, end)) is None:
+                    left += 1
+                    break
+                rows.append(row)
+                append(path, row)
+    if not rows:
+        raise ValueError(f"{path} has no runs, and --limit {asked.limit:g} minutes left no time for one")
+    _show(table := race_table(rows))
+    print(f"Wrote {path} and {write_text(path.with_suffix('.md'), table)}")
+    print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
 
 
 def scale(asked: argparse.Namespace) -> None:
@@ -246,6 +274,8 @@ SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
 KNOWN_MODEL = _checked(str, lambda name: name in MODELS, "there is no network {}")
 KNOWN_PEER = _checked(str, lambda name: name in PEERS, "there is no optimizer {}")
+KNOWN_RACE = _checked(str, lambda name: name in RACES, "there is no task {}")
+KNOWN_RACER = _checked(str, lambda name: name in RACERS, "there is no optimizer {}")
 FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
@@ -284,6 +314,21 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
+    ],
+    race: [
+        _list("--task", f"only this one of {', '.join(RACES)}", KNOWN_RACE),
+        _list("--optimizer", f"only this one of {', '.join(RACERS)}", KNOWN_RACER),
+        _list("--set", "an option of an optimizer, as fop.damping=0.1; a variant with a row of its own"),
+        _option("--rate", "only this learning rate, without a search", kind=ABOVE_0),
+        _option("--seeds", "runs at the best rate, by seeds 0, 1, …", "3", WHOLE),
+        _option("--keep-norm", "keep the norms of convolutions", True, action=argparse.BooleanOptionalAction),
+        _option(
+            "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
+        ),
+        DATA,
+        _option("--limit", "stop after so many minutes; an unfinished run is lost", "60", ABOVE_0),
+        _option("--table", "make no run, only the table", action="store_true", default=False),
+        _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],
     scale: [
         _list("--ranks", "processes, or GPUs", WHOLE),

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu, scaled_dot_product_attention, unfold
+from torch.nn.functional import conv2d, relu, scaled_dot_product_attention, unfold
 
 # --- ResNets
 
@@ -91,6 +91,49 @@ def resnet50(classes: int = 1000) -> ResNet:
     return model
 
 
+# --- airbench
+
+
+class Whitening(nn.Module):
+    """A fixed convolution whose outputs are white on patches (P, 3, 2, 2), and the same with minus signs."""
+
+    filters: Tensor
+
+    def __init__(self, patches: Tensor) -> None:
+        super().__init__()
+        rows = patches.flatten(1).double()
+        squares, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+        filters = (vectors / (squares + 5e-4).sqrt()).T.float().unflatten(1, patches.shape[1:])
+        self.register_buffer("filters", torch.cat([filters, -filters]))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return conv2d(x_NCHW, self.filters)
+
+
+class Scaled(nn.Module):
+    """Inputs times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def airbench(patches: Tensor, widths: Sequence[int] = (16, 64, 64), classes: int = 10) -> nn.Sequential:
+    """Build the network of airbench94 for 32×32 images, narrower (Jordan 2024; 127,000 parameters)."""
+    layers: list[nn.Module] = [Whitening(patches), nn.GELU()]
+    for inputs, width in pairwise((2 * patches[0].numel(), *widths)):
+        for number in range(2):
+            norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
+            norm.weight.requires_grad_(False)
+            layers.append(nn.Conv2d(width if number else inputs, width, 3, padding=1, bias=False))
+            layers += [norm, nn.GELU()] if number else [nn.MaxPool2d(2), norm, nn.GELU()]
+    head = nn.Linear(widths[-1], classes, bias=False)
+    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), head, Scaled(1 / 9))
+
+
 # --- Transformers
 
 
@@ -111,7 +154,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(inputs or dim)
-        self.qkv = nn.Linear(inputs or dim, 3 * dim, bias=qkv_bias)
+        self.qkv: nn.Module = nn.Linear(inputs or dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
@@ -160,6 +203,29 @@ class GPT(nn.Module):
         x_NTD = self.embed(x_NT) + self.position[:, : x_NT.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x_NTD)))
         return logits
+
+
+class Apart(nn.Module):
+    """Queries, keys and values (N, T, 3·D) by a matrix each, which have gradients of unlike sizes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        return torch.cat([part(x_NTD) for part in self.parts], dim=-1)
+
+
+def small_gpt(dim: int = 128, depth: int = 2, tokens: int = 64) -> GPT:
+    """Build a GPT with GPT-2's initial weights (0.5 million parameters by default)."""
+    model = GPT(dim, depth, heads=dim // 64, tokens=tokens)
+    for block in model.blocks:
+        block.qkv = Apart(dim)
+    for name, p in model.named_parameters():
+        if name.endswith("weight") and p.ndim == 2:
+            last = name.endswith(("proj.weight", "mlp.2.weight"))  # of a residual branch
+            nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if last else 0.02)
+    return model
 
 
 def soft_split(x_NCHW: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
@@ -255,6 +321,23 @@ def digits_cnn(classes: int = 10) -> nn.Sequential:
         *(nn.Conv2d(32, 32, 3, stride=2, padding=1), norm(32), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(32 * 2 * 2, classes)),
     )
+
+
+def digits_autoencoder() -> nn.Sequential:
+    """Build a network from 8×8 digits (N, 1, 8, 8) to 8 numbers and back to their pixels (N, 64)."""
+    return nn.Sequential(mlp((64, 128, 32, 8)), mlp((8, 32, 128, 64)))
+
+
+class DigitsLSTM(nn.Module):
+    """An LSTM that reads 8×8 digits (N, 1, 8, 8) row by row, to logits."""
+
+    def __init__(self, width: int = 48, classes: int = 10) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, width, batch_first=True), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x.squeeze(1))[0][:, -1])
+        return logits
 
 
 class DigitsTransformer(nn.Module):

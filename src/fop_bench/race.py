@@ -1,0 +1,268 @@
+"""Trainings of a minute or so that tell optimizers apart, and a line search for each of them.
+
+Everybody gets the same batches, schedule, norms of convolutions, rate for what is no weight, and line search.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, nn
+from torch.linalg import LinAlgError
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import fop
+from fop_bench.environment import device_name, environment
+from fop_bench.optimizers import Joined, gradients, make_peer
+from fop_bench.race_tasks import TASKS
+from fop_bench.report import section
+
+Row = dict[str, Any]
+Found = dict[float, float | None]  # values by rate, None where a run diverged
+
+KEYS = (
+    *("task", "optimizer", "variant", "options", "rate", "seed", "batch_size", "steps", "keep_norm", "bf16"),
+    *("measure", "value", "diverged", "processor_seconds", "source", "machine", "environment"),
+)
+# What two lines must differ in to be two runs, beside the seed and the rate.
+SIDE = ("task", "optimizer", "options", "batch_size", "steps", "keep_norm", "bf16", "source", "machine")
+MOST_RATES = 12  # of one line search
+
+
+# --- Optimizers
+
+# By name, where the line search begins; None for the default options alone, the rate among them.
+STARTS: dict[str, float | None] = {
+    **{"sgd": 0.1, "adamw": 0.004, "muon": 0.04, "soap": 0.01, "kfac": 0.2, "fop": 0.2},
+    **{"kfac-default": None, "fop-default": None},
+}
+_NO_DECAY = {"weight_decay": 0.0}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{"adamw": _NO_DECAY, "muon": _NO_DECAY, "soap": _NO_DECAY | {"precondition_frequency": 1}},
+    **{name: {"step_length": "weight"} for name in ("kfac", "fop", "kfac-default", "fop-default")},
+}
+
+
+def make_racer(
+    name: str, model: nn.Module, rate: float | None, rest: float, options: Mapping[str, Any]
+) -> Optimizer:
+    """Build an optimizer: ``rate`` is of weights, ``rest`` of what AdamW takes; None for its defaults."""
+    if rate is None:
+        return make_peer(name.removesuffix("-default"), model, None, **options)  # type: ignore[arg-type]
+    if name in ("muon", "kfac", "fop"):  # split by themselves
+        return make_peer(name, model, rate, **{"adamw_lr": rest, **options})
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights, others = list[nn.Parameter](), list[nn.Parameter]()
+    for key, p in model.named_parameters():
+        # LSTM's are weight_ih_l0 and so on.
+        matrix = p.ndim >= 2 and key.rpartition(".")[2].startswith("weight") and p not in embeddings
+        if p.requires_grad:
+            (weights if matrix else others).append(p)
+    adamw = [AdamW(others, lr=rest, betas=(0.9, 0.99), weight_decay=0.0)] if others else []
+    return Joined(make_peer(name, nn.ParameterList(weights), rate, **options), *adamw)
+
+
+def parsed_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return options by optimizer from texts such as ``fop.damping=0.1``; raises ValueError for others."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.+)", text)
+        if match is None or STARTS.get(match[1]) is None:
+            known = ", ".join(name for name, start in STARTS.items() if start is not None)
+            raise ValueError(f"--set {text!r} is not NAME.OPTION=VALUE with NAME one of {known}")
+        try:
+            value = ast.literal_eval(match[3])
+        except (ValueError, SyntaxError):
+            value = match[3]  # a word
+        found.setdefault(match[1], {})[match[2]] = value
+    return found
+
+
+# --- Runs
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the rate: a linear warm-up over 15 % of the steps, and linearly down."""
+    warm = max(1, int(0.15 * steps))
+    return min((step + 1) / warm, max(0.02, (steps - step) / max(1, steps - warm)))
+
+
+def side_of(name: str, task: str, options: Mapping[str, Any], *, keep_norm: bool, bf16: bool) -> Row:
+    """Return what the runs of an optimizer on a task have in common."""
+    todo = TASKS[task]
+    given = {**OPTIONS.get(name, {}), **todo.options.get(name, {}), **options}
+    variant = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
+    return {
+        **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
+        **{"batch_size": todo.batch_size, "steps": todo.steps, "keep_norm": keep_norm, "bf16": bf16},
+        **{"source": _source(), "machine": _machine()},
+    }
+
+
+@cache
+def _machine() -> str:
+    # Python's version because its sources are a task's data.
+    device = device_name(torch.device("cpu"))
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+@cache
+def _source() -> str:
+    """Name the library's source, which other commits may have too."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(fop.__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD:./")[:10] + (", changed" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return fop.__version__
+
+
+def train(side: Row, rate: float | None, seed: int, data: str | None, deadline: float) -> Row | None:
+    """Make a run and return its record; None if the time, by `time.monotonic`, was over before the end."""
+    if time.monotonic() > deadline:
+        return None
+    task = TASKS[side["task"]]
+    problem = task.load(data)
+    torch.manual_seed(seed)
+    model, draw = problem.build(), Generator().manual_seed(seed)
+    kept = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if side["keep_norm"] else []
+    norms = [weight.detach().norm() for weight in kept]
+    optimizer = make_racer(side["optimizer"], model, rate, task.rest, side["options"])
+    rates = LambdaLR(optimizer, lambda step: schedule(step, task.steps))
+    batches, seconds, value = problem.batches(task.batch_size, draw), -time.process_time(), math.nan
+    try:
+        for _ in range(task.steps):
+            if time.monotonic() > deadline:
+                return None
+            if not gradients(optimizer, model, *next(batches), problem.loss, side["bf16"]).isfinite():
+                break
+            optimizer.step()
+            rates.step()
+            with torch.no_grad():
+                for weight, norm in zip(kept, norms, strict=True):
+                    weight.mul_(norm / weight.norm())
+        else:
+            seconds += time.process_time()
+            if all(p.isfinite().all() for p in model.parameters()):
+                value = problem.value(model.eval())
+    except LinAlgError:  # some refuse matrices that are not finite
+        pass
+    diverged = not math.isfinite(value)
+    return {
+        **side,
+        **{"rate": rate, "seed": seed, "value": None if diverged else value, "diverged": diverged},
+        "processor_seconds": None if diverged else seconds,
+        "environment": environment(torch.device("cpu")),
+    }
+
+
+def next_rate(found: Found, start: float, highest: bool) -> float | None:
+    """Return the next rate to try, twice or half the best of those found; None once both are known.
+
+    There is no next one after `MOST_RATES` either.
+    """
+    if not found:
+        return start
+    best = best_rate(found, start, highest)
+    left = [rate for rate in (2 * best, best / 2) if rate not in found]
+    return left[0] if left and len(found) < MOST_RATES else None
+
+
+def best_rate(found: Found, start: float, highest: bool) -> float:
+    """Return the rate with the best value, of equals that nearest to the start; if none ended, the lowest."""
+
+    def rank(rate: float) -> tuple[float, float]:
+        value = found[rate]
+        if value is None:
+            return math.inf, rate
+        return -value if highest else value, abs(math.log(rate / start))
+
+    return min(found, key=rank)
+
+
+def identity(row: Row) -> str:
+    """Return the same text for two runs of one optimizer on one task that differ in rate and seed only."""
+    return json.dumps([row[key] for key in SIDE], sort_keys=True)
+
+
+def next_run(
+    side: Row, rows: Sequence[Row], seeds: int, fixed: float | None
+) -> tuple[float | None, int] | None:
+    """Return rate and seed of what to run next: the line search by seed 0, or one rate; then other seeds."""
+    own = [row for row in rows if identity(row) == identity(side)]
+    start, rate, highest = STARTS[side["optimizer"]], fixed, TASKS[side["task"]].highest
+    if start is not None and fixed is None:
+        found = {row["rate"]: row["value"] for row in own if row["seed"] == 0}
+        if (new := next_rate(found, start, highest)) is not None:
+            return new, 0
+        rate = best_rate(found, start, highest)
+    if start is None:
+        rate = None
+    done = {row["seed"] for row in own if row["rate"] == rate}
+    return next(((rate, seed) for seed in range(seeds) if seed not in done), None)
+
+
+# --- Tables
+
+NOTE = (
+    "Each optimizer at its best rate for seed 0, by the same value; mean ± standard deviation over n seeds. "
+    "*Tried*: the rates of seed 0, and whether the best is inside of them. Seconds: of a processor, one "
+    "thread. Source: the tree of src/fop."
+)
+
+
+def race_table(rows: Sequence[Row]) -> str:
+    """Lay out a section a task, the best optimizer first, from the lines alone."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        sides: dict[str, list[Row]] = {}
+        for row in mine:
+            sides.setdefault(identity(row), []).append(row)
+        cells = sorted(map(_cells, sides.values()), key=lambda of: of[0])
+        machines = "; ".join(dict.fromkeys(row["machine"] for row in mine))
+        what = "{measure}; batch {batch_size}, {steps} steps. ".format(**mine[0]) + f"{machines}. {NOTE}"
+        tables.append(section(task, what, [row for _, row in cells]))
+    return "\n\n".join(tables) + "\n"
+
+
+def _cells(side: Sequence[Row]) -> tuple[float, Row]:
+    """Return by what to sort, and the cells, of all runs of an optimizer on a task."""
+    row, highest = side[0], TASKS[side[0]["task"]].highest
+    found = {each["rate"]: each["value"] for each in side if each["seed"] == 0}
+    start = STARTS[row["optimizer"]]
+    rate = None if start is None else best_rate(found, start, highest)
+    runs = [each for each in side if each["rate"] == rate]
+    values = [each["value"] for each in runs if not each["diverged"]]
+    seconds = [each["processor_seconds"] for each in runs if not each["diverged"]]
+    inside = rate is None or {2 * rate, rate / 2} <= found.keys()
+    mean, digits = statistics.fmean(values or [math.nan]), 2 if highest else 4
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
+    cells = {
+        "optimizer": ", ".join([row["variant"], *how]),
+        "rate": "default" if rate is None else f"{rate:g}",
+        "tried": "–" if rate is None else f"{len(found)}, {'inside' if inside else 'at the edge'}",
+        **{"n": len(runs), "diverged": len(runs) - len(values)},
+        "value": f"{mean:.{digits}f}{spread}" if values else "–",
+        "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",
+        "source": row["source"],
+    }
+    return (math.inf if not values else -mean if highest else mean), cells

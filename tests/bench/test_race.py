@@ -1,0 +1,349 @@
+"""The command `fop-bench race`: its line search, its record, its tables and its tasks, in tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from command import Told, invoke
+from fop import FOP
+from fop_bench import cli, race, race_tasks
+from fop_bench.images import Images
+from fop_bench.models import DigitsLSTM, Whitening, digits_autoencoder, digits_cnn, small_gpt
+from fop_bench.race import (
+    MOST_RATES,
+    OPTIONS,
+    STARTS,
+    best_rate,
+    make_racer,
+    next_rate,
+    parsed_options,
+    schedule,
+    side_of,
+    train,
+)
+from fop_bench.race_tasks import TASKS, Problem, Task, gpt, of_images
+
+SEARCHED = [name for name, start in STARTS.items() if start is not None]
+TASK = "digits-lstm"
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a task so short that a run takes a blink."""
+    monkeypatch.setitem(TASKS, TASK, replace(TASKS[TASK], batch_size=8, steps=2))
+
+
+def raced(out: Path, *arguments: str) -> Told:
+    return invoke("race", "--task", TASK, "--out", str(out), *arguments)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+# --- The line search
+
+
+def searched(
+    value: Callable[[float], float | None], start: float, highest: bool
+) -> dict[float, float | None]:
+    """Return the values of all rates that a search tries."""
+    found: race.Found = {}
+    while (rate := next_rate(found, start, highest)) is not None:
+        assert rate not in found
+        found[rate] = value(rate)
+    return found
+
+
+@pytest.mark.parametrize("highest", [True, False])
+@pytest.mark.parametrize("peak", [-4, -1, 0, 1, 5])
+def test_the_search_ends_when_the_best_rate_is_inside(peak: int, highest: bool) -> None:
+    def value(rate: float) -> float:
+        distance = abs(math.log2(rate / 0.2) - peak)
+        return -distance if highest else distance
+
+    found = searched(value, 0.2, highest)
+    best = best_rate(found, 0.2, highest)
+    assert best == 0.2 * 2.0**peak
+    assert {best / 2, 2 * best} <= found.keys()
+    assert all(rate / min(found) in {2.0**n for n in range(20)} for rate in found)
+    # Nothing beyond: from the start to one past the best, and one on the start's other side.
+    assert len(found) == abs(peak) + 2 + (peak <= 0)
+
+
+def test_a_diverged_run_is_worse_than_any_other() -> None:
+    found = searched(lambda rate: None if rate > 0.1 else rate, 0.2, highest=True)
+    assert found == {0.2: None, 0.1: 0.1, 0.05: 0.05, 0.4: None}
+    assert best_rate(found, 0.2, highest=True) == 0.1
+
+
+def test_a_search_without_an_end_stops() -> None:
+    assert len(searched(lambda rate: None, 0.2, highest=True)) == MOST_RATES
+    assert len(searched(lambda rate: rate, 0.2, highest=True)) == MOST_RATES
+    # Where the rate changes nothing, the start and its neighbours are enough.
+    assert searched(lambda rate: 1.0, 0.5, highest=False).keys() == {0.25, 0.5, 1.0}
+
+
+# --- The command and its record
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_race_is_recorded_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, ran = tmp_path / "new" / "race.jsonl", list[tuple[str, float | None, int]]()
+
+    def watched(side: dict[str, Any], rate: float | None, seed: int, *how: Any) -> dict[str, Any] | None:
+        ran.append((side["variant"], rate, seed))
+        return train(side, rate, seed, *how)
+
+    monkeypatch.setattr(cli, "train", watched)
+    told = raced(out, "--optimizer", "sgd", "--seeds", "2")
+    assert told.exit_code == 0 and "all is done" in told.output
+    rows = lines(out)
+    assert ran == [(row["variant"], row["rate"], row["seed"]) for row in rows]
+    first = [row["rate"] for row in rows if row["seed"] == 0]
+    best = max(rows, key=lambda row: row["value"] if row["seed"] == 0 else -1.0)["rate"]
+    assert first[0] == STARTS["sgd"] and {best / 2, 2 * best} & {*first}
+    assert [row["rate"] for row in rows if row["seed"] == 1] == [
+        best_rate({row["rate"]: row["value"] for row in rows if row["seed"] == 0}, first[0], True)
+    ]
+    for row in rows:
+        assert row["environment"]["threads"] == 1 and row["environment"]["git"]
+        assert not row["diverged"] and 0 <= row["value"] <= 100 and row["processor_seconds"] > 0
+    # The same again makes nothing; a line that is lost is made again, and only that, with the same value.
+    ran.clear()
+    assert raced(out, "--optimizer", "sgd", "--seeds", "2").exit_code == 0 and ran == []
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert raced(out, "--optimizer", "sgd", "--seeds", "2").exit_code == 0
+    assert ran == [("sgd", rows[-1]["rate"], 1)]
+    assert lines(out)[-1]["value"] == rows[-1]["value"]
+    # A variant is another optimizer with a row of its own; --rate is no search.
+    ran.clear()
+    changed = ("--optimizer", "sgd", "--set", "sgd.momentum=0.5", "--rate", "0.1", "--seeds", "1")
+    assert raced(out, *changed).exit_code == 0
+    assert ran == [("sgd, momentum=0.5", 0.1, 0)]
+    assert lines(out)[-1]["options"] == {"momentum": 0.5}
+    table = out.with_suffix(".md").read_text()
+    assert "| sgd |" in table and "| sgd, momentum=0.5 |" in table
+
+
+@pytest.mark.usefixtures("tiny")
+def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    out = tmp_path / "race.jsonl"
+    told = raced(out, "--optimizer", "sgd", "--limit", "1e-9")
+    assert told.exit_code == 1 and "--limit" in told.output and not out.exists()
+    assert raced(out, "--optimizer", "sgd", "--rate", "0.1", "--seeds", "1").exit_code == 0
+    told = raced(out, "--optimizer", "sgd", "--rate", "0.1", "--limit", "1e-9")
+    assert told.exit_code == 0 and "1 optimizers are not done" in told.output and len(lines(out)) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])  # what is not finite are the last step's weights, or a loss
+def test_a_diverged_run_is_recorded(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, out = torch.full((8, 4), 1e3), torch.arange(8), tmp_path / "race.jsonl"
+    problem = Problem(
+        lambda: nn.Linear(4, 8), lambda size, draw: iter([(x, y)] * 9), cross_entropy, lambda model: 50.0
+    )
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 8, steps))
+    assert raced(out, "--optimizer", "sgd", "--rate", "1e38", "--seeds", "2").exit_code == 0
+    rows = lines(out)
+    assert [(row["value"], row["diverged"], row["processor_seconds"]) for row in rows] == [
+        (None, True, None)
+    ] * 2
+    assert "| sgd | 1e+38 | 1, at the edge | 2 | 2 | – | – |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--set", "fop.damping"), "is not NAME.OPTION=VALUE"),
+        (("--set", "fop-default.damping=1"), "is not NAME.OPTION=VALUE"),
+        (("--set", "nobody.damping=1"), "is not NAME.OPTION=VALUE"),
+        (("--task", "chess"), "there is no task chess"),
+        (("--optimizer", "nobody"), "there is no optimizer nobody"),
+    ],
+)
+def test_what_is_not_there_is_refused(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    told = raced(tmp_path / "race.jsonl", *arguments)
+    assert told.exit_code != 0 and said in told.output
+
+
+def test_options_are_numbers_words_and_none() -> None:
+    found = parsed_options(["fop.curvature_interval=1", "fop.statistics_rows=None", "kfac.step_length=paper"])
+    assert found == {
+        "fop": {"curvature_interval": 1, "statistics_rows": None},
+        "kfac": {"step_length": "paper"},
+    }
+
+
+# --- The table
+
+
+def test_the_table_is_made_from_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "race.jsonl"
+    values = {(0.1, 0): 60.0, (0.2, 0): 70.0, (0.4, 0): None, (0.2, 1): 72.0, (0.2, 2): 77.0}
+    side = side_of("sgd", TASK, {}, keep_norm=True, bf16=False)
+    run = {"environment": dict.fromkeys(("device", "processor", "torch", "python", "fop", "git"))}
+    run["environment"] |= dict.fromkeys(("threads", "date", "command"))
+    rows = [
+        {**side, **run, "rate": rate, "seed": seed, "value": value, "diverged": value is None}
+        | {"processor_seconds": None if value is None else 10.0 * seed}
+        for (rate, seed), value in values.items()
+    ]
+    better = {"optimizer": "fop-default", "variant": "fop-default", "rate": None, "keep_norm": False}
+    rows.append({**rows[1], **better, "value": 90.0})
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(cli, "train", None)  # nothing is run
+    assert raced(out, "--table").exit_code == 0
+    table = out.with_suffix(".md").read_text()
+    mean, spread = statistics.mean([70, 72, 77]), statistics.stdev([70, 72, 77])
+    expected = [
+        f"| fop-default, norms free | default | – | 1 | 0 | 90.00 | 0 | {side['source']} |",
+        f"| sgd | 0.2 | 3, inside | 3 | 0 | {mean:.2f} ± {spread:.2f} | 10 | {side['source']} |",
+    ]
+    assert [line for line in table.splitlines() if line.startswith("| ")][1:] == expected
+    assert side["machine"] in table
+
+
+# --- Fairness
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", STARTS)
+def test_convolutions_keep_their_norms(name: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = dict[int, float](), list[float]()
+    x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+
+    def norms(model: nn.Module) -> list[float]:
+        return [float(m.weight.detach().norm()) for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+    def build() -> nn.Module:
+        model = digits_cnn()
+        first.update(enumerate(norms(model)))
+        return model
+
+    def batches(size: int, draw: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield x, y
+
+    def value(model: nn.Module) -> float:
+        last.extend(norms(model))
+        return 1.0
+
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data: Problem(build, batches, cross_entropy, value), 16, 3))
+    side = side_of(name, TASK, {}, keep_norm=keep, bf16=False)
+    assert train(side, STARTS[name], 0, None, math.inf) is not None
+    assert len(last) == 3
+    unchanged = [after == pytest.approx(first[n], rel=1e-6) for n, after in enumerate(last)]
+    assert all(unchanged) if keep else not any(unchanged)
+
+
+@pytest.mark.parametrize("build", [digits_cnn, digits_autoencoder, DigitsLSTM, small_gpt])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_every_parameter_has_one_of_two_rates(name: str, build: Callable[[], nn.Module]) -> None:
+    model = build()
+    optimizer = make_racer(name, model, 0.5, 0.25, OPTIONS.get(name, {}))
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(given) == len(set(given)) and set(given) == set(model.parameters())
+    if name in ("kfac", "fop"):
+        assert {(group["lr"], group["adamw_lr"]) for group in optimizer.param_groups} == {(0.5, 0.25)}
+        return
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rate for p, rate in rates.items() if p.ndim == 1} == {0.25}
+    assert all(rates[m.weight] == 0.5 for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert all(rates[m.weight] == 0.25 for m in model.modules() if isinstance(m, nn.Embedding))
+    assert all(group.get("weight_decay", 0) == 0 for group in optimizer.param_groups)
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    ours, theirs = (
+        {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        for optimizer in (
+            make_racer("fop-default", digits_cnn(), None, 0.5, OPTIONS["fop-default"]),
+            FOP(digits_cnn()),
+        )
+    )
+    assert ours == theirs
+
+
+def test_schedule() -> None:
+    shares = [schedule(step, 20) for step in range(20)]
+    assert shares[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert shares[3:] == pytest.approx([(20 - step) / 17 for step in range(3, 20)])
+    assert schedule(0, 1) == 1
+
+
+# --- The tasks
+
+
+def test_images_are_whitened_and_learned() -> None:
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (60, 32, 32, 3), dtype=torch.uint8, generator=draw)
+    images = Images(pixels, torch.arange(60) % 10, tuple("abcdefghij"))
+    problem = of_images(images, images)
+    torch.manual_seed(0)
+    model = problem.build()
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(127_000, rel=0.01)
+    x, y = next(problem.batches(50, draw))
+    assert x.shape == (50, 3, 32, 32) and y.shape == (50,)
+    whitening = next(m for m in model if isinstance(m, Whitening))
+    with torch.no_grad():
+        white = whitening((pixels.permute(0, 3, 1, 2) - pixels.float().mean((0, 1, 2))[:, None, None]) / 74)
+    rows = white.transpose(0, 1).flatten(1)
+    assert torch.allclose(rows[:12], -rows[12:])
+    assert torch.allclose(rows[:12] @ rows[:12].T / rows.shape[1], torch.eye(12), atol=0.05)
+    problem.loss(model(x), y).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    assert {p.ndim for p in trained} == {1, 2, 4}
+    assert 0 <= problem.value(model.eval()) <= 100
+
+
+def test_every_tenth_file_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.py").write_bytes(bytes([100 + number]) * 50)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "other.py").write_bytes(b"\0" * 500)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    problem = gpt.__wrapped__(None, 8)
+    x, y = next(problem.batches(4000, torch.Generator().manual_seed(0)))
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert set(torch.cat([x, y]).flatten().tolist()) == {100 + n for n in range(20) if n % 10}
+    seen = list[Tensor]()
+
+    class Uniform(nn.Module):
+        def forward(self, bytes_NT: Tensor) -> Tensor:
+            seen.append(bytes_NT)
+            return torch.zeros(*bytes_NT.shape, 256)
+
+    assert problem.value(Uniform()) == pytest.approx(math.log(256))
+    assert set(seen[0].flatten().tolist()) == {100, 110}
+
+
+@pytest.mark.parametrize("task", ["digits-autoencoder", "digits-cnn", "digits-lstm"])
+def test_digits_tasks_learn(task: str) -> None:
+    side = side_of("adamw", task, {}, keep_norm=True, bf16=False)
+    before = TASKS[task].load(None)
+    torch.manual_seed(0)
+    untrained = before.value(before.build().eval())
+    row = train(side, 0.004, 0, None, math.inf)
+    assert row is not None and row["seed"] == 0 and set(race.KEYS) <= row.keys()
+    assert row["value"] > 80 if TASKS[task].highest else row["value"] < untrained / 2
+
+
+def test_batches_are_whole_and_go_through_all_samples() -> None:
+    numbers = race_tasks._numbers(10, 4, torch.Generator().manual_seed(0))
+    epochs = [torch.cat([next(numbers), next(numbers)]) for _ in range(3)]
+    assert all(len(epoch.unique()) == 8 for epoch in epochs)
+    assert len(next(race_tasks._numbers(10, 40, torch.Generator()))) == 10
