@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Generator, nn
-from torch.linalg import LinAlgError
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -162,7 +161,8 @@ def train(side: Row, rate: float | None, seed: int, data: str | None, deadline: 
             seconds += time.process_time()
             if all(p.isfinite().all() for p in model.parameters()):
                 value = problem.value(model.eval())
-    except LinAlgError:  # some refuse matrices that are not finite
+    # Some refuse matrices that are not finite.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing in its stubs
         pass
     diverged = not math.isfinite(value)
     return {

@@ -193,9 +193,8 @@ def test_what_is_imported_is_declared() -> None:
 
 # --- Commands that somebody may have written down
 
-SHOWN = re.compile(
-    r"fop[-_]bench ((?:demo|run|report|overhead|race|scale|defaults|surface)\b[^`\n\"#\\|;,()]*)"
-)
+COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "defaults", "surface")
+SHOWN = re.compile(rf"fop[-_]bench ((?:{'|'.join(COMMANDS)})\b[^`\n\"#\\|;,()]*)")
 # A command's name in prose, and an option that the page of its record says is gone.
 NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report|defaults|surface)$")
 
