@@ -32,12 +32,21 @@ from fop_bench.report import section
 Row = dict[str, Any]
 Found = dict[float, float | None]  # values by rate, None where a run diverged
 
-KEYS = (
-    *("task", "optimizer", "variant", "options", "rate", "seed", "batch_size", "steps", "keep_norm", "bf16"),
-    *("measure", "value", "diverged", "processor_seconds", "source", "machine", "environment"),
+# What two lines must differ in to be runs of two optimizers, beside their seeds and rates.
+SIDE = (
+    "task",
+    "optimizer",
+    "options",
+    "batch_size",
+    "steps",
+    "rest",
+    "keep_norm",
+    "bf16",
+    "source",
+    "machine",
 )
-# What two lines must differ in to be two runs, beside the seed and the rate.
-SIDE = ("task", "optimizer", "options", "batch_size", "steps", "keep_norm", "bf16", "source", "machine")
+RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
+KEYS = (*SIDE, "variant", *RESULT, "environment")
 MOST_RATES = 12  # of one line search
 
 
@@ -106,8 +115,8 @@ def side_of(name: str, task: str, options: Mapping[str, Any], *, keep_norm: bool
     variant = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
     return {
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
-        **{"batch_size": todo.batch_size, "steps": todo.steps, "keep_norm": keep_norm, "bf16": bf16},
-        **{"source": _source(), "machine": _machine()},
+        **{"batch_size": todo.batch_size, "steps": todo.steps, "rest": todo.rest},
+        **{"keep_norm": keep_norm, "bf16": bf16, "source": _source(), "machine": _machine()},
     }
 
 
@@ -150,7 +159,8 @@ def train(side: Row, rate: float | None, seed: int, data: str | None, deadline: 
         for _ in range(task.steps):
             if time.monotonic() > deadline:
                 return None
-            if not gradients(optimizer, model, *next(batches), problem.loss, side["bf16"]).isfinite():
+            loss = gradients(optimizer, model, *next(batches), problem.loss, side["bf16"])
+            if not loss.isfinite():
                 break
             optimizer.step()
             rates.step()
@@ -168,6 +178,7 @@ def train(side: Row, rate: float | None, seed: int, data: str | None, deadline: 
     return {
         **side,
         **{"rate": rate, "seed": seed, "value": None if diverged else value, "diverged": diverged},
+        **{"last_loss": None if diverged else loss.item()},
         "processor_seconds": None if diverged else seconds,
         "environment": environment(torch.device("cpu")),
     }
