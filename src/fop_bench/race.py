@@ -234,8 +234,8 @@ def next_run(
 
 NOTE = (
     "Each optimizer at its best rate for seed 0, by the same value; mean ± standard deviation over n seeds. "
-    "*Tried*: the rates of seed 0, and whether the best is inside of them. Seconds: of a processor, one "
-    "thread. Source: the tree of src/fop."
+    "*Tried*: the rates of seed 0, and whether the best is inside of them; – without a search. "
+    "Seconds: of a processor, one thread. Source: the tree of src/fop."
 )
 
 
@@ -263,14 +263,14 @@ def _cells(side: Sequence[Row]) -> tuple[float, Row]:
     runs = [each for each in side if each["rate"] == rate]
     values = [each["value"] for each in runs if not each["diverged"]]
     seconds = [each["processor_seconds"] for each in runs if not each["diverged"]]
-    inside = rate is None or {2 * rate, rate / 2} <= found.keys()
+    inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"
     mean, digits = statistics.fmean(values or [math.nan]), 2 if highest else 4
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
     cells = {
         "optimizer": ", ".join([row["variant"], *how]),
         "rate": "default" if rate is None else f"{rate:g}",
-        "tried": "–" if rate is None else f"{len(found)}, {'inside' if inside else 'at the edge'}",
+        "tried": f"{len(found)}, {inside}" if len(found) > 1 else "–",
         **{"n": len(runs), "diverged": len(runs) - len(values)},
         "value": f"{mean:.{digits}f}{spread}" if values else "–",
         "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",
