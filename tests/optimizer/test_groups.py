@@ -357,7 +357,7 @@ def test_groups_with_all_options_of_their_own() -> None:
 
 def refreshes(step: int, interval: int) -> int:
     """The step after ``step`` that renews the curvature, as docs/architecture.md has it."""
-    return step + max(1, min(interval, step // 5))
+    return step + max(1, min(interval, step))
 
 
 @pytest.mark.parametrize("intervals", [(1, 4), (lambda step: 1 + step // 12, lambda step: 100)])
