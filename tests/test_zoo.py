@@ -182,7 +182,7 @@ def test_gan_trains() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # Little momentum, as in most recipes for GANs: each model is a moving target of the other.
-        optimizers = [FOP(model.parameters(), lr=0.05, momentum=0.0) for model in (maker, judge)]
+        optimizers = [FOP(model.parameters(), momentum=0.0) for model in (maker, judge)]
         for step in range(STEPS):
             images, fakes = zoo.real(step), maker(zoo.noise(step))
             optimizers[1].zero_grad()

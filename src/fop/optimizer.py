@@ -709,6 +709,8 @@ class FOP(JoinableOptimizer, Optimizer):
             self._places = {replaced.get(param, param): place for param, place in self._places.items()}
         if moved := [p for p, place in self._places.items() if (p.device, p.dtype) != place]:
             follow_moves(self.state, moved)
+            for binding in self._bindings:
+                binding.curvature.derive()
         self._relink()
 
     def _relink(self) -> None:

@@ -67,7 +67,8 @@ def poisoned(rank: int, wrap: str, mode: str) -> tuple[Weights, Weights, Weights
     inner = nn.Sequential(mlp(), nn.LayerNorm(3)).double()
     model = wrapped(inner, wrap)
     optimizer = FOP(model, **OPTIONS, distributed={"mode": mode})
-    steps(model, optimizer, rank, 0, 3)
+    steps(model, optimizer, rank, 0, 4)
+    assert optimizer.curvature_due
     before = whole(inner)
     x, y = batch(6, rank)
     if rank == 1:

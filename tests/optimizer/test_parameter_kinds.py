@@ -139,7 +139,7 @@ def test_complex_layers_are_those_of_adamw(kind: Callable[..., nn.Module], shape
     torch.manual_seed(0)
     model = kind(dtype=torch.cdouble)
     twin = copy.deepcopy(model)
-    optimizer = FOP(model, adamw_lr=0.01)
+    optimizer = FOP(model, adamw_lr=0.01, eps=1e-8)
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0)
     for seed in range(4):
         torch.manual_seed(seed)

@@ -75,8 +75,7 @@ class Curvature(ABC):
         """Use another state."""
         self.state = state
         self.ready = self.held
-        if self.estimated:
-            self.trace, self.units = self.fisher_trace(), self.input_units()
+        self.derive()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
 
     @property
@@ -129,7 +128,12 @@ class Curvature(ABC):
             decay = before / weight
         for name, new in zip(self.averages, estimate, strict=True):
             self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
-        self.trace, self.units = self.fisher_trace(), self.input_units()
+        self.derive()
+
+    def derive(self) -> None:
+        """Compute what follows from the averages: they are others, or have moved."""
+        if self.estimated:
+            self.trace, self.units = self.fisher_trace(), self.input_units()
 
     @abstractmethod
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:

@@ -29,7 +29,8 @@ class LinearLayer(RowLayer):
 
     def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         # Not flatten, which vectorized Jacobians do not know.
-        x_RI, b_RO = x.reshape(-1, x.shape[-1]).to(b.dtype), b.reshape(-1, b.shape[-1])
+        rows = b.shape[:-1].numel()
+        x_RI, b_RO = x.reshape(rows, x.shape[-1]).to(b.dtype), b.reshape(rows, b.shape[-1])
         return x_RI.T @ b_RO if self.transposed else b_RO.T @ x_RI, b_RO.sum(0)
 
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
