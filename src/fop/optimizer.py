@@ -106,7 +106,8 @@ class FOP(JoinableOptimizer, Optimizer):
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
             from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
             by generators of the optimizer's own. None for all rows.
-        curvature_interval: steps between curvature updates; early in training they come more often. May be a
+        curvature_interval: steps between curvature updates, 1, or 100 with the paper's steps. Steps as long as
+            the weight says need a fresh curvature. Early in training updates come more often. May be a
             function of the step.
         inverse_delay: steps after which new inverses are used; until then they are computed in another thread
             (on a GPU, another stream), and steps do not wait. 0 computes them in the step.
@@ -164,7 +165,7 @@ class FOP(JoinableOptimizer, Optimizer):
         damping_kind: Literal["relative", "absolute"] | None = DEFAULTS["damping_kind"],
         stat_decay: float | None = DEFAULTS["stat_decay"],
         statistics_rows: int | None = DEFAULTS["statistics_rows"],
-        curvature_interval: int | Schedule = DEFAULTS["curvature_interval"],
+        curvature_interval: int | Schedule | None = DEFAULTS["curvature_interval"],
         inverse_delay: int = DEFAULTS["inverse_delay"],
         sub_batches: int = DEFAULTS["sub_batches"],
         beta: float | Literal["adaptive"] = DEFAULTS["beta"],
