@@ -106,8 +106,8 @@ class FOP(JoinableOptimizer, Optimizer):
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
             from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
             by generators of the optimizer's own. None for all rows.
-        curvature_interval: steps between curvature updates, 1, or 100 with the paper's steps. Steps as long as
-            the weight says need a fresh curvature. Early in training updates come more often. May be a
+        curvature_interval: steps between curvature updates; 1, as steps of the weight's length need a fresh
+            curvature, or 100 with the paper's steps. Early in training updates come more often. May be a
             function of the step.
         inverse_delay: steps after which new inverses are used; until then they are computed in another thread
             (on a GPU, another stream), and steps do not wait. 0 computes them in the step.
