@@ -82,7 +82,7 @@ def step_path(curvature: bool) -> StepPath:
     """Return the path of a step of Linear-Tanh-Linear, with new statistics and inverses or without."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    optimizer = FOP(model)
+    optimizer = FOP(model, curvature_interval=100)
     x, y = torch.randn(8, 4), torch.randn(8, 3)
 
     def step() -> None:

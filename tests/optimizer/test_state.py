@@ -329,6 +329,8 @@ def build(kind: str, way: str = "parameters", library: type[FOP] = FOP) -> tuple
     norms = {nn.BatchNorm2d: {"path": "fop"}, nn.LayerNorm: {"path": "fop"}}
     used = {norm: choice for norm, choice in norms.items() if any(type(m) is norm for m in model.modules())}
     options: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "damping": 1e-2}
+    # Not so often that every step has new inverses.
+    options["curvature_interval"] = 100
     given = model if way == "module" else model.parameters()
     return model, library(given, **options, layer_options=used)
 

@@ -149,7 +149,8 @@ def test_a_step_without_curvature_reads_nothing(
 ) -> None:
     torch.manual_seed(0)
     model, x = mixed_model(), torch.randn(6, 2, 5, 5)
-    check_reads_nothing(model, library(model.parameters(), **OPTIONS[options]), x, sizes, monkeypatch)
+    chosen = {"curvature_interval": 100} | OPTIONS[options]
+    check_reads_nothing(model, library(model.parameters(), **chosen), x, sizes, monkeypatch)
 
 
 @pytest.mark.parametrize(("sizes", "max_factor_dim"), [((6,), 3), ((6, 1, 6), 8192)])
@@ -162,7 +163,7 @@ def test_further_kinds_of_layer_read_nothing(
         nn.LayerNorm: {"path": "fop"},
         nn.GroupNorm: {"path": "fop"},
     }
-    optimizer = FOP(model.parameters(), layer_options=choice)
+    optimizer = FOP(model.parameters(), curvature_interval=100, layer_options=choice)
     check_reads_nothing(model, optimizer, ids, sizes, monkeypatch)
     assert {row.path for row in optimizer.summary().rows} == {"FOP"}
 
@@ -192,7 +193,7 @@ def check_reads_nothing(
 def test_a_refusal_reads_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = mixed_model(), torch.randn(6, 2, 5, 5)
-    optimizer = FOP(model, weight_decay=0.1)
+    optimizer = FOP(model, weight_decay=0.1, curvature_interval=100)
     until_no_curvature_is_due(model, optimizer, x)
     as_on_a_device(monkeypatch)
     before = [p.detach().clone() for p in model.parameters()]
@@ -219,7 +220,7 @@ def test_a_curvature_step_does_read() -> None:
 def test_a_step_without_curvature_never_syncs_cuda(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, x = mixed_model().cuda(), torch.randn(6, 2, 5, 5, device="cuda")
-    optimizer = FOP(model, **options)
+    optimizer = FOP(model, **{"curvature_interval": 100, **options})
     until_no_curvature_is_due(model, optimizer, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
