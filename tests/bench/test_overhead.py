@@ -231,7 +231,8 @@ def test_a_record_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     assert "error" in rows[1]
     assert "error" not in rows[2]
     assert "Not measured" not in path.with_suffix(".md").read_text(), "the newest row counts"
-    monkeypatch.setattr(cli, "environment", lambda device: here | {"git": {"commit": "another", "dirty": False}})
+    other = here | {"git": {"commit": "another", "dirty": False}}
+    monkeypatch.setattr(cli, "environment", lambda device: other)
     told = measured(path, "--optimizer", "sgd")
     assert told.exit_code == 1
     assert "one table must not mix them" in told.output
