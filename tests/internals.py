@@ -31,8 +31,8 @@ from fop.step_size import scale_update
 def as_when_recorded() -> Iterator[None]:
     """Do as the versions did that recorded trajectories and checkpoints.
 
-    Batches are split in K pieces one after the other, the second gradient is computed beside autograd's, and
-    the interval between curvature updates grows by one in five steps.
+    Batches are split in K pieces one after the other, the second gradient is computed beside autograd's, all
+    rows count in the statistics, and the interval between curvature updates grows by one in five steps.
     """
 
     def observe(self: Any, layer: Layer, x: Tensor, output: Tensor, batch: Batch, _: Any = None) -> None:
@@ -55,6 +55,7 @@ def as_when_recorded() -> Iterator[None]:
         mock.patch.object(recorder, "_select", operator.getitem),
         mock.patch.object(recorder.Recorder, "observe", observe),
         mock.patch.object(refresh, "GROWTH", 5),
+        mock.patch.object(sampling, "MIN_ROWS", 2**62),
     ):
         yield
 
