@@ -282,10 +282,9 @@ class ForwardUse(ModuleUse):
         if recorder is not None and self.module() is module and self.uses(recorder.weight, module):
             if recorder.sharded:
                 self.follow_shards(recorder, module)
-            if normalised is not None:
-                recorder.observe(self.layer, normalised(module, x), output, self.watch.batch())
-            else:
+            if normalised is None:
                 return recorder.observe(self.layer, x, output, self.watch.batch(), module)
+            recorder.observe(self.layer, normalised(module, x), output, self.watch.batch())
         return None
 
     def compiled(self, x: Tensor, b: Tensor, batch: Batch) -> None:

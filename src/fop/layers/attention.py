@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fop.layers.base import LayerOptions, RowLayer
+from fop.layers.base import LayerOptions, RowLayer, chosen_rows
 from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
@@ -50,14 +48,6 @@ class PackedLayer(RowLayer):
         mask = reached.reshape(-1, *[1] * (sums.a.dim() - 1))
         return FactorSums(sums.a * mask, sums.g, sums.samples, sums.rows * reached)
 
-    def rows_per_sample(self, b: Tensor) -> int:
-        return prod(b.shape[1:-1])
-
-    def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, 1, self.in_dim)
-        return rows if entries is None else rows.index_select(0, entries)
-
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
-        rows = b.reshape(-1, self.count, self.out_dim)
-        rows = rows if entries is None else rows.index_select(0, entries)
+        rows = chosen_rows(b.reshape(-1, self.count, self.out_dim), entries)
         return F.pad(rows, (0, 0, *self._missing))

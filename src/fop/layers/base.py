@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -160,23 +161,24 @@ class Layer(ABC):
 class RowLayer(Layer):
     """A layer whose factors are covariances of rows.
 
-    A sample has R rows, and rows are numbered sample by sample.
+    A sample has R rows, and rows are numbered sample by sample. Features are the last dimension, and all
+    before it count rows, unless a layer says otherwise.
     """
 
-    @abstractmethod
     def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
         """Return rows ā of x without the bias' 1, (rows, groups, in), all or those of these numbers.
 
         ``output`` is the shape of the layer's output; groups may be 1 where they have the same rows.
         """
+        return chosen_rows(x.reshape(-1, 1, self.in_dim), entries)
 
     @abstractmethod
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
         """Return rows of b, (rows, groups, out), all or those of these numbers."""
 
-    @abstractmethod
     def rows_per_sample(self, b: Tensor) -> int:
         """Return R."""
+        return prod(b.shape[1:-1])
 
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         weight, bias = self.gradients(x, b)
@@ -221,6 +223,11 @@ class RowLayer(Layer):
     def chunks(self, x: Tensor, b: Tensor, *, all_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield x and b in pieces of samples whose rows fit in memory; not ``all_rows`` if some are drawn."""
         yield x, b
+
+
+def chosen_rows(rows: Tensor, entries: Tensor | None) -> Tensor:
+    """Return the rows of these numbers, all of them for None."""
+    return rows if entries is None else rows.index_select(0, entries)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

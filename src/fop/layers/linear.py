@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
-from fop.layers.base import LayerOptions, RowLayer
+from fop.layers.base import LayerOptions, RowLayer, chosen_rows
 
 
 class LinearLayer(RowLayer):
@@ -36,15 +34,8 @@ class LinearLayer(RowLayer):
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         return b @ (weight.T if self.transposed else weight)
 
-    def rows_per_sample(self, b: Tensor) -> int:
-        return prod(b.shape[1:-1])
-
-    def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
-        return self.output_rows(x, entries)
-
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
-        rows = b.reshape(-1, 1, b.shape[-1])
-        return rows if entries is None else rows.index_select(0, entries)
+        return chosen_rows(b.reshape(-1, 1, self.out_dim), entries)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return (weight.T if self.transposed else weight)[None]
