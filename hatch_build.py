@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say to hatchling: the README as an index shows it, and a command in clones alone."""
+"""What pyproject.toml cannot say: the README as an index shows it, and a command in clones alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports an installed fop and takes one step; run from outside the clone, to see whether a wheel is whole."""
+"""Imports an installed fop and takes one step; run outside the clone, to see whether a wheel is whole."""
 
 import platform
 from importlib.metadata import version

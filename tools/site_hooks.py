@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: pages and pictures from outside docs/, links that leave the site, and notebooks as pages.
+"""Hooks of mkdocs: pages and pictures from outside docs/, links that leave the site, notebooks as pages.
 
-The files keep links that work on GitHub. A link to a file of the repository that is no page of the site becomes
-one to its source there; a link to a file that does not exist is a warning, which ``--strict`` makes an error.
+The files keep links that work on GitHub. A link to a file of the repository that is no page of the site
+becomes one to its source there; a link to no file at all is a warning, which ``--strict`` makes an error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def moved(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
-        if re.match(r"[a-z]+:|/", target):
+        if re.match(r"[a-z]+:|[/#]", target):
             return match[0]
         path = posixpath.normpath(posixpath.join(folder, target))
         if files.get_file_from_path(posixpath.normpath(posixpath.join(posixpath.dirname(source), target))):
