@@ -30,6 +30,7 @@ $(DOCS): $(STAMP)
 	touch $@
 
 demo: $(STAMP)
+	@echo "Demo: importing torch"
 	$(BIN)/fop-bench demo
 
 # Two at a time; OMP_NUM_THREADS keeps each to one core.
@@ -53,6 +54,7 @@ build: $(STAMP)
 	$(BIN)/python -m build
 	$(BIN)/python -m build --wheel --outdir dist bench
 	$(BIN)/python -m twine check --strict dist/*
+	test $$(cat dist/fop_optim-*.whl | wc -c) -lt 200000  # the optimizer alone
 
 # Into site/; --strict: a broken link, or a name that the API page misses, is an error.
 docs: $(DOCS)

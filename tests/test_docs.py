@@ -1,4 +1,4 @@
-"""README and docs: every block of Python runs, every file linked to is there, every public name has its place."""
+"""README and docs: blocks of Python run, linked files are there, public names are on the API page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import fop
 import fop.distributed
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "bench/README.md"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)(`{3,})(\w*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- not run: \S.+ -->\s*\Z")
@@ -39,6 +40,7 @@ def named(page: Path) -> str:
 WITH_CODE = [page for page in PAGES if any(not left_out for *_, left_out in blocks(page.read_text()))]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("page", WITH_CODE, ids=named)
 def test_blocks_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -53,12 +55,13 @@ def test_blocks_of_a_page_run_one_after_the_other(
 
 
 def test_blocks_are_found_and_marks_are_seen() -> None:
-    text = "```python\na = 1\n```\n\n<!-- not run: why -->\n```python\nb\n```\n\n<!-- not run: -->\n```py\nc\n```\n"
+    text = "```python\na = 1\n```\n\n<!-- not run: why -->\n```python\nb\n```\n\n"
+    text += "<!-- not run: -->\n```py\nc\n```\n"
     assert blocks(text) == [(1, "a = 1\n", False), (6, "b\n", True), (11, "c\n", False)]
     assert len(WITH_CODE) > 10
 
 
-@pytest.mark.parametrize("page", [*PAGES, *(ROOT / each for each in ("CONTRIBUTING.md", "SECURITY.md"))], ids=named)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=named)
 def test_linked_files_are_there(page: Path) -> None:
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
@@ -72,7 +75,7 @@ def test_public_names_are_on_the_api_page() -> None:
 
 
 def test_pages_are_in_the_navigation() -> None:
-    shown = {each for each in re.findall(r"^ +- .*?: (\S+\.md)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)}
+    shown = set(re.findall(r"^ +- .*?: (\S+\.md)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
     assert pages <= shown
     assert all((ROOT / "docs" / each).exists() or (ROOT / each).exists() for each in shown)
