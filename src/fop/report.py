@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fop.binding import Binding, Bindings
-from fop.curvature import Damping, Fallback
+from fop.curvature import Fallback
 from fop.torch_internals import outside
 
 _FALLBACKS = {
@@ -204,7 +204,7 @@ def diagnose(
         )
         # Another rank may own the curvature.
         known = curvature.estimated
-        share_A, share_G = curvature.damping_shares(Damping.of(group)) if known else (None, None)
+        share_A, share_G = curvature.damping_shares(curvature.damping(group)) if known else (None, None)
         refreshed_at = binding.state.get("refreshed_at")
         layers[binding.name] = LayerDiagnostics(
             beta,
