@@ -89,10 +89,11 @@ class FOP(JoinableOptimizer, Optimizer):
         lr: learning rate; by how much of its own norm a weight moves in a step, at most 20 % at 0.2. With
             ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
             default is None: 0.2, or 0.05 with the paper's steps.
-        step_length: "weight": ‖update of a layer‖ = lr·(1 - ν)·‖its weight‖, whatever the units of loss,
-            inputs and weights; ν, the share of noise in the gradient, is 0 where there are no sub-batches.
-            A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as much as
-            its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+        step_length: "weight": ‖update of a layer‖ = lr·s·‖its weight‖, whatever the units of loss, inputs and
+            weights. s is the share of signal in the average of updates that momentum makes, as the
+            sub-batches show it; 1 where there are none. A weight that starts at 0 moves by lr in the metric
+            of F̂ at first, and an embedding by as much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18),
+            under the KL clip.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
@@ -589,7 +590,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 state, sums = self.state[binding.weight], measured[index]
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(sums[0])
-                factor = stretch(sums, update, state[REFERENCE_NORM], binding.typical_norm, binding.rows)
+                reference, momentum = state[REFERENCE_NORM], groups[binding.weight]["momentum"]
+                factor = stretch(sums, update, reference, binding.typical_norm, binding.rows, momentum)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))

@@ -105,10 +105,14 @@ def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor
     return torch.stack([square, own, rows])
 
 
-def stretch(sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int) -> Tensor:
-    """Return (1 - ν)·‖weight‖ / ‖u‖, 0-dim, u as in `measure`; 0 for an update of 0.
+def stretch(
+    sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int, momentum: float
+) -> Tensor:
+    """Return s·‖weight‖ / ‖u‖, 0-dim, u as in `measure`; 0 for an update of 0.
 
-    Steps that are mostly noise would only make the weight longer: they are as long as their signal is much.
+    s is the share of signal in the average of updates that ``momentum`` μ makes: its squared norm has all of
+    an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its noise. Steps of full length that are mostly noise
+    would only make the weight longer.
 
     A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
     be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
@@ -124,7 +128,8 @@ def stretch(sums: Tensor, update: Update, reference: Tensor, typical: float, row
     reference.copy_(torch.where(own > 0, reference, size))
     length = torch.maximum(own, reference)
     if update.noise is not None:
-        length = length * (1 - update.noise.to(length))
+        signal = 1 - update.noise.to(length)
+        length = length * signal / (signal + (1 - signal) * (1 - momentum) / (1 + momentum))
     # Momentum alone does not move a weight: however small it is, it would be stretched.
     moves = (square > 0) & (update.length.to(square) != 0)
     norm = torch.where(moves, square, 1).sqrt()
