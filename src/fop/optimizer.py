@@ -591,7 +591,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(sums[0])
                 reference, momentum = state[REFERENCE_NORM], groups[binding.weight]["momentum"]
-                factor = stretch(sums, update, reference, binding.typical_norm, binding.rows, momentum)
+                like = binding.typical_norm, binding.rows, momentum
+                factor, binding.share = stretch(sums, update, reference, *like)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))
@@ -656,7 +657,7 @@ class FOP(JoinableOptimizer, Optimizer):
         return summarise(self._groups(), self._bindings, self.state)
 
     def diagnostics(self) -> Diagnostics:
-        """Return β, η, ρ, damping, age of the curvature and fallbacks of every layer as of the last step.
+        """Return β, η, ρ, noise, length, damping, age and fallbacks of every layer as of the last step.
 
         Nothing is transferred from the device before this is called.
         """

@@ -107,8 +107,8 @@ def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor
 
 def stretch(
     sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int, momentum: float
-) -> Tensor:
-    """Return s·‖weight‖ / ‖u‖, 0-dim, u as in `measure`; 0 for an update of 0.
+) -> tuple[Tensor, Tensor]:
+    """Return s·‖weight‖ / ‖u‖, 0 for an update u of 0, see `measure`, and s; both 0-dim.
 
     s is the share of signal in the average of updates that ``momentum`` μ makes: its squared norm has all of
     an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its noise. Steps of full length that are mostly noise
@@ -126,16 +126,17 @@ def stretch(
     if update.input_square is not None:
         size = size / update.input_square.to(size).sqrt()
     reference.copy_(torch.where(own > 0, reference, size))
-    length = torch.maximum(own, reference)
+    share = torch.ones_like(own)
     if update.noise is not None:
-        signal = 1 - update.noise.to(length)
-        length = length * signal / (signal + (1 - signal) * (1 - momentum) / (1 + momentum))
+        signal = 1 - update.noise.to(share)
+        share = signal / (signal + (1 - signal) * (1 - momentum) / (1 + momentum))
+    length = share * torch.maximum(own, reference)
     # Momentum alone does not move a weight: however small it is, it would be stretched.
     moves = (square > 0) & (update.length.to(square) != 0)
     norm = torch.where(moves, square, 1).sqrt()
     if rows:
         length = length * by_row / (rows**0.5 * norm)
-    return torch.where(moves, length / norm, 0)
+    return torch.where(moves, length / norm, 0), share
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:
