@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import ProcessException
 
+from fop_bench import race as races
 from fop_bench import scale as scaling
 from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
 from fop_bench.environment import environment
@@ -28,19 +30,23 @@ from fop_bench.overhead import (
     PLAIN_STEPS,
     ROW_KEYS,
     TASKS,
-    Row,
     Workload,
     measure_overhead,
     overhead_table,
 )
-from fop_bench.race import KEYS as RACE_KEYS
-from fop_bench.race import STARTS as RACERS
-from fop_bench.race import next_run, parsed_options, race_table, side_of, train
 from fop_bench.race_tasks import TASKS as RACES
 from fop_bench.recipes import DEFAULTS, RECIPES
-from fop_bench.report import write_json, write_text
-from fop_bench.run_records import read_lines, read_runs
-from fop_bench.runner import OnRun, Selection, append, locked, make, refuse_mixture
+from fop_bench.records import (
+    Record,
+    append,
+    locked,
+    read_lines,
+    read_runs,
+    refuse_mixture,
+    write_json,
+    write_text,
+)
+from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
 from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
@@ -117,12 +123,10 @@ def overhead(asked: argparse.Namespace) -> None:
     todo = [Workload(*each, bool(asked.bf16)) for each in sizes]
     path, where = asked.out, environment(asked.device) | {"packages": installed()}
     with locked(path), _bar("overhead") as on_run:
-        rows = read_lines(path, ROW_KEYS, "overhead") if path.exists() else []
-        for row in rows:
-            same = [
-                (f"with {key}", row["environment"][key], where[key]) for key in ("device", "torch", "threads")
-            ]
-            refuse_mixture(path, row["environment"], where["git"], same)
+        rows = read_lines(path, ROW_KEYS, "overhead")
+        for there in (row["environment"] for row in rows):
+            same = [(f"with {key}", there[key], where[key]) for key in ("device", "torch", "threads")]
+            refuse_mixture(path, there, where["git"], same)
         for at, workload in enumerate(todo):
             on_run(at, len(todo), workload.title)
             done = {
@@ -138,25 +142,22 @@ def overhead(asked: argparse.Namespace) -> None:
 
 def race(asked: argparse.Namespace) -> None:
     """Search every optimizer's rate on small tasks and repeat the best by seeds, or go on with it."""
-    torch.set_num_threads(1)
-    path, end, left = asked.out, time.monotonic() + 60 * asked.limit, 0
-    options, how = parsed_options(asked.set), {"keep_norm": asked.keep_norm, "bf16": asked.bf16}
-    todo = [(task, name) for task in asked.task or RACES for name in asked.optimizer or RACERS]
-    with locked(path), _bar("race") as on_run:
-        rows = read_lines(path, RACE_KEYS, "race") if path.exists() else []
-        for at, (task, name) in enumerate([] if asked.table else todo):
-            side = side_of(name, task, options.get(name, {}), **how)
-            while run := next_run(side, rows, asked.seeds, asked.rate):
-                on_run(at, len(todo), "{task} · {variant} · rate {0} · seed {1}".format(*run, **side))
-                if (row := train(side, *run, asked.data, end)) is None:
-                    left += 1
-                    break
-                rows.append(row)
-                append(path, row)
-    if not rows:
-        raise ValueError(f"{path} has no runs, and --limit {asked.limit:g} minutes left no time for one")
-    _show(table := race_table(rows))
-    print(f"Wrote {path} and {write_text(path.with_suffix('.md'), table)}")
+    options, how = races.parsed_options(asked.set), {"keep_norm": asked.keep_norm, "bf16": asked.bf16}
+    sides = [
+        races.side_of(name, task, options.get(name, {}), **how)
+        for task in asked.task or RACES
+        for name in asked.optimizer or races.STARTS
+    ]
+    read = partial(read_lines, asked.out, races.KEYS, "race")
+    plan = Plan(asked.out, lambda git: read(), partial(races.planned, sides, asked.seeds, asked.rate))
+    left, world = 0, World(torch.device("cpu"))
+    if not asked.table:
+        with _bar("race") as on_run:
+            left = make_runs(plan, data=asked.data, world=world, jobs=1, minutes=asked.limit, on_run=on_run)
+    if not (rows := read()):
+        raise ValueError(f"{asked.out} has no runs, and --limit {asked.limit:g} minutes left no time for one")
+    _show(table := races.race_table(rows))
+    print(f"Wrote {asked.out} and {write_text(asked.out.with_suffix('.md'), table)}")
     print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
 
 
@@ -173,7 +174,7 @@ def scale(asked: argparse.Namespace) -> None:
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = PLAIN_STEPS
     record = {"environment": where | {"threads": 1}, "protocol": protocol}
-    results: list[Row] = []
+    results: list[Record] = []
     todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
     with _bar("scale") as on_run:
         for at, ranks in enumerate(todo):
@@ -265,17 +266,16 @@ def _option(name: str, what: str, default: Any = None, kind: Any = None, **how: 
     return name, {"help": shown, "default": default, **({"type": kind} if kind else {}), **how}
 
 
-def _list(name: str, what: str, kind: Any = str) -> Option:
-    return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append"}
+def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
+    return name, {
+        **{"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append"},
+        **how,
+    }
 
 
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
 SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
-KNOWN_MODEL = _checked(str, lambda name: name in MODELS, "there is no network {}")
-KNOWN_PEER = _checked(str, lambda name: name in PEERS, "there is no optimizer {}")
-KNOWN_RACE = _checked(str, lambda name: name in RACES, "there is no task {}")
-KNOWN_RACER = _checked(str, lambda name: name in RACERS, "there is no optimizer {}")
 FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
@@ -305,19 +305,17 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     ],
     overhead: [
         _option("--peers", "all optimizers but shampoo; else SGD, AdamW, K-FAC and FOP", action="store_true"),
-        _list(
-            "--model", f"only this network; else {', '.join(TASKS)}; also {', '.join(OTHERS)}", KNOWN_MODEL
-        ),
+        _list("--model", f"only this network; else {', '.join(TASKS)}", choices=MODELS),
         _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
-        _list("--optimizer", f"only this one of {', '.join(PEERS)}", KNOWN_PEER),
+        _list("--optimizer", "only this one", choices=PEERS),
         _option("--bf16", "autocast", action=argparse.BooleanOptionalAction),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
     ],
     race: [
-        _list("--task", f"only this one of {', '.join(RACES)}", KNOWN_RACE),
-        _list("--optimizer", f"only this one of {', '.join(RACERS)}", KNOWN_RACER),
+        _list("--task", "only this one", choices=RACES),
+        _list("--optimizer", "only this one", choices=races.STARTS),
         _list("--set", "an option of an optimizer, as fop.damping=0.1; a variant with a row of its own"),
         _option("--rate", "only this learning rate, without a search", kind=ABOVE_0),
         _option("--seeds", "runs at the best rate, by seeds 0, 1, …", "3", WHOLE),
@@ -326,7 +324,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
             "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
         ),
         DATA,
-        _option("--limit", "stop after so many minutes; an unfinished run is lost", "60", ABOVE_0),
+        _option("--limit", "stop after so many minutes, wherever a run is", "60", ABOVE_0),
         _option("--table", "make no run, only the table", action="store_true", default=False),
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from fop_bench.models import GPT, ResNet, ViT, mlp, resnet18
 from fop_bench.optimizers import PEERS, Joined, Peer, gradients, make_peer
-from fop_bench.report import section
+from fop_bench.tables import section
 
 PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
 COMPARED = ("sgd", "adamw", "kfac", "fop")

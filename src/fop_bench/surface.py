@@ -164,13 +164,14 @@ def surface(asked: Namespace) -> dict[str, Any]:
             samples=len(train),
             batch_size=asked.batch_size,
             epochs=asked.epochs,
-            seed=asked.seed,
+            shuffle=torch.Generator().manual_seed(asked.seed),
             bf16=plan.bf16 and device.type == "cuda",
         )
         training.run()
         now = training.progress
         if now.diverged:
-            raise ValueError(f"diverged in epoch {now.epoch}; give a smaller --lr, or a larger --damping")
+            epoch = len(now.curve) + 1
+            raise ValueError(f"diverged in epoch {epoch}; give a smaller --lr, or a larger --damping")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
         chosen = train[order[: asked.batch_size]].to(device)
         point = Point(model, training.optimizer.state_dict(), options)
