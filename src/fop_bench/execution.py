@@ -125,8 +125,7 @@ def _resume(training: Training, saved: Path, git: Git, world: World) -> list[str
             "that commit out to go on, or delete the file to start that run again"
         )
     training.load_state_dict(state["training"])
-    warned: list[str] = state["warnings"]
-    return warned
+    return state["warnings"]
 
 
 # --- Runs of recipes

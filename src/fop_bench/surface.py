@@ -105,8 +105,7 @@ class Plane:
 
     def at(self, x: float, y: float) -> Tensor:
         """Return the vector (P,) of coordinates."""
-        vector: Tensor = x * self.u + y * self.v
-        return vector
+        return x * self.u + y * self.v
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
