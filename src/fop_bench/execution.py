@@ -8,7 +8,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from fop_bench.environment import Git, commit_title, machine
 from fop_bench.formulas import FORMULAS
 from fop_bench.images import Normaliser, training_inputs
 from fop_bench.optimizers import make_peer
-from fop_bench.recipes import Contender, Parts, Recipe, recipe
+from fop_bench.recipes import Contender, Parts, recipe
 from fop_bench.records import Record, replacing
 from fop_bench.training import Training, by_sub_batch, count_right, messages
 from fop_bench.world import World
@@ -48,6 +47,9 @@ class Sitting:
 class Run:
     """One run, as the runner makes it; its fields tell it from all others."""
 
+    formula = "paper"  # key of `FORMULAS`
+    title: str  # what a progress bar shows
+
     @property
     def key(self) -> str:
         """The same for two runs only if they are the same run."""
@@ -57,15 +59,6 @@ class Run:
     def digest(self) -> str:
         """The key as a name of files."""
         return hashlib.sha256(self.key.encode()).hexdigest()[:16]
-
-    @property
-    def title(self) -> str:
-        """What a progress bar shows."""
-        raise NotImplementedError
-
-    def within(self) -> AbstractContextManager[None]:
-        """Return what the run is made within."""
-        return nullcontext()
 
     def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
         """Return the training, and what makes a record of it at its end, given the warnings."""
@@ -77,7 +70,7 @@ def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
 
     All processes of the world share the samples and every batch.
     """
-    with warnings.catch_warnings(record=True) as caught, run.within():
+    with warnings.catch_warnings(record=True) as caught, FORMULAS[run.formula]():
         warnings.simplefilter("always")
         training, record = run.begin(sitting.data, world)
         rank = "" if world.size == 1 else f".{world.rank}-of-{world.size}"
@@ -152,22 +145,22 @@ class Description(Run):
     seed: int  # of weights, order and augmentation
 
     @property
-    def title(self) -> str:
-        """What a progress bar shows."""
+    def title(self) -> str:  # type: ignore[override]
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
-    def _plan(self) -> tuple[Recipe, Contender]:
-        plan = recipe(self.recipe)
-        return plan, plan.studies[self.study].contenders[self.contender]
+    @property
+    def _contender(self) -> Contender:
+        return recipe(self.recipe).studies[self.study].contenders[self.contender]
 
-    def within(self) -> AbstractContextManager[None]:
-        """Return the contender's equations."""
-        return FORMULAS[self._plan()[1].formula]()
+    @property
+    def formula(self) -> str:  # type: ignore[override]
+        return self._contender.formula
 
     def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
         """Load the images, build network and optimizer; raises ValueError for a batch that cannot be."""
-        (plan, contender), final, device = self._plan(), self.phase == "final", world.device
+        plan, contender, device = recipe(self.recipe), self._contender, world.device
+        final = self.phase == "final"
         parts = parts_of(self.recipe, self.task, data, world.rank, world.size)
         train, judged = parts[self.phase]
         lengths = torch.tensor([len(train), len(judged), len(parts["final"][0])])

@@ -128,8 +128,7 @@ class RaceRun(Run):
     seed: int
 
     @property
-    def title(self) -> str:
-        """What a progress bar shows."""
+    def title(self) -> str:  # type: ignore[override]
         return "{task} · {variant}".format(**self.side) + f" · rate {self.rate} · seed {self.seed}"
 
     def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:

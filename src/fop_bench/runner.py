@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -32,22 +32,21 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "M
 
 # Told how many runs are done, how many are planned, and what starts next.
 OnRun = Callable[[int, int, str], None]
-AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[AnyRun]):
+class Plan:
     """A file of records, and what may stand in it."""
 
     path: Path
     # The file's records that matter, given the commit; raises ValueError for those that must not be added to.
     read: Callable[[Git], list[Record]]
     # Given these, the runs that can be made now, and the number of all that are not done.
-    planned: Callable[[Sequence[Record]], tuple[list[AnyRun], int]]
+    planned: Callable[[Sequence[Record]], tuple[Sequence[Run], int]]
 
 
 def make_runs(
-    plan: Plan[AnyRun],
+    plan: Plan,
     *,
     data: str | None,
     world: World,
@@ -67,7 +66,7 @@ def make_runs(
         done = world.agree(plan.read(git) if world.rank == 0 else [])
         sitting = Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
-        running: dict[Future[Record | None], AnyRun] = {}
+        running: dict[Future[Record | None], Run] = {}
         while True:
             ready, left = plan.planned(done)
             todo = [run for run in ready if run not in running.values()] if failure is None else []
