@@ -48,6 +48,7 @@ class Run:
     """One run, as the runner makes it; its fields tell it from all others."""
 
     formula = "paper"  # key of `FORMULAS`
+    of_one_commit = True  # whether it goes on only at the commit that it began with
     title: str  # what a progress bar shows
 
     @property
@@ -75,7 +76,8 @@ def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
         training, record = run.begin(sitting.data, world)
         rank = "" if world.size == 1 else f".{world.rank}-of-{world.size}"
         saved = sitting.folder / f"{run.digest}{rank}.pt"
-        earlier = _resume(training, saved, sitting.git, world)
+        git = sitting.git if run.of_one_commit else None
+        earlier = _resume(training, saved, git, world)
         last = time.monotonic()
 
         def warned() -> list[str]:
@@ -87,7 +89,7 @@ def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
             over, due = world.agree((now >= sitting.deadline, now - last >= SECONDS_BETWEEN_SAVES))
             if over or due:
                 training.stop_clock()  # the time that this takes does not count
-                state = {"training": training.state_dict(), "git": sitting.git, "warnings": warned()}
+                state = {"training": training.state_dict(), "git": git, "warnings": warned()}
                 with replacing(saved) as unfinished:
                     torch.save(state, unfinished)
                 training.start_clock()

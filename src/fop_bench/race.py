@@ -123,6 +123,7 @@ def _machine() -> str:
 class RaceRun(Run):
     """A run of an optimizer on a task, at a rate (None for its own) and from a seed."""
 
+    of_one_commit = False  # its side names the source of the library
     side: Record  # what `side_of` returns
     rate: float | None
     seed: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -9,6 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from command import Told, invoke
 from fop import FOP
-from fop_bench import race, runner
+from fop_bench import execution, race, runner
 from fop_bench.execution import Sitting, execute
 from fop_bench.images import Images
 from fop_bench.models import DigitsLSTM, Whitening, digits_autoencoder, digits_cnn, small_gpt
@@ -144,6 +146,27 @@ def test_a_race_is_recorded_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines(out)[-1]["options"] == {"momentum": 0.5}
     table = out.with_suffix(".md").read_text()
     assert "| sgd |" in table and "| sgd, momentum=0.5 |" in table
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("name", STARTS)
+def test_a_run_with_a_stop_after_every_step_is_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "digits-cnn", replace(TASKS["digits-cnn"], batch_size=400, steps=5))
+    run = RaceRun(side_of(name, "digits-cnn", {}, keep_norm=True, bf16=False), STARTS[name], 3)
+    world, git = World(torch.device("cpu")), itertools.count()
+    whole = execute(run, Sitting(None, tmp_path / "whole", math.inf, "", None), world)
+    assert whole is not None and not whole["diverged"]
+    row, sittings = None, 0
+    while row is None:
+        ticks, sittings = itertools.count(), sittings + 1
+        monkeypatch.setattr(execution, "time", SimpleNamespace(monotonic=ticks.__next__))
+        # Each sitting at a commit of its own: the library's source is a part of the run.
+        here = Sitting(None, tmp_path, 2, "", {"commit": str(next(git)), "dirty": False})
+        row = execute(run, here, world)
+    assert sittings == 5
+    assert (row["value"], row["last_loss"]) == (whole["value"], whole["last_loss"])
 
 
 @pytest.mark.usefixtures("tiny")
