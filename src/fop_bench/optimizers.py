@@ -65,6 +65,11 @@ def installed() -> dict[str, str]:
     return {name: found[name] for name in sorted(names & found.keys())}
 
 
+def class_loss(outputs: Tensor, targets: Tensor, **how: Any) -> Tensor:
+    """Return the cross-entropy of logits (..., classes) and class numbers (...), by default its mean."""
+    return cross_entropy(outputs.flatten(0, -2), targets.flatten(), **how)
+
+
 def gradients(
     optimizer: Optimizer,
     model: nn.Module,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss
 
 from fop_bench.images import Augmentation, Images, Normaliser, load, training_inputs
 from fop_bench.models import DigitsLSTM, airbench, digits_autoencoder, digits_cnn, small_gpt
-from fop_bench.optimizers import Loss
+from fop_bench.optimizers import Loss, class_loss
 from fop_bench.recipes import CIFAR10, DigitsTask
 from fop_bench.training import Batch, Order, count_right, with_replacement, without_replacement
 
@@ -57,10 +57,6 @@ class Task:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by optimizer
 
 
-def _smoothed(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    return cross_entropy(outputs, targets, reduction=reduction, label_smoothing=0.1)
-
-
 @cache
 def cifar(data: str | None) -> Problem:
     """Load CIFAR-10 for the network of airbench."""
@@ -79,11 +75,8 @@ def of_images(train: Images, test: Images) -> Problem:
     def judged(numbers: Tensor) -> tuple[Tensor, Tensor]:
         return normalise(test.pixels[numbers]), test.labels[numbers]
 
-    return Problem(lambda: airbench(patches), len(train), batch, _smoothed, len(test), judged)
-
-
-def _of_bytes(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    return cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction=reduction)
+    loss = partial(class_loss, label_smoothing=0.1)
+    return Problem(lambda: airbench(patches), len(train), batch, loss, len(test), judged)
 
 
 @cache
@@ -107,7 +100,7 @@ def gpt(data: str | None, length: int = 64) -> Problem:
         lambda: small_gpt(tokens=length),
         len(train) - length,
         lambda starts, draw: windows(train, starts),
-        _of_bytes,
+        class_loss,
         len(judged),
         lambda numbers: windows(held_out, judged[numbers]),
         by_loss=True,
@@ -133,7 +126,7 @@ def digits(build: Callable[[], nn.Module], itself: bool = False) -> Callable[[st
             batch = _in_memory(x, x.flatten(1))
             return Problem(build, len(x), batch, mse_loss, len(x), batch, by_loss=True)
         judged = _in_memory(of_held_out, torch.cat([part.labels for part in held_out]))
-        return Problem(build, len(x), _in_memory(x, train.labels), cross_entropy, len(of_held_out), judged)
+        return Problem(build, len(x), _in_memory(x, train.labels), class_loss, len(of_held_out), judged)
 
     return load_digits
 
