@@ -130,9 +130,12 @@ def race(asked: argparse.Namespace) -> None:
     ]
     read = partial(records.read_lines, asked.out, races.KEYS, "race")
     plan = Plan(asked.out, lambda git: read(), partial(races.planned, sides, asked.seeds, asked.rate))
-    world, minutes = World(torch.device("cpu")), 0.0 if asked.table else asked.limit
-    with _bar("race", hidden=asked.table) as on_run:
-        left = make_runs(plan, data=asked.data, world=world, jobs=1, minutes=minutes, on_run=on_run)
+    if asked.table:  # also while another process writes the file
+        left = plan.planned(read())[1]
+    else:
+        where = {"data": asked.data, "world": World(torch.device("cpu"))}
+        with _bar("race") as on_run:
+            left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
     if not (rows := read()):
         raise ValueError(f"{asked.out} has no runs, and --limit {asked.limit:g} minutes left no time for one")
     _show_and_write(races.race_table(rows), asked.out)
@@ -302,6 +305,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
             "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
         ),
         DATA,
+        _option("--jobs", "runs at a time, one thread each", "1", WHOLE),
         _option("--limit", "stop after so many minutes, wherever a run is", "60", ABOVE_0),
         _option("--table", "make no run, only the table", action="store_true", default=False),
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
