@@ -47,9 +47,17 @@ class Sitting:
 class Run:
     """One run, as the runner makes it; its fields tell it from all others."""
 
-    formula = "paper"  # key of `FORMULAS`
     of_one_commit = True  # whether it goes on only at the commit that it began with
-    title: str  # what a progress bar shows
+
+    @property
+    def title(self) -> str:
+        """What a progress bar shows."""
+        raise NotImplementedError
+
+    @property
+    def formula(self) -> str:
+        """The key of `FORMULAS` that it is made with."""
+        return "paper"
 
     @property
     def key(self) -> str:
@@ -147,7 +155,7 @@ class Description(Run):
     seed: int  # of weights, order and augmentation
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
@@ -156,7 +164,7 @@ class Description(Run):
         return recipe(self.recipe).studies[self.study].contenders[self.contender]
 
     @property
-    def formula(self) -> str:  # type: ignore[override]
+    def formula(self) -> str:
         return self._contender.formula
 
     def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:

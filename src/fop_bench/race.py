@@ -129,7 +129,7 @@ class RaceRun(Run):
     seed: int
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         return "{task} · {variant}".format(**self.side) + f" · rate {self.rate} · seed {self.seed}"
 
     def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
