@@ -117,7 +117,7 @@ def _resume(training: Training, saved: Path, git: Git, world: World) -> list[str
     except Exception as error:
         message = f"{saved} is not a saved run ({error}); delete it to start that run again"
         raise ValueError(message) from error
-    step = state and state["training"]["progress"]["steps"]
+    step = state and state["training"]["progress"].get("steps")
     # Killed between their saves, ranks would go on from different steps; then all start again.
     same = step == world.agree(step) and state is not None
     if not world.least(int(same)) or state is None:
