@@ -170,6 +170,18 @@ def test_a_run_with_a_stop_after_every_step_is_the_same(
     assert (row["value"], row["last_loss"]) == (whole["value"], whole["last_loss"])
 
 
+@pytest.mark.slow
+def test_two_runs_at_once_are_the_same_as_one_by_one(tmp_path: Path) -> None:
+    asked = ("--task", "digits-cnn", "--optimizer", "sgd", "--optimizer", "adamw", "--seeds", "1")
+    for jobs in ("1", "2"):
+        out = ("--out", str(tmp_path / jobs / "race.jsonl"))
+        assert invoke("race", *asked, "--rate", "0.01", "--jobs", jobs, *out).exit_code == 0
+    one, two = ({row["optimizer"]: row for row in lines(tmp_path / n / "race.jsonl")} for n in ("1", "2"))
+    assert one.keys() == two.keys() == {"sgd", "adamw"}
+    for name, row in one.items():
+        assert (row["value"], row["last_loss"]) == (two[name]["value"], two[name]["last_loss"])
+
+
 @pytest.mark.usefixtures("tiny")
 def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
     out = tmp_path / "race.jsonl"
