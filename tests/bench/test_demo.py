@@ -11,7 +11,7 @@ from PIL import Image
 
 from command import invoke
 from fop_bench.recipes import DIGITS
-from fop_bench.run_records import read_runs
+from fop_bench.records import read_runs
 
 NAMES = ("sgd", "adamw", "kfac", "fop")
 
