@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"layers"},
     "capture": CAPTURE,
     "curvature": CURVATURE,
-    "step_size": {"correction"},
+    "step_size": {"correction", "curvature"},
     "layer_options": CURVATURE,
     "discovery": CAPTURE | {"layer_options"},
     "recognition": CAPTURE,

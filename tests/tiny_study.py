@@ -24,7 +24,7 @@ from fop_bench import environment, execution, runner
 from fop_bench.execution import Description, Sitting, execute
 from fop_bench.images import Augmentation, Images
 from fop_bench.recipes import RECIPES, Contender, Parts, Recipe, Study, by_plateau
-from fop_bench.run_records import ENVIRONMENT_KEYS, KEYS
+from fop_bench.records import ENVIRONMENT_KEYS, KEYS
 from fop_bench.runner import Record, Selection, make
 from fop_bench.world import World
 

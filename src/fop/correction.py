@@ -55,6 +55,9 @@ class Direction(NamedTuple):
         squared_norm: ⟨Gc, F̂⁻¹·Gc⟩.
         beta: mixing coefficient β (16); with K > 2 the root of the sum of their squares.
         rho: ρ ∈ [0, 1], how much of the step lies where the sub-batches disagree; D²/(E·B) for K = 2.
+        noise: squared norms in the metric F̂⁻¹ of the noise in Ga, which the contrasts show, and of Ga, (2,).
+            The noise of a mean of K has 1/(2K) of the variance of a contrast: ‖Gd/2‖² for K = 2. None
+            without contrasts.
     """
 
     update: Tensor
@@ -62,6 +65,7 @@ class Direction(NamedTuple):
     squared_norm: Tensor
     beta: Tensor
     rho: Tensor
+    noise: Tensor | None = None
 
 
 @functools.cache
@@ -104,8 +108,8 @@ def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor
 
 def orthogonal_component(
     average: Tensor, difference: Tensor, fisher_average: Tensor, trace: Tensor
-) -> Tensor:
-    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where Gd is a multiple of Ga.
+) -> tuple[Tensor, Tensor]:
+    """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where Gd is a multiple of Ga, and s.
 
     The ε of (4) is a guard against 0/0 only: with a fixed ε, scaling the loss would change the step.
     Where one gradient is a multiple of the other, up to rounding, Gd - s·Ga is rounding too: a direction that
@@ -119,8 +123,9 @@ def orthogonal_component(
     # they do not by 0.2·√N·ε: measured are 0.7 to 14 ε up to 8,192 samples. A wider bound takes for rounding
     # what means something: β* makes up for a short G⊥, so that the step without it is another one.
     rounding = (16 * torch.finfo(s.dtype).eps) ** 2 * (1 + t * t) * (dd + aa + trace)
+    parallel = inner(residual, residual) <= rounding
     # A NaN must pass through: the optimizer finds a bad gradient by it.
-    return torch.where(inner(residual, residual) <= rounding, 0.0, difference - s * average)
+    return torch.where(parallel, 0.0, difference - s * average), torch.where(parallel, t, s)
 
 
 def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -176,13 +181,17 @@ def combine(
     B = inner(average, natural)
     fisher_average = metric.fisher(average) if units is None else units * metric.fisher(units * average)
     trace = metric.trace.to(unit) / unit / unit
-    perpendicular = [
+    split = [
         orthogonal_component(average, each / unit, fisher_average, trace) for each in gradients.contrasts
     ]
+    perpendicular = [G for G, _ in split]
     del fisher_average
     natural_perpendicular = [metric.solve(G) for G in perpendicular]
     D = [inner(average, N) for N in natural_perpendicular]
     E = [[inner(G, N) for N in natural_perpendicular] for G in perpendicular]
+    # ⟨Gd, F̂⁻¹·Gd⟩ of Gd = G⊥ + s·Ga.
+    squares = [E[j][j] + 2 * s * D[j] + s * s * B for j, (_, s) in enumerate(split)]
+    noise = torch.stack([torch.stack(squares).mean() / (2 * (len(D) + 1)), B]) * unit * unit
     best = [ratio(D[0], E[0][0], otherwise=0.0)] if len(D) == 1 else mixing_coefficients(D, E)
     mixing = best if beta is None else [torch.full_like(B, beta)]
     update, alignment, squared_norm, explained = natural, B, B, torch.zeros_like(B)
@@ -197,4 +206,5 @@ def combine(
     overall = mixing[0] if len(mixing) == 1 else torch.linalg.vector_norm(torch.stack(mixing))
     # One after the other: the square of a large unit leaves float32's range.
     alignment, squared_norm = alignment * unit * unit, squared_norm * unit * unit
-    return Direction(update.mul_(unit), alignment, squared_norm, overall, ratio(explained, B, otherwise=0.0))
+    rho = ratio(explained, B, otherwise=0.0)
+    return Direction(update.mul_(unit), alignment, squared_norm, overall, rho, noise)

@@ -60,6 +60,7 @@ from fop.step_size import (
     kl_scale,
     measure,
     momentum_of,
+    noise_share,
     scale_update,
     stretch,
 )
@@ -88,15 +89,19 @@ class FOP(JoinableOptimizer, Optimizer):
         lr: learning rate; by how much of its own norm a weight moves in a step, at most 20 % at 0.2. With
             ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
             default is None: 0.2, or 0.05 with the paper's steps.
-        step_length: "weight": ‖update of a layer‖ = lr·‖its weight‖, whatever the units of loss, inputs and
-            weights. A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as
-            much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+        step_length: "weight": ‖update of a layer‖ = lr·s·‖its weight‖, whatever the units of loss, inputs and
+            weights. s is the share of signal in the average of updates that momentum makes, as the
+            sub-batches show it; 1 where there are none. A weight that starts at 0 moves by lr in the metric
+            of F̂ at first, and an embedding by as much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18),
+            under the KL clip.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
         weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
             use their own learning rate in place of lr.
-        damping: λ; 0.01 if relative, 1e-3 if absolute. May be a function of the step.
+        damping: λ; "adaptive" if relative, 1e-3 if absolute. Adaptive damping follows ν, the share of noise
+            in each layer's gradient, which the sub-batches show: sqrt(λ) = (1 - ν)^(-½) - 1, and 0.01 where
+            there are none. May be a function of the step.
         damping_kind: "relative": sqrt(damping) times its mean eigenvalue is added to the diagonal of A and of
             G (the bias' entry of A, whose units are others, counts by itself). "absolute", with the paper's
             steps: the paper's γ = sqrt(damping), split between A and G by π.
@@ -161,7 +166,7 @@ class FOP(JoinableOptimizer, Optimizer):
         momentum: float | None = DEFAULTS["momentum"],
         nesterov: bool | None = DEFAULTS["nesterov"],
         weight_decay: float = DEFAULTS["weight_decay"],
-        damping: float | Schedule | None = DEFAULTS["damping"],
+        damping: float | Literal["adaptive"] | Schedule | None = DEFAULTS["damping"],
         damping_kind: Literal["relative", "absolute"] | None = DEFAULTS["damping_kind"],
         stat_decay: float | None = DEFAULTS["stat_decay"],
         statistics_rows: int | None = DEFAULTS["statistics_rows"],
@@ -527,8 +532,13 @@ class FOP(JoinableOptimizer, Optimizer):
         if trusted is not None:
             mixing = torch.where(trusted, mixing, 0)
         input_square = None if units is None else units.flatten()[-1]
+        noise = (
+            None
+            if direction.noise is None
+            else noise_share(binding.curvature.state, direction.noise, trusted)
+        )
         kinds = direction.rho, trusted, gradients.reason
-        return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square)
+        return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square, noise=noise)
 
     def _move(  # noqa: PLR0912 - momentum, length and move in one piece
         self,
@@ -580,7 +590,9 @@ class FOP(JoinableOptimizer, Optimizer):
                 state, sums = self.state[binding.weight], measured[index]
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(sums[0])
-                factor = stretch(sums, update, state[REFERENCE_NORM], binding.typical_norm, binding.rows)
+                reference, momentum = state[REFERENCE_NORM], groups[binding.weight]["momentum"]
+                like = binding.typical_norm, binding.rows, momentum
+                factor, binding.share = stretch(sums, update, reference, *like)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))
@@ -645,7 +657,7 @@ class FOP(JoinableOptimizer, Optimizer):
         return summarise(self._groups(), self._bindings, self.state)
 
     def diagnostics(self) -> Diagnostics:
-        """Return β, η, ρ, damping, age of the curvature and fallbacks of every layer as of the last step.
+        """Return β, η, ρ, noise, length, damping, age and fallbacks of every layer as of the last step.
 
         Nothing is transferred from the device before this is called.
         """

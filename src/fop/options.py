@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": None,
     "damping_kind": None,
     "stat_decay": None,
-    "statistics_rows": 16,
+    "statistics_rows": 4,
     "curvature_interval": None,
     "inverse_delay": 0,
     "sub_batches": 2,
@@ -66,7 +66,7 @@ BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
         "eps": 1e-8,
     },
 }
-BY_DAMPING_KIND = {"relative": 1e-2, "absolute": 1e-3}
+BY_DAMPING_KIND = {"relative": "adaptive", "absolute": 1e-3}
 _CHOICES = {
     "step_length": BY_STEP_LENGTH.keys(),
     "damping_kind": BY_DAMPING_KIND.keys(),
@@ -79,7 +79,9 @@ ONE_FOR_ALL = ("step_length", "damping_kind", "kl_clip", "loss_reduction", "max_
 
 # Options that schedules change in many groups at once, and those whose ranges depend on each other.
 _RATES = ("lr", "weight_decay")
-_COUPLED = ("step_length", "kl_clip", "momentum", "nesterov", "beta", "sub_batches")
+_COUPLED = (
+    *("step_length", "kl_clip", "momentum", "nesterov", "beta", "sub_batches", "damping", "damping_kind"),
+)
 _UNKNOWN = object()
 
 # What a parameter group holds beside them: the first rate, the last one, and the number of steps taken.
@@ -172,9 +174,13 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
     for name in _CHOICES:
         if name in options:
             _check_choice(name, options[name])
-    for name in ("lr", "weight_decay", "damping", "adamw_lr", "eps", "base_lr", "last_lr"):
+    for name in ("lr", "weight_decay", "adamw_lr", "eps", "base_lr", "last_lr"):
         if name in options:
             _check_number(name, options[name], low=0.0)
+    if "damping" in options and options["damping"] != "adaptive":
+        _check_number("damping", options["damping"], low=0.0, instead="or 'adaptive'")
+    elif "damping" in options and options.get("damping_kind") == "absolute":
+        raise ValueError("damping='adaptive' has no units, and damping_kind is 'absolute'; give a number")
     for name in ("momentum", "stat_decay"):
         if name in options:
             _check_number(name, options[name], low=0.0, below=1.0)

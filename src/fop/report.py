@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fop.binding import Binding, Bindings
-from fop.curvature import Damping, Fallback
+from fop.curvature import Fallback
 from fop.torch_internals import outside
 
 _FALLBACKS = {
@@ -68,6 +68,9 @@ class LayerDiagnostics:
         beta: mixing coefficient β used; 0 for a K-FAC step, None before the first.
         eta: step scale η used; 1 for a K-FAC step, None before the first.
         rho: ρ ∈ [0, 1], None before the first step.
+        noise: ν ∈ [0, 0.99], the share of noise in ‖gradient‖² in the metric of the inverse, averaged over
+            about ten steps; None if no sub-batches were seen.
+        length: ‖update‖ ÷ ‖weight‖, an embedding's by the rows that moved; None with ``step_length="paper"``.
         damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1]; None where another rank
             owns the layer.
         damping_G: the same for G + γ/π I; None for a diagonal curvature, which has no G.
@@ -80,6 +83,8 @@ class LayerDiagnostics:
     beta: float | None
     eta: float | None
     rho: float | None
+    noise: float | None
+    length: float | None
     damping_A: float | None
     damping_G: float | None
     steps_since_curvature: int | None
@@ -95,11 +100,20 @@ class Diagnostics:
     layers: dict[str, LayerDiagnostics] = field(default_factory=dict)
     kl_scale: float = 1.0
 
+    def as_dict(self) -> dict[str, float]:
+        """Return the numbers by ``layer/name``, as loggers take them; what is None is left out."""
+        found = {"kl_scale": self.kl_scale}
+        for layer, of_layer in self.layers.items():
+            numbers = {**asdict(of_layer), "fallbacks": sum(of_layer.fallbacks.values())}
+            found |= {f"{layer}/{key}": float(v) for key, v in numbers.items() if isinstance(v, (int, float))}
+        return found
+
     def __str__(self) -> str:
-        head = ("layer", "beta", "eta", "rho", "damping A", "damping G", "age", "fallbacks", "no pair")
+        shown = ("beta", "eta", "rho", "noise", "length", "damping_A", "damping_G", "steps_since_curvature")
+        head = ("layer", *(name.replace("_", " ") for name in shown[:-1]), "age", "fallbacks", "no pair")
         body = []
         for name, d in self.layers.items():
-            numbers = (d.beta, d.eta, d.rho, d.damping_A, d.damping_G, d.steps_since_curvature)
+            numbers = (getattr(d, each) for each in shown)
             cells = ("–" if number is None else f"{number:.4g}" for number in numbers)
             body.append((name, *cells, str(sum(d.fallbacks.values())), str(d.kfac_steps)))
         why = [f"{name} took K-FAC's step: {d.why_kfac}" for name, d in self.layers.items() if d.why_kfac]
@@ -199,17 +213,23 @@ def diagnose(
         group, curvature, last = groups[binding.weight], binding.curvature, binding.last
         if last is None and not curvature.estimated:
             continue
-        beta, eta, rho = (
-            (None, None, None) if last is None else torch.stack([last.beta, last.eta, last.rho]).tolist()
-        )
+        held: dict[str, Tensor | None] = {"share": binding.share}
+        if last is not None:
+            held |= {"beta": last.beta, "eta": last.eta, "rho": last.rho, "noise": last.noise}
+        told = {name: value for name, value in held.items() if value is not None}
+        numbers = torch.stack([*(value.double() for value in told.values())]).tolist() if told else []
+        of_step = dict(zip(told, numbers, strict=True))
+        share = of_step.get("share")
         # Another rank may own the curvature.
         known = curvature.estimated
-        share_A, share_G = curvature.damping_shares(Damping.of(group)) if known else (None, None)
+        share_A, share_G = curvature.damping_shares(curvature.damping(group)) if known else (None, None)
         refreshed_at = binding.state.get("refreshed_at")
         layers[binding.name] = LayerDiagnostics(
-            beta,
-            eta,
-            rho,
+            of_step.get("beta"),
+            of_step.get("eta"),
+            of_step.get("rho"),
+            of_step.get("noise"),
+            None if share is None else share * group["last_lr"],
             share_A,
             share_G,
             None if refreshed_at is None else group["step"] - 1 - refreshed_at,

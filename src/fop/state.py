@@ -14,6 +14,7 @@ from fop.curvature import (
     AVERAGING_WEIGHT,
     KINDS,
     NEVER,
+    NOISE,
     NOTHING_PENDING,
     entry_names,
     expected_entries,
@@ -116,6 +117,8 @@ def _other_entries(state: Mapping[str, Any], param: Tensor) -> dict[str, tuple[i
     if "momentum_buffer" in state:
         entries["momentum_buffer"] = shape
     entries |= {name: () for name in ("complete", REFERENCE_NORM) if name in state}
+    if NOISE in state:
+        entries[NOISE] = (2,)
     if state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
         entries |= {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
     return entries
@@ -186,6 +189,10 @@ def make_state(
     own |= {"refreshed_at": NEVER, "refresh_at": 0, "complete": complete}
     if owned and groups[weight]["inverse_delay"] and curvature.by_inversion:
         own |= NOTHING_PENDING
+        if groups[weight]["damping"] == "adaptive":
+            own["inverse_damping"] = torch.zeros((), device=device)
+    if owned and binding.corrected:
+        own[NOISE] = torch.zeros(2, dtype=_dtype(NOISE, weight, weight), device=device)
     if groups[weight]["step_length"] == "weight":
         own[REFERENCE_NORM] = torch.zeros((), dtype=_dtype(REFERENCE_NORM, weight, weight), device=device)
         if owned:
@@ -213,5 +220,5 @@ def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
     # Others may keep counts and masks in the state.
     if name == "step" or not (value.is_floating_point() or value.is_complex()):
         return value.dtype
-    ours = name in ("momentum_buffer", REFERENCE_NORM) or name in entry_names()
+    ours = name in ("momentum_buffer", REFERENCE_NORM, NOISE, "inverse_damping") or name in entry_names()
     return torch.promote_types(param.dtype, torch.float32) if ours else param.dtype

@@ -5,16 +5,19 @@ Its direction is of `fop.correction`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fop.correction import Direction, ratio
+from fop.curvature import LEAST_SIGNAL, NOISE
 
 # In the state: the norm that a weight which has been zero is taken to have, see `stretch`; 0 for others.
 REFERENCE_NORM = "reference_norm"
+# Of the averages of noise and gradient from one step to the next.
+NOISE_DECAY = 0.9
 
 
 class Update(NamedTuple):
@@ -30,6 +33,7 @@ class Update(NamedTuple):
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
+        noise: ν ∈ [0, 1), the share of noise in the gradient; None where it was never measured.
     """
 
     matrix: Tensor
@@ -41,6 +45,7 @@ class Update(NamedTuple):
     reason: str = ""
     used: Tensor | None = None
     input_square: Tensor | None = None
+    noise: Tensor | None = None
 
 
 def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +63,21 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
     else:
         scale = torch.full_like(alignment, eta)
     return update.mul_(scale), scale * alignment, scale
+
+
+def noise_share(state: MutableMapping[str, Any], norms: Tensor, trusted: Tensor | None) -> Tensor:
+    """Return ν ∈ [0, 0.99], the share of noise in ‖Ga‖², with the `Direction.noise` of a step taken in.
+
+    Noise and gradient are averaged apart, in ``state``, over about ten steps. What is not finite or not
+    ``trusted`` does not count; 0 as long as nothing did.
+    """
+    before = state[NOISE] if NOISE in state else torch.zeros_like(norms)
+    good = torch.isfinite(norms).all()
+    if trusted is not None:
+        good = good & trusted
+    averages = state[NOISE] = torch.where(good, torch.lerp(norms, before, NOISE_DECAY), before)
+    noise, whole = averages.unbind()
+    return torch.where(whole > 0, noise / whole, 0).clamp_(max=1 - LEAST_SIGNAL)
 
 
 def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
@@ -85,8 +105,14 @@ def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor
     return torch.stack([square, own, rows])
 
 
-def stretch(sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int) -> Tensor:
-    """Return ‖weight‖ / ‖u‖, 0-dim: what makes u, see `measure`, as long as the weight; 0 for an update of 0.
+def stretch(
+    sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Return s·‖weight‖ / ‖u‖, 0 for an update u of 0, see `measure`, and s; both 0-dim.
+
+    s is the share of signal in the average of updates that ``momentum`` μ makes: its squared norm has all of
+    an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its noise. Steps of full length that are mostly noise
+    would only make the weight longer.
 
     A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
     be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
@@ -100,13 +126,17 @@ def stretch(sums: Tensor, update: Update, reference: Tensor, typical: float, row
     if update.input_square is not None:
         size = size / update.input_square.to(size).sqrt()
     reference.copy_(torch.where(own > 0, reference, size))
-    length = torch.maximum(own, reference)
+    share = torch.ones_like(own)
+    if update.noise is not None:
+        signal = 1 - update.noise.to(share)
+        share = signal / (signal + (1 - signal) * (1 - momentum) / (1 + momentum))
+    length = share * torch.maximum(own, reference)
     # Momentum alone does not move a weight: however small it is, it would be stretched.
     moves = (square > 0) & (update.length.to(square) != 0)
     norm = torch.where(moves, square, 1).sqrt()
     if rows:
         length = length * by_row / (rows**0.5 * norm)
-    return torch.where(moves, length / norm, 0)
+    return torch.where(moves, length / norm, 0), share
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:

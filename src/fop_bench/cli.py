@@ -12,39 +12,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import ProcessException
 
+from fop_bench import overhead as steps
+from fop_bench import race as races
+from fop_bench import records
 from fop_bench import scale as scaling
 from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
 from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
-from fop_bench.overhead import (
-    COMPARED,
-    MODELS,
-    PLAIN_STEPS,
-    ROW_KEYS,
-    TASKS,
-    Row,
-    Workload,
-    measure_overhead,
-    overhead_table,
-)
-from fop_bench.race import KEYS as RACE_KEYS
-from fop_bench.race import STARTS as RACERS
-from fop_bench.race import next_run, parsed_options, race_table, side_of, train
 from fop_bench.race_tasks import TASKS as RACES
 from fop_bench.recipes import DEFAULTS, RECIPES
-from fop_bench.report import write_json, write_text
-from fop_bench.run_records import read_lines, read_runs
-from fop_bench.runner import OnRun, Selection, append, locked, make, refuse_mixture
+from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
 from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
-OTHERS = [name for name in MODELS if name not in TASKS]
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -71,7 +58,7 @@ def report(asked: argparse.Namespace) -> None:
     for folder in asked.folders:
         print(f"Wrote {write_report(folder)}")
     if asked.paper is not None:
-        print(f"Wrote {write_text(asked.paper, paper_page(asked.folders))}")
+        print(f"Wrote {records.write_text(asked.paper, paper_page(asked.folders))}")
 
 
 def defaults(asked: argparse.Namespace) -> None:
@@ -107,7 +94,7 @@ def demo(asked: argparse.Namespace) -> None:
         make(chosen, data=None, world=World(asked.device), out=out, jobs=1, minutes=600.0, on_run=on_run)
     print("Drawing the plots", flush=True)
     page = write_report(out)
-    [study] = studies(read_runs(lines))
+    [study] = studies(records.read_runs(lines))
     _show(comparison_table(study))
     print(f"\n{bars(study)}\n{meaning(study)}\n")
     print(f"Wrote {page}, its plots and {lines.name}")
@@ -119,52 +106,47 @@ def overhead(asked: argparse.Namespace) -> None:
     if asked.device.type == "cpu":
         torch.set_num_threads(1)  # so that processor seconds are those of a step
     peers = [name for name in PEERS if name != "shampoo"]  # which would take minutes
-    names = asked.optimizer or (peers if asked.peers else COMPARED)
-    models = asked.model or TASKS
-    sizes = [(model, size) for model in models for size in asked.batch or [TASKS.get(model, 128)]]
-    todo = [Workload(*each, bool(asked.bf16)) for each in sizes]
+    names = asked.optimizer or (peers if asked.peers else steps.COMPARED)
+    todo = [
+        steps.Workload(model, size, bool(asked.bf16))
+        for model in asked.model or steps.TASKS
+        for size in asked.batch or [steps.TASKS.get(model, 128)]
+    ]
     path, where = asked.out, environment(asked.device) | {"packages": installed()}
-    with locked(path), _bar("overhead") as on_run:
-        rows = read_lines(path, ROW_KEYS, "overhead") if path.exists() else []
-        for row in rows:
-            same = [
-                (f"with {key}", row["environment"][key], where[key]) for key in ("device", "torch", "threads")
-            ]
-            refuse_mixture(path, row["environment"], where["git"], same)
+    with records.locked(path), _bar("overhead") as on_run:
+        rows = records.read_lines(path, steps.ROW_KEYS, "overhead")
+        for there in (row["environment"] for row in rows):
+            same = [(f"with {key}", there[key], where[key]) for key in ("device", "torch", "threads")]
+            records.refuse_mixture(path, there, where["git"], same)
         for at, workload in enumerate(todo):
             on_run(at, len(todo), workload.title)
-            done = {
-                row["optimizer"] for row in rows if row["workload"] == asdict(workload) and "error" not in row
-            }
-            if left := [name for name in names if name not in done]:
-                for row in measure_overhead(workload, left, asked.device, asked.rounds):
+            mine = [row for row in rows if row["workload"] == asdict(workload) and "error" not in row]
+            if left := [name for name in names if name not in {row["optimizer"] for row in mine}]:
+                for row in steps.measure_overhead(workload, left, asked.device, asked.rounds):
                     rows.append(row | {"rounds": asked.rounds, "environment": where})
-                    append(path, rows[-1])
-    _show(table := overhead_table(rows))
-    print(f"Wrote {path} and {write_text(path.with_suffix('.md'), table)}")
+                    records.append(path, rows[-1])
+    _show_and_write(steps.overhead_table(rows), path)
 
 
 def race(asked: argparse.Namespace) -> None:
     """Search every optimizer's rate on small tasks and repeat the best by seeds, or go on with it."""
-    torch.set_num_threads(1)
-    path, end, left = asked.out, time.monotonic() + 60 * asked.limit, 0
-    options, how = parsed_options(asked.set), {"keep_norm": asked.keep_norm, "bf16": asked.bf16}
-    todo = [(task, name) for task in asked.task or RACES for name in asked.optimizer or RACERS]
-    with locked(path), _bar("race") as on_run:
-        rows = read_lines(path, RACE_KEYS, "race") if path.exists() else []
-        for at, (task, name) in enumerate([] if asked.table else todo):
-            side = side_of(name, task, options.get(name, {}), **how)
-            while run := next_run(side, rows, asked.seeds, asked.rate):
-                on_run(at, len(todo), "{task} · {variant} · rate {0} · seed {1}".format(*run, **side))
-                if (row := train(side, *run, asked.data, end)) is None:
-                    left += 1
-                    break
-                rows.append(row)
-                append(path, row)
-    if not rows:
-        raise ValueError(f"{path} has no runs, and --limit {asked.limit:g} minutes left no time for one")
-    _show(table := race_table(rows))
-    print(f"Wrote {path} and {write_text(path.with_suffix('.md'), table)}")
+    options, how = races.parsed_options(asked.set), {"keep_norm": asked.keep_norm, "bf16": asked.bf16}
+    sides = [
+        races.side_of(name, task, options.get(name, {}), **how)
+        for task in asked.task or RACES
+        for name in asked.optimizer or races.STARTS
+    ]
+    read = partial(records.read_lines, asked.out, races.KEYS, "race")
+    plan = Plan(asked.out, lambda git: read(), partial(races.planned, sides, asked.seeds, asked.rate))
+    if asked.table:  # also while another process writes the file
+        left = plan.planned(read())[1]
+    else:
+        where = {"data": asked.data, "world": World(torch.device("cpu"))}
+        with _bar("race") as on_run:
+            left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
+    if not (rows := read()):
+        raise ValueError(f"{asked.out} has no runs, and --limit {asked.limit:g} minutes left no time for one")
+    _show_and_write(races.race_table(rows), asked.out)
     print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
 
 
@@ -172,23 +154,22 @@ def scale(asked: argparse.Namespace) -> None:
     """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones."""
     if asked.predict:
         predicted = predictions(tuple(asked.ranks or GPUS))
-        write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
-        _show(tables := predicted_tables(predicted))
-        write_text(asked.out / "prediction.md", tables)
-        print(f"{ASSUMED}\nWrote prediction.json and prediction.md to {asked.out}")
+        records.write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
+        print(ASSUMED)
+        _show_and_write(predicted_tables(predicted), asked.out / "prediction.json")
         return
-    workload, where = Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
+    workload, where = steps.Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
-    protocol["plain_steps_a_round"] = PLAIN_STEPS
+    protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
     record = {"environment": where | {"threads": 1}, "protocol": protocol}
-    results: list[Row] = []
+    results: list[records.Record] = []
     todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
     with _bar("scale") as on_run:
         for at, ranks in enumerate(todo):
             on_run(at, len(todo), f"{ranks} ranks")
             results += scaling.measure_scale(workload, ranks, asked.rounds)
             # At once, so that one that fails takes no other with it.
-            write_json(asked.out / "scale.json", record | {"results": results})
+            records.write_json(asked.out / "scale.json", record | {"results": results})
     _show(scaling.measured_tables(results))
     print(f"Wrote scale.json to {asked.out}")
 
@@ -199,7 +180,7 @@ def surface(asked: argparse.Namespace) -> None:
     from fop_bench.surface import surface as measure
 
     result = measure(asked)
-    write_json(asked.out / "surface.json", result)
+    records.write_json(asked.out / "surface.json", result)
     plot_surface(result, asked.out / "surface.png")
     print(f"loss of the batch: {result['origin']['whole']} at the point")
     for step in result["steps"].values():
@@ -223,6 +204,12 @@ def _show(markdown: str) -> None:
     from rich.markdown import Markdown
 
     _console().print(Markdown(markdown))
+
+
+def _show_and_write(markdown: str, record: Path) -> None:
+    """Show a table, and write it beside the record that it was made from."""
+    _show(markdown)
+    print(f"Wrote {record} and {records.write_text(record.with_suffix('.md'), markdown)}")
 
 
 @contextmanager
@@ -284,17 +271,14 @@ def _option(name: str, what: str, default: Any = None, kind: Any = None, **how: 
     return name, {"help": shown, "default": default, **({"type": kind} if kind else {}), **how}
 
 
-def _list(name: str, what: str, kind: Any = str) -> Option:
-    return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append"}
+def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
+    return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append", **how}
 
 
+OTHERS = [name for name in steps.MODELS if name not in steps.TASKS]
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
 SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
-KNOWN_MODEL = _checked(str, lambda name: name in MODELS, "there is no network {}")
-KNOWN_PEER = _checked(str, lambda name: name in PEERS, "there is no optimizer {}")
-KNOWN_RACE = _checked(str, lambda name: name in RACES, "there is no task {}")
-KNOWN_RACER = _checked(str, lambda name: name in RACERS, "there is no optimizer {}")
 FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
@@ -302,10 +286,7 @@ DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a n
 MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
 OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
-    demo: [
-        _option("--out", "folder", "fop-demo", Path),
-        DEVICE,
-    ],
+    demo: [_option("--out", "folder", "fop-demo", Path), DEVICE],
     run: [
         RECIPE,
         _option("--study", f"which study: {STUDIES}", "comparison", metavar="STUDY"),
@@ -324,19 +305,17 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     ],
     overhead: [
         _option("--peers", "all optimizers but shampoo; else SGD, AdamW, K-FAC and FOP", action="store_true"),
-        _list(
-            "--model", f"only this network; else {', '.join(TASKS)}; also {', '.join(OTHERS)}", KNOWN_MODEL
-        ),
+        _list("--model", f"only this network; else {', '.join(steps.TASKS)}", choices=steps.MODELS),
         _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
-        _list("--optimizer", f"only this one of {', '.join(PEERS)}", KNOWN_PEER),
+        _list("--optimizer", "only this one", choices=PEERS),
         _option("--bf16", "autocast", action=argparse.BooleanOptionalAction),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
     ],
     race: [
-        _list("--task", f"only this one of {', '.join(RACES)}", KNOWN_RACE),
-        _list("--optimizer", f"only this one of {', '.join(RACERS)}", KNOWN_RACER),
+        _list("--task", "only this one", choices=RACES),
+        _list("--optimizer", "only this one", choices=races.STARTS),
         _list("--set", "an option of an optimizer, as fop.damping=0.1; a variant with a row of its own"),
         _option("--rate", "only this learning rate, without a search", kind=ABOVE_0),
         _option("--seeds", "runs at the best rate, by seeds 0, 1, …", "3", WHOLE),
@@ -345,7 +324,8 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
             "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
         ),
         DATA,
-        _option("--limit", "stop after so many minutes; an unfinished run is lost", "60", ABOVE_0),
+        _option("--jobs", "runs at a time, one thread each", "1", WHOLE),
+        _option("--limit", "stop after so many minutes, wherever a run is", "60", ABOVE_0),
         _option("--table", "make no run, only the table", action="store_true", default=False),
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],

@@ -16,7 +16,7 @@ from torch import nn
 
 from fop.distributed import SKETCH, LayerSize, Plan, make_plan, packed_shape
 from fop_bench.models import resnet50
-from fop_bench.report import section
+from fop_bench.tables import section
 
 Method = Literal["sgd", "kfac", "compatible", "lean", "fsdp"]
 MAX_FACTOR_DIM = 8192  # the default: of a factor with a larger side, without the bias, the diagonal is kept

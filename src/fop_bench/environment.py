@@ -9,11 +9,14 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import torch
 
 import fop
+
+Git = Mapping[str, Any] | None  # as `git_state` returns it
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -50,22 +53,33 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def git_state(source: Path) -> dict[str, Any] | None:
+def git_state(source: Path) -> Git:
     """Return the commit of the checkout that tracks a file, and whether it has changes; None without one."""
+    found = _git(source, ["rev-parse", "HEAD"], ["status", "--porcelain"])
+    return {"commit": found[0], "dirty": bool(found[1])} if found else None
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(source.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
+def source_tree() -> str:
+    """Name the library's source, which other commits may have too."""
+    found = _git(Path(fop.__file__), ["rev-parse", "HEAD:./"], ["status", "--porcelain", "."])
+    return found[0][:10] + (", changed" if found[1] else "") if found else fop.__version__
+
+
+def _git(source: Path, *questions: list[str]) -> list[str] | None:
+    """Return git's answers about the checkout that tracks a file; None without one."""
+    # The first fails for a package installed into a virtual environment that merely lies inside a checkout.
+    commands = [["ls-files", "--error-unmatch", source.name], *questions]
     try:
-        # Fails for a package installed into a virtual environment that merely lies inside a checkout.
-        git("ls-files", "--error-unmatch", source.name)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        answers = [
+            subprocess.check_output(["git", *each], cwd=source.parent, text=True, stderr=DEVNULL, timeout=30)
+            for each in commands
+        ]
     except (OSError, subprocess.SubprocessError):
         return None
+    return [each.strip() for each in answers[1:]]
 
 
-def commit_title(state: Mapping[str, Any] | None) -> str:
+def commit_title(state: Git) -> str:
     """Name what `git_state` returned in an error message."""
     if state is None:
         return "an installed package"

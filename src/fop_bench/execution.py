@@ -1,4 +1,4 @@
-"""One run of a recipe: from its description to its record, with stops in between."""
+"""Makes one run, with stops in between; a run of a recipe, from its description to its record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from fop import FOP
-from fop_bench.environment import commit_title, machine
+from fop_bench.environment import Git, commit_title, machine
 from fop_bench.formulas import FORMULAS
 from fop_bench.images import Normaliser, training_inputs
 from fop_bench.optimizers import make_peer
-from fop_bench.recipes import Parts, recipe
-from fop_bench.report import replacing
-from fop_bench.training import Training, by_sub_batch, messages, share_right
+from fop_bench.recipes import Contender, Parts, recipe
+from fop_bench.records import Record, replacing
+from fop_bench.training import Training, by_sub_batch, count_right, messages
 from fop_bench.world import World
 
 # A killed run loses no more than this.
@@ -32,12 +32,117 @@ SECONDS_BETWEEN_SAVES = 30.0
 RESIDENT_BYTES = 8e9
 SCALARS = ("beta", "eta", "rho")
 
-Git = Mapping[str, Any] | None
+
+@dataclass(frozen=True)
+class Sitting:
+    """What the runs of one command have in common."""
+
+    data: str | None  # folder or hub name; None for the run's own
+    folder: Path  # for the states of unfinished runs
+    deadline: float  # by `time.monotonic`, the same clock in all processes of a machine
+    command: str  # what repeats it
+    git: Git  # the commit that it began with
+
+
+class Run:
+    """One run, as the runner makes it; its fields tell it from all others."""
+
+    of_one_commit = True  # whether it goes on only at the commit that it began with
+
+    @property
+    def title(self) -> str:
+        """What a progress bar shows."""
+        raise NotImplementedError
+
+    @property
+    def formula(self) -> str:
+        """The key of `FORMULAS` that it is made with."""
+        return "paper"
+
+    @property
+    def key(self) -> str:
+        """The same for two runs only if they are the same run."""
+        return json.dumps(vars(self), sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """The key as a name of files."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
+
+    def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
+        """Return the training, and what makes a record of it at its end, given the warnings."""
+        raise NotImplementedError
+
+
+def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
+    """Make a run, or go on with it, and return its record; None if the time was over before the end.
+
+    All processes of the world share the samples and every batch.
+    """
+    with warnings.catch_warnings(record=True) as caught, FORMULAS[run.formula]():
+        warnings.simplefilter("always")
+        training, record = run.begin(sitting.data, world)
+        rank = "" if world.size == 1 else f".{world.rank}-of-{world.size}"
+        saved = sitting.folder / f"{run.digest}{rank}.pt"
+        git = sitting.git if run.of_one_commit else None
+        earlier = _resume(training, saved, git, world)
+        last = time.monotonic()
+
+        def warned() -> list[str]:
+            return list(dict.fromkeys(earlier + messages(caught)))
+
+        def stop() -> bool:
+            nonlocal last
+            now = time.monotonic()
+            over, due = world.agree((now >= sitting.deadline, now - last >= SECONDS_BETWEEN_SAVES))
+            if over or due:
+                training.stop_clock()  # the time that this takes does not count
+                state = {"training": training.state_dict(), "git": git, "warnings": warned()}
+                with replacing(saved) as unfinished:
+                    torch.save(state, unfinished)
+                training.start_clock()
+                last = now
+            return over
+
+        if not training.run(stop):
+            return None
+        where = machine(world.device) | {"command": sitting.command, "git": sitting.git}
+        return record(warned()) | {"environment": where}
+
+
+def _resume(training: Training, saved: Path, git: Git, world: World) -> list[str]:
+    """Go on from the saved state, if there is one, and return the warnings up to there."""
+    try:
+        state = torch.load(saved, weights_only=True) if saved.exists() else None
+    except Exception as error:
+        message = f"{saved} is not a saved run ({error}); delete it to start that run again"
+        raise ValueError(message) from error
+    step = state and state["training"]["progress"].get("steps")
+    # Killed between their saves, ranks would go on from different steps; then all start again.
+    same = step == world.agree(step) and state is not None
+    if not world.least(int(same)) or state is None:
+        return []
+    if state["git"] != git:
+        raise ValueError(
+            f"{saved} is half a run of {commit_title(state['git'])}, and this is {commit_title(git)}; check "
+            "that commit out to go on, or delete the file to start that run again"
+        )
+    training.load_state_dict(state["training"])
+    return state["warnings"]
+
+
+# --- Runs of recipes
+
+
+@cache
+def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
+    """Load a rank's share of a task's images, once a process."""
+    return recipe(recipe_name).tasks[task].load(data, rank, ranks)
 
 
 @dataclass(frozen=True)
-class Description:
-    """All that tells one run from another."""
+class Description(Run):
+    """A run of a recipe."""
 
     recipe: str
     task: str
@@ -50,104 +155,47 @@ class Description:
     seed: int  # of weights, order and augmentation
 
     @property
-    def key(self) -> str:
-        """The same for two runs only if they are the same run."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
-    def digest(self) -> str:
-        """The key as a name of files."""
-        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
-
-    @property
     def title(self) -> str:
-        """What a progress bar shows."""
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
+    @property
+    def _contender(self) -> Contender:
+        return recipe(self.recipe).studies[self.study].contenders[self.contender]
 
-@dataclass(frozen=True)
-class Sitting:
-    """What the runs of one command have in common."""
+    @property
+    def formula(self) -> str:
+        return self._contender.formula
 
-    data: str | None  # folder or hub name; None for the recipe's own
-    folder: Path  # for the states of unfinished runs
-    deadline: float  # by `time.monotonic`, the same clock in all processes of a machine
-    command: str  # what repeats it
-    git: Git  # the commit that it began with
-
-
-def execute(described: Description, sitting: Sitting, world: World) -> dict[str, Any] | None:
-    """Make a run, or go on with it, and return its record; None if the time was over before the end.
-
-    All processes of the world share the images and every batch.
-    """
-    plan = recipe(described.recipe)
-    contender = plan.studies[described.study].contenders[described.contender]
-    with warnings.catch_warnings(record=True) as caught, FORMULAS[contender.formula]():
-        warnings.simplefilter("always")
-        run = _Run(described, sitting, world)
-        earlier = run.resume()
-        last = time.monotonic()
-
-        def warned() -> list[str]:
-            return list(dict.fromkeys(earlier + messages(caught)))
-
-        def stop() -> bool:
-            nonlocal last
-            now = time.monotonic()
-            over, due = world.agree((now >= sitting.deadline, now - last >= SECONDS_BETWEEN_SAVES))
-            if over or due:
-                run.save(warned())
-                last = now
-            return over
-
-        return run.record(warned()) if run.training.run(stop) else None
-
-
-@cache
-def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
-    """Load a rank's share of a task's images, once a process."""
-    return recipe(recipe_name).tasks[task].load(data, rank, ranks)
-
-
-class _Run:
-    """A training of a recipe, with what its record needs."""
-
-    def __init__(self, described: Description, sitting: Sitting, world: World) -> None:
-        self.described, self.sitting, self.world = described, sitting, world
-        rank = "" if world.size == 1 else f".{world.rank}-of-{world.size}"
-        self.saved = sitting.folder / f"{described.digest}{rank}.pt"
-        self.plan = plan = recipe(described.recipe)
-        self.contender = contender = plan.studies[described.study].contenders[described.contender]
-        self.final = described.phase == "final"
-        parts = parts_of(described.recipe, described.task, sitting.data, world.rank, world.size)
-        train, judged = parts[described.phase]
+    def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
+        """Load the images, build network and optimizer; raises ValueError for a batch that cannot be."""
+        plan, contender, device = recipe(self.recipe), self._contender, world.device
+        final = self.phase == "final"
+        parts = parts_of(self.recipe, self.task, data, world.rank, world.size)
+        train, judged = parts[self.phase]
         lengths = torch.tensor([len(train), len(judged), len(parts["final"][0])])
-        *self.samples, everything = world.total(lengths).tolist()
-        if described.batch_size > everything:  # asked before the tuning, so that it is not made in vain
+        train_samples, judged_samples, everything = world.total(lengths).tolist()
+        if self.batch_size > everything:  # asked before the tuning, so that it is not made in vain
             raise ValueError(
-                f"batch size {described.batch_size} is larger than the {everything} training images of "
-                f"{described.task}; choose smaller ones with --batch, or give all images with --data"
+                f"batch size {self.batch_size} is larger than the {everything} training images of "
+                f"{self.task}; choose smaller ones with --batch, or give all images with --data"
             )
-        if described.batch_size % world.size:
-            raise ValueError(f"batch size {described.batch_size} is not divisible by {world.size} ranks")
-        device = world.device
+        if self.batch_size % world.size:
+            raise ValueError(f"batch size {self.batch_size} is not divisible by {world.size} ranks")
         if max(train.pixels.numel(), judged.pixels.numel()) <= RESIDENT_BYTES:
             train, judged = train.to(device), judged.to(device)
-        torch.manual_seed(described.seed)
-        draw = torch.Generator(device).manual_seed(described.seed * world.size + world.rank)
+        torch.manual_seed(self.seed)
+        draw = torch.Generator(device).manual_seed(self.seed * world.size + world.rank)
         model = world.wrap(plan.network(len(train.classes), device))
-        self.options = {**contender.options(described.batch_size), **described.options}
-        optimizer = make_peer(contender.optimizer, model, **self.options)
-        self.layers: dict[str, Any] | None = None  # β, η and ρ of every layer of FOP after every epoch
+        options = {**contender.options(self.batch_size), **self.options}
+        optimizer = make_peer(contender.optimizer, model, **options)
         normalise = Normaliser(train.pixels, world.total)
-        order = _halves(contender.halves, train.labels.to(device))
+        halves = _halves(contender.halves, train.labels.to(device))
         bf16 = plan.bf16 and device.type == "cuda"
 
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            if order is not None:
-                ordered = numbers[order[numbers].argsort(stable=True)]
+            if halves is not None:
+                ordered = numbers[halves[numbers].argsort(stable=True)]
                 numbers = torch.empty_like(numbers)
                 numbers[by_sub_batch(len(numbers)).to(device)] = ordered
             images = train.taken(numbers, device)
@@ -158,13 +206,14 @@ class _Run:
             return normalise(images.pixels), images.labels
 
         def evaluate() -> float:
-            if contender.optimizer == "fop" and self.final and isinstance(optimizer, FOP):
-                self.note_layers(optimizer)
+            if contender.optimizer == "fop" and final and isinstance(optimizer, FOP):
+                _note_layers(training, optimizer)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return share_right(model, len(judged), judged_batch, world.total)
+                right, of = count_right(model, len(judged), judged_batch, world.total)
+            return right / of
 
         samples = world.least(len(train))
-        self.training = Training(
+        training = Training(
             model,
             optimizer,
             plan.schedule,
@@ -172,79 +221,29 @@ class _Run:
             evaluate,
             samples=samples,
             # In tuning, without what is held out, the full batch is smaller.
-            batch_size=min(described.batch_size // world.size, samples),
-            epochs=described.epochs,
-            seed=described.seed,
+            batch_size=min(self.batch_size // world.size, samples),
+            epochs=self.epochs,
+            shuffle=torch.Generator().manual_seed(self.seed),
             bf16=bf16,
             draw=draw,
             mean=lambda loss: world.total(loss).item() / world.size,
         )
 
-    def note_layers(self, optimizer: FOP) -> None:
-        layers = optimizer.diagnostics().layers
-        if self.layers is None:
-            self.layers = {"names": list(layers), "epochs": [], **{scalar: [] for scalar in SCALARS}}
-        self.layers["epochs"].append(self.training.progress.epoch)
-        for scalar in SCALARS:
-            self.layers[scalar].append([_rounded(getattr(each, scalar)) for each in layers.values()])
+        def record(warned: list[str]) -> Record:
+            now = training.progress
+            return {
+                **asdict(self),
+                **{"title": plan.title, "label": contender.title, "all_options": options},
+                **{"halves": contender.halves, "formula": contender.formula, "bf16": bf16},
+                **{"augmentation": asdict(plan.augmentation), "targets": dict(plan.targets)},
+                **{"diverged": now.diverged, "curve": now.curve, "layers": now.layers},
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "evaluated_on": "test" if final else "held-out",
+                **{"train_samples": train_samples, "evaluated_samples": judged_samples, "ranks": world.size},
+                **{"data": data or plan.tasks[self.task].origin, "warnings": warned},
+            }
 
-    def record(self, warned: list[str]) -> dict[str, Any]:
-        """Return all that is known of the run."""
-        where, now = self.sitting, self.training.progress
-        return {
-            **asdict(self.described),
-            "title": self.plan.title,
-            "label": self.contender.title,
-            "all_options": self.options,
-            "halves": self.contender.halves,
-            "formula": self.contender.formula,
-            "augmentation": asdict(self.plan.augmentation),
-            "bf16": self.training.bf16,
-            "targets": dict(self.plan.targets),
-            "diverged": now.diverged,
-            "curve": now.curve,
-            "layers": self.layers,
-            "parameters": sum(p.numel() for p in self.training.model.parameters()),
-            "evaluated_on": "test" if self.final else "held-out",
-            "train_samples": self.samples[0],
-            "evaluated_samples": self.samples[1],
-            "ranks": self.world.size,
-            "data": where.data or self.plan.tasks[self.described.task].origin,
-            "warnings": warned,
-            "environment": {**machine(self.world.device), "command": where.command, "git": where.git},
-        }
-
-    def save(self, warned: list[str]) -> None:
-        """Write the state, without counting the time that it takes."""
-        self.training.stop_clock()
-        state = {"training": self.training.state_dict(), "layers": self.layers}
-        with replacing(self.saved) as unfinished:
-            torch.save({**state, "git": self.sitting.git, "warnings": warned}, unfinished)
-        self.training.start_clock()
-
-    def resume(self) -> list[str]:
-        """Go on from the saved state, if there is one, and return the warnings up to there."""
-        try:
-            state = torch.load(self.saved, weights_only=True) if self.saved.exists() else None
-        except Exception as error:
-            raise ValueError(
-                f"{self.saved} is not a saved run ({error}); delete it to start that run again"
-            ) from error
-        step = state and [state["training"]["progress"][key] for key in ("epoch", "step")]
-        # Killed between their saves, ranks would go on from different steps; then all start again.
-        same = step == self.world.agree(step) and state is not None
-        if not self.world.least(int(same)) or state is None:
-            return []
-        if state["git"] != self.sitting.git:
-            theirs, ours = (commit_title(git) for git in (state["git"], self.sitting.git))
-            raise ValueError(
-                f"{self.saved} is half a run of {theirs}, and this is {ours}; check that commit out to go "
-                "on, or delete the file to start that run again"
-            )
-        self.training.load_state_dict(state["training"])
-        self.layers = state["layers"]
-        warned: list[str] = state["warnings"]
-        return warned
+        return training, record
 
 
 def _halves(kind: str, labels: Tensor) -> Tensor | None:
@@ -254,6 +253,16 @@ def _halves(kind: str, labels: Tensor) -> Tensor | None:
     if kind == "classes":
         return labels
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+
+
+def _note_layers(training: Training, optimizer: FOP) -> None:
+    """Note β, η and ρ of every layer after an epoch."""
+    layers, now = optimizer.diagnostics().layers, training.progress
+    if now.layers is None:
+        now.layers = {"names": list(layers), "epochs": [], **{scalar: [] for scalar in SCALARS}}
+    now.layers["epochs"].append(len(now.curve) + 1)
+    for scalar in SCALARS:
+        now.layers[scalar].append([_rounded(getattr(each, scalar)) for each in layers.values()])
 
 
 def _rounded(value: float | None) -> float | None:

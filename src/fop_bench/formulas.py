@@ -19,8 +19,7 @@ def _damped_product(curvature: KroneckerCurvature, V: Tensor) -> Tensor:
     """Return F̂·V of a curvature that holds F̂⁻¹ as factors; those that are diagonals are (groups, side)."""
     inverses = (curvature.state[name] for name in curvature.inverses)
     A_inv, G_inv = (torch.diag_embed(each) if each.dim() == 2 else each for each in inverses)
-    product: Tensor = torch.linalg.inv(G_inv) @ V @ torch.linalg.inv(A_inv)
-    return product
+    return torch.linalg.inv(G_inv) @ V @ torch.linalg.inv(A_inv)
 
 
 @contextmanager

@@ -72,8 +72,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(x_NCHW).mean(dim=(2, 3)))
-        return logits
+        return self.head(self.features(x_NCHW).mean(dim=(2, 3)))
 
 
 def resnet18(classes: int = 10) -> ResNet:
@@ -165,8 +164,7 @@ class TransformerBlock(nn.Module):
         # Where the width changes, the values stand in for the input in the residual connection.
         kept = x_NTD if self.scale is None else qkv[2].transpose(1, 2).flatten(2)
         hidden_NTD = kept + self.proj(mixed.transpose(1, 2).flatten(2))
-        out: Tensor = hidden_NTD + self.mlp(self.norm2(hidden_NTD))
-        return out
+        return hidden_NTD + self.mlp(self.norm2(hidden_NTD))
 
 
 class ViT(nn.Module):
@@ -184,8 +182,7 @@ class ViT(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x_NTD = self.embed(x_NCHW).flatten(2).transpose(1, 2) + self.position
-        logits: Tensor = self.head(self.norm(self.blocks(x_NTD)).mean(dim=1))
-        return logits
+        return self.head(self.norm(self.blocks(x_NTD)).mean(dim=1))
 
 
 class GPT(nn.Module):
@@ -201,8 +198,7 @@ class GPT(nn.Module):
 
     def forward(self, x_NT: Tensor) -> Tensor:
         x_NTD = self.embed(x_NT) + self.position[:, : x_NT.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x_NTD)))
-        return logits
+        return self.head(self.norm(self.blocks(x_NTD)))
 
 
 class Apart(nn.Module):
@@ -257,8 +253,7 @@ class TokensToToken(nn.Module):
         x_NCHW = x_NTD.transpose(1, 2).unflatten(2, (height, width))
         x_NTD = self.transformer2(soft_split(x_NCHW, 3, stride=2, padding=1))
         x_NCHW = x_NTD.transpose(1, 2).unflatten(2, (height // 2, width // 2))
-        out: Tensor = self.project(soft_split(x_NCHW, 3, stride=2, padding=1))
-        return out
+        return self.project(soft_split(x_NCHW, 3, stride=2, padding=1))
 
 
 def sinusoids(tokens: int, dim: int) -> Tensor:
@@ -296,8 +291,7 @@ class T2TViT(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x_NTD = self.tokens(x_NCHW)
         x_NTD = torch.cat((self.class_token.expand(len(x_NTD), -1, -1), x_NTD), dim=1) + self.position_TD
-        logits: Tensor = self.head(self.norm(self.blocks(x_NTD))[:, 0])
-        return logits
+        return self.head(self.norm(self.blocks(x_NTD))[:, 0])
 
 
 # --- Small networks
@@ -336,8 +330,7 @@ class DigitsLSTM(nn.Module):
         self.lstm, self.head = nn.LSTM(8, width, batch_first=True), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.lstm(x.squeeze(1))[0][:, -1])
-        return logits
+        return self.head(self.lstm(x.squeeze(1))[0][:, -1])
 
 
 class DigitsTransformer(nn.Module):
@@ -353,5 +346,4 @@ class DigitsTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h_NTD = self.encoder(self.embed(x.squeeze(1)) + self.positions)
-        logits: Tensor = self.head(h_NTD.mean(dim=1))
-        return logits
+        return self.head(h_NTD.mean(dim=1))

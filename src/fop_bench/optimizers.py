@@ -65,6 +65,11 @@ def installed() -> dict[str, str]:
     return {name: found[name] for name in sorted(names & found.keys())}
 
 
+def class_loss(outputs: Tensor, targets: Tensor, **how: Any) -> Tensor:
+    """Return the cross-entropy of logits (..., classes) and class numbers (...), by default its mean."""
+    return cross_entropy(outputs.flatten(0, -2), targets.flatten(), **how)
+
+
 def gradients(
     optimizer: Optimizer,
     model: nn.Module,
@@ -80,8 +85,7 @@ def gradients(
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         if hasattr(optimizer, "gradients"):
-            value: Tensor = optimizer.gradients(model, inputs, targets, loss)
-            return value.detach()
+            return optimizer.gradients(model, inputs, targets, loss).detach()
         value = loss(model(inputs), targets)
     value.backward()
     return value.detach()
@@ -113,8 +117,7 @@ class Joined(Optimizer):
 
 def _library(package: str, name: str, model: nn.Module, lr: float, **options: Any) -> Optimizer:
     kind = getattr(import_module(package), name)  # here, because it takes seconds
-    optimizer: Optimizer = kind(model.parameters(), lr=lr, **options)
-    return optimizer
+    return kind(model.parameters(), lr=lr, **options)
 
 
 def _muon(model: nn.Module, lr: float, adamw_lr: float = 1e-3, **options: Any) -> Optimizer:
@@ -191,8 +194,7 @@ class _Asdl(Joined):
     def gradients(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
         self.config.data_size = len(targets)
         self.maker.setup_loss_call(loss, self.maker.setup_model_call(model, inputs), targets)
-        value: Tensor = self.maker.forward_and_backward()[1]
-        return value
+        return self.maker.forward_and_backward()[1]
 
 
 # By name. An entry of your own, PEERS["mine"] = Peer(...), is compared like the others.

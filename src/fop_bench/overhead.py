@@ -20,13 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fop_bench.models import GPT, ResNet, ViT, mlp, resnet18
-from fop_bench.optimizers import PEERS, Joined, Peer, gradients, make_peer
-from fop_bench.report import section
+from fop_bench.optimizers import PEERS, Joined, Peer, class_loss, gradients, make_peer
+from fop_bench.tables import section
 
 PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
 COMPARED = ("sgd", "adamw", "kfac", "fop")
@@ -78,10 +77,6 @@ class Workload:
         return f"{self.model}, batch {self.batch_size}, {'bf16' if self.bf16 else 'float32'}"
 
 
-def _loss(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    return cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction=reduction)
-
-
 @dataclass(frozen=True)
 class Trainer:
     """A model of its own with its optimizer and a fixed random batch on the device."""
@@ -97,7 +92,7 @@ class Trainer:
         due = getattr(self.optimizer, "curvature_due", curvature)
         if curvature is not None and due != curvature:
             raise RuntimeError(f"the next step has curvature_due={due}, the measurement needs {curvature}")
-        gradients(self.optimizer, self.model, self.inputs, self.targets, _loss, self.bf16)
+        gradients(self.optimizer, self.model, self.inputs, self.targets, class_loss, self.bf16)
         self.optimizer.step()
 
     def state_bytes(self) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fop_bench.report import markdown_table, plus_minus
-from fop_bench.run_records import Run, of_one_commit, read_runs
+from fop_bench.records import Record, of_one_commit, read_runs
 from fop_bench.study import UNITS, reached, studies
+from fop_bench.tables import markdown_table, plus_minus
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ def paper_page(folders: Sequence[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def paper_section(recipe: str, runs: Sequence[Run]) -> list[str]:
+def paper_section(recipe: str, runs: Sequence[Record]) -> list[str]:
     """Return the paper's table of a recipe with the runs' results, and what must be known about them."""
     table = PAPER_TABLES[recipe]
     # Of a contender the group of the comparison, or of the first other study that it is in. A place is a
     # batch size, or, in the table of errors, a task; where there are several groups each is named.
-    found: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[str, list[Record]]] = defaultdict(dict)
     for study in studies([run for run in runs if run["recipe"] == recipe]):
         if not study.name.startswith(ELSEWHERE):
             for (size, name), group in study.groups().items():
@@ -134,7 +134,7 @@ def paper_section(recipe: str, runs: Sequence[Run]) -> list[str]:
     return [markdown_table(shown, shown.to_numpy()), _about(recipe, table, used)]
 
 
-def _measured(table: PaperTable, group: Sequence[Run]) -> str:
+def _measured(table: PaperTable, group: Sequence[Record]) -> str:
     n, diverged = len(group), sum(run["diverged"] for run in group)
     lost = f", {diverged} diverged" if diverged else ""
     if table.target is None:
@@ -149,7 +149,7 @@ def _measured(table: PaperTable, group: Sequence[Run]) -> str:
     return f"{plus_minus(times['epochs'], 1)} / {plus_minus(times['seconds'] / table.unit, 1)} ({share})"
 
 
-def _about(recipe: str, table: PaperTable, runs: Sequence[Run]) -> str:
+def _about(recipe: str, table: PaperTable, runs: Sequence[Record]) -> str:
     if not runs:
         return f"None of it is measured yet; to run it: `fop-bench run {recipe}`."
     devices = sorted({str(run["environment"]["device"]) for run in runs})

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from fop_bench.run_records import Run
+from fop_bench.records import Record
 from fop_bench.study import UNITS, Study, clock, target_label
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles for print in black and white.
@@ -192,7 +192,7 @@ def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) ->
 # Layers
 
 
-def layered_runs(study: Study) -> list[Run]:
+def layered_runs(study: Study) -> list[Record]:
     """Return FOP's final runs of the smallest batch size and of the largest, with their first seeds."""
     fop = study.phase("final").query("contender == 'fop'").sort_values(["batch_size", "seed"])
     runs = [run for run in fop["run"] if run["layers"] is not None and run["layers"]["epochs"]]
@@ -200,7 +200,7 @@ def layered_runs(study: Study) -> list[Run]:
     return [first[size] for size in sorted({min(first), max(first)})] if first else []
 
 
-def plot_layers(runs: Sequence[Run], path: Path) -> None:
+def plot_layers(runs: Sequence[Record], path: Path) -> None:
     """Draw β, η and ρ of every layer over the epochs, a column a run."""
     count = max(len(run["layers"]["names"]) for run in runs)
     size = (4.6 * len(runs) + 1.8, 3 * min(6.0, 1.2 + 0.2 * count) + 0.4)

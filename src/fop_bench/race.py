@@ -11,11 +11,9 @@ import math
 import platform
 import re
 import statistics
-import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,27 +21,21 @@ from torch import Generator, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-import fop
-from fop_bench.environment import device_name, environment
-from fop_bench.optimizers import Joined, gradients, make_peer
+from fop_bench.environment import device_name, source_tree
+from fop_bench.execution import Run
+from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
-from fop_bench.report import section
+from fop_bench.records import Record
+from fop_bench.tables import section
+from fop_bench.training import Training
+from fop_bench.world import World
 
-Row = dict[str, Any]
 Found = dict[float, float | None]  # values by rate, None where a run diverged
 
 # What two lines must differ in to be runs of two optimizers, beside their seeds and rates.
 SIDE = (
-    "task",
-    "optimizer",
-    "options",
-    "batch_size",
-    "steps",
-    "rest",
-    "keep_norm",
-    "bf16",
-    "source",
-    "machine",
+    *("task", "optimizer", "options", "batch_size", "steps", "rest", "keep_norm", "bf16"),
+    *("source", "machine"),
 )
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*SIDE, "variant", *RESULT, "environment")
@@ -108,7 +100,7 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warm, max(0.02, (steps - step) / max(1, steps - warm)))
 
 
-def side_of(name: str, task: str, options: Mapping[str, Any], *, keep_norm: bool, bf16: bool) -> Row:
+def side_of(name: str, task: str, options: Mapping[str, Any], *, keep_norm: bool, bf16: bool) -> Record:
     """Return what the runs of an optimizer on a task have in common."""
     todo = TASKS[task]
     given = {**OPTIONS.get(name, {}), **todo.options.get(name, {}), **options}
@@ -116,7 +108,7 @@ def side_of(name: str, task: str, options: Mapping[str, Any], *, keep_norm: bool
     return {
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
         **{"batch_size": todo.batch_size, "steps": todo.steps, "rest": todo.rest},
-        **{"keep_norm": keep_norm, "bf16": bf16, "source": _source(), "machine": _machine()},
+        **{"keep_norm": keep_norm, "bf16": bf16, "source": source_tree(), "machine": _machine()},
     }
 
 
@@ -127,61 +119,64 @@ def _machine() -> str:
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-@cache
-def _source() -> str:
-    """Name the library's source, which other commits may have too."""
+@dataclass(frozen=True)
+class RaceRun(Run):
+    """A run of an optimizer on a task, at a rate (None for its own) and from a seed."""
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(fop.__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    of_one_commit = False  # its side names the source of the library
+    side: Record  # what `side_of` returns
+    rate: float | None
+    seed: int
 
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD:./")[:10] + (", changed" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return fop.__version__
+    @property
+    def title(self) -> str:
+        return "{task} · {variant}".format(**self.side) + f" · rate {self.rate} · seed {self.seed}"
 
+    def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
+        """Load the data, build network and optimizer."""
+        side, task = self.side, TASKS[self.side["task"]]
+        problem = task.load(data)
+        torch.manual_seed(self.seed)
+        model, draw = problem.build(), Generator().manual_seed(self.seed)
+        kept = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if side["keep_norm"] else []
+        norms = [weight.detach().norm() for weight in kept]
 
-def train(side: Row, rate: float | None, seed: int, data: str | None, deadline: float) -> Row | None:
-    """Make a run and return its record; None if the time, by `time.monotonic`, was over before the end."""
-    if time.monotonic() > deadline:
-        return None
-    task = TASKS[side["task"]]
-    problem = task.load(data)
-    torch.manual_seed(seed)
-    model, draw = problem.build(), Generator().manual_seed(seed)
-    kept = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if side["keep_norm"] else []
-    norms = [weight.detach().norm() for weight in kept]
-    optimizer = make_racer(side["optimizer"], model, rate, task.rest, side["options"])
-    rates = LambdaLR(optimizer, lambda step: schedule(step, task.steps))
-    batches, seconds, value = problem.batches(task.batch_size, draw), -time.process_time(), math.nan
-    try:
-        for _ in range(task.steps):
-            if time.monotonic() > deadline:
-                return None
-            loss = gradients(optimizer, model, *next(batches), problem.loss, side["bf16"])
-            if not loss.isfinite():
-                break
-            optimizer.step()
-            rates.step()
-            with torch.no_grad():
-                for weight, norm in zip(kept, norms, strict=True):
-                    weight.mul_(norm / weight.norm())
-        else:
-            seconds += time.process_time()
-            if all(p.isfinite().all() for p in model.parameters()):
-                value = problem.value(model.eval())
-    # Some refuse matrices that are not finite.
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing in its stubs
-        pass
-    diverged = not math.isfinite(value)
-    return {
-        **side,
-        **{"rate": rate, "seed": seed, "value": None if diverged else value, "diverged": diverged},
-        **{"last_loss": None if diverged else loss.item()},
-        "processor_seconds": None if diverged else seconds,
-        "environment": environment(torch.device("cpu")),
-    }
+        @torch.no_grad()
+        def keep_norms() -> None:
+            for weight, norm in zip(kept, norms, strict=True):
+                weight.mul_(norm / weight.norm())
+
+        def evaluate() -> float:
+            finite = all(p.isfinite().all() for p in model.parameters())
+            return problem.value(model) if finite else math.nan
+
+        training = Training(
+            model,
+            make_racer(side["optimizer"], model, self.rate, task.rest, side["options"]),
+            lambda optimizer, steps: LambdaLR(optimizer, lambda step: schedule(step, steps)),
+            lambda numbers: problem.batch(numbers, draw),
+            evaluate,
+            samples=problem.samples,
+            batch_size=min(task.batch_size, problem.samples),
+            steps=task.steps,
+            shuffle=draw,
+            order=problem.order,
+            loss=problem.loss,
+            by_epoch=False,
+            after_step=keep_norms,
+            bf16=side["bf16"],
+        )
+
+        def record(warned: list[str]) -> Record:
+            now = training.progress
+            ends: Record = dict.fromkeys(("value", "last_loss", "processor_seconds"))
+            if finite := bool(now.curve) and math.isfinite(now.curve[-1]["accuracy"]):
+                assert now.last_loss is not None
+                ends = {"value": now.curve[-1]["accuracy"], "last_loss": now.last_loss.item()}
+                ends["processor_seconds"] = now.processor_seconds
+            return {**side, "rate": self.rate, "seed": self.seed, "diverged": not finite, **ends}
+
+        return training, record
 
 
 def next_rate(found: Found, start: float, highest: bool) -> float | None:
@@ -208,26 +203,32 @@ def best_rate(found: Found, start: float, highest: bool) -> float:
     return min(found, key=rank)
 
 
-def identity(row: Row) -> str:
+def identity(row: Record) -> str:
     """Return the same text for two runs of one optimizer on one task that differ in rate and seed only."""
     return json.dumps([row[key] for key in SIDE], sort_keys=True)
 
 
-def next_run(
-    side: Row, rows: Sequence[Row], seeds: int, fixed: float | None
-) -> tuple[float | None, int] | None:
-    """Return rate and seed of what to run next: the line search by seed 0, or one rate; then other seeds."""
+def planned(
+    sides: Sequence[Record], seeds: int, fixed: float | None, done: Sequence[Record]
+) -> tuple[list[RaceRun], int]:
+    """Return the next run of every side that is not finished, and the number of these sides."""
+    runs = [run for side in sides if (run := next_run(side, done, seeds, fixed)) is not None]
+    return runs, len(runs)
+
+
+def next_run(side: Record, rows: Sequence[Record], seeds: int, fixed: float | None) -> RaceRun | None:
+    """Return what to run next: the line search by seed 0, or one rate; then other seeds at the best."""
     own = [row for row in rows if identity(row) == identity(side)]
     start, rate, highest = STARTS[side["optimizer"]], fixed, TASKS[side["task"]].highest
-    if start is not None and fixed is None:
-        found = {row["rate"]: row["value"] for row in own if row["seed"] == 0}
-        if (new := next_rate(found, start, highest)) is not None:
-            return new, 0
-        rate = best_rate(found, start, highest)
     if start is None:
         rate = None
+    elif fixed is None:
+        found = {row["rate"]: row["value"] for row in own if row["seed"] == 0}
+        if (new := next_rate(found, start, highest)) is not None:
+            return RaceRun(side, new, 0)
+        rate = best_rate(found, start, highest)
     done = {row["seed"] for row in own if row["rate"] == rate}
-    return next(((rate, seed) for seed in range(seeds) if seed not in done), None)
+    return next((RaceRun(side, rate, seed) for seed in range(seeds) if seed not in done), None)
 
 
 # --- Tables
@@ -239,12 +240,12 @@ NOTE = (
 )
 
 
-def race_table(rows: Sequence[Row]) -> str:
+def race_table(rows: Sequence[Record]) -> str:
     """Lay out a section a task, the best optimizer first, from the lines alone."""
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
-        sides: dict[str, list[Row]] = {}
+        sides: dict[str, list[Record]] = {}
         for row in mine:
             sides.setdefault(identity(row), []).append(row)
         cells = sorted(map(_cells, sides.values()), key=lambda of: of[0])
@@ -254,7 +255,7 @@ def race_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def _cells(side: Sequence[Row]) -> tuple[float, Row]:
+def _cells(side: Sequence[Record]) -> tuple[float, Record]:
     """Return by what to sort, and the cells, of all runs of an optimizer on a task."""
     row, highest = side[0], TASKS[side[0]["task"]].highest
     found = {each["rate"]: each["value"] for each in side if each["seed"] == 0}

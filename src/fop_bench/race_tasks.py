@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss
 
 from fop_bench.images import Augmentation, Images, Normaliser, load, training_inputs
 from fop_bench.models import DigitsLSTM, airbench, digits_autoencoder, digits_cnn, small_gpt
-from fop_bench.optimizers import Loss
+from fop_bench.optimizers import Loss, class_loss
 from fop_bench.recipes import CIFAR10, DigitsTask
-
-Batches = Iterator[tuple[Tensor, Tensor]]
+from fop_bench.training import Batch, Order, count_right, with_replacement, without_replacement
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,23 @@ class Problem:
     """Data and network of a task."""
 
     build: Callable[[], nn.Module]
-    batches: Callable[[int, Generator], Batches]  # of a size, without end
+    samples: int
+    # Of the samples with these numbers the inputs, augmented by random numbers, and the targets.
+    batch: Callable[[Tensor, Generator], tuple[Tensor, Tensor]]
     loss: Loss
-    value: Callable[[nn.Module], float]  # of a trained network in evaluation mode
+    judged: int  # number of samples to judge by
+    judged_batch: Batch
+    by_loss: bool = False  # what judges; else the accuracy
+    order: Order = without_replacement
+
+    def value(self, model: nn.Module) -> float:
+        """Return the percentage of right answers of a trained network, or its loss."""
+        if not self.by_loss:
+            right, of = count_right(model, self.judged, self.judged_batch)
+            return 100 * right / of
+        inputs, targets = self.judged_batch(torch.arange(self.judged))
+        with torch.no_grad():
+            return float(self.loss(model.eval()(inputs), targets))
 
 
 @dataclass(frozen=True)
@@ -44,25 +57,6 @@ class Task:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by optimizer
 
 
-def _numbers(count: int, size: int, draw: Generator) -> Iterator[Tensor]:
-    """Yield the numbers of whole batches, epoch by epoch."""
-    size = min(size, count)
-    while True:
-        yield from torch.randperm(count, generator=draw).split(size)[: count // size]
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, inputs: Callable[[Tensor], Tensor], labels: Tensor) -> float:
-    """Return percent, given the inputs of samples by their numbers."""
-    parts = torch.arange(len(labels)).split(1000)
-    right = sum(int((model(inputs(part)).argmax(1) == labels[part]).sum()) for part in parts)
-    return 100 * right / len(labels)
-
-
-def _smoothed(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    return cross_entropy(outputs, targets, reduction=reduction, label_smoothing=0.1)
-
-
 @cache
 def cifar(data: str | None) -> Problem:
     """Load CIFAR-10 for the network of airbench."""
@@ -75,19 +69,14 @@ def of_images(train: Images, test: Images) -> Problem:
     patches = normalise(train.pixels[:5000]).unfold(2, 2, 1).unfold(3, 2, 1)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
-    def batches(size: int, draw: Generator) -> Batches:
-        for numbers in _numbers(len(train), size, draw):
-            pixels = train.pixels[numbers]
-            yield training_inputs(pixels, augmentation, normalise, draw), train.labels[numbers]
+    def batch(numbers: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
+        return training_inputs(train.pixels[numbers], augmentation, normalise, draw), train.labels[numbers]
 
-    def value(model: nn.Module) -> float:
-        return _accuracy(model, lambda numbers: normalise(test.pixels[numbers]), test.labels)
+    def judged(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return normalise(test.pixels[numbers]), test.labels[numbers]
 
-    return Problem(lambda: airbench(patches), batches, _smoothed, value)
-
-
-def _of_bytes(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    return cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction=reduction)
+    loss = partial(class_loss, label_smoothing=0.1)
+    return Problem(lambda: airbench(patches), len(train), batch, loss, len(test), judged)
 
 
 @cache
@@ -102,20 +91,25 @@ def gpt(data: str | None, length: int = 64) -> Problem:
 
     train, held_out, window = joined(False), joined(True), torch.arange(length + 1)
 
-    def samples(of: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def windows(of: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         rows = of[starts[:, None] + window].long()
         return rows[:, :-1], rows[:, 1:]
 
-    def batches(size: int, draw: Generator) -> Batches:
-        while True:
-            yield samples(train, torch.randint(len(train) - length, (size,), generator=draw))
+    judged = torch.arange(0, len(held_out) - length, length)[:1024]
+    return Problem(
+        lambda: small_gpt(tokens=length),
+        len(train) - length,
+        lambda starts, draw: windows(train, starts),
+        class_loss,
+        len(judged),
+        lambda numbers: windows(held_out, judged[numbers]),
+        by_loss=True,
+        order=with_replacement,
+    )
 
-    @torch.no_grad()
-    def value(model: nn.Module) -> float:
-        inputs, targets = samples(held_out, torch.arange(0, len(held_out) - length, length)[:1024])
-        return float(_of_bytes(model(inputs), targets))
 
-    return Problem(lambda: small_gpt(tokens=length), batches, _of_bytes, value)
+def _in_memory(inputs: Tensor, targets: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda numbers, draw=None: (inputs[numbers], targets[numbers])
 
 
 def digits(build: Callable[[], nn.Module], itself: bool = False) -> Callable[[str | None], Problem]:
@@ -123,26 +117,16 @@ def digits(build: Callable[[], nn.Module], itself: bool = False) -> Callable[[st
 
     def load_digits(data: str | None) -> Problem:
         parts = DigitsTask().load(None)
-        train, *held_out = parts["final"][0], parts["tuning"][1], parts["final"][1]
-        # Pixels are 0 to 240.
-        x = train.pixels.permute(0, 3, 1, 2).float() / 240
-        x_held_out = torch.cat([part.pixels for part in held_out]).permute(0, 3, 1, 2).float() / 240
-        y, y_held_out = (
-            x.flatten(1) if itself else train.labels,
-            torch.cat([part.labels for part in held_out]),
+        train, held_out = parts["final"][0], (parts["tuning"][1], parts["final"][1])
+        x, of_held_out = (
+            pixels.permute(0, 3, 1, 2).float() / 240  # which are 0 to 240
+            for pixels in (train.pixels, torch.cat([part.pixels for part in held_out]))
         )
-        loss: Loss = mse_loss if itself else cross_entropy
-
-        def batches(size: int, draw: Generator) -> Batches:
-            yield from ((x[numbers], y[numbers]) for numbers in _numbers(len(x), size, draw))
-
-        @torch.no_grad()
-        def value(model: nn.Module) -> float:
-            if itself:
-                return float(loss(model(x), y))
-            return _accuracy(model, lambda numbers: x_held_out[numbers], y_held_out)
-
-        return Problem(build, batches, loss, value)
+        if itself:
+            batch = _in_memory(x, x.flatten(1))
+            return Problem(build, len(x), batch, mse_loss, len(x), batch, by_loss=True)
+        judged = _in_memory(of_held_out, torch.cat([part.labels for part in held_out]))
+        return Problem(build, len(x), _in_memory(x, train.labels), class_loss, len(of_held_out), judged)
 
     return load_digits
 

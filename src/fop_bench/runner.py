@@ -1,8 +1,7 @@
-"""Makes the runs of a study, in any number of sittings, one JSON line a run."""
+"""Makes runs in any number of sittings, one JSON line a run; and which runs a recipe's study has."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 
 import fop
-from fop_bench.environment import commit_title, git_state, this_command
-from fop_bench.execution import Description, Git, Sitting, execute
+from fop_bench.environment import Git, git_state, this_command
+from fop_bench.execution import Description, Run, Sitting, execute
 from fop_bench.recipes import recipe
-from fop_bench.report import write_text
-from fop_bench.run_records import read_runs
+from fop_bench.records import Record, append, locked, read_runs, refuse_mixture
 from fop_bench.world import World
 
 TUNING_SEED = 0
@@ -32,113 +30,45 @@ TUNING_SEED = 0
 # the time of a large step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
-Record = dict[str, Any]
 # Told how many runs are done, how many are planned, and what starts next.
 OnRun = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which runs of a recipe's study to make; an empty choice means all."""
+class Plan:
+    """A file of records, and what may stand in it."""
 
-    recipe: str
-    study: str = "comparison"
-    tasks: Sequence[str] = ()
-    contenders: Sequence[str] = ()
-    batch_sizes: Sequence[int] = ()
-
-    def checked(self) -> Selection:
-        """Return it with names in full; raises ValueError for what the recipe does not have."""
-        plan = recipe(self.recipe)
-        study = plan.studies[_known("study", [self.study], plan.studies)[0]]
-        return Selection(
-            self.recipe,
-            self.study,
-            _known("task", self.tasks, plan.tasks),
-            _known("optimizer", self.contenders, study.contenders),
-            _known("batch size", self.batch_sizes, study.epochs),
-        )
+    path: Path
+    # The file's records that matter, given the commit; raises ValueError for those that must not be added to.
+    read: Callable[[Git], list[Record]]
+    # Given these, the runs that can be made now, and the number of all that are not done.
+    planned: Callable[[Sequence[Record]], tuple[Sequence[Run], int]]
 
 
-def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> tuple[Any, ...]:
-    for each in chosen:
-        if each not in there:
-            raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
-    return tuple(each for each in there if not chosen or each in chosen)
-
-
-def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
-    """Return the runs that can be made now, and the number of all that are not done, later ones included."""
-    by_key = {_key(record): record for record in done}
-    runs: list[Description | None] = []
-    for batch_size in chosen.batch_sizes:
-        for task in chosen.tasks:
-            each = [_runs(chosen, task, batch_size, name, by_key) for name in chosen.contenders]
-            # Contenders take turns, so that a slow hour slows all of them.
-            runs += [run for turn in zip(*each, strict=True) for run in turn]
-    ready = [run for run in runs if run is not None and run.key not in by_key]
-    return ready, len(ready) + runs.count(None)
-
-
-def _runs(
-    chosen: Selection, task: str, batch_size: int, name: str, done: Mapping[str, Record]
-) -> list[Description | None]:
-    """List all runs of a contender at one batch size; None for one whose options are not known yet."""
-    study = recipe(chosen.recipe).studies[chosen.study]
-    combinations = list(study.contenders[name].combinations())
-
-    def describe(phase: str, options: Mapping[str, Any], seed: int) -> Description:
-        place = chosen.recipe, task, chosen.study, phase, name
-        return Description(*place, options, batch_size, study.epochs[batch_size], seed)
-
-    if not study.tuned:
-        return [describe(study.phase, options, seed) for seed in study.seeds for options in combinations]
-    tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
-    records = [done[run.key] for run in tuning if run.key in done]
-    if len(records) < len(tuning):
-        return [*tuning, *(None for _ in study.seeds)]
-    return [*tuning, *(describe("final", best_options(records), seed) for seed in study.seeds)]
-
-
-def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
-    """Choose by the mean accuracy over the epochs; if all runs diverged, the first options are taken."""
-
-    def score(run: Record) -> float:
-        return -1.0 if run["diverged"] else statistics.fmean(epoch["accuracy"] for epoch in run["curve"])
-
-    return dict(max(tuning, key=score)["options"])
-
-
-def make(
-    chosen: Selection,
+def make_runs(
+    plan: Plan,
     *,
     data: str | None,
     world: World,
-    out: Path,
     jobs: int,
     minutes: float,
     on_run: OnRun = lambda done, planned, title: None,
 ) -> int:
-    """Make the runs that ``out``/STUDY.jsonl does not hold yet; return how many are left.
+    """Make the runs of a plan that its file does not hold yet; return how many are left.
 
-    After ``minutes`` every run stops where it is; calling again goes on from there. Raises ValueError for
-    unknown names or runs that must not be mixed, BlockingIOError if another process writes into ``out``.
+    After ``minutes`` every run stops where it is; calling again goes on from there. Raises BlockingIOError if
+    another process writes into the file's folder.
     """
-    chosen = chosen.checked()
-    deadline = time.monotonic() + 60 * minutes
-    if data is not None and Path(data).is_dir():
-        data = str(Path(data).resolve())  # one folder has one name
-    path, unfinished = out / f"{chosen.study}.jsonl", out / "unfinished"
+    path, unfinished, deadline = plan.path, plan.path.parent / "unfinished", time.monotonic() + 60 * minutes
     with locked(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
-        # Only the rank that keeps the file knows what is in it; the others follow.
-        done = world.agree(read_runs(path) if world.rank == 0 and path.exists() else [])
         git = world.agree(git_state(Path(fop.__file__)))
-        done = _of(chosen, path, done, data, git, world.size)
+        # Only the rank that keeps the file knows what is in it; the others follow.
+        done = world.agree(plan.read(git) if world.rank == 0 else [])
         sitting = Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
-        running: dict[Future[Record | None], Description] = {}
+        running: dict[Future[Record | None], Run] = {}
         while True:
-            ready, left = planned(chosen, done)
+            ready, left = plan.planned(done)
             todo = [run for run in ready if run not in running.values()] if failure is None else []
             while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
                 run = todo.pop(0)
@@ -159,82 +89,17 @@ def make(
                         for saved in unfinished.glob(f"{run.digest}.*"):
                             saved.unlink()
                     done.append(record)
-                    on_run(len(done), len(done) + planned(chosen, done)[1], run.title)
+                    on_run(len(done), len(done) + plan.planned(done)[1], run.title)
         if failure is not None:
             raise failure
         return left
 
 
-def _work(run: Description, sitting: Sitting, device: str, world: World | None = None) -> Record | None:
+def _work(run: Run, sitting: Sitting, device: str, world: World | None = None) -> Record | None:
     torch.set_num_threads(1)
     # A run that goes on must not differ from one that did not stop: sums need a fixed order.
     torch.backends.cudnn.benchmark = False
     return execute(run, sitting, world or World(torch.device(device)))
-
-
-def _key(record: Record) -> str:
-    return Description(**{field.name: record[field.name] for field in fields(Description)}).key
-
-
-# --- The file of records
-
-
-def append(path: Path, record: Record) -> None:
-    """Write the file with one more line; whatever happens meanwhile, it is the old one or the new one."""
-    lines = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_text(path, lines + json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes from writing runs into the same folder."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-    except BlockingIOError as error:
-        os.close(folder)
-        message = f"another fop-bench is writing {path}; wait for it, or give another --out"
-        raise BlockingIOError(message) from error
-    try:
-        yield
-    finally:
-        os.close(folder)
-
-
-def _of(
-    chosen: Selection, path: Path, done: Sequence[Record], data: str | None, git: Git, ranks: int
-) -> list[Record]:
-    """Return the records of these runs; raises ValueError for any of another commit, data or ranks."""
-    plan, mine = recipe(chosen.recipe), []
-    for record in done:
-        pairs: list[tuple[str, Any, Any]] = []
-        if record["recipe"] == chosen.recipe and record["task"] in chosen.tasks:
-            pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
-            pairs += [("on ranks:", record["ranks"], ranks)]
-            if record["contender"] in chosen.contenders and record["batch_size"] in chosen.batch_sizes:
-                mine.append(record)
-        refuse_mixture(path, record["environment"], git, pairs)
-    return mine
-
-
-def refuse_mixture(
-    path: Path, there: Mapping[str, Any], git: Git, others: Iterable[tuple[str, Any, Any]] = ()
-) -> None:
-    """Raise ValueError if a record of a file and what would go there now are of other commits, or ``others``.
-
-    ``there`` is the record's environment; ``others`` say what the two must also have in common.
-    """
-    # What is installed as a package has no commit, but a version.
-    pairs = [("of fop", there["fop"], fop.__version__), ("of", commit_title(there["git"]), commit_title(git))]
-    for what, theirs, ours in (*pairs, *others):
-        if theirs != ours:
-            raise ValueError(
-                f"{path} holds runs {what} {theirs}, and this is {ours}: one table must not mix them; "
-                "give another --out, or go on with the same commit, --data and ranks"
-            )
 
 
 # --- Workers
@@ -270,3 +135,109 @@ def _end_with_parent() -> None:
     assert parent is not None
     thread = threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True)
     thread.start()
+
+
+# --- The runs of a study
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which runs of a recipe's study to make; an empty choice means all."""
+
+    recipe: str
+    study: str = "comparison"
+    tasks: Sequence[str] = ()
+    contenders: Sequence[str] = ()
+    batch_sizes: Sequence[int] = ()
+
+    def checked(self) -> Selection:
+        """Return it with names in full; raises ValueError for what the recipe does not have."""
+        plan = recipe(self.recipe)
+        study = plan.studies[_known("study", [self.study], plan.studies)[0]]
+        return Selection(
+            self.recipe,
+            self.study,
+            _known("task", self.tasks, plan.tasks),
+            _known("optimizer", self.contenders, study.contenders),
+            _known("batch size", self.batch_sizes, study.epochs),
+        )
+
+
+def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> tuple[Any, ...]:
+    for each in chosen:
+        if each not in there:
+            raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
+    return tuple(each for each in there if not chosen or each in chosen)
+
+
+def make(chosen: Selection, *, data: str | None, world: World, out: Path, **how: Any) -> int:
+    """Make the runs of a study that ``out``/STUDY.jsonl does not hold yet, as `make_runs` does.
+
+    Raises ValueError for unknown names or runs that must not be mixed.
+    """
+    chosen = chosen.checked()
+    if data is not None and Path(data).is_dir():
+        data = str(Path(data).resolve())  # one folder has one name
+    path = out / f"{chosen.study}.jsonl"
+    read = partial(_records_of, chosen, path, data, world.size)
+    return make_runs(Plan(path, read, partial(planned, chosen)), data=data, world=world, **how)
+
+
+def _records_of(chosen: Selection, path: Path, data: str | None, ranks: int, git: Git) -> list[Record]:
+    """Return the file's records of these runs; raises ValueError for any of another commit, data or ranks."""
+    plan, mine = recipe(chosen.recipe), []
+    for record in read_runs(path) if path.exists() else []:
+        pairs: list[tuple[str, Any, Any]] = []
+        if record["recipe"] == chosen.recipe and record["task"] in chosen.tasks:
+            pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
+            pairs += [("on ranks:", record["ranks"], ranks)]
+            if record["contender"] in chosen.contenders and record["batch_size"] in chosen.batch_sizes:
+                mine.append(record)
+        refuse_mixture(path, record["environment"], git, pairs)
+    return mine
+
+
+def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
+    """Return the runs that can be made now, and the number of all that are not done, later ones included."""
+    by_key = {_key(record): record for record in done}
+    runs: list[Description | None] = []
+    for batch_size in chosen.batch_sizes:
+        for task in chosen.tasks:
+            each = [_runs(chosen, task, batch_size, name, by_key) for name in chosen.contenders]
+            # Contenders take turns, so that a slow hour slows all of them.
+            runs += [run for turn in zip(*each, strict=True) for run in turn]
+    ready = [run for run in runs if run is not None and run.key not in by_key]
+    return ready, len(ready) + runs.count(None)
+
+
+def _key(record: Record) -> str:
+    return Description(**{field.name: record[field.name] for field in fields(Description)}).key
+
+
+def _runs(
+    chosen: Selection, task: str, batch_size: int, name: str, done: Mapping[str, Record]
+) -> list[Description | None]:
+    """List all runs of a contender at one batch size; None for one whose options are not known yet."""
+    study = recipe(chosen.recipe).studies[chosen.study]
+    combinations = list(study.contenders[name].combinations())
+
+    def describe(phase: str, options: Mapping[str, Any], seed: int) -> Description:
+        place = chosen.recipe, task, chosen.study, phase, name
+        return Description(*place, options, batch_size, study.epochs[batch_size], seed)
+
+    if not study.tuned:
+        return [describe(study.phase, options, seed) for seed in study.seeds for options in combinations]
+    tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
+    records = [done[run.key] for run in tuning if run.key in done]
+    if len(records) < len(tuning):
+        return [*tuning, *(None for _ in study.seeds)]
+    return [*tuning, *(describe("final", best_options(records), seed) for seed in study.seeds)]
+
+
+def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
+    """Choose by the mean accuracy over the epochs; if all runs diverged, the first options are taken."""
+
+    def score(run: Record) -> float:
+        return -1.0 if run["diverged"] else statistics.fmean(epoch["accuracy"] for epoch in run["curve"])
+
+    return dict(max(tuning, key=score)["options"])

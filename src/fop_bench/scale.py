@@ -12,7 +12,7 @@ import torch
 from fop.curvature import entry_names
 from fop_bench import cost_model as cost
 from fop_bench.overhead import MODELS, Row, Workload, amortised, measure_in_turns, prepare_pair
-from fop_bench.report import section
+from fop_bench.tables import section
 from fop_bench.world import run_ranks
 
 # An optimizer among several ranks: its label, what the cost model calls it, and how FOP shares its work.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from fop_bench.report import compare, markdown_table, plus_minus
-from fop_bench.run_records import Run
+from fop_bench.records import Record
+from fop_bench.tables import compare, markdown_table, plus_minus
 
 # Known contenders stand in this order, the others behind them.
 ORDER = ("sgd", "adamw", "lamb", "shampoo", "soap", "muon", "kfac", "fop")
@@ -57,7 +57,7 @@ class Study:
         return found
 
 
-def studies(runs: Sequence[Run]) -> list[Study]:
+def studies(runs: Sequence[Record]) -> list[Study]:
     """Sort runs into studies, comparisons first; raises ValueError if runs of one have different targets."""
     if not runs:
         return []
@@ -76,7 +76,7 @@ def studies(runs: Sequence[Run]) -> list[Study]:
     return sorted(found, key=lambda each: (each.recipe, each.task, each.name != "comparison", each.name))
 
 
-def _row(run: Run) -> dict[str, Any]:
+def _row(run: Record) -> dict[str, Any]:
     """Return the keys, the options as text, the accuracies (NaN for a diverged run), and times by target."""
     curve = [] if run["diverged"] else run["curve"]
     accuracies = [epoch["accuracy"] for epoch in curve] or [NAN]
@@ -88,7 +88,7 @@ def _row(run: Run) -> dict[str, Any]:
     return row
 
 
-def reached(run: Run, kind: str, target: float) -> tuple[float, float]:
+def reached(run: Record, kind: str, target: float) -> tuple[float, float]:
     """Return the epochs and seconds until a run reached a target; NaN if it never did, or diverged."""
     for epoch in () if run["diverged"] else run["curve"]:
         if epoch[kind] >= target if kind == "accuracy" else epoch[kind] <= target:
@@ -96,12 +96,12 @@ def reached(run: Run, kind: str, target: float) -> tuple[float, float]:
     return NAN, NAN
 
 
-def clock(run: Run) -> str:
+def clock(run: Record) -> str:
     """Name the time of a run: that of the processor on a CPU, which other runs share, else the wall's."""
     return "processor_seconds" if run["environment"]["processor"] == "cpu" else "seconds"
 
 
-def options_text(run: Run) -> str:
+def options_text(run: Record) -> str:
     """Write a run's options, and its halves if they are not the usual random ones."""
     options = run["options"] | ({} if run["halves"] == "random" else {"halves": run["halves"]})
     each = (f"{v:g}" if type(v) in (int, float) else str(v) for v in options.values())

@@ -21,9 +21,9 @@ from fop_bench.plots import (
     plot_speed_up,
     speed_up_reference,
 )
-from fop_bench.report import markdown_table, plus_minus, write_text
-from fop_bench.run_records import Run, of_one_commit, read_runs, record_files
+from fop_bench.records import Record, of_one_commit, read_runs, record_files, write_text
 from fop_bench.study import Study
+from fop_bench.tables import markdown_table, plus_minus
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
@@ -61,7 +61,7 @@ def write_report(folder: Path) -> Path:
     return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _how_to_repeat(runs: list[Run]) -> list[str]:
+def _how_to_repeat(runs: list[Record]) -> list[str]:
     def listed(template: str) -> str:
         return ", ".join(sorted({template.format(**run) for run in runs}))
 
@@ -82,7 +82,7 @@ def _how_to_repeat(runs: list[Run]) -> list[str]:
     return parts
 
 
-def _environments(runs: list[Run]) -> str:
+def _environments(runs: list[Record]) -> str:
     def source(git: dict[str, Any] | None) -> str:
         if git is None:
             return "**in no checkout: unknown, with uncommitted changes for all we know**"
@@ -186,7 +186,7 @@ def read_defaults(path: Path) -> list[dict[str, Any]]:
     return [_shown(run) if "curve" in run else run for run in lines]
 
 
-def _shown(run: Run) -> dict[str, Any]:
+def _shown(run: Record) -> dict[str, Any]:
     size = "full batch" if run["batch_size"] >= run["train_samples"] else f"batch {run['batch_size']}"
     last = {} if run["diverged"] else run["curve"][-1]
     return {

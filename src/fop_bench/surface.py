@@ -105,8 +105,7 @@ class Plane:
 
     def at(self, x: float, y: float) -> Tensor:
         """Return the vector (P,) of coordinates."""
-        vector: Tensor = x * self.u + y * self.v
-        return vector
+        return x * self.u + y * self.v
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -164,13 +163,14 @@ def surface(asked: Namespace) -> dict[str, Any]:
             samples=len(train),
             batch_size=asked.batch_size,
             epochs=asked.epochs,
-            seed=asked.seed,
+            shuffle=torch.Generator().manual_seed(asked.seed),
             bf16=plan.bf16 and device.type == "cuda",
         )
         training.run()
         now = training.progress
         if now.diverged:
-            raise ValueError(f"diverged in epoch {now.epoch}; give a smaller --lr, or a larger --damping")
+            epoch = len(now.curve) + 1
+            raise ValueError(f"diverged in epoch {epoch}; give a smaller --lr, or a larger --damping")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
         chosen = train[order[: asked.batch_size]].to(device)
         point = Point(model, training.optimizer.state_dict(), options)

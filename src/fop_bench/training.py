@@ -10,31 +10,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from fop_bench.optimizers import gradients
+from fop_bench.optimizers import Loss, gradients
 
-# Given the numbers of samples, their inputs and class numbers.
+# Given the numbers of samples, their inputs and targets.
 Batch = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Given how many samples there are and how many an epoch takes, the numbers of those.
+Order = Callable[[int, int, Generator], Tensor]
 
 EVALUATED_AT_ONCE = 1000
 
 
-@dataclass
-class Progress:
-    """How far a training is."""
+def without_replacement(samples: int, count: int, draw: Generator) -> Tensor:
+    """Return the first ``count`` of all samples in a random order."""
+    return torch.randperm(samples, generator=draw)[:count]
 
-    epoch: int = 0  # finished ones
-    step: int = 0  # taken in the current epoch
-    order: Tensor | None = None  # the current epoch's sample numbers; None before its first step
-    loss: Tensor | None = None  # 0-dim sum of the current epoch's losses; None before its first step
-    seconds: float = 0.0
-    processor_seconds: float = 0.0
-    # By epoch: its number from 1, seconds of training since the start, accuracy, and the mean of the losses.
-    curve: list[dict[str, float]] = field(default_factory=list)
-    diverged: bool = False  # a loss was not finite
+
+def with_replacement(samples: int, count: int, draw: Generator) -> Tensor:
+    """Return ``count`` random samples, independent of each other."""
+    return torch.randint(samples, (count,), generator=draw)
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -43,21 +41,45 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
 
 
 @dataclass
+class Progress:
+    """How far a training is."""
+
+    steps: int = 0  # taken
+    order: Tensor | None = None  # the current epoch's sample numbers
+    losses: Tensor | None = None  # 0-dim sum of the current epoch's losses
+    last_loss: Tensor | None = None
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    # By epoch: its number from 1, seconds of training since the start, accuracy, and the mean of the losses.
+    curve: list[dict[str, float]] = field(default_factory=list)
+    layers: dict[str, Any] | None = None  # what `evaluate` notes of the optimizer
+    diverged: bool = False  # a loss was not finite
+
+
+@dataclass
 class Training:
-    """A training with cross-entropy that stops when told to, and goes on from its state as if it had not."""
+    """A training that stops when told to, and goes on from its state as if it had not."""
 
     model: nn.Module
     optimizer: Optimizer
     # Given the number of all steps. Stepped after every step, or, if it waits for a plateau, after an epoch.
     schedule: Callable[[Optimizer, int], LRScheduler]
     batch: Batch
-    evaluate: Callable[[], float]  # returns the accuracy
+    evaluate: Callable[[], float]  # returns the accuracy, or another value to judge by
     samples: int
     batch_size: int
-    epochs: int
-    seed: int
+    shuffle: Generator  # decides the order of the samples
+    # It ends after so many epochs or steps, whichever comes first.
+    epochs: float = math.inf
+    steps: float = math.inf
+    order: Order = without_replacement
+    loss: Loss = cross_entropy
+    # Whether it evaluates after every epoch, and asks only then if the losses are finite, which a GPU must be
+    # waited for; else it evaluates at the end, and asks in every step.
+    by_epoch: bool = True
+    after_step: Callable[[], None] = lambda: None
     bf16: bool = False
-    draw: torch.Generator | None = None  # what `batch` draws from
+    draw: Generator | None = None  # what `batch` draws from, if not from `shuffle`
     mean: Callable[[Tensor], float] = float  # of a loss over all processes that train together
     progress: Progress = field(default_factory=Progress)
 
@@ -66,25 +88,31 @@ class Training:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be from 1 to the {self.samples} training samples"
             )
-        self.steps = self.samples // self.batch_size  # of an epoch
+        whole = self.samples // self.batch_size
+        self.steps = int(min(self.steps, self.epochs * whole))
+        self.epoch_steps = min(whole, self.steps)
         self.device = next(self.model.parameters()).device
-        self.shuffle = torch.Generator().manual_seed(self.seed)
-        self.scheduler = self.schedule(self.optimizer, self.steps * self.epochs)
+        self.scheduler = self.schedule(self.optimizer, self.steps)
         self.parts: tuple[Any, ...] = (self.model, self.optimizer, self.scheduler)
         self._since = (0.0, 0.0)
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train until the end, or until ``stop``, asked before every step, says so; tell which."""
+        """Train until the end, or until ``stop``, asked before every step, says so; return if it ended."""
         now = self.progress
-        while not now.diverged and now.epoch < self.epochs:
+        self.start_clock()
+        while not now.diverged and now.steps < self.steps:
+            if stop():
+                return False
             try:
-                if not self._epoch(stop):
-                    return False
-                self._close_epoch()
+                self._step(now.steps % self.epoch_steps)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # missing in its stubs
                 # How an optimizer that takes roots of matrices says that they are not finite any more.
                 warnings.warn(f"a step failed: {error}", stacklevel=2)
                 now.diverged = True
+            if not now.diverged and (now.steps % self.epoch_steps == 0 or now.steps == self.steps):
+                self.stop_clock()
+                self._close_epoch()
+                self.start_clock()
         return True
 
     def start_clock(self) -> None:
@@ -95,43 +123,40 @@ class Training:
         self.progress.seconds += _now(self.device) - self._since[0]
         self.progress.processor_seconds += time.process_time() - self._since[1]
 
-    def _epoch(self, stop: Callable[[], bool]) -> bool:
-        """Take the steps that are left of this epoch; return False if told to stop in between."""
-        now = self.progress
-        if now.order is None or now.loss is None:
+    def _step(self, at: int) -> None:
+        """Take step ``at`` of an epoch."""
+        now, size = self.progress, self.batch_size
+        if at == 0:
+            self.model.train()
             # What does not fill a last batch is left out of this epoch.
-            order = torch.randperm(self.samples, generator=self.shuffle)[: self.steps * self.batch_size]
-            now.order, now.loss = order.to(self.device), torch.zeros((), device=self.device)
-        self.model.train()
-        self.start_clock()
-        while now.step < self.steps:
-            if stop():
-                return False
-            numbers = now.order[now.step * self.batch_size : (now.step + 1) * self.batch_size]
-            now.loss = now.loss + self._step(numbers)  # read once an epoch: no sync in between
-            now.step += 1
-        self.stop_clock()
-        return True
-
-    def _step(self, numbers: Tensor) -> Tensor:
-        loss = gradients(self.optimizer, self.model, *self.batch(numbers), bf16=self.bf16)
+            now.order = self.order(self.samples, self.epoch_steps * size, self.shuffle).to(self.device)
+            now.losses = torch.zeros((), device=self.device)
+        assert now.order is not None and now.losses is not None
+        inputs, targets = self.batch(now.order[at * size : (at + 1) * size])
+        now.last_loss = gradients(self.optimizer, self.model, inputs, targets, self.loss, self.bf16)
+        if not self.by_epoch and not now.last_loss.isfinite():
+            now.diverged = True
+            return
         self.optimizer.step()
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
-        return loss
+        self.after_step()
+        now.losses = now.losses + now.last_loss  # read once an epoch: no sync in between
+        now.steps += 1
 
     def _close_epoch(self) -> None:
         now = self.progress
-        assert now.loss is not None
-        loss = self.mean(now.loss) / self.steps
-        now.epoch, now.step, now.order, now.loss = now.epoch + 1, 0, None, None
+        assert now.losses is not None
+        loss = self.mean(now.losses) / ((now.steps - 1) % self.epoch_steps + 1)
         now.diverged = not math.isfinite(loss)
         if now.diverged:
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(loss)
-        times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
-        now.curve.append({"epoch": now.epoch, **times, "train_loss": loss, "accuracy": self.evaluate()})
+        if self.by_epoch or now.steps == self.steps:
+            times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
+            epoch = {"epoch": len(now.curve) + 1, **times, "train_loss": loss}
+            now.curve.append({**epoch, "accuracy": self.evaluate()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that another process needs to go on, the state of torch's random numbers included."""
@@ -149,7 +174,7 @@ class Training:
             generator.set_state(saved)
         self.progress = Progress(**state["progress"])
 
-    def _generators(self) -> list[torch.Generator]:
+    def _generators(self) -> list[Generator]:
         known = [self.shuffle, torch.default_generator, *([self.draw] if self.draw else [])]
         if self.device.type == "cuda":
             known.append(torch.cuda.default_generators[self.device.index or 0])
@@ -167,18 +192,18 @@ def messages(caught: list[warnings.WarningMessage]) -> list[str]:
 
 
 @torch.no_grad()
-def share_right(
+def count_right(
     model: nn.Module, count: int, batch: Batch, total: Callable[[Tensor], Tensor] = lambda counts: counts
-) -> float:
-    """Return the share of ``count`` samples that a model gets right, and with ``total`` of all processes'."""
+) -> tuple[int, int]:
+    """Return how many of ``count`` samples a model gets right, and ``count``, both summed by ``total``."""
     model.eval()
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
     for numbers in torch.arange(count, device=device).split(EVALUATED_AT_ONCE):
         inputs, targets = batch(numbers)
         right += (model(inputs).argmax(dim=1) == targets).sum()
-    right_of, all_of = total(torch.stack([right, torch.tensor(count, device=device)])).tolist()
-    return float(right_of / all_of)
+    all_right, of = total(torch.stack([right, torch.tensor(count, device=device)])).tolist()
+    return all_right, of
 
 
 def _now(device: torch.device) -> float:

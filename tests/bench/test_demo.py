@@ -13,7 +13,7 @@ from PIL import Image
 from command import invoke
 from fop_bench.demo import bars, meaning
 from fop_bench.recipes import DIGITS
-from fop_bench.run_records import Run, read_runs
+from fop_bench.records import Record, read_runs
 from fop_bench.study import studies
 
 NAMES = ("sgd", "adamw", "kfac", "fop")
@@ -49,7 +49,7 @@ def test_the_demo_tunes_trains_reports_and_begins_anew(
     assert (np.abs(picture.astype(int) - fop_orange).max(axis=2) < 3).any()
 
 
-def run(name: str, size: int, seed: int, accuracies: list[float]) -> Run:
+def run(name: str, size: int, seed: int, accuracies: list[float]) -> Record:
     """A final run whose epochs take as many seconds as the batch has samples."""
     curve = [
         {"epoch": at, "seconds": 0.0, "processor_seconds": at * size, "accuracy": each, "train_loss": 1.0}

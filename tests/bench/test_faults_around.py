@@ -20,8 +20,7 @@ import pytest
 import fop_bench
 from command import invoke
 from fop_bench import cli, execution
-from fop_bench.report import write_json
-from fop_bench.run_records import read_runs
+from fop_bench.records import read_runs, write_json
 from fop_bench.study_report import write_defaults
 from study_records import line, write
 from tiny_study import (

@@ -299,7 +299,7 @@ def test_every_network_takes_its_batch(name: str) -> None:
     build, batch = MODELS[name]
     inputs, targets = batch(2)
     with torch.no_grad():
-        assert overhead._loss(build()(inputs), targets).shape == ()
+        assert overhead.class_loss(build()(inputs), targets).shape == ()
 
 
 def test_tokens_are_predicted_from_those_before_them() -> None:

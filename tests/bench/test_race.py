@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,22 +20,26 @@ from torch.nn.functional import cross_entropy
 
 from command import Told, invoke
 from fop import FOP
-from fop_bench import cli, race, race_tasks
+from fop_bench import execution, race, runner
+from fop_bench.execution import Sitting, execute
 from fop_bench.images import Images
 from fop_bench.models import DigitsLSTM, Whitening, digits_autoencoder, digits_cnn, small_gpt
 from fop_bench.race import (
     MOST_RATES,
     OPTIONS,
     STARTS,
+    RaceRun,
     best_rate,
     make_racer,
     next_rate,
     parsed_options,
     schedule,
     side_of,
-    train,
 )
 from fop_bench.race_tasks import TASKS, Problem, Task, gpt, of_images
+from fop_bench.records import locked
+from fop_bench.training import with_replacement, without_replacement
+from fop_bench.world import World
 
 SEARCHED = [name for name, start in STARTS.items() if start is not None]
 TASK = "digits-lstm"
@@ -47,6 +53,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def raced(out: Path, *arguments: str) -> Told:
     return invoke("race", "--task", TASK, "--out", str(out), *arguments)
+
+
+def train(side: dict[str, Any], rate: float | None, seed: int) -> dict[str, Any] | None:
+    """Make a run in one sitting, which saves nothing."""
+    sitting = Sitting(None, Path("nowhere"), math.inf, "", None)
+    return execute(RaceRun(side, rate, seed), sitting, World(torch.device("cpu")))
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -103,11 +115,11 @@ def test_a_search_without_an_end_stops() -> None:
 def test_a_race_is_recorded_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, ran = tmp_path / "new" / "race.jsonl", list[tuple[str, float | None, int]]()
 
-    def watched(side: dict[str, Any], rate: float | None, seed: int, *how: Any) -> dict[str, Any] | None:
-        ran.append((side["variant"], rate, seed))
-        return train(side, rate, seed, *how)
+    def watched(run: RaceRun, *how: Any) -> dict[str, Any] | None:
+        ran.append((run.side["variant"], run.rate, run.seed))
+        return execute(run, *how)
 
-    monkeypatch.setattr(cli, "train", watched)
+    monkeypatch.setattr(runner, "execute", watched)
     told = raced(out, "--optimizer", "sgd", "--seeds", "2")
     assert told.exit_code == 0 and "all is done" in told.output
     rows = lines(out)
@@ -137,6 +149,39 @@ def test_a_race_is_recorded_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| sgd |" in table and "| sgd, momentum=0.5 |" in table
 
 
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("name", STARTS)
+def test_a_run_with_a_stop_after_every_step_is_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "digits-cnn", replace(TASKS["digits-cnn"], batch_size=400, steps=5))
+    run = RaceRun(side_of(name, "digits-cnn", {}, keep_norm=True, bf16=False), STARTS[name], 3)
+    world, git = World(torch.device("cpu")), itertools.count()
+    whole = execute(run, Sitting(None, tmp_path / "whole", math.inf, "", None), world)
+    assert whole is not None and not whole["diverged"]
+    row, sittings = None, 0
+    while row is None:
+        ticks, sittings = itertools.count(), sittings + 1
+        monkeypatch.setattr(execution, "time", SimpleNamespace(monotonic=ticks.__next__))
+        # Each sitting at a commit of its own: the library's source is a part of the run.
+        here = Sitting(None, tmp_path, 2, "", {"commit": str(next(git)), "dirty": False})
+        row = execute(run, here, world)
+    assert sittings == 5
+    assert (row["value"], row["last_loss"]) == (whole["value"], whole["last_loss"])
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_are_the_same_as_one_by_one(tmp_path: Path) -> None:
+    asked = ("--task", "digits-cnn", "--optimizer", "sgd", "--optimizer", "adamw", "--seeds", "1")
+    for jobs in ("1", "2"):
+        out = ("--out", str(tmp_path / jobs / "race.jsonl"))
+        assert invoke("race", *asked, "--rate", "0.01", "--jobs", jobs, *out).exit_code == 0
+    one, two = ({row["optimizer"]: row for row in lines(tmp_path / n / "race.jsonl")} for n in ("1", "2"))
+    assert one.keys() == two.keys() == {"sgd", "adamw"}
+    for name, row in one.items():
+        assert (row["value"], row["last_loss"]) == (two[name]["value"], two[name]["last_loss"])
+
+
 @pytest.mark.usefixtures("tiny")
 def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
     out = tmp_path / "race.jsonl"
@@ -151,7 +196,7 @@ def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
 def test_a_diverged_run_is_recorded(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, out = torch.full((8, 4), 1e3), torch.arange(8), tmp_path / "race.jsonl"
     problem = Problem(
-        lambda: nn.Linear(4, 8), lambda size, draw: iter([(x, y)] * 9), cross_entropy, lambda model: 50.0
+        lambda: nn.Linear(4, 8), 8, lambda *which: (x, y), cross_entropy, 8, lambda which: (x, y)
     )
     monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 8, steps))
     assert raced(out, "--optimizer", "sgd", "--rate", "1e38", "--seeds", "2").exit_code == 0
@@ -168,8 +213,8 @@ def test_a_diverged_run_is_recorded(steps: int, tmp_path: Path, monkeypatch: pyt
         (("--set", "fop.damping"), "is not NAME.OPTION=VALUE"),
         (("--set", "fop-default.damping=1"), "is not NAME.OPTION=VALUE"),
         (("--set", "nobody.damping=1"), "is not NAME.OPTION=VALUE"),
-        (("--task", "chess"), "there is no task chess"),
-        (("--optimizer", "nobody"), "there is no optimizer nobody"),
+        (("--task", "chess"), "invalid choice: 'chess'"),
+        (("--optimizer", "nobody"), "invalid choice: 'nobody'"),
     ],
 )
 def test_what_is_not_there_is_refused(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
@@ -210,8 +255,11 @@ def test_the_table_is_made_from_the_file_alone(tmp_path: Path, monkeypatch: pyte
     better = {"optimizer": "fop-default", "variant": "fop-default", "rate": None, "keep_norm": False}
     rows.append({**rows[1], **better, "value": 90.0})
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(cli, "train", None)  # nothing is run
-    assert raced(out, "--table").exit_code == 0
+    monkeypatch.setattr(runner, "execute", None)  # nothing is run
+    with locked(out):  # as while it is written
+        assert "another fop-bench is writing" in raced(out).output
+        told = raced(out, "--table")
+    assert told.exit_code == 0 and "optimizers are not done" in told.output
     table = out.with_suffix(".md").read_text()
     mean, spread = statistics.mean([70, 72, 77]), statistics.stdev([70, 72, 77])
     expected = [
@@ -240,17 +288,15 @@ def test_convolutions_keep_their_norms(name: str, keep: bool, monkeypatch: pytes
         first.update(enumerate(norms(model)))
         return model
 
-    def batches(size: int, draw: Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield x, y
+    class Watched(Problem):
+        def value(self, model: nn.Module) -> float:
+            last.extend(norms(model))
+            return 1.0
 
-    def value(model: nn.Module) -> float:
-        last.extend(norms(model))
-        return 1.0
-
-    monkeypatch.setitem(TASKS, TASK, Task(lambda data: Problem(build, batches, cross_entropy, value), 16, 3))
+    problem = Watched(build, 16, lambda *which: (x, y), cross_entropy, 16, lambda which: (x, y))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 16, 3))
     side = side_of(name, TASK, {}, keep_norm=keep, bf16=False)
-    assert train(side, STARTS[name], 0, None, math.inf) is not None
+    assert train(side, STARTS[name], 0) is not None
     assert len(last) == 3
     unchanged = [after == pytest.approx(first[n], rel=1e-6) for n, after in enumerate(last)]
     assert all(unchanged) if keep else not any(unchanged)
@@ -302,7 +348,7 @@ def test_images_are_whitened_and_learned() -> None:
     torch.manual_seed(0)
     model = problem.build()
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(127_000, rel=0.01)
-    x, y = next(problem.batches(50, draw))
+    x, y = problem.batch(torch.arange(50), draw)
     assert x.shape == (50, 3, 32, 32) and y.shape == (50,)
     whitening = next(m for m in model if isinstance(m, Whitening))
     with torch.no_grad():
@@ -314,7 +360,7 @@ def test_images_are_whitened_and_learned() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
     assert {p.ndim for p in trained} == {1, 2, 4}
-    assert 0 <= problem.value(model.eval()) <= 100
+    assert 0 <= problem.value(model) <= 100
 
 
 def test_every_tenth_file_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +370,8 @@ def test_every_tenth_file_is_held_out(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "site-packages" / "other.py").write_bytes(b"\0" * 500)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     problem = gpt.__wrapped__(None, 8)
-    x, y = next(problem.batches(4000, torch.Generator().manual_seed(0)))
+    draw = torch.Generator().manual_seed(0)
+    x, y = problem.batch(problem.order(problem.samples, 4000, draw), draw)
     assert torch.equal(x[:, 1:], y[:, :-1])
     assert set(torch.cat([x, y]).flatten().tolist()) == {100 + n for n in range(20) if n % 10}
     seen = list[Tensor]()
@@ -343,14 +390,35 @@ def test_digits_tasks_learn(task: str) -> None:
     side = side_of("adamw", task, {}, keep_norm=True, bf16=False)
     before = TASKS[task].load(None)
     torch.manual_seed(0)
-    untrained = before.value(before.build().eval())
-    row = train(side, 0.004, 0, None, math.inf)
+    untrained = before.value(before.build())
+    row = train(side, 0.004, 0)
     assert row is not None and row["seed"] == 0 and set(race.KEYS) <= row.keys()
     assert row["value"] > 80 if TASKS[task].highest else row["value"] < untrained / 2
 
 
-def test_batches_are_whole_and_go_through_all_samples() -> None:
-    numbers = race_tasks._numbers(10, 4, torch.Generator().manual_seed(0))
-    epochs = [torch.cat([next(numbers), next(numbers)]) for _ in range(3)]
-    assert all(len(epoch.unique()) == 8 for epoch in epochs)
-    assert len(next(race_tasks._numbers(10, 40, torch.Generator()))) == 10
+def test_samples_of_an_epoch_are_distinct_or_independent() -> None:
+    for count in (8, 10):
+        assert len(without_replacement(10, count, torch.Generator()).unique()) == count
+    draw = torch.Generator().manual_seed(0)
+    assert set(with_replacement(3, 100, draw).tolist()) == {0, 1, 2}
+
+
+def test_a_race_takes_whole_batches_and_stops_inside_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, x, y = list[Tensor](), torch.randn(10, 4), torch.arange(10) % 2
+
+    def batch(numbers: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
+        seen.append(numbers)
+        return x[numbers], y[numbers]
+
+    problem = Problem(lambda: nn.Linear(4, 2), 10, batch, cross_entropy, 10, lambda numbers: (x, y))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 4, 5))
+    row = train(side_of("sgd", TASK, {}, keep_norm=True, bf16=False), 0.1, 0)
+    assert row is not None and not row["diverged"]
+    # The batches of three epochs, by one generator, as an endless stream of them would be.
+    draw = Generator().manual_seed(0)
+    expected = [part for _ in range(3) for part in torch.randperm(10, generator=draw).split(4)[:2]]
+    assert len(seen) == 5 and all(map(torch.equal, seen, expected))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 40, 1))
+    seen.clear()
+    train(side_of("sgd", TASK, {}, keep_norm=True, bf16=False), 0.1, 0)
+    assert [len(numbers) for numbers in seen] == [10], "a batch is at most all samples"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fop_bench.run_records import of_one_commit, read_runs
+from fop_bench.records import of_one_commit, read_runs
 from fop_bench.study_report import write_report
 from study_records import ONE, OTHER, line, write
 

@@ -19,7 +19,7 @@ from fop_bench.environment import git_state
 from fop_bench.execution import Description
 from fop_bench.optimizers import PEERS, Peer
 from fop_bench.recipes import RECIPES, Study
-from fop_bench.run_records import ENVIRONMENT_KEYS, KEYS, read_runs
+from fop_bench.records import ENVIRONMENT_KEYS, KEYS, read_runs
 from fop_bench.runner import Record, Selection, best_options, planned
 from tiny_study import (
     CONTENDERS,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from fop_bench.report import compare, plus_minus
+from fop_bench.tables import compare, plus_minus
 
 
 def test_mean_and_sample_deviation_of_what_is_known() -> None:

@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from fop.capture.sub_batches import sub_batch_entries
 from fop_bench import training
 from fop_bench.models import mlp
-from fop_bench.training import Training, cosine, share_right
+from fop_bench.training import Training, cosine, count_right
 
 TARGETS = torch.arange(48) % 3
 INPUTS = torch.randn(48, 4, generator=torch.Generator().manual_seed(3)) + 2.0 * nn.functional.one_hot(
@@ -43,11 +43,11 @@ def run(
         optimizer(model.parameters(), lr=lr),
         cosine,
         batch,
-        evaluate or (lambda: share_right(model, 48, batch)),
+        evaluate or (lambda: count_right(model, 48, batch)[0] / 48),
         samples=48,
         batch_size=batch_size,
         epochs=epochs,
-        seed=seed,
+        shuffle=torch.Generator().manual_seed(seed),
     )
     assert made.run()
     return made.progress
@@ -134,7 +134,7 @@ def test_accuracy_counts_right_answers_in_evaluation_mode() -> None:
     with torch.no_grad():
         model[1].weight.copy_(torch.eye(3))
     inputs, targets = torch.eye(3)[[0, 1, 2, 0] * 300], torch.tensor([0, 1, 1, 2] * 300)
-    assert share_right(model, 1200, lambda numbers: (inputs[numbers], targets[numbers])) == 0.5
+    assert count_right(model, 1200, lambda numbers: (inputs[numbers], targets[numbers])) == (600, 1200)
 
 
 @pytest.mark.parametrize("batch_size", [0, 49])

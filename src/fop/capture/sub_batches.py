@@ -188,8 +188,10 @@ class SubBatches:
         self._precise &= record.precise
         if self.split and not self._dropped:
             if record.problem is None:
-                self._ratio_of = self._ratio_of or record.samples
-                self.sums.add(record.sums)
+                if self._ratio_of:
+                    self.sums.add(record.sums)
+                else:
+                    self._ratio_of, self.sums = record.samples, record.sums
             else:
                 # Whole passes may still make up sub-batches.
                 self.sums, self._reason = SplitSums(), record.problem

@@ -1,6 +1,6 @@
 """One object owns a weight's curvature: statistics, averages, damped inverse, products, state and cost."""
 
-from fop.curvature.base import AVERAGING_WEIGHT, NEVER, Curvature, Damping
+from fop.curvature.base import AVERAGING_WEIGHT, LEAST_SIGNAL, NEVER, NOISE, Curvature, Damping
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Fallback
 from fop.curvature.kronecker import KroneckerCurvature
@@ -11,7 +11,9 @@ from fop.curvature.registry import KINDS, entry_names, expected_entries, kind_of
 __all__ = [
     "AVERAGING_WEIGHT",
     "KINDS",
+    "LEAST_SIGNAL",
     "NEVER",
+    "NOISE",
     "NOTHING_PENDING",
     "Curvature",
     "Damping",

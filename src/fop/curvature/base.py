@@ -23,18 +23,19 @@ NEVER = -1
 # In the state: the share of the averages that statistics have given; what is missing to 1 counts as zeros
 # that are divided out, as in Adam.
 AVERAGING_WEIGHT = "averaging_weight"
+# In the state: averages over steps of the squared norms of noise and gradient, (2,), see `fop.step_size`.
+NOISE = "noise"
+# What is never believed to be signal.
+LEAST_SIGNAL = 0.01
+# Damping that is adaptive: before any noise was measured, and at least.
+UNKNOWN_NOISE_DAMPING, LEAST_DAMPING = 1e-2, 1e-4
 
 
 class Damping(NamedTuple):
     """λ = ``value``, in the curvature's own units, or ``relative`` to its mean eigenvalue."""
 
-    value: float
+    value: float | Tensor
     relative: bool
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any]) -> Damping:
-        """Return the damping of a parameter group."""
-        return cls(group["damping"], group["damping_kind"] == "relative")
 
 
 class Curvature(ABC):
@@ -67,7 +68,8 @@ class Curvature(ABC):
         shapes = self.entries(layer)
         if any(name in state and tuple(state[name].shape) != shape for name, shape in shapes.items()):
             # Loaded before the layer was known, from a run with other options or bias: estimate again.
-            for name in (*shapes, "refresh_at", "refreshed_at", "complete", "inverse_at", AVERAGING_WEIGHT):
+            gone = "refresh_at", "refreshed_at", "complete", "inverse_at", AVERAGING_WEIGHT, NOISE
+            for name in (*shapes, *gone):
                 state.pop(name, None)
         self.load(state)
 
@@ -90,7 +92,7 @@ class Curvature(ABC):
 
     def drop(self) -> None:
         """Forget the tensors; another rank owns the weight."""
-        for name in (*self.averages, *self.inverses, "inverse_at", AVERAGING_WEIGHT):
+        for name in (*self.averages, *self.inverses, "inverse_at", AVERAGING_WEIGHT, NOISE):
             self.state.pop(name, None)
         self.pending = False
 
@@ -129,6 +131,24 @@ class Curvature(ABC):
         for name, new in zip(self.averages, estimate, strict=True):
             self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
         self.derive()
+
+    def damping(self, group: Mapping[str, Any]) -> Damping:
+        """Return the damping of a parameter group; "adaptive" is what fits the noise share ν.
+
+        The mean eigenvalue of F̂ is that of F divided by 1 - ν: each factor gets (1 - ν)^(-½) - 1 times its
+        own. Where steps of all eigendirections are equally long and noise has the covariance F, as it has
+        for the log-likelihood, F + δI with δ in proportion to ν / (1 - ν) is the Wiener filter. It is 0.01
+        as long as no noise was measured.
+        """
+        value, relative = group["damping"], group["damping_kind"] == "relative"
+        if value == "adaptive":
+            value, averages = UNKNOWN_NOISE_DAMPING, self.state.get(NOISE)
+            if averages is not None:
+                noise, whole = averages.unbind()
+                signal = (1 - noise / whole).clamp(min=LEAST_SIGNAL)
+                root = (signal.rsqrt() - 1).clamp(min=LEAST_DAMPING**0.5)
+                value = torch.where(whole > 0, root.square(), value)
+        return Damping(value, relative)
 
     def derive(self) -> None:
         """Compute what follows from the averages: they are others, or have moved."""

@@ -67,28 +67,34 @@ def _inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Return (M + shift·I)⁻¹ and whether it can be used; shapes as in `damped_inverses`."""
     invert = _cholesky_inverse if M.dim() == 3 else _reciprocal
     if shift.dim() == 1:
-        return invert(M, shift[:, None])
+        inverse, largest, fine = invert(M.clone(), shift[:, None])
+        return inverse, fine & torch.isfinite(largest)
     # In units of its mean eigenvalue: products on the way might leave the range of float32.
     mean = mean_eigenvalue(M)
     # Of less, an inverse leaves the range, too; squares of gradients that small are no numbers any more.
     some = mean > 1024 * torch.finfo(M.dtype).tiny
     unit, ones = torch.where(some, mean, 1), [1] * (M.dim() - 1)
-    inverse, fine = invert(M / unit.view(-1, *ones), torch.where(some[:, None], shift / unit[:, None], 1))
-    inverse = inverse * torch.where(some, 1 / unit, 0).view(-1, *ones)
-    return inverse, fine & torch.isfinite(inverse).flatten(1).all(1)
+    given = M / unit.view(-1, *ones), torch.where(some[:, None], shift / unit[:, None], 1)
+    inverse, largest, fine = invert(*given)
+    scale = torch.where(some, 1 / unit, 0)
+    return inverse.mul_(scale.view(-1, *ones)), fine & torch.isfinite(largest * scale)
 
 
-def _reciprocal(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    damped = M + shift
+def _reciprocal(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 1 / (M + shift), its largest entry and whether M can be inverted; M is changed."""
+    damped = M.add_(shift)
     inverse = damped.reciprocal()
-    return inverse, (torch.isfinite(inverse) & torch.isfinite(damped) & (damped > 0)).all(1)
+    fine = (torch.isfinite(damped) & (damped > 0)).all(1)
+    return inverse, torch.linalg.vector_norm(inverse, torch.inf, dim=1), fine
 
 
-def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (M + shift·I)⁻¹ and whether it can be used, for M (batch, d, d), shift (batch, 1 or d)."""
-    damped = M.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
-    L, info = torch.linalg.cholesky_ex(damped)
+def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (M + shift·I)⁻¹, its largest entry and whether M can be inverted; M is changed.
+
+    M is (batch, d, d), shift (batch, 1 or d).
+    """
+    M.diagonal(dim1=-2, dim2=-1).add_(shift)
+    L, info = torch.linalg.cholesky_ex(M)
     factored = info == 0
     # A zero on the diagonal of an unfinished L would raise for the whole batch.
     diagonal = L.diagonal(dim1=-2, dim2=-1)
@@ -97,8 +103,8 @@ def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     # strides, and another layout would round otherwise after a resume.
     inverse = torch.cholesky_inverse(L).mT
     # An infinite entry of M factors without complaint.
-    largest = [torch.linalg.vector_norm(each, torch.inf, dim=(1, 2)) for each in (damped, inverse)]
-    return inverse, factored & torch.isfinite(largest[0]) & torch.isfinite(largest[1])
+    of_M, of_inverse = (torch.linalg.vector_norm(each, torch.inf, dim=(1, 2)) for each in (M, inverse))
+    return inverse, of_inverse, factored & torch.isfinite(of_M)
 
 
 def _fall_back(M: Tensor, shift: Tensor) -> Inversion:

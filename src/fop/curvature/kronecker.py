@@ -159,7 +159,7 @@ def typical_squares(M: Tensor, *, bias: bool) -> Tensor:
     return torch.cat([torch.where(mean > 0, mean, own).expand_as(diagonal[:, :-1]), own], 1)
 
 
-def damping_split(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def damping_split(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return what is added to the diagonals of A and G: (π·γ, γ/π), each of shape (groups,).
 
     γ = sqrt(damping), π² = (tr A / dim A) / (tr G / dim G); π = 1 where a trace is 0 (Martens & Grosse

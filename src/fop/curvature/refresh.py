@@ -71,7 +71,7 @@ class Refresher:
         finite = torch.stack([torch.stack(of_one).all() for of_one in checks]).tolist()
         refused: list[Curvature] = []
         fallbacks: Fallbacks = []
-        due: list[tuple[Curvature, Mapping[str, Any], int]] = []
+        due: list[tuple[Curvature, Damping, int, int]] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
         for (curvature, tensors, group), fine in zip(estimates, finite, strict=True):
@@ -79,7 +79,7 @@ class Refresher:
                 refused.append(curvature)
                 continue
             fallbacks += self.finish([(curvature, None)])
-            damping, unbiased = Damping.of(group), group["step_length"] == "weight"
+            damping, unbiased = curvature.damping(group), group["step_length"] == "weight"
             curvature.update(tensors, group["stat_decay"], unbiased=unbiased)
             later = group["inverse_delay"] and curvature.by_inversion
             if later:
@@ -92,14 +92,14 @@ class Refresher:
                 self._jobs[curvature] = self._submit(curvature, damping)
             else:
                 of_this, added = curvature.matrices(damping)
-                due.append((curvature, group, len(of_this)))
+                due.append((curvature, damping, group["step"], len(of_this)))
                 matrices += of_this
                 shifts += added
         with torch.profiler.record_function("fop::inversion"):
             inversions = iter(damped_inverses(matrices, shifts))
-        for curvature, group, count in due:
+        for curvature, damping, step, count in due:
             own = list(islice(inversions, count))
-            fallbacks += _store(curvature, own, group["step"], Damping.of(group))
+            fallbacks += _store(curvature, own, step, damping)
         return refused, fallbacks
 
     def finish(self, curvatures: Iterable[tuple[Curvature, int | None]]) -> Fallbacks:

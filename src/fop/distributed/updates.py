@@ -19,7 +19,7 @@ from fop.step_size import Update, clip_coefficient
 Packets: TypeAlias = Mapping[Binding, tuple[Tensor, Tensor]]
 # What arrives: the numbers, and for each parameter this rank's part of the update.
 _Arrived: TypeAlias = dict[Binding, tuple[Tensor, list[tuple[Tensor, Tensor]]]]
-_COUNT = 8
+_COUNT = 9
 
 
 def gather_gradients(reductions: Reductions, bindings: Sequence[Binding]) -> dict[Binding, Tensor]:
@@ -59,21 +59,24 @@ def share_updates(
     shared: list[Shared] = []
     squares: list[Tensor] = []
     for numbers, parts in (arrived[binding] for binding in bindings):
-        length, square, beta, eta, rho, trusted, used, size = numbers.unbind()
-        update = Update(length, length, beta, eta, rho, trusted > 0.5, NOT_THE_MEAN, used > 0.5, size)
+        length, square, beta, eta, rho, trusted, used, size, noise = numbers.unbind()
+        flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
+        update = Update(length, length, beta, eta, rho, *flags, input_square=size, noise=noise)
         shared.append((update, parts))
         squares.append(square)
     return shared, squares
 
 
 def _numbers(update: Update, square: Tensor) -> Tensor:
-    """Return the scalars of an update, and the squared norm of Ga, (8,); flags as 0 or 1."""
+    """Return the scalars of an update, and the squared norm of Ga, (9,); flags as 0 or 1."""
     length, trusted, used = update.length, update.trusted, update.used
     assert used is not None
     flag = torch.zeros_like(length) if trusted is None else trusted.to(length.dtype)
     size = torch.ones_like(length) if update.input_square is None else update.input_square.to(length)
-    said = [length, square, update.beta, update.eta, update.rho, flag, used.to(length.dtype), size]
-    return torch.stack(said)
+    noise = torch.zeros_like(length) if update.noise is None else update.noise.to(length)
+    return torch.stack(
+        [length, square, update.beta, update.eta, update.rho, flag, used.to(length.dtype), size, noise]
+    )
 
 
 def _share_whole(reductions: Reductions, bindings: Sequence[Binding], packets: Packets) -> _Arrived:

@@ -1,0 +1,190 @@
+"""The share of noise in a gradient, and the damping and the length of steps that follow from it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fop import FOP, KFAC
+from fop.correction import SubBatchGradients, combine, contrasts
+from fop.curvature import NOISE
+from fop.step_size import noise_share
+from reference import dense_damped_fisher, dense_fisher, unvec, vec
+
+DIMS = (2, 3, 4)  # groups, out, in
+MOMENTUM = 0.6
+
+
+class Dense:
+    """A damped Kronecker metric as dense matrices."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        groups, out, columns = DIMS
+        A, G = (root @ root.mT / 5 for root in (torch.randn(groups, d, 5).double() for d in (columns, out)))
+        self.F, self.F_hat = dense_fisher(A, G), dense_damped_fisher(A, G, 1e-2)
+        self.inverse, self.trace = torch.linalg.inv(self.F_hat), self.F.trace()
+
+    def fisher(self, V: Tensor) -> Tensor:
+        return unvec(self.F @ vec(V), V)
+
+    def solve(self, V: Tensor) -> Tensor:
+        return unvec(self.inverse @ vec(V), V)
+
+    def square(self, V: Tensor) -> Tensor:
+        return vec(V) @ self.inverse @ vec(V)
+
+
+def measured(metric: Dense, gradients: Tensor) -> Tensor:
+    average = gradients.mean(0)
+    shares = [1 / len(gradients)] * len(gradients)
+    differences = contrasts([g / len(gradients) for g in gradients[:-1]], shares, average)
+    noise = combine(metric, SubBatchGradients(average, differences, torch.tensor(True))).noise
+    assert noise is not None
+    return noise
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_noise_is_the_variance_of_the_mean_of_sub_batches(count: int) -> None:
+    metric = Dense()
+    gradients = torch.randn(count, *DIMS, dtype=torch.float64) + torch.randn(DIMS, dtype=torch.float64)
+    average = gradients.mean(0)
+    # The unbiased estimate of the variance of a mean of `count`.
+    variance = sum(metric.square(g - average) for g in gradients) / (count * (count - 1))
+    assert torch.allclose(
+        measured(metric, gradients), torch.stack([variance, metric.square(average)]), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 1e12])
+def test_equal_sub_batches_have_no_noise(size: float) -> None:
+    metric = Dense()
+    gradient = size * torch.randn(DIMS, dtype=torch.float64)
+    noise, whole = measured(metric, torch.stack([gradient, gradient]))
+    assert noise <= 1e-28 * whole
+    assert whole > 0
+
+
+def test_noise_alone_has_a_share_of_one() -> None:
+    metric, state = Dense(), {}
+    for _ in range(200):
+        norms = measured(metric, torch.randn(2, *DIMS, dtype=torch.float64))
+        share = noise_share(state, norms, torch.tensor(True))
+    assert share > 0.75  # of ten steps' average; it is 0.99 at most
+
+
+def test_what_is_not_believed_does_not_count() -> None:
+    state: dict[str, Any] = {}
+    noise_share(state, torch.tensor([1.0, 4.0]), torch.tensor(True))
+    kept = state[NOISE].clone()
+    for norms, trusted in (
+        ([0.0, 9.0], torch.tensor(False)),
+        ([math.nan, 1.0], torch.tensor(True)),
+        ([1.0, math.inf], None),
+    ):
+        assert noise_share(state, torch.tensor(norms), trusted) == 0.25
+        assert torch.equal(state[NOISE], kept)
+
+
+# --- What follows from it
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def train(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, start: int = 0) -> None:
+    for step in range(start, start + steps):
+        draw = torch.Generator().manual_seed(step)
+        x = torch.randn(32, 6, generator=draw, dtype=torch.float64)
+        optimizer.zero_grad()
+        (model(x) - x[:, :3].sin()).square().mean().backward()
+        optimizer.step()
+
+
+def test_damping_is_the_share_that_fits_the_noise() -> None:
+    model = net()
+    optimizer = FOP(model)
+    train(optimizer, model, 6)
+    for layer in optimizer.diagnostics().layers.values():
+        assert layer.noise is not None and 0 < layer.noise < 1
+        # (1 + root)² = 1 / (1 - ν); the damping's share in a mean eigenvalue is root / (1 + root).
+        root = max(1 / math.sqrt(1 - layer.noise) - 1, 0.01)
+        assert layer.damping_G == pytest.approx(root / (1 + root), rel=1e-9)
+
+
+def test_without_noise_or_sub_batches_damping_is_as_before_any_was_measured() -> None:
+    for kind, options in ((KFAC, {}), (FOP, {"sub_batches": 1})):
+        models = [net() for _ in range(2)]
+        for model, damping in zip(models, ("adaptive", 0.01), strict=True):
+            train(kind(model, damping=damping, **options), model, 5)
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("momentum", [0.0, MOMENTUM])
+def test_a_step_is_as_long_as_its_share_of_signal(momentum: float) -> None:
+    model = net()
+    optimizer = FOP(model, lr=0.1, momentum=momentum)
+    train(optimizer, model, 5)
+    before = copy.deepcopy(model)
+    train(optimizer, model, 1, start=5)
+    for name in ("0", "2"):
+        layer = optimizer.diagnostics().layers[name]
+        assert layer.noise is not None and layer.length is not None
+        # Of the average that momentum makes: all of the signal, (1 - μ)/(1 + μ) of the noise.
+        noise = layer.noise * (1 - momentum) / (1 + momentum)
+        assert layer.length == pytest.approx(0.1 * (1 - layer.noise) / (1 - layer.noise + noise), rel=1e-9)
+        old, new = (m.get_submodule(name).weight for m in (before, model))
+        # The bias takes part in the length of the update.
+        assert (
+            0.5 * layer.length < float(((new - old).norm() / old.norm()).detach()) < layer.length * (1 + 1e-9)
+        )
+
+
+def test_steps_get_shorter_as_a_network_fits_noise() -> None:
+    """At a constant rate, batches of random labels: the weights would grow by 2 % a step for ever."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    optimizer = FOP(model)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.randn(64, 6)), torch.randint(2, (64,)))
+        loss.backward()
+        optimizer.step()
+    assert all(of.length is not None and of.length < 0.1 for of in optimizer.diagnostics().layers.values())
+    assert loss < 1
+
+
+def test_noise_is_in_a_checkpoint() -> None:
+    model = net()
+    optimizer = FOP(model)
+    train(optimizer, model, 4)
+    other = copy.deepcopy(model)
+    loaded = FOP(other)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, of in ((optimizer, model), (loaded, other)):
+        train(each, of, 3, start=4)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    weight = next(model.parameters())
+    assert torch.equal(optimizer.state[weight][NOISE], loaded.state[next(other.parameters())][NOISE])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": "noise"}, "or 'adaptive'"),
+        ({"damping": "adaptive", "damping_kind": "absolute"}, "damping_kind is 'absolute'"),
+        ({"damping": "adaptive", "step_length": "paper"}, "damping_kind is 'absolute'"),
+    ],
+)
+def test_wrong_damping_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        FOP(net(), **options)
