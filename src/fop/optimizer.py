@@ -89,11 +89,13 @@ class FOP(JoinableOptimizer, Optimizer):
         lr: learning rate; by how much of its own norm a weight moves in a step, at most 20 % at 0.2. With
             ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
             default is None: 0.2, or 0.05 with the paper's steps.
-        step_length: "weight": ‖update of a layer‖ = lr·s·‖its weight‖, whatever the units of loss, inputs and
-            weights. s is the share of signal in the average of updates that momentum makes, as the
-            sub-batches show it; 1 where there are none. A weight that starts at 0 moves by lr in the metric
-            of F̂ at first, and an embedding by as much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18),
-            under the KL clip.
+        step_length: "weight": ‖update of a layer‖ = lr·‖its weight‖, whatever the units of loss, inputs and
+            weights. A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as
+            much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+        anneal: whether the length of a layer's steps falls with the share of signal in them, as the
+            sub-batches show it. "auto": unless a scheduler of `torch.optim.lr_scheduler` sets the rate, which
+            then says how the length falls (``ReduceLROnPlateau`` does not count). Nothing with the paper's
+            steps.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
@@ -163,6 +165,7 @@ class FOP(JoinableOptimizer, Optimizer):
         lr: float | None = DEFAULTS["lr"],
         *,
         step_length: Literal["weight", "paper"] = DEFAULTS["step_length"],
+        anneal: bool | Literal["auto"] = DEFAULTS["anneal"],
         momentum: float | None = DEFAULTS["momentum"],
         nesterov: bool | None = DEFAULTS["nesterov"],
         weight_decay: float = DEFAULTS["weight_decay"],
@@ -590,9 +593,11 @@ class FOP(JoinableOptimizer, Optimizer):
                 state, sums = self.state[binding.weight], measured[index]
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(sums[0])
-                reference, momentum = state[REFERENCE_NORM], groups[binding.weight]["momentum"]
-                like = binding.typical_norm, binding.rows, momentum
-                factor, binding.share = stretch(sums, update, reference, *like)
+                group, like = groups[binding.weight], (binding.typical_norm, binding.rows)
+                # Which schedulers of torch set.
+                anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
+                annealed = group["momentum"] if anneal else None
+                factor, binding.share = stretch(sums, update, state[REFERENCE_NORM], *like, annealed)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))

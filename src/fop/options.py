@@ -21,6 +21,7 @@ ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tenso
 DEFAULTS: dict[str, Any] = {
     "lr": None,
     "step_length": "weight",
+    "anneal": "auto",
     "momentum": None,
     "nesterov": None,
     "weight_decay": 0.0,
@@ -187,6 +188,8 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
     for name in ("nesterov", "maximize"):
         if name in options and not isinstance(options[name], bool):
             raise TypeError(f"{name}={options[name]!r} must be True or False")
+    if not isinstance(options.get("anneal", True), bool) and options["anneal"] != "auto":
+        raise TypeError(f"anneal={options['anneal']!r} must be True, False or 'auto'")
     for name in ("beta", "eta"):
         if name in options and options[name] != "adaptive":
             _check_number(name, options[name], low=0.0, instead="or 'adaptive'")
