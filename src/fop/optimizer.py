@@ -112,7 +112,8 @@ class FOP(JoinableOptimizer, Optimizer):
             goes on as if it were an average.
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
             from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
-            by generators of the optimizer's own. None for all rows.
+            by generators of the optimizer's own. "auto" is 4, or 16 with the paper's steps, whose updates
+            are rare; None is for all rows.
         curvature_interval: steps between curvature updates; 1, as steps of the weight's length need a fresh
             curvature, or 100 with the paper's steps. Early in training updates come more often. May be a
             function of the step.
@@ -172,7 +173,7 @@ class FOP(JoinableOptimizer, Optimizer):
         damping: float | Literal["adaptive"] | Schedule | None = DEFAULTS["damping"],
         damping_kind: Literal["relative", "absolute"] | None = DEFAULTS["damping_kind"],
         stat_decay: float | None = DEFAULTS["stat_decay"],
-        statistics_rows: int | None = DEFAULTS["statistics_rows"],
+        statistics_rows: int | Literal["auto"] | None = DEFAULTS["statistics_rows"],
         curvature_interval: int | Schedule | None = DEFAULTS["curvature_interval"],
         inverse_delay: int = DEFAULTS["inverse_delay"],
         sub_batches: int = DEFAULTS["sub_batches"],
@@ -211,10 +212,15 @@ class FOP(JoinableOptimizer, Optimizer):
     def paper(cls: type[_Kind], params: ParamsLike, lr: float = 0.05, **options: Any) -> _Kind:
         """Return an optimizer with the paper's equations, ``step_length="paper"``, and typical values.
 
-        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's; it names no momentum,
-        decay or clip: those are ours. Takes and raises what the class does.
+        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's, and statistics are of all
+        rows; it names no momentum, decay or clip: those are ours. Takes and raises what the class does.
         """
-        typical = {"step_length": "paper", "damping": 1e-4, "curvature_interval": 150}
+        typical = {
+            "step_length": "paper",
+            "damping": 1e-4,
+            "curvature_interval": 150,
+            "statistics_rows": None,
+        }
         return cls(params, lr, **{**typical, **options})
 
     def _begin(

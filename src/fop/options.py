@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": None,
     "damping_kind": None,
     "stat_decay": None,
-    "statistics_rows": 4,
+    "statistics_rows": "auto",
     "curvature_interval": None,
     "inverse_delay": 0,
     "sub_batches": 2,
@@ -67,6 +67,8 @@ BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
         "eps": 1e-8,
     },
 }
+# Many averages of few rows are as good as few of many; None is for all rows.
+ROWS_BY_STEP_LENGTH = {"weight": 4, "paper": 16}
 BY_DAMPING_KIND = {"relative": "adaptive", "absolute": 1e-3}
 _CHOICES = {
     "step_length": BY_STEP_LENGTH.keys(),
@@ -146,6 +148,8 @@ def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
     implied = BY_STEP_LENGTH[options["step_length"]]
     chosen = {name: value for name, value in options.items() if name not in implied or value is not None}
     chosen = {**implied, **chosen}
+    if chosen["statistics_rows"] == "auto":
+        chosen["statistics_rows"] = ROWS_BY_STEP_LENGTH[chosen["step_length"]]
     if chosen["damping"] is None:
         chosen["damping"] = BY_DAMPING_KIND[chosen["damping_kind"]]
     return chosen
