@@ -89,11 +89,13 @@ class FOP(JoinableOptimizer, Optimizer):
         lr: learning rate; by how much of its own norm a weight moves in a step, at most 20 % at 0.2. With
             ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
             default is None: 0.2, or 0.05 with the paper's steps.
-        step_length: "weight": ‖update of a layer‖ = lr·s·‖its weight‖, whatever the units of loss, inputs and
-            weights. s is the share of signal in the average of updates that momentum makes, as the
-            sub-batches show it; 1 where there are none. A weight that starts at 0 moves by lr in the metric
-            of F̂ at first, and an embedding by as much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18),
-            under the KL clip.
+        step_length: "weight": ‖update of a layer‖ = lr·‖its weight‖, whatever the units of loss, inputs and
+            weights. A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as
+            much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+        anneal: whether the length of a layer's steps falls with the share of signal in them, as the
+            sub-batches show it. "auto": unless a scheduler of `torch.optim.lr_scheduler` sets the rate, which
+            then says how the length falls (``ReduceLROnPlateau`` does not count). Nothing with the paper's
+            steps.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
@@ -110,7 +112,8 @@ class FOP(JoinableOptimizer, Optimizer):
             goes on as if it were an average.
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
             from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
-            by generators of the optimizer's own. None for all rows.
+            by generators of the optimizer's own. "auto" is 4, or 16 with the paper's steps, whose updates
+            are rare; None is for all rows.
         curvature_interval: steps between curvature updates; 1, as steps of the weight's length need a fresh
             curvature, or 100 with the paper's steps. Early in training updates come more often. May be a
             function of the step.
@@ -163,13 +166,14 @@ class FOP(JoinableOptimizer, Optimizer):
         lr: float | None = DEFAULTS["lr"],
         *,
         step_length: Literal["weight", "paper"] = DEFAULTS["step_length"],
+        anneal: bool | Literal["auto"] = DEFAULTS["anneal"],
         momentum: float | None = DEFAULTS["momentum"],
         nesterov: bool | None = DEFAULTS["nesterov"],
         weight_decay: float = DEFAULTS["weight_decay"],
         damping: float | Literal["adaptive"] | Schedule | None = DEFAULTS["damping"],
         damping_kind: Literal["relative", "absolute"] | None = DEFAULTS["damping_kind"],
         stat_decay: float | None = DEFAULTS["stat_decay"],
-        statistics_rows: int | None = DEFAULTS["statistics_rows"],
+        statistics_rows: int | Literal["auto"] | None = DEFAULTS["statistics_rows"],
         curvature_interval: int | Schedule | None = DEFAULTS["curvature_interval"],
         inverse_delay: int = DEFAULTS["inverse_delay"],
         sub_batches: int = DEFAULTS["sub_batches"],
@@ -208,10 +212,15 @@ class FOP(JoinableOptimizer, Optimizer):
     def paper(cls: type[_Kind], params: ParamsLike, lr: float = 0.05, **options: Any) -> _Kind:
         """Return an optimizer with the paper's equations, ``step_length="paper"``, and typical values.
 
-        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's; it names no momentum,
-        decay or clip: those are ours. Takes and raises what the class does.
+        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's, and statistics are of all
+        rows; it names no momentum, decay or clip: those are ours. Takes and raises what the class does.
         """
-        typical = {"step_length": "paper", "damping": 1e-4, "curvature_interval": 150}
+        typical = {
+            "step_length": "paper",
+            "damping": 1e-4,
+            "curvature_interval": 150,
+            "statistics_rows": None,
+        }
         return cls(params, lr, **{**typical, **options})
 
     def _begin(
@@ -590,9 +599,11 @@ class FOP(JoinableOptimizer, Optimizer):
                 state, sums = self.state[binding.weight], measured[index]
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(sums[0])
-                reference, momentum = state[REFERENCE_NORM], groups[binding.weight]["momentum"]
-                like = binding.typical_norm, binding.rows, momentum
-                factor, binding.share = stretch(sums, update, reference, *like)
+                group, like = groups[binding.weight], (binding.typical_norm, binding.rows)
+                # Which schedulers of torch set.
+                anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
+                annealed = group["momentum"] if anneal else None
+                factor, binding.share = stretch(sums, update, state[REFERENCE_NORM], *like, annealed)
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))

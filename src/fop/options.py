@@ -21,13 +21,14 @@ ParamsLike: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tenso
 DEFAULTS: dict[str, Any] = {
     "lr": None,
     "step_length": "weight",
+    "anneal": "auto",
     "momentum": None,
     "nesterov": None,
     "weight_decay": 0.0,
     "damping": None,
     "damping_kind": None,
     "stat_decay": None,
-    "statistics_rows": 4,
+    "statistics_rows": "auto",
     "curvature_interval": None,
     "inverse_delay": 0,
     "sub_batches": 2,
@@ -66,6 +67,8 @@ BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
         "eps": 1e-8,
     },
 }
+# Many averages of few rows are as good as few of many; None is for all rows.
+ROWS_BY_STEP_LENGTH = {"weight": 4, "paper": 16}
 BY_DAMPING_KIND = {"relative": "adaptive", "absolute": 1e-3}
 _CHOICES = {
     "step_length": BY_STEP_LENGTH.keys(),
@@ -145,6 +148,8 @@ def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
     implied = BY_STEP_LENGTH[options["step_length"]]
     chosen = {name: value for name, value in options.items() if name not in implied or value is not None}
     chosen = {**implied, **chosen}
+    if chosen["statistics_rows"] == "auto":
+        chosen["statistics_rows"] = ROWS_BY_STEP_LENGTH[chosen["step_length"]]
     if chosen["damping"] is None:
         chosen["damping"] = BY_DAMPING_KIND[chosen["damping_kind"]]
     return chosen
@@ -187,6 +192,8 @@ def _check_options(options: Mapping[str, Any]) -> None:  # noqa: PLR0912 - one b
     for name in ("nesterov", "maximize"):
         if name in options and not isinstance(options[name], bool):
             raise TypeError(f"{name}={options[name]!r} must be True or False")
+    if not isinstance(options.get("anneal", True), bool) and options["anneal"] != "auto":
+        raise TypeError(f"anneal={options['anneal']!r} must be True, False or 'auto'")
     for name in ("beta", "eta"):
         if name in options and options[name] != "adaptive":
             _check_number(name, options[name], low=0.0, instead="or 'adaptive'")

@@ -27,6 +27,7 @@ from fop.step_size import REFERENCE_NORM
 _NEWER = {
     "sub_batches": 2,
     "step_length": "paper",
+    "anneal": "auto",
     "damping_kind": "absolute",
     "statistics_rows": None,
 }

@@ -106,13 +106,13 @@ def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor
 
 
 def stretch(
-    sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int, momentum: float
+    sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int, annealed: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return s·‖weight‖ / ‖u‖, 0 for an update u of 0, see `measure`, and s; both 0-dim.
 
-    s is the share of signal in the average of updates that ``momentum`` μ makes: its squared norm has all of
-    an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its noise. Steps of full length that are mostly noise
-    would only make the weight longer.
+    s is 1, or, if the length is ``annealed`` at this momentum μ, the share of signal in the average of
+    updates that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of
+    its noise. At a rate that stays, steps of full length would in the end be noise, and lengthen the weight.
 
     A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
     be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
@@ -127,9 +127,9 @@ def stretch(
         size = size / update.input_square.to(size).sqrt()
     reference.copy_(torch.where(own > 0, reference, size))
     share = torch.ones_like(own)
-    if update.noise is not None:
+    if update.noise is not None and annealed is not None:
         signal = 1 - update.noise.to(share)
-        share = signal / (signal + (1 - signal) * (1 - momentum) / (1 + momentum))
+        share = signal / (signal + (1 - signal) * (1 - annealed) / (1 + annealed))
     length = share * torch.maximum(own, reference)
     # Momentum alone does not move a weight: however small it is, it would be stretched.
     moves = (square > 0) & (update.length.to(square) != 0)

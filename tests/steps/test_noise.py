@@ -148,6 +148,30 @@ def test_a_step_is_as_long_as_its_share_of_signal(momentum: float) -> None:
         )
 
 
+def test_a_scheduler_says_how_steps_get_shorter_if_there_is_one() -> None:
+    schedulers = torch.optim.lr_scheduler
+    for make, annealed in (
+        (lambda of: schedulers.ConstantLR(of, 1.0, 1), False),
+        (schedulers.ReduceLROnPlateau, True),
+        (None, True),
+    ):
+        model = net()
+        optimizer = FOP(model, lr=0.1)
+        if make is not None:
+            make(optimizer)
+        train(optimizer, model, 3)
+        lengths = [of.length for of in optimizer.diagnostics().layers.values()]
+        assert all((each < 0.0999) if annealed else each == pytest.approx(0.1) for each in lengths), make
+    for anneal in (True, False):
+        model = net()
+        optimizer = FOP(model, lr=0.1, anneal=anneal)
+        if anneal:
+            schedulers.ConstantLR(optimizer, 1.0, 1)
+        train(optimizer, model, 3)
+        lengths = [of.length for of in optimizer.diagnostics().layers.values()]
+        assert all((each < 0.0999) is anneal for each in lengths)
+
+
 def test_steps_get_shorter_as_a_network_fits_noise() -> None:
     """At a constant rate, batches of random labels: the weights would grow by 2 % a step for ever."""
     torch.manual_seed(0)
@@ -181,6 +205,8 @@ def test_noise_is_in_a_checkpoint() -> None:
     ("options", "message"),
     [
         ({"damping": "noise"}, "or 'adaptive'"),
+        ({"anneal": "always"}, "True, False or 'auto'"),
+        ({"anneal": 1.0}, "True, False or 'auto'"),
         ({"damping": "adaptive", "damping_kind": "absolute"}, "damping_kind is 'absolute'"),
         ({"damping": "adaptive", "step_length": "paper"}, "damping_kind is 'absolute'"),
     ],
