@@ -541,11 +541,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if trusted is not None:
             mixing = torch.where(trusted, mixing, 0)
         input_square = None if units is None else units.flatten()[-1]
-        noise = (
-            None
-            if direction.noise is None
-            else noise_share(binding.curvature.state, direction.noise, trusted)
-        )
+        noise = noise_share(binding.curvature.state, direction.noise, trusted)
         kinds = direction.rho, trusted, gradients.reason
         return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square, noise=noise)
 

@@ -65,18 +65,23 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
     return update.mul_(scale), scale * alignment, scale
 
 
-def noise_share(state: MutableMapping[str, Any], norms: Tensor, trusted: Tensor | None) -> Tensor:
+def noise_share(
+    state: MutableMapping[str, Any], norms: Tensor | None, trusted: Tensor | None
+) -> Tensor | None:
     """Return ν ∈ [0, 0.99], the share of noise in ‖Ga‖², with the `Direction.noise` of a step taken in.
 
-    Noise and gradient are averaged apart, in ``state``, over about ten steps. What is not finite or not
-    ``trusted`` does not count; 0 as long as nothing did.
+    Both are averaged in ``state`` over about ten steps, and then divided. What is not finite or not
+    ``trusted`` does not count; 0 as long as nothing did, and None if there never were sub-batches.
     """
-    before = state[NOISE] if NOISE in state else torch.zeros_like(norms)
-    good = torch.isfinite(norms).all()
-    if trusted is not None:
-        good = good & trusted
-    averages = state[NOISE] = torch.where(good, torch.lerp(norms, before, NOISE_DECAY), before)
-    noise, whole = averages.unbind()
+    if norms is not None:
+        before = state[NOISE] if NOISE in state else torch.zeros_like(norms)
+        good = torch.isfinite(norms).all()
+        if trusted is not None:
+            good = good & trusted
+        state[NOISE] = torch.where(good, torch.lerp(norms, before, NOISE_DECAY), before)
+    if NOISE not in state:
+        return None
+    noise, whole = state[NOISE].unbind()
     return torch.where(whole > 0, noise / whole, 0).clamp_(max=1 - LEAST_SIGNAL)
 
 

@@ -249,10 +249,12 @@ def test_options_that_follow_from_the_length_of_a_step() -> None:
     """None is as if the option was not given."""
     (group,) = FOP(mlp()).param_groups
     assert (group["lr"], group["momentum"], group["nesterov"], group["stat_decay"]) == (0.2, 0.6, True, 0.8)
-    assert (group["damping"], group["damping_kind"], group["eps"]) == (1e-2, "relative", 1e-17)
+    assert (group["damping"], group["damping_kind"], group["eps"]) == ("adaptive", "relative", 1e-17)
+    assert (group["statistics_rows"], group["anneal"]) == (4, "auto")
     (paper,) = FOP(mlp(), step_length="paper").param_groups
     assert (paper["lr"], paper["momentum"], paper["nesterov"], paper["stat_decay"]) == (0.05, 0.5, False, 0.9)
     assert (paper["damping"], paper["damping_kind"], paper["eps"]) == (1e-3, "absolute", 1e-8)
+    assert paper["statistics_rows"] == 16
     (given,) = FOP(mlp(), None, step_length="paper", momentum=0.0, damping=None).param_groups
     assert given == {**paper, "params": given["params"], "momentum": 0.0}
     (absolute,) = FOP(mlp(), damping_kind="absolute").param_groups
@@ -262,7 +264,8 @@ def test_options_that_follow_from_the_length_of_a_step() -> None:
 @ours
 def test_the_papers_own_values(library: type[FOP]) -> None:
     (group,) = library.paper(mlp()).param_groups
-    expected = library(mlp(), 0.05, step_length="paper", damping=1e-4, curvature_interval=150)
+    options: dict[str, Any] = {"damping": 1e-4, "curvature_interval": 150, "statistics_rows": None}
+    expected = library(mlp(), 0.05, step_length="paper", **options)
     assert {**group, "params": 0} == {**expected.param_groups[0], "params": 0}
     assert type(library.paper(mlp())) is library
     (group,) = library.paper(mlp(), 0.1, damping=1e-2).param_groups

@@ -127,7 +127,9 @@ def test_half_precision_parameters(case: str, dtype: torch.dtype) -> None:
     build, data = DATA[case]
     model = build().to(dtype)
     before = weights(model)
-    optimizer = FOP(model, lr=0.1, adamw_lr=0.05, weight_decay=0.01, layer_options={"gr*": {"path": "fop"}})
+    optimizer = FOP(
+        model, lr=0.1, adamw_lr=0.05, weight_decay=0.01, anneal=False, layer_options={"gr*": {"path": "fop"}}
+    )
     for seed in range(5):
         x, y = data(8, seed)
         x = x.to(dtype) if x.is_floating_point() else x

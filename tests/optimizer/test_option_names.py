@@ -90,7 +90,8 @@ FREE = [
 @every
 def test_groups_keep_keys_of_others(make: Make) -> None:
     model, clean = mlp(), mlp()
-    mark: dict[str, Any] = dict.fromkeys(set(FREE) - {"param_names"}, 0.5)
+    # The option ``anneal`` looks for initial_lr.
+    mark: dict[str, Any] = dict.fromkeys(set(FREE) - {"param_names", "initial_lr"}, 0.5)
     optimizer = make([{"params": model.parameters(), **mark, 7: "seven"}])
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **mark})
     other = make(clean.parameters())
@@ -287,11 +288,11 @@ def test_loaded_option_of_the_whole_step_is_used(name: str, library: type[FOP]) 
     """As for any option of torch.optim: the state wins over the constructor, and a later group follows it."""
     of_state, of_constructor = WHOLE[name]
     model, clean, same = mlp(), mlp(), mlp()
-    expected = library(clean, lr=0.1, step_length="paper", **{name: of_state})
+    expected = library(clean, lr=0.1, step_length="paper", damping=1e-3, **{name: of_state})
     train_step(clean, expected, *batch())
     for net in (model, same):
         net.load_state_dict(clean.state_dict())
-    options: dict[str, Any] = {"step_length": "paper", name: of_constructor}
+    options: dict[str, Any] = {"step_length": "paper", "damping": 1e-3, name: of_constructor}
     optimizer, plain = (library(net, lr=0.1, **options) for net in (model, same))
     optimizer.load_state_dict(snapshot(expected))
     plain.load_state_dict(snapshot(expected))

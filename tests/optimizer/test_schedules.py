@@ -102,8 +102,10 @@ def test_scheduler_drives_the_step(make: Make, kind: str) -> None:
     assert len({options["lr"] for options in used}) > 1
     by_hand = Mixed()
     other = make(by_hand.parameters(), weight_decay=0.1)
+    # Tells FOP's option ``anneal`` of a schedule.
+    known = {key: value for key, value in optimizer.param_groups[0].items() if key == "initial_lr"}
     for seed, options in enumerate(used):
-        other.param_groups[0].update(options)
+        other.param_groups[0].update(options, **known)
         train(by_hand, other, [seed])
     assert_equal(weights(by_hand), weights(model))
     constant, _ = trained(make, STEPS, weight_decay=0.1)

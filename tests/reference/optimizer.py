@@ -61,7 +61,17 @@ class LayerState:
     buffer: Tensor | None = None
     sizes: Tensor | None = None
     reference: float = 0.0  # the norm that stands for that of a weight which was 0
+    # ⟨Gd/2, F̂⁻¹ Gd/2⟩ and ⟨Ga, F̂⁻¹ Ga⟩ of every step that had two sub-batches, the newest first
+    noises: list[tuple[float, float]] = field(default_factory=list)
     correction: Correction | None = field(default=None, repr=False)
+
+    @property
+    def noise_share(self) -> float:
+        weights = [0.9**age for age in range(len(self.noises))]
+        noise, whole = (
+            sum(w * each[i] for w, each in zip(weights, self.noises, strict=True)) for i in (0, 1)
+        )
+        return min(0.99, noise / whole) if whole > 0 else 0.0
 
 
 class ReferenceFOP:
@@ -75,19 +85,20 @@ class ReferenceFOP:
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        damping: float = 1e-2,
+        damping: Mixing = 1e-2,
         stat_decay: float = 0.9,
         beta: Mixing = "adaptive",
         eta: Mixing = "adaptive",
         kl_clip: float | None = None,
         step_length: str = "paper",
         damping_kind: str = "absolute",
+        anneal: bool = False,
     ) -> None:
         self.model = copy.deepcopy(model).double()
         self.tape = Tape(self.model)
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
         self.damping, self.stat_decay, self.beta, self.eta = damping, stat_decay, beta, eta
-        self.kl_clip = kl_clip
+        self.kl_clip, self.anneal = kl_clip, anneal
         self.by_weight, self.relative = step_length == "weight", damping_kind == "relative"
         self.kl_scale = 1.0
         self.state = {name: LayerState() for name in layers_of(self.model)}
@@ -123,11 +134,16 @@ class ReferenceFOP:
             g1, g2 = map(block.mean_gradient, split(N))
             Gd = vec(g1 - g2)  # (2), (3)
         F = dense_fisher(state.A, state.G)
+        damping = self._damping(state)
         if self.relative:
             bias = layers_of(self.model)[name].bias is not None
-            F_hat = dense_relative_fisher(state.A, state.G, self.damping, bias=bias)
+            F_hat = dense_relative_fisher(state.A, state.G, damping, bias=bias)
         else:
-            F_hat = dense_damped_fisher(state.A, state.G, self.damping)
+            F_hat = dense_damped_fisher(state.A, state.G, damping)
+        # beta=0 is K-FAC, which has no sub-batches.
+        if Gd is not None and self.beta != 0:
+            pair = tuple(float(V @ torch.linalg.solve(F_hat, V)) for V in (Gd / 2, Ga))
+            state.noises.insert(0, (pair[0], pair[1]))
         if self.by_weight:
             like = block.mean_gradient(range(N))
             state.sizes = sizes(like, state.A, bias=layers_of(self.model)[name].bias is not None)
@@ -136,6 +152,14 @@ class ReferenceFOP:
         else:
             state.correction = correct(F, F_hat, Ga, Gd, self.beta, self.eta)
         return state.correction.direction
+
+    def _damping(self, state: LayerState) -> float:
+        if self.damping != "adaptive":
+            return float(self.damping)
+        if not state.noises:
+            return 0.01
+        # The mean eigenvalue of F̂ is that of F over 1 - ν; each factor's grows by the root.
+        return max(math.sqrt(1 / (1 - state.noise_share)) - 1, 0.01) ** 2
 
     def _kl_scale(self, product: float) -> float:
         """ν, from the sum over all layers of ⟨direction, gradient⟩."""
@@ -153,6 +177,10 @@ class ReferenceFOP:
                 # All outputs of size 1: (out, in) weights times inputs of the size of the bias'.
                 state.reference = math.sqrt(len(layer.weight)) / float(state.sizes[0, 0, -1])
             step = step * max(norm, state.reference) / (step / state.sizes).norm()
+            if self.anneal:
+                # An average with weights μ^k has (1 - μ)/(1 + μ) of the variance of one.
+                noise = state.noise_share
+                step = step * (1 - noise) / (1 - noise + noise * (1 - self.momentum) / (1 + self.momentum))
         with torch.no_grad():
             for p, change in zip(layer.parameters(), from_matrix(layer, step), strict=True):
                 p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * change)

@@ -184,7 +184,7 @@ def test_ten_steps(case: str, library: type[FOP], nesterov: bool, dtype: torch.d
     assert oracle.kl_scale < 1.0, "the KL clip was not active"
 
 
-BY_WEIGHT: dict[str, Any] = {"step_length": "weight", "damping_kind": "relative"}
+BY_WEIGHT: dict[str, Any] = {"step_length": "weight", "damping_kind": "relative", "anneal": False}
 
 
 @pytest.mark.core
@@ -216,6 +216,27 @@ def test_ten_steps_as_long_as_the_weight(
         **options,
     )
     check(model, oracle, start, 10 * TOLERANCE[dtype])
+
+
+@pytest.mark.core
+@dtypes
+@pytest.mark.parametrize("library", [FOP, KFAC])
+@pytest.mark.parametrize(
+    ("case", "momentum"),
+    # The bias of conv-linear hardly moves without momentum.
+    [*itertools.product(("linear-3d-no-bias", "conv-groups", "mlp"), (0.0, 0.6)), ("conv-linear", 0.6)],
+)
+def test_ten_steps_with_damping_and_length_by_noise(
+    case: str, momentum: float, library: type[FOP], dtype: torch.dtype
+) -> None:
+    """The noise of earlier steps stands in for that of batches that have none to show."""
+    model, _, _ = make(case, dtype, N=1)
+    batches = [make(case, dtype, N, seed=i)[1:] for i, N in enumerate([6, 5, 6, 3, 1, 6, 2, 5, 6, 6])]
+    options: dict[str, Any] = {**BY_WEIGHT, "damping": "adaptive", "anneal": True}
+    options |= {"lr": 0.5, "momentum": momentum, "nesterov": False, "stat_decay": 0.8, "library": library}
+    oracle = compare(model, batches, tolerance=20 * TOLERANCE[dtype], **options)
+    shares = [state.noise_share for state in oracle.state.values()]
+    assert all(0 < share <= 0.99 for share in shares) if library is FOP else not any(shares), shares
 
 
 @dtypes
