@@ -1,0 +1,92 @@
+"""Writes the tables of README.md and docs/results.md between their marks, from records/race/race.jsonl.
+
+With --check it changes nothing and fails if a table is not what the record says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fop_bench.race import STARTS, best_rate, identity
+from fop_bench.race_tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs/results.md"]
+MARKS = re.compile(r"(<!-- table: race, made by tools/race_results.py -->\n).*?(<!-- /table -->)", re.DOTALL)
+TITLES = {
+    "gpt-128": "GPT, 100 steps, nats a byte ↓",
+    "cifar-500": "CIFAR-10, 500 × 120 steps, % ↑",
+    "cifar-5000": "CIFAR-10, 5,000 × 30 steps, % ↑",
+    "digits-autoencoder": "autoencoder, full batch, MSE ↓",
+    "digits-cnn": "CNN, full batch, % ↑",
+    "digits-lstm": "LSTM, batch 128, % ↑",
+}
+LABELS = {
+    **{"sgd": "SGD", "adamw": "AdamW", "soap": "SOAP", "muon": "Muon"},
+    **{"kfac-default": "K-FAC, defaults", "fop-default": "FOP, defaults"},
+}
+
+
+def values(runs: list[dict[str, Any]], name: str, highest: bool) -> list[float]:
+    """Return the values of an optimizer's runs at its best rate for seed 0."""
+    start = STARTS[name]
+    rate = None
+    if runs and start is not None:
+        rate = best_rate({run["rate"]: run["value"] for run in runs if run["seed"] == 0}, start, highest)
+    return [run["value"] for run in runs if run["rate"] == rate and not run["diverged"]]
+
+
+def table() -> str:
+    """Return rows of tasks and columns of optimizers, the best of a row in bold; n where it is not 3."""
+    lines = (ROOT / "records/race/race.jsonl").read_text(encoding="utf-8").splitlines()
+    # The newest side of a task and optimizer: runs of other sources or options stay in the record.
+    sides: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in map(json.loads, lines):
+        sides[run["task"], run["variant"]][identity(run)].append(run)
+    found = {key: [*of.values()][-1] for key, of in sides.items()}
+    rows = [["", *LABELS.values()], ["---"] * (1 + len(LABELS))]
+    for task, title in TITLES.items():
+        highest, cells = TASKS[task].highest, []
+        of = {name: values(found.get((task, name), []), name, highest) for name in LABELS}
+        means = {name: statistics.fmean(each) for name, each in of.items() if each}
+        if "fop-default" not in means:
+            continue
+        best = (max if highest else min)(means.values(), default=math.nan)
+        digits = 1 if highest else 4 if "autoencoder" in task else 2
+        for name in LABELS:
+            if name not in means:
+                cells.append("–")
+                continue
+            text = f"{means[name]:.{digits}f}"
+            text = f"**{text}**" if len(means) > 1 and text == f"{best:.{digits}f}" else text
+            spread = f" ± {statistics.stdev(of[name]):.{digits}f}" if len(of[name]) > 1 else ""
+            cells.append(text + spread + ("" if len(of[name]) == 3 else f" (n = {len(of[name])})"))
+        rows.append([title, *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main() -> int:
+    """Write or check the pages; return 1 if one is not up to date."""
+    stale, made = 0, table()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new, count = MARKS.subn(lambda match: match[1] + made + match[2], text)
+        if not count:
+            raise SystemExit(f"{page}: no marks for the table")
+        if new != text and "--check" in sys.argv:
+            print(f"{page} is not what records/race says: run {Path(__file__).name}")
+            stale = 1
+        elif new != text:
+            page.write_text(new, encoding="utf-8")
+    return stale
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
