@@ -53,8 +53,7 @@ class Binding:
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
         looked_for: whether functions were looked for, as nobody saw the modules run.
         seen: whether the modules knew of the last gradient.
-        share: which share of its norm times the rate the weight moved by last, 0-dim; None with the paper's
-            steps.
+        length: by which share of its norm the weight moved last, 0-dim; None with the paper's steps.
     """
 
     def __init__(self, found: FoundLayer, recorder: Recorder, state: dict[str, Any]) -> None:
@@ -72,7 +71,7 @@ class Binding:
         self.typical_norm = (size if entries else layer.groups * layer.out_dim) ** 0.5
         self.lean = self.by_adamw = self.looked_for = self.seen = False
         self.last: Update | None = None
-        self.share: Tensor | None = None
+        self.length: Tensor | None = None
         # Steps without sub-batch gradients; those that were not believed are counted on the device.
         self._without = 0
         self._distrusted: Tensor | None = None

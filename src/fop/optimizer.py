@@ -93,17 +93,19 @@ class FOP(JoinableOptimizer, Optimizer):
             weights. A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as
             much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
         anneal: whether the length of a layer's steps falls with the share of signal in them, as the
-            sub-batches show it. "auto": unless a scheduler of `torch.optim.lr_scheduler` sets the rate, which
-            then says how the length falls (``ReduceLROnPlateau`` does not count). Nothing with the paper's
-            steps.
+            sub-batches show it, down to 1/25 of lr. "auto": unless a scheduler of `torch.optim.lr_scheduler`
+            sets the rate, which then says how the length falls. ``ReduceLROnPlateau`` does not count, nor do
+            rates written into ``param_groups``: give False if these fall to 0. No effect without sub-batches
+            (`KFAC`) and with the paper's steps.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
         weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
             use their own learning rate in place of lr.
         damping: λ; "adaptive" if relative, 1e-3 if absolute. Adaptive damping follows ν, the share of noise
-            in each layer's gradient, which the sub-batches show: sqrt(λ) = (1 - ν)^(-½) - 1, and 0.01 where
-            there are none. May be a function of the step.
+            in each layer's gradient, which the sub-batches show: sqrt(λ) = (1 - ν)^(-½) - 1, with λ from
+            1e-4 to 81; λ is 0.01 before any noise was measured, and without sub-batches. May be a function
+            of the step.
         damping_kind: "relative": sqrt(damping) times its mean eigenvalue is added to the diagonal of A and of
             G (the bias' entry of A, whose units are others, counts by itself). "absolute", with the paper's
             steps: the paper's γ = sqrt(damping), split between A and G by π.
@@ -424,7 +426,8 @@ class FOP(JoinableOptimizer, Optimizer):
         """Take a step of Algorithm 1; on one process this rank owns every weight."""
         for group, schedules in zip(self.param_groups, self._schedules, strict=True):
             if schedules:
-                group.update(checked({name: schedule(group["step"]) for name, schedule in schedules.items()}))
+                now = {name: schedule(group["step"]) for name, schedule in schedules.items()}
+                group.update(checked({"damping_kind": group["damping_kind"], **now}))
         groups = self._groups()
         loss_scale = unscale(self, groups) if hasattr(self, "found_inf") else None
         # Parameters may have been replaced since the last step.
@@ -541,7 +544,8 @@ class FOP(JoinableOptimizer, Optimizer):
         if trusted is not None:
             mixing = torch.where(trusted, mixing, 0)
         input_square = None if units is None else units.flatten()[-1]
-        noise = noise_share(binding.curvature.state, direction.noise, trusted)
+        state = binding.curvature.state
+        noise = noise_share(state, direction.noise, trusted) if binding.corrected else None
         kinds = direction.rho, trusted, gradients.reason
         return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square, noise=noise)
 
@@ -599,7 +603,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 # Which schedulers of torch set.
                 anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
                 annealed = group["momentum"] if anneal else None
-                factor, binding.share = stretch(sums, update, state[REFERENCE_NORM], *like, annealed)
+                factor, share = stretch(sums, update, state[REFERENCE_NORM], *like, annealed)
+                binding.length = share * fine[index].to(share.device) * group["lr"]
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
                 rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))
@@ -702,6 +707,8 @@ class FOP(JoinableOptimizer, Optimizer):
             return loaded[0]
 
         names = [group.get("param_names") for group in self.param_groups]
+        # Of schedulers that were made before loading.
+        initial = [group.get("initial_lr") for group in self.param_groups]
         # After the user's hooks, which may make another state of it.
         with self.register_load_state_dict_pre_hook(check):
             super().load_state_dict(state_dict)
@@ -709,6 +716,9 @@ class FOP(JoinableOptimizer, Optimizer):
             # torch keeps names over a state without them since 2.6.
             if own is not None:
                 group.setdefault("param_names", own)
+        for group, rate in zip(self.param_groups, initial, strict=True):
+            if rate is not None:
+                group.setdefault("initial_lr", rate)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._distributor.discard(state_replaced=True)
         self._relink()

@@ -320,9 +320,12 @@ def checked_group(
     if first is not None:
         if first["step_length"] != defaults["step_length"]:
             # Loaded from a checkpoint of the other.
-            defaults = {**defaults, **BY_STEP_LENGTH[first["step_length"]], "damping": first["damping"]}
-            group = {**{name: defaults[name] for name in (*BY_STEP_LENGTH["paper"], "damping")}, **group}
+            alike = {name: first[name] for name in ("damping", "statistics_rows")}
+            defaults = {**defaults, **BY_STEP_LENGTH[first["step_length"]], **alike}
+            group = {**{name: defaults[name] for name in (*BY_STEP_LENGTH["paper"], *alike)}, **group}
         defaults = {**defaults, **{name: first[name] for name in ONE_FOR_ALL}}
+    if group.get("statistics_rows") == "auto":
+        group["statistics_rows"] = ROWS_BY_STEP_LENGTH[defaults["step_length"]]
     options = {key: value for key, value in group.items() if key != "params"}
     plain = checked({**defaults, **options})
     group |= {key: value for key, value in plain.items() if key in options}

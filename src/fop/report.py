@@ -213,13 +213,14 @@ def diagnose(
         group, curvature, last = groups[binding.weight], binding.curvature, binding.last
         if last is None and not curvature.estimated:
             continue
-        held: dict[str, Tensor | None] = {"share": binding.share}
+        held: dict[str, Tensor | None] = {"length": binding.length}
         if last is not None:
             held |= {"beta": last.beta, "eta": last.eta, "rho": last.rho, "noise": last.noise}
         told = {name: value for name, value in held.items() if value is not None}
-        numbers = torch.stack([*(value.double() for value in told.values())]).tolist() if told else []
-        of_step = dict(zip(told, numbers, strict=True))
-        share = of_step.get("share")
+        # No float64 where there is none: some devices lack it.
+        dtype = torch.float64 if torch.float64 in {value.dtype for value in told.values()} else torch.float32
+        values = torch.stack([value.to(dtype) for value in told.values()]).tolist() if told else []
+        of_step = dict(zip(told, values, strict=True))
         # Another rank may own the curvature.
         known = curvature.estimated
         share_A, share_G = curvature.damping_shares(curvature.damping(group)) if known else (None, None)
@@ -229,7 +230,7 @@ def diagnose(
             of_step.get("eta"),
             of_step.get("rho"),
             of_step.get("noise"),
-            None if share is None else share * group["last_lr"],
+            of_step.get("length"),
             share_A,
             share_G,
             None if refreshed_at is None else group["step"] - 1 - refreshed_at,

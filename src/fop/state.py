@@ -27,7 +27,7 @@ from fop.step_size import REFERENCE_NORM
 _NEWER = {
     "sub_batches": 2,
     "step_length": "paper",
-    "anneal": "auto",
+    "anneal": False,
     "damping_kind": "absolute",
     "statistics_rows": None,
 }
@@ -191,8 +191,9 @@ def make_state(
     if owned and groups[weight]["inverse_delay"] and curvature.by_inversion:
         own |= NOTHING_PENDING
         if groups[weight]["damping"] == "adaptive":
-            own["inverse_damping"] = torch.zeros((), device=device)
-    if owned and binding.corrected:
+            dtype = _dtype("inverse_damping", weight, weight)
+            own["inverse_damping"] = torch.zeros((), dtype=dtype, device=device)
+    if owned:
         own[NOISE] = torch.zeros(2, dtype=_dtype(NOISE, weight, weight), device=device)
     if groups[weight]["step_length"] == "weight":
         own[REFERENCE_NORM] = torch.zeros((), dtype=_dtype(REFERENCE_NORM, weight, weight), device=device)

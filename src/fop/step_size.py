@@ -33,7 +33,7 @@ class Update(NamedTuple):
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
-        noise: ν ∈ [0, 1), the share of noise in the gradient; None where it was never measured.
+        noise: ν ∈ [0, 1), the share of noise in the gradient; None if sub-batches are not wanted.
     """
 
     matrix: Tensor
@@ -65,24 +65,20 @@ def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tu
     return update.mul_(scale), scale * alignment, scale
 
 
-def noise_share(
-    state: MutableMapping[str, Any], norms: Tensor | None, trusted: Tensor | None
-) -> Tensor | None:
+def noise_share(state: MutableMapping[str, Any], norms: Tensor | None, trusted: Tensor | None) -> Tensor:
     """Return ν ∈ [0, 0.99], the share of noise in ‖Ga‖², with the `Direction.noise` of a step taken in.
 
     Both are averaged in ``state`` over about ten steps, and then divided. What is not finite or not
-    ``trusted`` does not count; 0 as long as nothing did, and None if there never were sub-batches.
+    ``trusted`` does not count, nor a step without sub-batches (None); 0 as long as nothing did.
     """
+    before = state[NOISE]
     if norms is not None:
-        before = state[NOISE] if NOISE in state else torch.zeros_like(norms)
         good = torch.isfinite(norms).all()
         if trusted is not None:
             good = good & trusted
         state[NOISE] = torch.where(good, torch.lerp(norms, before, NOISE_DECAY), before)
-    if NOISE not in state:
-        return None
     noise, whole = state[NOISE].unbind()
-    return torch.where(whole > 0, noise / whole, 0).clamp_(max=1 - LEAST_SIGNAL)
+    return torch.where(whole > 0, noise / whole, 0).clamp_(0, 1 - LEAST_SIGNAL)
 
 
 def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
@@ -117,7 +113,8 @@ def stretch(
 
     s is 1, or, if the length is ``annealed`` at this momentum μ, the share of signal in the average of
     updates that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of
-    its noise. At a rate that stays, steps of full length would in the end be noise, and lengthen the weight.
+    its noise. (That is heavy ball's; it is taken with Nesterov momentum, too.) At a rate that stays, steps of
+    full length would in the end be noise, and lengthen the weight. Where nothing moves s is 0.
 
     A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
     be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
@@ -141,7 +138,7 @@ def stretch(
     norm = torch.where(moves, square, 1).sqrt()
     if rows:
         length = length * by_row / (rows**0.5 * norm)
-    return torch.where(moves, length / norm, 0), share
+    return torch.where(moves, length / norm, 0), torch.where(moves, share, 0)
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:

@@ -46,6 +46,13 @@ class DiagonalCurvature(Curvature):
         self.state["A_inv"] = torch.where(damped > 0, 1 / damped, 0)
         return True
 
+    def damping(self, group: Mapping[str, Any]) -> Damping:
+        damping = super().damping(group)
+        if group["damping"] != "adaptive":
+            return damping
+        # One factor gets what two get together.
+        return Damping((1 + damping.value**0.5) ** 2 - 1, damping.relative)
+
     def _shift(self, damping: Damping) -> float | Tensor:
         # Weight and bias have units of their own.
         return damping.value * self._means() if damping.relative else damping.value

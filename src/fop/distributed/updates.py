@@ -58,10 +58,13 @@ def share_updates(
         arrived |= _share_shards(reductions, sharded, packets)
     shared: list[Shared] = []
     squares: list[Tensor] = []
-    for numbers, parts in (arrived[binding] for binding in bindings):
+    for binding in bindings:
+        numbers, parts = arrived[binding]
         length, square, beta, eta, rho, trusted, used, size, noise = numbers.unbind()
         flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
-        update = Update(length, length, beta, eta, rho, *flags, input_square=size, noise=noise)
+        update = Update(length, length, beta, eta, rho, *flags, input_square=size)
+        if binding.corrected:
+            update = update._replace(noise=noise)
         shared.append((update, parts))
         squares.append(square)
     return shared, squares
