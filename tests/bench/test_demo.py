@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 
 from command import invoke
+from fop_bench.demo import bars, meaning
 from fop_bench.recipes import DIGITS
 from fop_bench.records import read_runs
+from fop_bench.study import studies
 
 NAMES = ("sgd", "adamw", "kfac", "fop")
 
@@ -37,11 +40,52 @@ def test_the_demo_tunes_trains_reports_and_begins_anew(
     assert len(runs) == 2 * 4 * (4 + 2)
     for label in ("SGD", "AdamW", "K-FAC", "FOP"):
         assert label in result.output
+        assert re.search(rf"^  batch 1024  {label} +(█+ [0-9.]+|not with every seed)$", result.output, re.M)
         assert f"| 1024 | {label} |" in (out / "README.md").read_text()
     assert "UNEQUAL" not in (out / "README.md").read_text()
     picture = np.asarray(Image.open(out / "digits-digits-demo-curves.png").convert("RGB"))
+    assert f"The picture of it: {out / 'digits-digits-demo-curves.png'}" in result.output
     fop_orange = np.array([0xD5, 0x5E, 0x00])
     assert (np.abs(picture.astype(int) - fop_orange).max(axis=2) < 3).any()
+
+
+def run(name: str, size: int, seed: int, accuracies: list[float]) -> Run:
+    """A final run whose epochs take as many seconds as the batch has samples."""
+    curve = [
+        {"epoch": at, "seconds": 0.0, "processor_seconds": at * size, "accuracy": each, "train_loss": 1.0}
+        for at, each in enumerate(accuracies, 1)
+    ]
+    row = {"recipe": "digits", "task": "digits", "study": "demo", "phase": "final", "seed": seed}
+    row |= {
+        "contender": name,
+        "label": name.upper(),
+        "batch_size": size,
+        "epochs": len(curve),
+        "curve": curve,
+    }
+    row |= {"diverged": False, "options": {"lr": 0.1}, "halves": "random", "targets": {"accuracy": 0.9}}
+    return row | {"environment": {"processor": "cpu"}}
+
+
+def test_bars_and_words_say_who_is_ahead() -> None:
+    runs = [run("sgd", 64, seed, [0.5, 0.95]) for seed in (1, 2)]
+    runs += [run("fop", 64, seed, [0.92, 0.93]) for seed in (1, 2)]
+    runs += [run("sgd", 512, 1, [0.95]), run("sgd", 512, 2, [0.8]), run("fop", 512, 1, [0.8, 0.8, 0.94])]
+    [study] = studies(runs)
+    lines = bars(study).splitlines()
+    epochs = lines.index("epochs to accuracy ≥ 90 %, mean of the seeds")
+    assert lines[epochs + 1 : epochs + 5] == [
+        f"  batch 64    SGD    {27 * '█'} 2",
+        f"  batch 64    FOP    {13 * '█'} 1",
+        "  batch 512   SGD    not with every seed",
+        f"  batch 512   FOP    {40 * '█'} 3",
+    ]
+    words = meaning(study).splitlines()
+    assert (
+        words[0]
+        == "At batch 64: fewest epochs FOP (1); fewest seconds FOP (64); highest final accuracy SGD (95.0 %)."
+    )
+    assert words[1].startswith("At batch 512: fewest epochs FOP (3); fewest seconds FOP (1.54e+03);")
 
 
 def test_the_demo_is_three_seeds_at_three_batch_sizes() -> None:

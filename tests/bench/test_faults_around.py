@@ -204,7 +204,7 @@ def test_commands_of_documents_and_records_are_understood(
     files = [
         ROOT / "README.md",
         ROOT / "Makefile",
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("records/*/README.md"),
     ]
     files += [*ROOT.glob("records/*/*.json"), *ROOT.glob("records/*/*.jsonl")]

@@ -1,0 +1,101 @@
+"""README and docs: blocks of Python run, linked files are there, public names are on the API page."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fop
+import fop.distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "bench/README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^( *)(`{3,})(\w*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- not run: \S.+ -->\s*\Z")
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^()\s#]+)")
+
+
+def blocks(text: str) -> list[tuple[int, str, bool]]:
+    """Return each block of Python with its line, and whether a comment before it says why it is not run."""
+    found = []
+    for match in BLOCK.finditer(text):
+        if match[3] in ("python", "py"):
+            assert not match[1], "a block in a list or a tab is no script"
+            line = text[: match.start()].count("\n") + 1
+            found.append((line, match[4], bool(MARK.search(text[: match.start()]))))
+    return found
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+WITH_CODE = [page for page in PAGES if any(not left_out for *_, left_out in blocks(page.read_text()))]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("page", WITH_CODE, ids=named)
+def test_blocks_of_a_page_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for line, source, left_out in blocks(page.read_text(encoding="utf-8")):
+        if not left_out:
+            # Errors then name the line of the page.
+            exec(compile("\n" * line + source, str(page), "exec"), names)
+
+
+def test_blocks_are_found_and_marks_are_seen() -> None:
+    text = "```python\na = 1\n```\n\n<!-- not run: why -->\n```python\nb\n```\n\n"
+    text += "<!-- not run: -->\n```py\nc\n```\n"
+    assert blocks(text) == [(1, "a = 1\n", False), (6, "b\n", True), (11, "c\n", False)]
+    assert len(WITH_CODE) > 10
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=named)
+def test_linked_files_are_there(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+
+
+def test_public_names_are_on_the_api_page() -> None:
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = {f"fop.{name}" for name in fop.__all__ if not name.startswith("__")}
+    assert {*shown} >= public | {f"fop.distributed.{name}" for name in fop.distributed.__all__}
+    assert len(shown) == len({*shown})
+
+
+def test_pages_are_in_the_navigation() -> None:
+    shown = set(re.findall(r"^ +- .*?: (\S+\.md)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    assert pages <= shown
+    assert all((ROOT / "docs" / each).exists() or (ROOT / each).exists() for each in shown)
+
+
+# --- What an index shows
+
+
+def hatch_build() -> ModuleType:
+    pytest.importorskip("hatchling", reason="the build's own environment has it")
+    spec = spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_index_gets_a_readme_without_relative_links() -> None:
+    text = hatch_build().absolute((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert LINK.findall(BLOCK.sub("", text)) == []
+    assert "](https://github.com/fop-optim/fop-optim/raw/main/docs/assets/large-batch.png)" in text
+    assert "](https://github.com/fop-optim/fop-optim/blob/main/docs/faq.md)" in text
