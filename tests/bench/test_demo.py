@@ -13,7 +13,7 @@ from PIL import Image
 from command import invoke
 from fop_bench.demo import bars, meaning
 from fop_bench.recipes import DIGITS
-from fop_bench.records import read_runs
+from fop_bench.records import Run, read_runs
 from fop_bench.study import studies
 
 NAMES = ("sgd", "adamw", "kfac", "fop")
