@@ -113,20 +113,21 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float((left[name] - right[name]).square().sum()) for name in left))
 
 
-def run_block(title: str, **stubs: Any) -> dict[str, Any]:
-    """Run the Python block below a heading of docs/integrations.md and return its names.
+def run_block(title: str, page: Path = DOCS, **stubs: Any) -> dict[str, Any]:
+    """Run the Python block below a heading of a page, by default docs/integrations.md; return its names.
 
     Args:
         title: the heading.
+        page: the page.
         stubs: the names that the block takes for granted.
     """
     section = re.search(
-        rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", DOCS.read_text(), re.MULTILINE | re.DOTALL
+        rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL
     )
     assert section is not None, f"no heading {title!r}"
     (block,) = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
     lines = [line for line in block.splitlines() if line and not line.startswith(("from ", "import "))]
     assert len(lines) <= 10, f"{len(lines)} lines of use"
-    names = {**stubs, "__name__": DOCS.stem}
-    exec(compile(block, f"{DOCS.name}: {title}", "exec"), names)
+    names = {**stubs, "__name__": page.stem}
+    exec(compile(block, f"{page.name}: {title}", "exec"), names)
     return names

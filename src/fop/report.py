@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from fop.binding import Binding, Bindings
 from fop.curvature import Fallback
 from fop.torch_internals import outside
 
+_SUMMARY_HEAD = ("parameter", "shape", "path", "why", "factors", "state")
 _FALLBACKS = {
     Fallback.FLOAT64: "needed float64",
     Fallback.DAMPING: "needed more damping",
@@ -40,23 +42,28 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """All parameters, in the order of the groups; prints as a table."""
+    """All parameters, in the order of the groups; prints as a table, and is shown as one in a notebook."""
 
     rows: list[SummaryRow]
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "path", "why", "factors", "state")
-        body = [
+        return f"{_table(_SUMMARY_HEAD, self._cells())}\n{self._total()}"
+
+    def _repr_html_(self) -> str:
+        lines = (_html_row("th", _SUMMARY_HEAD), *(_html_row("td", cells) for cells in self._cells()))
+        return f"<table>\n{chr(10).join(lines)}\n</table>\n<p>{html.escape(self._total())}</p>"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (r.name, "×".join(map(str, r.shape)) or "scalar", r.path, r.reason, r.factors, _size(r.bytes))
             for r in self.rows
         ]
+
+    def _total(self) -> str:
         paths = Counter(row.path for row in self.rows)
-        return "\n".join(
-            [
-                _table(head, body),
-                f"{len(self.rows)} parameters: {', '.join(f'{n} {path}' for path, n in paths.items())}; "
-                f"{_size(sum(r.bytes for r in self.rows))} of optimizer state",
-            ]
+        return (
+            f"{len(self.rows)} parameters: {', '.join(f'{n} {path}' for path, n in paths.items())}; "
+            f"{_size(sum(r.bytes for r in self.rows))} of optimizer state"
         )
 
 
@@ -245,6 +252,10 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rows = [head, ["-" * width for width in widths], *body]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def _size(count: int) -> str:

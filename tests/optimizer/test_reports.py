@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -219,6 +220,40 @@ def test_summary_prints_as_a_table() -> None:
         count, counted = foot.split(";")[0].split(": ")
         assert (count, sorted(counted.split(", "))) == ("7 parameters", sorted(paths.split(", ")))
         train_step(model, optimizer, *tokens())
+
+
+class Cells(HTMLParser):
+    """Collects the text of the cells of an HTML table, row by row, and which tags there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and self.rows and self.tags.isdisjoint({"p"}):
+            self.rows[-1][-1] += data
+
+
+def test_summary_is_a_table_in_a_notebook() -> None:
+    model = nn.ModuleDict({"a<b>&": nn.Linear(3, 2), "norm": nn.LayerNorm(2)})
+    summary = FOP(model).summary()
+    cells = Cells()
+    cells.feed(summary._repr_html_())
+    head, *body = cells.rows
+    printed, _, *table, total = str(summary).splitlines()
+    assert head == printed.split()
+    assert cells.tags == {"table", "tr", "th", "td", "p"}
+    assert [row[0] for row in body] == ["a<b>&.weight", "a<b>&.bias", "norm.weight", "norm.bias"]
+    assert ["".join("".join(row).split()) for row in body] == ["".join(row.split()) for row in table]
+    assert total in summary._repr_html_()
 
 
 def test_summary_names_of_modules_called_one_by_one() -> None:
