@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fop import FOP, KFAC
 from fop.correction import SubBatchGradients, combine, contrasts
@@ -202,6 +205,66 @@ def test_noise_is_in_a_checkpoint() -> None:
         assert torch.equal(p, q)
     weight = next(model.parameters())
     assert torch.equal(optimizer.state[weight][NOISE], loaded.state[next(other.parameters())][NOISE])
+
+
+class Positions(nn.Module):
+    """The rows of ``positions`` belong to all samples alike: it never has sub-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.positions, self.head = nn.Linear(6, 8), nn.Embedding(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head((self.first(x)[:, None] + self.positions(torch.arange(5))[None]).tanh())
+        return out.mean(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"inverse_delay": 3}, {"sub_batches": 1}], ids=str)
+def test_distributed_checkpoints_know_the_noise_of_every_layer(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    def state_of(model: nn.Module, optimizer: FOP) -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+    model, other = Positions().double(), Positions().double()
+    optimizer, loaded = (FOP(each, **options) for each in (model, other))
+    train(optimizer, model, 5)
+    dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path)
+    state = state_of(other, loaded)
+    dcp.load(state, checkpoint_id=tmp_path)
+    other.load_state_dict(state["model"])
+    set_optimizer_state_dict(other, loaded, state["optimizer"])
+    for each, of in ((optimizer, model), (loaded, other)):
+        train(each, of, 4, start=5)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("loaded_first", [True, False])
+def test_a_scheduler_is_known_whether_it_or_the_state_comes_first(loaded_first: bool) -> None:
+    model = net()
+    optimizer = FOP(model, lr=0.1)
+    train(optimizer, model, 1)
+    state = copy.deepcopy(optimizer.state_dict())  # of a run without one
+    model = net()
+    optimizer = FOP(model, lr=0.1)
+    for step in ("load", "schedule") if loaded_first else ("schedule", "load"):
+        if step == "load":
+            optimizer.load_state_dict(state)
+        else:
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1)
+    train(optimizer, model, 3)
+    assert all(of.length == pytest.approx(0.1) for of in optimizer.diagnostics().layers.values())
+
+
+def test_a_layer_that_does_not_move_has_no_length() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).double()
+    nn.init.zeros_(model[1].weight)
+    optimizer = FOP(model, anneal=False)
+    train(optimizer, model, 1)
+    lengths = {name: of.length for name, of in optimizer.diagnostics().layers.items()}
+    assert lengths == {"0": 0.0, "1": pytest.approx(0.2)}
 
 
 @pytest.mark.parametrize(
