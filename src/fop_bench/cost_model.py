@@ -22,7 +22,7 @@ Method = Literal["sgd", "kfac", "compatible", "lean", "fsdp"]
 MAX_FACTOR_DIM = 8192  # the default: of a factor with a larger side, without the bias, the diagonal is kept
 INTERVAL = 100  # the default of `curvature_interval`
 BYTES = 4  # of an element: gradients, updates and factors travel and stay in float32
-SCALARS = 8  # numbers that go with the update of a layer
+SCALARS = 9  # numbers that go with the update of a layer
 FSDP_GATHERED = 2  # bytes of a weight that FSDP gathers, in bfloat16
 GPUS_PER_NODE = 8
 

@@ -79,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 # Damped by the curvature itself, as far as the weight is long; the paper's way is in `PLAIN`.
-BY_WEIGHT: dict[str, Any] = {**PLAIN, "step_length": "weight", "damping_kind": "relative"}
+BY_WEIGHT: dict[str, Any] = {**PLAIN, "step_length": "weight", "damping_kind": "relative", "anneal": False}
 
 
 # The loss does not change when all keys shift: the summed rows are rounding, and so is F̂ without damping in
