@@ -199,7 +199,7 @@ def test_plain_ddp_sends_every_gradient_twice() -> None:
 def test_bytes_of_each_method(method: Method, ranks: int) -> None:
     sent = traffic(TINY, ranks, method)
     share = (ranks - 1) / ranks
-    update = 4 * (GRADIENTS + 3 * 8) * share
+    update = 4 * (GRADIENTS + 3 * 9) * share
     gradients = {
         "kfac": 0.0,
         "compatible": 4 * (GRADIENTS + 3 * 128) * share,
@@ -207,7 +207,7 @@ def test_bytes_of_each_method(method: Method, ranks: int) -> None:
         "fsdp": 4 * (GRADIENTS + 3 * 128) * share,
     }[method]
     if method == "fsdp":
-        update = 4 * GRADIENTS / ranks * share + 4 * 3 * 8 * share
+        update = 4 * GRADIENTS / ranks * share + 4 * 3 * 9 * share
         assert sent.plain["gradient shards"] == pytest.approx(4 * GRADIENTS / ranks * share)
     assert sent.plain["updates"] == pytest.approx(update)
     assert sent.plain.get("gradients", 0.0) == pytest.approx(gradients)
