@@ -14,8 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from fop_bench.race import STARTS, best_rate, identity
+from fop_bench.race import at_best_rate, identity
 from fop_bench.race_tasks import TASKS
+from fop_bench.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/results.md"]
@@ -34,15 +35,6 @@ LABELS = {
 }
 
 
-def values(runs: list[dict[str, Any]], name: str, highest: bool) -> list[float]:
-    """Return the values of an optimizer's runs at its best rate for seed 0."""
-    start = STARTS[name]
-    rate = None
-    if runs and start is not None:
-        rate = best_rate({run["rate"]: run["value"] for run in runs if run["seed"] == 0}, start, highest)
-    return [run["value"] for run in runs if run["rate"] == rate and not run["diverged"]]
-
-
 def table() -> str:
     """Return rows of tasks and columns of optimizers, the best of a row in bold; n where it is not 3."""
     lines = (ROOT / "records/race/race.jsonl").read_text(encoding="utf-8").splitlines()
@@ -50,11 +42,12 @@ def table() -> str:
     sides: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in map(json.loads, lines):
         sides[run["task"], run["variant"]][identity(run)].append(run)
-    found = {key: [*of.values()][-1] for key, of in sides.items()}
-    rows = [["", *LABELS.values()], ["---"] * (1 + len(LABELS))]
+    found = {key: at_best_rate([*of.values()][-1])[2] for key, of in sides.items()}
+    rows = []
     for task, title in TITLES.items():
         highest, cells = TASKS[task].highest, []
-        of = {name: values(found.get((task, name), []), name, highest) for name in LABELS}
+        runs = {name: found.get((task, name), []) for name in LABELS}
+        of = {name: [run["value"] for run in each if not run["diverged"]] for name, each in runs.items()}
         means = {name: statistics.fmean(each) for name, each in of.items() if each}
         if "fop-default" not in means:
             continue
@@ -69,7 +62,7 @@ def table() -> str:
             spread = f" ± {statistics.stdev(of[name]):.{digits}f}" if len(of[name]) > 1 else ""
             cells.append(text + spread + ("" if len(of[name]) == 3 else f" (n = {len(of[name])})"))
         rows.append([title, *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown_table(["", *LABELS.values()], rows) + "\n"
 
 
 def main() -> int:

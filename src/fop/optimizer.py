@@ -599,11 +599,11 @@ class FOP(JoinableOptimizer, Optimizer):
                 state, sums = self.state[binding.weight], measured[index]
                 if REFERENCE_NORM not in state:
                     state[REFERENCE_NORM] = torch.zeros_like(sums[0])
-                group, like = groups[binding.weight], (binding.typical_norm, binding.rows)
+                group, reference = groups[binding.weight], state[REFERENCE_NORM]
                 # Which schedulers of torch set.
                 anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
                 annealed = group["momentum"] if anneal else None
-                factor, share = stretch(sums, update, state[REFERENCE_NORM], *like, annealed)
+                factor, share = stretch(sums, update, reference, binding.typical_norm, binding.rows, annealed)
                 binding.length = share * fine[index].to(share.device) * group["lr"]
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
@@ -706,19 +706,17 @@ class FOP(JoinableOptimizer, Optimizer):
             loaded.append(check_state_dict(saved, self.param_groups, layers))
             return loaded[0]
 
-        names = [group.get("param_names") for group in self.param_groups]
-        # Of schedulers that were made before loading.
-        initial = [group.get("initial_lr") for group in self.param_groups]
+        # Names, which torch itself keeps since 2.6, and the mark of a scheduler that was made before loading.
+        kept = [
+            {key: group[key] for key in ("param_names", "initial_lr") if key in group}
+            for group in self.param_groups
+        ]
         # After the user's hooks, which may make another state of it.
         with self.register_load_state_dict_pre_hook(check):
             super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, names, strict=True):
-            # torch keeps names over a state without them since 2.6.
-            if own is not None:
-                group.setdefault("param_names", own)
-        for group, rate in zip(self.param_groups, initial, strict=True):
-            if rate is not None:
-                group.setdefault("initial_lr", rate)
+        for group, own in zip(self.param_groups, kept, strict=True):
+            for key, value in own.items():
+                group.setdefault(key, value)
         restore_precision(loaded[0], self.param_groups, self.state)
         self._distributor.discard(state_replaced=True)
         self._relink()

@@ -83,7 +83,14 @@ ONE_FOR_ALL = ("step_length", "damping_kind", "kl_clip", "loss_reduction", "max_
 # Options that schedules change in many groups at once, and those whose ranges depend on each other.
 _RATES = ("lr", "weight_decay")
 _COUPLED = (
-    *("step_length", "kl_clip", "momentum", "nesterov", "beta", "sub_batches", "damping", "damping_kind"),
+    "step_length",
+    "kl_clip",
+    "momentum",
+    "nesterov",
+    "beta",
+    "sub_batches",
+    "damping",
+    "damping_kind",
 )
 _UNKNOWN = object()
 

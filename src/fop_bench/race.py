@@ -255,13 +255,19 @@ def race_table(rows: Sequence[Record]) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def _cells(side: Sequence[Record]) -> tuple[float, Record]:
-    """Return by what to sort, and the cells, of all runs of an optimizer on a task."""
+def at_best_rate(side: Sequence[Record]) -> tuple[Found, float | None, list[Record]]:
+    """Return what seed 0 found, the best of its rates (None for the default), and all runs at that rate."""
     row, highest = side[0], TASKS[side[0]["task"]].highest
     found = {each["rate"]: each["value"] for each in side if each["seed"] == 0}
     start = STARTS[row["optimizer"]]
     rate = None if start is None else best_rate(found, start, highest)
-    runs = [each for each in side if each["rate"] == rate]
+    return found, rate, [each for each in side if each["rate"] == rate]
+
+
+def _cells(side: Sequence[Record]) -> tuple[float, Record]:
+    """Return by what to sort, and the cells, of all runs of an optimizer on a task."""
+    row, highest = side[0], TASKS[side[0]["task"]].highest
+    found, rate, runs = at_best_rate(side)
     values = [each["value"] for each in runs if not each["diverged"]]
     seconds = [each["processor_seconds"] for each in runs if not each["diverged"]]
     inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"

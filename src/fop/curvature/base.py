@@ -76,9 +76,6 @@ class Curvature(ABC):
     def load(self, state: dict[str, Any]) -> None:
         """Use another state."""
         self.state = state
-        if self.estimated:
-            # A state of before there was one.
-            state.setdefault(NOISE, state[self.averages[0]].new_zeros(2))
         self.ready = self.held
         self.derive()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
@@ -131,8 +128,6 @@ class Curvature(ABC):
             before = decay * self.state.get(AVERAGING_WEIGHT, 1.0) if known else 0.0
             weight = self.state[AVERAGING_WEIGHT] = before + 1 - decay
             decay = before / weight
-        # Always there, so that torch.distributed.checkpoint knows where to load it to.
-        self.state.setdefault(NOISE, estimate[0].new_zeros(2))
         for name, new in zip(self.averages, estimate, strict=True):
             self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
         self.derive()
@@ -156,8 +151,10 @@ class Curvature(ABC):
         return Damping(value, relative)
 
     def derive(self) -> None:
-        """Compute what follows from the averages: they are others, or have moved."""
+        """Compute what follows from the averages, and what goes with them: they are others, or have moved."""
         if self.estimated:
+            # Always there, so that torch.distributed.checkpoint knows where to load it to.
+            self.state.setdefault(NOISE, self.state[self.averages[0]].new_zeros(2))
             self.trace, self.units = self.fisher_trace(), self.input_units()
 
     @abstractmethod

@@ -74,8 +74,8 @@ def _inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     # Of less, an inverse leaves the range, too; squares of gradients that small are no numbers any more.
     some = mean > 1024 * torch.finfo(M.dtype).tiny
     unit, ones = torch.where(some, mean, 1), [1] * (M.dim() - 1)
-    given = M / unit.view(-1, *ones), torch.where(some[:, None], shift / unit[:, None], 1)
-    inverse, largest, fine = invert(*given)
+    shift = torch.where(some[:, None], shift / unit[:, None], 1)
+    inverse, largest, fine = invert(M / unit.view(-1, *ones), shift)
     scale = torch.where(some, 1 / unit, 0)
     return inverse.mul_(scale.view(-1, *ones)), fine & torch.isfinite(largest * scale)
 

@@ -62,9 +62,8 @@ def share_updates(
         numbers, parts = arrived[binding]
         length, square, beta, eta, rho, trusted, used, size, noise = numbers.unbind()
         flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
-        update = Update(length, length, beta, eta, rho, *flags, input_square=size)
-        if binding.corrected:
-            update = update._replace(noise=noise)
+        measured = noise if binding.corrected else None
+        update = Update(length, length, beta, eta, rho, *flags, input_square=size, noise=measured)
         shared.append((update, parts))
         squares.append(square)
     return shared, squares
