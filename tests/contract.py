@@ -40,9 +40,9 @@ OPTIMIZERS: dict[str, Make] = {
     "KFAC": partial(KFAC, lr=LR),
 }
 FUNCTIONS: dict[str, Any] = {"damping": falling, "curvature_interval": cycling}
-# Dense, diagonal and averaged factors, and the diagonal Fisher of a norm.
+# Dense, blocked, diagonal and averaged factors, and the diagonal Fisher of a norm.
 FORMS: dict[Any, dict[str, Any]] = {
-    "*": {"max_factor_dim": 5, "weight_sharing": "reduce"},
+    "*": {"max_factor_dim": 5, "block_dim": 3, "weight_sharing": "reduce"},
     nn.LayerNorm: {"path": "fop"},
 }
 BUSY: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "curvature_interval": 4}

@@ -62,7 +62,10 @@ def as_when_recorded() -> Iterator[None]:
 
 def curvature_of(kind: type[Any], shapes: tuple[tuple[int, ...], ...], state: dict[str, Tensor]) -> Any:
     """The library's curvature over these tensors, without a layer."""
-    layer = SimpleNamespace(swapped=False, factor_shapes=shapes, bias=False)
+    sides = shapes[0][0], shapes[-1][-1], shapes[0][-1]
+    layer = SimpleNamespace(
+        swapped=False, factor_shapes=shapes, bias=False, groups=sides[0], matrix_shape=sides
+    )
     curvature = kind(layer, [layer], {})
     curvature.load(state)
     return curvature

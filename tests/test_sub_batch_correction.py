@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fop import FOP, KFAC
 from fop.correction import Direction, SubBatchGradients, combine, contrasts, helmert
-from fop.curvature.inversion import damped_inverses
+from fop.curvature.inversion import damped_inverses, mean_eigenvalue
 from fop.curvature.kronecker import damping_split
 from models import assert_equal, batch, conv_net, mlp, weights
 from reference import correct, dense_damped_fisher, dense_fisher, unvec, vec
@@ -34,7 +34,7 @@ class Kronecker:
         torch.manual_seed(seed)
         roots = [torch.randn(groups, d, d + 2, dtype=torch.float64) for d in (columns, out)]
         self.A, self.G = (root @ root.mT / root.shape[-1] for root in roots)
-        shifts = list(damping_split(self.A, self.G, DAMPING))
+        shifts = list(damping_split(mean_eigenvalue(self.A), mean_eigenvalue(self.G), DAMPING))
         self.inverses = [each.inverse for each in damped_inverses([self.A, self.G], shifts)]
         self.dense, self.damped = dense_fisher(self.A, self.G), dense_damped_fisher(self.A, self.G, DAMPING)
         self.shape, self.trace = (groups, out, columns), self.dense.trace()

@@ -31,9 +31,10 @@ class Place:
     slot: Slot
     options: LayerOptions
 
-    def use(self, bias: bool, tied: bool, max_factor_dim: int) -> Use:
-        """Return how this module sees the weight."""
-        options = replace(self.options, max_factor_dim=max_factor_dim)
+    def use(self, bias: bool, tied: bool, sides: LayerOptions) -> Use:
+        """Return how this module sees the weight; ``sides`` has the options on sides of all that use it."""
+        own = self.options
+        options = replace(own, max_factor_dim=sides.max_factor_dim, block_dim=sides.block_dim)
         tie = self.slot.tied if tied else None
         layer = self.slot.build(bias, options) if tie is None else tie(options)
         return Use(self.name, self.module, self.slot, layer)
@@ -154,12 +155,15 @@ def _join(found: Found, weight: Tensor, places: list[Place]) -> str | None:
     if others:
         return f"shared with {', '.join(owner.name for owner in others)}, which takes no FOP step"
     # One block has one pair of factors.
-    cap = min(place.options.max_factor_dim for place in places)
+    sides = LayerOptions(
+        max_factor_dim=min(place.options.max_factor_dim for place in places),
+        block_dim=min(place.options.block_dim for place in places),
+    )
     biases = {parameter_of(place.module, place.slot.bias) if place.slot.bias else None for place in places}
     bias = biases.pop() if len(biases) == 1 else None
     alone = bias is not None and bias in found.owners and len(found.owners[bias]) == len(places)
     tied = 0 < sum(place.slot.tied is not None for place in places) < len(places)
-    uses = tuple(place.use(alone, tied, cap) for place in places)
+    uses = tuple(place.use(alone, tied, sides) for place in places)
     kinds = {
         (type(use.layer), use.layer.transposed) for use in uses if not (tied and use.slot.tied is not None)
     }

@@ -22,6 +22,7 @@ LayerOptionsLike: TypeAlias = (
     | Mapping[str | type[nn.Module], Mapping[str, Any]]
 )
 
+_LEAST = {"max_factor_dim": 0, "block_dim": 1}
 _ALLOWED: dict[str, Collection[Any]] = {
     "path": ("fop", "adamw"),
     "weight_sharing": ("expand", "reduce"),
@@ -76,14 +77,15 @@ def _checked(key: Any, chosen: Any) -> dict[str, Any]:
             f"got {chosen!r}"
         )
     for name, value in chosen.items():
-        if name == "max_factor_dim":
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        if name in _LEAST:
+            least = _LEAST[name]
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
                 raise ValueError(
-                    f"layer_options: max_factor_dim={value!r} of {_label(key)} must be a whole number, 0 or "
+                    f"layer_options: {name}={value!r} of {_label(key)} must be a whole number, {least} or "
                     "more"
                 )
         elif name not in _ALLOWED:
-            known = ", ".join(["max_factor_dim", *_ALLOWED])
+            known = ", ".join([*_LEAST, *_ALLOWED])
             raise ValueError(
                 f"layer_options: unknown option {name!r} of {_label(key)}; the options are {known}"
             )

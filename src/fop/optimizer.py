@@ -29,7 +29,7 @@ from fop.distributed import (
 )
 from fop.distributed.options import DistributedLike, checked_distribution, portable
 from fop.layer_options import LayerChoices, LayerOptionsLike
-from fop.layers import FunctionCall, Statistics
+from fop.layers import FunctionCall, LayerOptions, Statistics
 from fop.options import (
     DEFAULTS,
     ParamsLike,
@@ -113,8 +113,8 @@ class FOP(JoinableOptimizer, Optimizer):
             paper's steps. The average is without bias, as Adam's; with the paper's steps the first estimate
             goes on as if it were an average.
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
-            from, for each dimension of a factor, and 2,048 at least; drawn at random from all of the batch,
-            by generators of the optimizer's own. "auto" is 4, or 16 with the paper's steps, whose updates
+            from, for each dimension of a factor, and 1,024 at least; drawn at random from all of the batch,
+            by generators of the optimizer's own. "auto" is 2, or 16 with the paper's steps, whose updates
             are rare; None is for all rows.
         curvature_interval: steps between curvature updates; 1, as steps of the weight's length need a fresh
             curvature, or 100 with the paper's steps. Early in training updates come more often. May be a
@@ -137,10 +137,11 @@ class FOP(JoinableOptimizer, Optimizer):
         loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" the gradients of
             preconditioned layers are divided by N (AdamW does not mind the scale).
         layer_options: choices for single layers, from a glob pattern on the module's name, or a module type,
-            to a dict with any of ``path`` ("fop" or "adamw"), ``max_factor_dim`` (factors with a larger side
-            are diagonal; 8192), ``weight_sharing`` ("expand" or "reduce"), ``batch_dim`` (0 or 1, where
-            samples are in the layer's input; found out if not given) and ``curvature`` (which approximation,
-            "kronecker" or "diagonal"). Later entries override earlier ones.
+            to a dict with any of ``path`` ("fop" or "adamw"), ``block_dim`` (factors with a larger side are
+            kept as blocks of at most this side; 1024), ``max_factor_dim`` (as their diagonal; 8192),
+            ``weight_sharing`` ("expand" or "reduce"), ``batch_dim`` (0 or 1, where samples are in the
+            layer's input; found out if not given) and ``curvature`` (which approximation, "kronecker" or
+            "diagonal"). Later entries override earlier ones.
         max_grad_norm: gradients of all parameters are scaled together to this norm at most, as by
             `torch.nn.utils.clip_grad_norm_`; None for no clip.
         batch_size: a function from the arguments of the model to the number of samples in the batch, such as
@@ -214,16 +215,19 @@ class FOP(JoinableOptimizer, Optimizer):
     def paper(cls: type[_Kind], params: ParamsLike, lr: float = 0.05, **options: Any) -> _Kind:
         """Return an optimizer with the paper's equations, ``step_length="paper"``, and typical values.
 
-        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's, and statistics are of all
-        rows; it names no momentum, decay or clip: those are ours. Takes and raises what the class does.
+        The rate, ``damping=1e-4`` and ``curvature_interval=150`` are the paper's, statistics are of all rows,
+        and no factor is in blocks; it names no momentum, decay or clip: those are ours. Takes and raises what
+        the class does.
         """
+        whole = {nn.Module: {"block_dim": LayerOptions().max_factor_dim}}
         typical = {
             "step_length": "paper",
             "damping": 1e-4,
             "curvature_interval": 150,
             "statistics_rows": None,
         }
-        return cls(params, lr, **{**typical, **options})
+        choices = {**whole, **(options.pop("layer_options", None) or {})}
+        return cls(params, lr, layer_options=choices, **{**typical, **options})
 
     def _begin(
         self,

@@ -68,7 +68,7 @@ BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
     },
 }
 # Many averages of few rows are as good as few of many; None is for all rows.
-ROWS_BY_STEP_LENGTH = {"weight": 4, "paper": 16}
+ROWS_BY_STEP_LENGTH = {"weight": 2, "paper": 16}
 BY_DAMPING_KIND = {"relative": "adaptive", "absolute": 1e-3}
 _CHOICES = {
     "step_length": BY_STEP_LENGTH.keys(),

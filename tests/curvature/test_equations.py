@@ -22,6 +22,7 @@ from internals import (
     damping_split,
     fop_direction,
     kfac_direction,
+    mean_eigenvalue,
 )
 from models import weights
 from reference import joined, split
@@ -94,7 +95,9 @@ def problems(draw: st.DrawFn, *, smallest: int = 1) -> Problem:
 
 def inverses(A: Tensor, G: Tensor, damping: float) -> Iterator[Tensor]:
     """Not by damped_inverses: a fault there must not hide in both sides of a comparison."""
-    for factor, shift in zip((A, G), damping_split(A, G, damping), strict=True):
+    for factor, shift in zip(
+        (A, G), damping_split(mean_eigenvalue(A), mean_eigenvalue(G), damping), strict=True
+    ):
         if factor.dim() == 2:
             yield 1 / (factor + shift[:, None])
         else:

@@ -72,8 +72,12 @@ def test_block_uses_undamped_factors_for_fisher_and_inverses_for_solve(groups: i
     )
     for factor in (A, G):
         assert_close(mean_eigenvalue(factor), full(factor).diagonal(dim1=1, dim2=2).mean(1), 1e-14)
-    shift_A, shift_G = damping_split(A, G, 0.1)
-    for shift, dense in zip((shift_A, shift_G), damping_split(full(A), full(G), 0.1), strict=True):
+    shift_A, shift_G = damping_split(mean_eigenvalue(A), mean_eigenvalue(G), 0.1)
+    for shift, dense in zip(
+        (shift_A, shift_G),
+        damping_split(mean_eigenvalue(full(A)), mean_eigenvalue(full(G)), 0.1),
+        strict=True,
+    ):
         assert_close(shift, dense, 1e-14)
     answers = damped_inverses([A, G], [shift_A, shift_G])
     block = KroneckerBlock(A, G, *(answer.inverse for answer in answers))  # type: ignore[arg-type]
@@ -103,7 +107,7 @@ def test_element_without_curvature_and_damping_does_not_move() -> None:
 @pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-3, 2.0])
 def test_damping_split_follows_pi(damping: float) -> None:
     A, G = 1e4 * psd(2, 6), 1e-5 * psd(2, 3)
-    shift_A, shift_G = damping_split(A, G, damping)
+    shift_A, shift_G = damping_split(mean_eigenvalue(A), mean_eigenvalue(G), damping)
     for g in range(2):
         a, g_ = A[g].trace() / 6, G[g].trace() / 3
         torch.testing.assert_close(shift_A[g], (a / g_).sqrt() * damping**0.5, rtol=1e-13, atol=0)
@@ -115,7 +119,7 @@ def test_damping_split_without_a_trace(zero: str) -> None:
     A, G = psd(2, 4), psd(2, 3)
     for key, factor in (("A", A), ("G", G)):
         factor[0] *= key not in zero
-    shift_A, shift_G = damping_split(A, G, 0.04)
+    shift_A, shift_G = damping_split(mean_eigenvalue(A), mean_eigenvalue(G), 0.04)
     assert shift_A[0] == shift_G[0] == pytest.approx(0.2, rel=1e-15)
     # The other group has a trace and keeps its own π.
     assert_close(shift_A[1] / shift_G[1], (A[1].trace() / 4) / (G[1].trace() / 3), 1e-14)
@@ -205,6 +209,7 @@ LADDER: dict[str, tuple[Any, float, tuple[torch.dtype, ...], Fallback, float | N
     "no damping, twins": (TWINS, 0.0, BOTH, Fallback.DAMPING, None),
     "no damping, dead input": ([[4.0, 0.0], [0.0, 0.0]], 0.0, BOTH, Fallback.DAMPING, None),
     "NaN": ([[1.0, NAN], [NAN, 1.0]], 0.1, BOTH, Fallback.KEPT, None),
+    "infinite beside the diagonal": ([[1.0, INF], [INF, 1.0]], 0.1, BOTH, Fallback.KEPT, None),
     "NaN on the diagonal": ([[1.0, 0.0], [0.0, NAN]], 0.1, BOTH, Fallback.KEPT, None),
     "infinite": ([[INF, 0.0], [0.0, 1.0]], 0.1, BOTH, Fallback.KEPT, None),
     "far from definite": ([[1.0, 0.0], [0.0, -1e9]], 0.1, BOTH, Fallback.KEPT, None),

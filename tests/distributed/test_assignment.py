@@ -96,7 +96,9 @@ REAL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "large input": (lambda: nn.Linear(5, 3), {"max_factor_dim": 4}),
     "large output": (lambda: nn.Linear(3, 5), {"max_factor_dim": 4}),
     "both large": (lambda: nn.Linear(6, 5), {"max_factor_dim": 4}),
+    "blocks": (lambda: nn.Linear(7, 5), {"block_dim": 3}),
     "groups": (lambda: nn.Conv2d(4, 6, (2, 3), groups=2), {}),
+    "groups and blocks": (lambda: nn.Conv2d(4, 6, (2, 3), groups=2), {"block_dim": 2}),
     "embedding": (lambda: nn.Embedding(7, 3), {}),
     "norm": (lambda: nn.LayerNorm(6), {"path": "fop"}),
 }
@@ -107,7 +109,8 @@ def real(name: str) -> tuple[Layer, LayerSize]:
     build, options = REAL[name]
     described = describe(build(), LayerOptions(**options))
     assert isinstance(described, list), described
-    layer = described[0].build("no bias" not in name and name != "embedding", LayerOptions())
+    has_bias = "no bias" not in name and name != "embedding"
+    layer = described[0].build(has_bias, LayerOptions(**options))
     return layer, make_curvature(layer, [layer], {}).size(name)
 
 

@@ -29,6 +29,7 @@ from reference import (
 from reference.cases import (
     AFFINE,
     ATTENTION,
+    BLOCKS,
     CONV2D,
     CONVOLUTIONS,
     DIAGONAL,
@@ -50,8 +51,8 @@ def joined(*tables: Mapping[str, Case]) -> dict[str, Case]:
 
 
 LAYERS = joined(CONVOLUTIONS, CONV2D, TRANSPOSED, LINEAR, EMBEDDINGS, SHARED, ATTENTION, TRANSFORMERS, AFFINE)
-OPTIONS = {f"{key}-{name}": case for key, table in (("reduce", REDUCE), ("diagonal", DIAGONAL))
-           for name, case in table.items()}  # fmt: skip
+TABLES = {"reduce": REDUCE, "diagonal": DIAGONAL, "blocks": BLOCKS}
+OPTIONS = {f"{key}-{name}": case for key, table in TABLES.items() for name, case in table.items()}
 # One of each kind, for what need not be asked of every geometry.
 SOME = [
     "conv1d-geometry",

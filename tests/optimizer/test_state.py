@@ -701,7 +701,7 @@ def test_state_of_other_groups_is_refused_and_changes_nothing(make: Make) -> Non
 
 def test_state_of_other_layer_options() -> None:
     """Refused where the layers are known; otherwise those that do not fit start afresh, and only those."""
-    choice = {**FORMS, nn.GroupNorm: {"path": "fop"}}
+    choice = {**FORMS, nn.GroupNorm: {"path": "fop"}, nn.Module: {"block_dim": 1024}}
     model = Attentive()
     optimizer = FOP(model, **OPTIONS)
     for seed in range(3):

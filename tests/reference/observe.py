@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -176,8 +177,13 @@ def _uses(
 # --- curvature of a batch ----------------------------------------------------------------------------
 
 
-def estimate(block: Block, *, reduce: bool = False, max_factor_dim: int = 8192) -> dict[str, Tensor]:
-    """A and G of one batch by name, or A alone, which holds the diagonal Fisher of a norm."""
+def estimate(
+    block: Block, *, reduce: bool = False, max_factor_dim: int = 8192, block_dim: int = 1024
+) -> dict[str, Tensor]:
+    """A and G of one batch by name, or A alone, which holds the diagonal Fisher of a norm.
+
+    Entries outside of the blocks of a factor that is kept in blocks are 0.
+    """
     if block.diagonal:
         gradients = torch.stack([block.sample_gradient(n) for n in range(len(block.samples))])
         return {"A": gradients.square().mean(0)}
@@ -195,7 +201,16 @@ def estimate(block: Block, *, reduce: bool = False, max_factor_dim: int = 8192) 
         A = A.diagonal(dim1=1, dim2=2)
     if G.shape[1] > max_factor_dim:
         G = G.diagonal(dim1=1, dim2=2)
-    return {"A": A, "G": G}
+    return {"A": _block_diagonal(A, block_dim, bias), "G": _block_diagonal(G, block_dim, False)}
+
+
+def _block_diagonal(factor: Tensor, block_dim: int, bias: bool) -> Tensor:
+    side = factor.shape[-1]
+    if factor.dim() == 2 or side - bias <= block_dim:
+        return factor
+    block = math.ceil(side / math.ceil((side - bias) / block_dim))
+    number = torch.arange(side) // block
+    return factor * (number[:, None] == number)
 
 
 def _kronecker(samples: list[list[Use]], bias: bool, reduce: bool) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fop.correction import ratio
 from fop.layers import FUNCTIONS, FactorSums, FunctionCall, Layer, RowSampler, function_call
+from fop.layers.blocks import in_blocks
 from fop.torch_internals import leaf_of, running_modules, top_function_mode, view_base
 
 # Takes a call of a function; returns whether it was of a weight of its own.
@@ -211,6 +212,7 @@ class ComputedLayer:
         lengths = [torch.linalg.vector_norm(each, dim=2) for each in (gradient, self._of_weight(gradient))]
         scale = ratio(lengths[1], lengths[0], otherwise=1.0).to(sums.a.dtype)
         assert sums.g is not None
+        scale = in_blocks(scale, len(sums.g) // len(scale), sums.g.shape[-1])
         both = scale.square() if sums.g.dim() == 2 else scale[:, None] * scale[..., None]
         return FactorSums(sums.a, sums.g * both, sums.samples, sums.rows)
 

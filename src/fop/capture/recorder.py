@@ -29,8 +29,8 @@ from fop.torch_internals import (
     view_base,
 )
 
-# Gradients of weight and bias, in their shapes.
-Gradients: TypeAlias = tuple[Tensor, Tensor]
+# Gradients of weight and bias, in their shapes; None if the bias is not the layer's.
+Gradients: TypeAlias = tuple[Tensor, Tensor | None]
 
 _UNCLEAR = (
     "it is not clear where the samples of a batch are in the input of a layer: {}. Such layers take K-FAC's "
@@ -255,7 +255,7 @@ class Recorder:
             if whole:
                 gradients = _sum_of_parts(layer, x, b, entries, record.sums)
                 if self.due:
-                    record.sums.whole = layer.to_matrix(gradients[0], gradients[1] if layer.bias else None)
+                    record.sums.whole = layer.to_matrix(*gradients)
             else:
                 *first, last = entries
                 record.sums.first = [layer.gradient(_select(x, each), _select(b, each)) for each in first]
@@ -345,20 +345,17 @@ def _sum_of_parts(
     layer: Layer, x: Tensor, b: Tensor, entries: Sequence[Tensor], sums: SplitSums
 ) -> Gradients:
     """Return the gradients of weight and bias from those of the sub-batches; ``sums`` keeps all but one."""
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    # In half precision the sum would round once more.
+    dtype = torch.promote_types(b.dtype, torch.float32)
     for each in entries:
-        # In half precision the sum would round once more.
-        of_weight, of_bias = (
-            part.to(torch.promote_types(part.dtype, torch.float32))
-            for part in layer.gradients(_select(x, each), _select(b, each))
-        )
-        if each is not entries[-1]:
-            sums.first.append(layer.to_matrix(of_weight, of_bias if layer.bias else None))
-        weight = of_weight if weight is None else weight + of_weight
-        bias = of_bias if bias is None else bias + of_bias
-    assert weight is not None and bias is not None
-    return weight, bias
+        weight, bias = layer.gradients(_select(x, each), _select(b, each), bias=layer.bias)
+        weights.append(weight.to(dtype))
+        biases.append(bias if bias is None else bias.to(dtype))
+    sums.first += [layer.to_matrix(*both) for both in zip(weights[:-1], biases[:-1], strict=True)]
+    known = [bias for bias in biases if bias is not None]
+    return reduce(torch.add, weights), reduce(torch.add, known) if known else None
 
 
 class _Call(NamedTuple):
@@ -399,8 +396,9 @@ class _LayerFunction(torch.autograd.Function):
             single = layer.leading_dims(x) == 0
             x_N, b_N = (x[None], b[None]) if single else (x, b)
             gradient = layer.input_gradient(x_N, b_N, weight.to(b.dtype)) if of_input else None
-            if whole is None:
-                whole = layer.gradients(x_N, b_N)
+            if whole is None or (of_bias and whole[1] is None):
+                # Also where the bias is not the layer's.
+                whole = layer.gradients(x_N, b_N, bias=of_bias)
         of_x = gradient[0] if gradient is not None and single else gradient
         return of_x, whole[0] if of_weight else None, whole[1] if of_bias else None, None, None
 

@@ -16,6 +16,8 @@ class LayerSize:
     Attributes:
         groups: number of blocks of the curvature, each with an A and a G.
         in_dim: side of A, the bias column included.
+        diagonal_A, diagonal_G: whether only the diagonal is kept of A or G.
+        blocks_A, blocks_G: in how many blocks along its diagonal A or G is kept.
         single: whether the curvature is one diagonal in the shape of the gradient (norms), without a G.
     """
 
@@ -26,6 +28,8 @@ class LayerSize:
     diagonal_A: bool = False
     diagonal_G: bool = False
     single: bool = False
+    blocks_A: int = 1
+    blocks_G: int = 1
 
     @property
     def gradient_elements(self) -> int:
@@ -55,17 +59,24 @@ class LayerSize:
     def product_flops(self) -> int:
         """Floating-point operations of one step's three products F·Ga, F̂⁻¹·Ga and F̂⁻¹·G⊥, all groups.
 
-        Each multiplies the gradient by two factors: 2·out·in·side for a matrix, out·in for a diagonal.
+        Each multiplies the gradient by two factors: 2·out·in·side for blocks of a side, out·in for a
+        diagonal.
         """
-        per_entry = sum(1 if diagonal else 2 * side for side, diagonal in self._factors)
+        per_entry = sum(1 if diagonal else 2 * side for _, side, diagonal in self._factors)
         return PRODUCTS * self.gradient_elements * (1 if self.single else per_entry)
 
     @property
-    def _factors(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
-        return (self.in_dim, self.diagonal_A), (self.out_dim, self.diagonal_G)
+    def _factors(self) -> list[tuple[int, int, bool]]:
+        """Return for A and G number and side of the blocks, of side 1 for a diagonal, and if it is one."""
+        A = self.in_dim, self.blocks_A, self.diagonal_A
+        G = self.out_dim, self.blocks_G, self.diagonal_G
+        return [
+            (side, 1, True) if diagonal else (count, -(-side // count), False)
+            for side, count, diagonal in (A, G)
+        ]
 
-    def _sum_over_factors(self, of_matrix: Callable[[int], int]) -> int:
-        """Sum ``of_matrix(side)`` over the factors that are matrices, and the side over the diagonals."""
+    def _sum_over_factors(self, of_block: Callable[[int], int]) -> int:
+        """Sum ``of_block(side)`` over the blocks of the factors."""
         if self.single:
             return self.gradient_elements
-        return self.groups * sum(side if diagonal else of_matrix(side) for side, diagonal in self._factors)
+        return self.groups * sum(count * of_block(side) for count, side, _ in self._factors)

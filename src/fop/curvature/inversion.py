@@ -85,7 +85,7 @@ def _reciprocal(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     damped = M.add_(shift)
     inverse = damped.reciprocal()
     fine = (torch.isfinite(damped) & (damped > 0)).all(1)
-    return inverse, torch.linalg.vector_norm(inverse, torch.inf, dim=1), fine
+    return inverse, inverse.abs().amax(1), fine
 
 
 def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +102,9 @@ def _cholesky_inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]
     # Symmetric, and this way round its rows are rows in memory: torch.distributed.checkpoint keeps no
     # strides, and another layout would round otherwise after a resume.
     inverse = torch.cholesky_inverse(L).mT
-    # An infinite entry of M factors without complaint.
-    of_M, of_inverse = (torch.linalg.vector_norm(each, torch.inf, dim=(1, 2)) for each in (M, inverse))
+    # Of positive definite matrices no entry is larger than the largest on the diagonal. An infinite one of
+    # M factors without complaint.
+    of_M, of_inverse = (each.diagonal(dim1=-2, dim2=-1).abs().amax(1) for each in (M, inverse))
     return inverse, of_inverse, factored & torch.isfinite(of_M)
 
 

@@ -1,13 +1,14 @@
 """Kronecker-factored curvature F = A ⊗ G with π-split damping (Martens & Grosse 2015).
 
 Shapes: A is (groups, in, in), G is (groups, out, out), a gradient V is (groups, out, in); groups is 1 except
-in grouped convolutions, whose curvature is one block per group. A factor of which only the diagonal is kept
-is (groups, in) or (groups, out).
+in grouped convolutions, whose curvature is one block per group. A factor in k blocks is (groups·k, c, c), see
+`fop.layers.blocks`; one of which only the diagonal is kept is (groups, in) or (groups, out).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from fop.curvature.base import Curvature, Damping, Shape
 from fop.curvature.cost import LayerSize
-from fop.curvature.inversion import Inversion, mean_eigenvalue
+from fop.curvature.inversion import Inversion
 from fop.curvature.packing import pack_symmetric, packed_shape, unpack_symmetric
 from fop.layers import FactorSums, Layer, Statistics
+from fop.layers.blocks import blocks_product, diagonal, in_blocks
 
 
 class KroneckerCurvature(Curvature):
@@ -45,19 +47,32 @@ class KroneckerCurvature(Curvature):
         of_A: Shape = (1, columns, columns)
         of_G: Shape = (1, out, out)
         if isinstance(A, Tensor) and isinstance(G, Tensor) and min(A.dim(), G.dim()) > 1:
-            (groups, columns), (_, out) = A.shape[:2], G.shape[:2]
-            if groups * out * columns in (numel, numel + groups * out):
-                of_A, of_G = (groups, columns, columns)[: A.dim()], (groups, out, out)[: G.dim()]
+            (a, columns), (g, out) = A.shape[:2], G.shape[:2]
+            if any(_may_be(a // n, columns, g // n, out, numel / n) for n in range(1, gcd(a, g) + 1)):
+                of_A, of_G = (a, columns, columns)[: A.dim()], (g, out, out)[: G.dim()]
         return {"A": of_A, "A_inv": of_A, "G": of_G, "G_inv": of_G}
 
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
         return [self.state["A"], self.state["G"]], list(self._shifts(damping))
 
+    def _diagonals(self) -> tuple[Tensor, Tensor]:
+        """Return those of A and G, (groups, in) and (groups, out)."""
+        groups, out, columns = self.layer.matrix_shape
+        return diagonal(self.state["A"], groups, columns), diagonal(self.state["G"], groups, out)
+
     def _shifts(self, damping: Damping) -> tuple[Tensor, Tensor]:
-        A, G, root = self.state["A"], self.state["G"], damping.value**0.5
+        (a, g), shapes = self._diagonals(), [self.state[name].shape for name in self.averages]
+        counts = [shape[0] // self.layer.groups for shape in shapes]
         if not damping.relative:
-            return damping_split(A, G, damping.value)
-        return root * typical_squares(A, bias=self.layer.bias), root * typical_squares(G, bias=False)
+            split = damping_split(a.mean(-1), g.mean(-1), damping.value)
+            by_A, by_G = (s.repeat_interleave(count) for s, count in zip(split, counts, strict=True))
+            return by_A, by_G
+        squares = typical_squares(a, bias=self.layer.bias), typical_squares(g, bias=False)
+        by_A, by_G = (
+            damping.value**0.5 * in_blocks(each, count, shape[-1], repeat_last=True)
+            for each, count, shape in zip(squares, counts, shapes, strict=True)
+        )
+        return by_A, by_G
 
     def store(self, inversions: Sequence[Inversion], damping: Damping) -> bool:
         A, G = (inversion.inverse for inversion in inversions)
@@ -74,36 +89,46 @@ class KroneckerCurvature(Curvature):
         return kronecker_product(self.state["A_inv"], self.state["G_inv"], V)
 
     def fisher_trace(self) -> Tensor:
-        A, G = self.state["A"], self.state["G"]
-        trace: Tensor = (mean_eigenvalue(A) * mean_eigenvalue(G)).sum() * (A.shape[-1] * G.shape[-1])
+        a, g = self._diagonals()
+        trace: Tensor = (a.mean(-1) * g.mean(-1)).sum() * (a.shape[-1] * g.shape[-1])
         return trace
 
     def input_units(self) -> Tensor | None:
         if not self.layer.bias:
             return None
-        squares = typical_squares(self.state["A"], bias=True).mean(0)
+        squares = typical_squares(self._diagonals()[0], bias=True).mean(0)
         units = torch.ones_like(squares)
         units[-1] = squares[0] / squares[-1]
         return units
 
     def describe(self) -> str:
-        groups, out, columns = self.layer.matrix_shape
-        A = f"A {columns}" + ("" if self.layer.diagonal_A else "²")
-        G = f"G {out}" + ("" if self.layer.diagonal_G else "²")
-        return f"{f'{groups}×' if groups > 1 else ''}({A}, {G})"
+        (groups, out, columns), sides = self.layer.matrix_shape, []
+        for name, side, shape in zip("AG", (columns, out), self.layer.factor_shapes, strict=True):
+            if len(shape) == 2:
+                sides.append(f"{name} {side}")
+            else:
+                count = shape[0] // groups
+                sides.append(f"{name} {f'{count}×' if count > 1 else ''}{shape[-1]}²")
+        return f"{f'{groups}×' if groups > 1 else ''}({', '.join(sides)})"
 
     def damping_shares(self, damping: Damping) -> list[float | None]:
-        A, G = self.state["A"], self.state["G"]
         shares = []
-        for factor, added in zip((A, G), self._shifts(damping), strict=True):
-            shift = added.mean(-1) if damping.relative else added
-            whole = shift + mean_eigenvalue(factor)
+        for squares, added in zip(self._diagonals(), self._shifts(damping), strict=True):
+            shift = added.reshape(len(squares), -1).mean(-1)
+            whole = shift + squares.mean(-1)
             shares.append((shift / torch.where(whole > 0, whole, 1)).mean())
         return list(torch.stack(shares).tolist())
 
     def size(self, name: str) -> LayerSize:
-        diagonal_A, diagonal_G = (len(shape) == 2 for shape in self.layer.factor_shapes)
-        return LayerSize(name, *self.layer.matrix_shape, diagonal_A=diagonal_A, diagonal_G=diagonal_G)
+        (A, G), groups = self.layer.factor_shapes, self.layer.groups
+        return LayerSize(
+            name,
+            *self.layer.matrix_shape,
+            diagonal_A=len(A) == 2,
+            diagonal_G=len(G) == 2,
+            blocks_A=A[0] // groups,
+            blocks_G=G[0] // groups,
+        )
 
     def message_shapes(self, layer: Layer) -> list[Shape]:
         return [packed_shape(shape) for shape in layer.sum_shapes]
@@ -139,19 +164,32 @@ class KroneckerCurvature(Curvature):
         return statistics
 
 
+def _may_be(blocks_A: int, side_A: int, blocks_G: int, side_G: int, numel: float) -> bool:
+    """Return whether blocks of these sides may be the factors of a weight with so many entries a group."""
+    columns, out = blocks_A * side_A, blocks_G * side_G
+    # Less what fills up the last block, and the bias.
+    return (columns - blocks_A) * (out - blocks_G + 1) <= numel <= columns * out
+
+
 def kronecker_product(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
-    """Return (A ⊗ G)·V = G V A for A (groups, in, in), G (groups, out, out), V (groups, out, in)."""
-    right = V * A[:, None, :] if A.dim() == 2 else V @ A
-    return G[:, :, None] * right if G.dim() == 2 else G @ right
+    """Return (A ⊗ G)·V = G V A for V (groups, out, in); what is kept of A and G their shapes say."""
+    if A.dim() == 2:
+        V = V * A[:, None, :]
+    elif len(A) == len(V):
+        V = V @ A
+    else:
+        V = blocks_product(A, V.mT).mT
+    if G.dim() == 2:
+        return G[:, :, None] * V
+    return G @ V if len(G) == len(V) else blocks_product(G, V)
 
 
-def typical_squares(M: Tensor, *, bias: bool) -> Tensor:
-    """Return for every entry of a factor's diagonal the size that relative damping takes, (groups, d).
+def typical_squares(diagonal: Tensor, *, bias: bool) -> Tensor:
+    """Return for every entry of a factor's diagonal, (groups, d), the size that relative damping takes.
 
     That is the mean eigenvalue; but the last entry, where it belongs to a ``bias``, counts by itself: its
     input is 1, whatever the units of the others are.
     """
-    diagonal = M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1)
     if not bias:
         return diagonal.mean(-1, keepdim=True).expand_as(diagonal)
     mean, own = diagonal[:, :-1].mean(-1, keepdim=True), diagonal[:, -1:]
@@ -159,13 +197,12 @@ def typical_squares(M: Tensor, *, bias: bool) -> Tensor:
     return torch.cat([torch.where(mean > 0, mean, own).expand_as(diagonal[:, :-1]), own], 1)
 
 
-def damping_split(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+def damping_split(a: Tensor, g: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return what is added to the diagonals of A and G: (π·γ, γ/π), each of shape (groups,).
 
-    γ = sqrt(damping), π² = (tr A / dim A) / (tr G / dim G); π = 1 where a trace is 0 (Martens & Grosse
-    2015, section 6.3).
+    γ = sqrt(damping), π² = a/g of the mean eigenvalues a = tr A / dim A and g, (groups,); π = 1 where one is
+    0 (Martens & Grosse 2015, section 6.3).
     """
-    a, g = mean_eigenvalue(A), mean_eigenvalue(G)
     defined = (a > 0) & (g > 0)
     # Not the root of the quotient, which leaves float32's range where gradients are tiny.
     pi = torch.where(defined, a.sqrt() / torch.where(defined, g, 1).sqrt(), 1)

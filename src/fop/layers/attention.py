@@ -35,18 +35,18 @@ class PackedLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1
 
-    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
         b_RO, missing = b.flatten(0, -2), [size * self.out_dim for size in self._missing]
         product = b_RO.T @ x.flatten(0, -2).to(b.dtype)
-        return F.pad(product, (0, 0, *missing)), F.pad(b_RO.sum(0), missing)
+        return F.pad(product, (0, 0, *missing)), F.pad(b_RO.sum(0), missing) if bias else None
 
     def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         sums = super().factor_sums(x, b, sampler)
         reached = torch.zeros(3, dtype=sums.a.dtype, device=sums.a.device)
         reached[self.first : self.first + self.count] = 1
         # Groups that this use does not reach: their rows come from other inputs.
-        mask = reached.reshape(-1, *[1] * (sums.a.dim() - 1))
-        return FactorSums(sums.a * mask, sums.g, sums.samples, sums.rows * reached)
+        a = (sums.a.unflatten(0, (3, -1)) * reached.reshape(-1, *[1] * sums.a.dim())).flatten(0, 1)
+        return FactorSums(a, sums.g, sums.samples, sums.rows * reached)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
         rows = chosen_rows(b.reshape(-1, self.count, self.out_dim), entries)

@@ -9,8 +9,10 @@ from math import prod
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fop.layers.blocks import factor_shape, in_blocks
 from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
@@ -28,6 +30,7 @@ class LayerOptions:
     Attributes:
         path: "fop", "adamw", or None for what is usual for the kind of layer.
         max_factor_dim: factors with a larger side are kept as their diagonal.
+        block_dim: factors with a larger side are kept as blocks of at most this side along their diagonal.
         weight_sharing: K-FAC-expand or K-FAC-reduce (Eschenhagen et al. 2023), for several rows a sample.
         batch_dim: dimension of the layer's input that counts samples; None to find out.
         curvature: which approximation in `fop.curvature`; None for what is usual for the kind of layer.
@@ -35,6 +38,7 @@ class LayerOptions:
 
     path: Literal["fop", "adamw"] | None = None
     max_factor_dim: int = 8192
+    block_dim: int = 1024
     weight_sharing: Literal["expand", "reduce"] = "expand"
     batch_dim: int | None = None
     curvature: str | None = None
@@ -48,8 +52,8 @@ class Layer(ABC):
     Attributes:
         matrix_shape: shape of the gradient matrix, (groups, out, in), with the bias as one more last column.
         diagonal_A, diagonal_G: whether only the diagonal of A or G is kept.
-        factor_shapes: shapes of A and G, (groups, d, d) or (groups, d). One shape, that of the gradient, for
-            a layer whose statistics are the gradients of single samples.
+        factor_shapes: shapes of A and G, (groups, d, d), or (groups·k, c, c) in k blocks, or (groups, d). One
+            shape, that of the gradient, for a layer whose statistics are the gradients of single samples.
         sum_shapes: shapes of what `factor_sums` gives: those of the factors, unless ``swapped``.
     """
 
@@ -79,13 +83,13 @@ class Layer(ABC):
         self.groups, self.out_dim, self.in_dim = groups, out_dim, in_dim
         self.bias, self.options = bias, options
         self.bias_shape: tuple[int, ...] = (groups * out_dim,)
-        columns = in_dim + bias
+        columns, limit = in_dim + bias, options.block_dim
         self.diagonal_A = diagonal_A or in_dim > options.max_factor_dim
         self.diagonal_G = out_dim > options.max_factor_dim
         self.matrix_shape = groups, out_dim, columns
         self.factor_shapes: tuple[tuple[int, ...], ...] = (
-            (groups, columns) if self.diagonal_A else (groups, columns, columns),
-            (groups, out_dim) if self.diagonal_G else (groups, out_dim, out_dim),
+            (groups, columns) if self.diagonal_A else factor_shape(groups, in_dim, limit, bias=bias),
+            (groups, out_dim) if self.diagonal_G else factor_shape(groups, out_dim, limit),
         )
         self.sum_shapes: tuple[tuple[int, ...], ...] = self.factor_shapes
 
@@ -113,8 +117,8 @@ class Layer(ABC):
 
     # What a layer that ``owns_backward`` must say, too
 
-    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of weight and bias in their shapes; x and b with the batch as dim 0."""
+    def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the weight, and of a ``bias`` or None, in their shapes; batch as dim 0."""
         raise NotImplementedError
 
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -181,8 +185,7 @@ class RowLayer(Layer):
         return prod(b.shape[1:-1])
 
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        weight, bias = self.gradients(x, b)
-        return self.to_matrix(weight, bias if self.bias else None)
+        return self.to_matrix(*self.gradients(x, b, bias=self.bias))
 
     def factor_sums(self, x: Tensor, b: Tensor, sampler: RowSampler | None = None) -> FactorSums:
         dtype = statistics_dtype(b)
@@ -190,20 +193,17 @@ class RowLayer(Layer):
         samples, rows = x.shape[0], self.rows_per_sample(b)
         reduced = self.options.weight_sharing == "reduce"
         scale = 1.0
-        if (
-            sampler is not None
-            and (kept := sampler.draw(samples, max(self.in_dim, self.out_dim))) is not None
-        ):
+        if sampler is not None and (kept := sampler.draw(samples, max(a.shape[-1], g.shape[-1]))) is not None:
             # One row of each of these samples is enough.
             x, b, scale = x.index_select(0, kept), b.index_select(0, kept), samples / len(kept)
         for x_chunk, b_chunk in self.chunks(x, b, all_rows=sampler is None):
             total, share = x_chunk.shape[0] * (1 if reduced else rows), x_chunk.shape[0] / x.shape[0]
-            for factor, dim in ((a, self.in_dim), (g, self.out_dim)):
+            for factor in (a, g):
                 of_input = factor is a
-                drawn = None if sampler is None else sampler.draw(total, dim, share)
+                drawn = None if sampler is None else sampler.draw(total, factor.shape[-1], share)
                 chosen = self._rows(of_input, x_chunk, b_chunk, drawn, dtype)
                 weight = scale * total / max(1, chosen.shape[0])
-                _add_covariance(factor, chosen, ones=self.bias and of_input, scale=weight)
+                add_covariance(factor, chosen, self.groups, ones=self.bias and of_input, scale=weight)
         return FactorSums(a, g, samples, samples * (1 if reduced else rows))
 
     def _rows(
@@ -235,15 +235,23 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _add_covariance(total: Tensor, rows_RGD: Tensor, *, ones: bool, scale: float) -> None:
-    """Add scale·Σ (row, 1)(row, 1)ᵀ, or its diagonal, over all rows; without the 1 if not ``ones``."""
+def add_covariance(total: Tensor, rows_RGD: Tensor, groups: int, *, ones: bool, scale: float) -> None:
+    """Add scale·Σ (row, 1)(row, 1)ᵀ, or its diagonal or blocks, over all rows; no 1 if not ``ones``.
+
+    Dimension 1 of the rows is 1 where all ``groups`` have the same ones.
+    """
+    if (blocks := len(total) // groups) > 1:
+        if ones:
+            rows_RGD, ones = F.pad(rows_RGD, (0, 1), value=1.0), False
+        rows_RGD = in_blocks(rows_RGD, blocks, total.shape[-1])
     count, _, dim = rows_RGD.shape
     if total.dim() == 2:
         total[:, :dim].add_(rows_RGD.square().sum(0), alpha=scale)
         if ones:
             total[:, dim:] += scale * count
         return
-    total[:, :dim, :dim].add_(_gram(rows_RGD.movedim(0, 1)), alpha=scale)
+    products = _gram(rows_RGD.movedim(0, 1)).unflatten(0, (-1, blocks))
+    total.unflatten(0, (groups, blocks))[..., :dim, :dim].add_(products, alpha=scale)
     if ones:
         sums = rows_RGD.sum(0)
         total[:, -1, :dim].add_(sums, alpha=scale)

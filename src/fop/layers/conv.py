@@ -35,10 +35,10 @@ class ConvLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1 - self.spatial
 
-    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
         x = x.to(b.dtype) if self.owns_backward else self._padded(x.to(b.dtype))
         weight = self._backward(x, b, b.new_empty(1).expand(self.weight_shape), of_input=False)
-        return weight, b.sum([0, *range(2, b.dim())])
+        return weight, b.sum([0, *range(2, b.dim())]) if bias else None
 
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         return self._backward(x, b, weight, of_input=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fop.layers.base import Layer, LayerOptions, statistics_dtype
+from fop.layers.base import Layer, LayerOptions, add_covariance, statistics_dtype
+from fop.layers.blocks import factor_shape
 from fop.layers.sampling import RowSampler
 from fop.layers.statistics import FactorSums
 
@@ -25,8 +26,11 @@ class EmbeddingLayer(Layer):
         super().__init__(1, *sides, bias=False, options=options, diagonal_A=not tied)
         self.padding_idx = module.padding_idx
         self.tied = self.swapped = tied
-        self.diagonal_sum = features > options.max_factor_dim
-        self.sum_shapes = (1, tokens), (1, features) if self.diagonal_sum else (1, features, features)
+        diagonal = features > options.max_factor_dim
+        self.sum_shapes = (
+            (1, tokens),
+            (1, features) if diagonal else factor_shape(1, features, options.block_dim),
+        )
 
     def leading_dims(self, x: Tensor) -> int:
         return x.dim()
@@ -49,9 +53,9 @@ class EmbeddingLayer(Layer):
         a = valid.new_zeros(self.tokens).index_add_(0, ids, valid)
         if sampler is not None and (drawn := sampler.draw(ids.numel(), self.features)) is not None:
             b_RD, valid, scale = b_RD.index_select(0, drawn), valid[drawn], ids.numel() / len(drawn)
-        b_RD = b_RD.to(valid.dtype) * valid[:, None]
-        g = b_RD.square().sum(0) if self.diagonal_sum else b_RD.T @ b_RD
-        return FactorSums(a[None], scale * g[None], x.shape[0], rows)
+        b_RD, g = b_RD.to(valid.dtype) * valid[:, None], a.new_zeros(self.sum_shapes[1])
+        add_covariance(g, b_RD[:, None], 1, ones=False, scale=scale)
+        return FactorSums(a[None], g, x.shape[0], rows)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         return (weight if self.tied else weight.T)[None]

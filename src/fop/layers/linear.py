@@ -25,11 +25,11 @@ class LinearLayer(RowLayer):
     def leading_dims(self, x: Tensor) -> int:
         return x.dim() - 1
 
-    def gradients(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
         # Not flatten, which vectorized Jacobians do not know.
         rows = b.shape[:-1].numel()
         x_RI, b_RO = x.reshape(rows, x.shape[-1]).to(b.dtype), b.reshape(rows, b.shape[-1])
-        return x_RI.T @ b_RO if self.transposed else b_RO.T @ x_RI, b_RO.sum(0)
+        return x_RI.T @ b_RO if self.transposed else b_RO.T @ x_RI, b_RO.sum(0) if bias else None
 
     def input_gradient(self, x: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         return b @ (weight.T if self.transposed else weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # A factor of few dimensions costs little, and its diagonal needs many rows.
-MIN_ROWS = 2048
+MIN_ROWS = 1024
 
 
 class RowSampler:

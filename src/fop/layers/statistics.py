@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fop.layers.blocks import in_blocks
+
 Reduction = Literal["mean", "sum"]
 
 
@@ -41,7 +43,8 @@ class FactorSums:
         g = self.g * N if reduction == "mean" else self.g / N
         rows = self.rows
         if isinstance(rows, Tensor):
-            rows = rows.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)
+            # A number for every group, which may have several blocks.
+            rows = rows.to(g.dtype).repeat_interleave(len(g) // len(rows)).reshape(-1, *[1] * (g.dim() - 1))
         return self.a / N, g * (N / rows)
 
     def squares(self) -> Tensor:
@@ -126,7 +129,8 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _trace(M: Tensor) -> Tensor:
-    return M.sum(-1) if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # A weight that is tied has one group, whose factors may have several blocks.
+    return (M if M.dim() == 2 else M.diagonal(dim1=-2, dim2=-1)).sum()[None]
 
 
 def _scaled(M: Tensor, by: Tensor) -> Tensor:
@@ -137,4 +141,4 @@ def _added(M: Tensor, other: Tensor) -> Tensor:
     if M.dim() == other.dim():
         return M + other
     dense, diagonal = (M, other) if M.dim() == 3 else (other, M)
-    return dense + torch.diag_embed(diagonal)
+    return dense + torch.diag_embed(in_blocks(diagonal, *dense.shape[:2]))

@@ -12,11 +12,12 @@ from reference.cases.layers import (
     single,
 )
 from reference.cases.norms import AFFINE
-from reference.cases.options import DIAGONAL, REDUCE
+from reference.cases.options import BLOCKS, DIAGONAL, REDUCE
 
 __all__ = [
     "AFFINE",
     "ATTENTION",
+    "BLOCKS",
     "CONV2D",
     "CONVOLUTIONS",
     "DIAGONAL",

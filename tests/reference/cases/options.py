@@ -20,6 +20,10 @@ def diagonal(case: Case, max_factor_dim: int) -> Case:
     return with_options(case, {"max_factor_dim": max_factor_dim}, max_factor_dim=max_factor_dim)
 
 
+def in_blocks(case: Case, block_dim: int) -> Case:
+    return with_options(case, {"block_dim": block_dim}, block_dim=block_dim)
+
+
 def with_options(case: Case, layer_options: dict[str, Any], **estimates: Any) -> Case:
     """The same model with these options for all of its layers."""
     given = case.options.get("layer_options", {})
@@ -99,4 +103,28 @@ DIAGONAL: dict[str, Case] = {
             }
         },
     ),
+}
+BLOCKS: dict[str, Case] = {
+    "linear-A": in_blocks(single(lambda: nn.Linear(7, 3), 2, 7), 3),
+    "linear-G": in_blocks(single(lambda: nn.Linear(3, 5), 2, 3), 3),
+    "linear-both": in_blocks(single(lambda: nn.Linear(7, 5), 7), 2),
+    "linear-no-bias": in_blocks(single(lambda: nn.Linear(6, 4, bias=False), 6), 3),
+    # The bias column does not count.
+    "linear-just-fits": in_blocks(LINEAR, 4),
+    "transformers-conv1d": in_blocks(single(lambda: Conv1D(3, 4), 2, 4), 2),
+    "conv": in_blocks(CONV, 5),
+    "conv-groups": in_blocks(LAYERS["conv1d-groups"], 3),
+    "transposed": in_blocks(LAYERS["transposed2d-geometry"], 2),
+    "embedding-G": in_blocks(LAYERS["embedding-padding"], 2),
+    "repeated": in_blocks(LAYERS["repeated"], 3),
+    "tied": in_blocks(LAYERS["tied"], 3),
+    "tied-padding": in_blocks(LAYERS["tied-padding"], 2),
+    "tied, vocabulary diagonal": with_options(
+        LAYERS["tied"], {"block_dim": 2, "max_factor_dim": 4}, block_dim=2, max_factor_dim=4
+    ),
+    "attention": in_blocks(ATTENTION["cross"], 3),
+    "separate-attention": in_blocks(ATTENTION["separate"], 3),
+    "encoder": in_blocks(TRANSFORMERS["encoder"], 4),
+    "reduced": in_blocks(reduced(LINEAR), 2),
+    "diagonal": with_options(LINEAR, {"block_dim": 2, "max_factor_dim": 3}, block_dim=2, max_factor_dim=3),
 }
