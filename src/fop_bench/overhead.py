@@ -128,6 +128,8 @@ def prepare(workload: Workload, optimizer: str, device: torch.device, **options:
         model, rank = DistributedDataParallel(model), dist.get_rank()
     torch.manual_seed(1 + rank)
     inputs, targets = (each.to(device) for each in batch(workload.batch_size))
+    if optimizer in ("kfac", "fop"):
+        options["step_length"] = "weight"  # the default; in `PEERS` they have the paper's steps
     stepper = make_peer(optimizer, model, LEARNING_RATE, **options)
     trainer = Trainer(model, stepper, inputs, targets, workload.bf16)
     trainer.step()

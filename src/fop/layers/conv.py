@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fop.layers.base import CHUNK_ELEMENTS, LayerOptions, RowLayer, chosen_rows
+from fop.layers.base import CHUNK_ELEMENTS, LayerOptions, RowLayer
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -79,7 +79,12 @@ class ConvLayer(RowLayer):
         return patches.permute(0, 2, 3, 1).reshape(len(entries), self.groups, self.in_dim)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
-        return chosen_rows(b.movedim(1, -1).reshape(-1, self.groups, self.out_dim), entries)
+        if entries is None:
+            return b.movedim(1, -1).reshape(-1, self.groups, self.out_dim)
+        positions = self.rows_per_sample(b)
+        # Without a copy of all of b.
+        chosen = b.flatten(2)[entries // positions, :, entries % positions]
+        return chosen.reshape(-1, self.groups, self.out_dim)
 
     def _sources(self, size: torch.Size, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the position in the input that each tap of a row sees, (rows, taps), and whether it is one.
