@@ -174,21 +174,6 @@ def scale(asked: argparse.Namespace) -> None:
     print(f"Wrote scale.json to {asked.out}")
 
 
-def surface(asked: argparse.Namespace) -> None:
-    """Draw the loss around a point of a training with FOP, and one step of K-FAC and of FOP from there."""
-    from fop_bench.plots import plot_surface
-    from fop_bench.surface import surface as measure
-
-    result = measure(asked)
-    records.write_json(asked.out / "surface.json", result)
-    plot_surface(result, asked.out / "surface.png")
-    print(f"loss of the batch: {result['origin']['whole']} at the point")
-    for step in result["steps"].values():
-        share = f"{step['share_in_plane']:.0%} of the step is in the plane"
-        print(f"  {step['losses_at_end']['whole']} after {step['what']} ({share})")
-    print(f"Wrote surface.json and surface.png to {asked.out}")
-
-
 # --- What they show
 
 
@@ -277,7 +262,6 @@ def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
 
 OTHERS = [name for name in steps.MODELS if name not in steps.TASKS]
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
-SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
 FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
@@ -344,18 +328,6 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
         MINUTES,
         _option("--out", "folder", "fop-defaults", Path),
-    ],
-    surface: [
-        RECIPE,
-        DATA,
-        _option("--batch", "samples of a step; even", "1000", SEVERAL, dest="batch_size"),
-        _option("--epochs", "training with FOP before the steps", "3", WHOLE),
-        _option("--lr", "learning rate of training (constant) and steps", "0.1", ABOVE_0),
-        _option("--damping", "λ of training and steps", "1e-4", ABOVE_0),
-        _option("--seed", "of weights, order and the choice of the batch", "1", int),
-        DEVICE,
-        _option("--grid", "points along each side", "25", SEVERAL, dest="points"),
-        _option("--out", "folder", "fop-surface", Path),
     ],
 }
 

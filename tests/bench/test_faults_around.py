@@ -192,10 +192,10 @@ def test_what_is_imported_is_declared() -> None:
 
 # --- Commands that somebody may have written down
 
-COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "defaults", "surface")
+COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "defaults")
 SHOWN = re.compile(rf"fop[-_]bench ((?:{'|'.join(COMMANDS)})\b[^`\n\"#\\|;,()]*)")
 # A command's name in prose, and an option that the page of its record says is gone.
-NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report|defaults|surface)$")
+NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report|defaults)$")
 
 
 def test_commands_of_documents_and_records_are_understood(
