@@ -27,7 +27,7 @@ from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predicti
 from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
 from fop_bench.race_tasks import TASKS as RACES
-from fop_bench.recipes import DEFAULTS, RECIPES
+from fop_bench.recipes import RECIPES
 from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
 from fop_bench.world import World, under_torchrun, world_on
 
@@ -59,21 +59,6 @@ def report(asked: argparse.Namespace) -> None:
         print(f"Wrote {write_report(folder)}")
     if asked.paper is not None:
         print(f"Wrote {records.write_text(asked.paper, paper_page(asked.folders))}")
-
-
-def defaults(asked: argparse.Namespace) -> None:
-    """Measure default options on small real tasks, and write the tables of all studies in --out."""
-    from fop_bench.study_report import write_defaults
-
-    left, end = 0, time.monotonic() + 60 * asked.minutes
-    how = {"world": World(asked.device), "out": asked.out, "jobs": asked.jobs}
-    with _bar(asked.study) as on_run:
-        for plan in DEFAULTS:
-            digits, minutes = "digits" in plan.name, (end - time.monotonic()) / 60
-            if digits or asked.data:
-                how |= {"data": None if digits else str(asked.data), "minutes": minutes, "on_run": on_run}
-                left += make(Selection(plan.name, asked.study), **how)
-    print(f"Wrote {write_defaults(asked.out)}; {left} runs left")
 
 
 def demo(asked: argparse.Namespace) -> None:
@@ -320,14 +305,6 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),
         _option("--out", "folder", "fop-scale", Path),
-    ],
-    defaults: [
-        _option("study", "what is varied", choices=[*DEFAULTS[0].studies]),
-        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=FOLDER),
-        DEVICE,
-        _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
-        MINUTES,
-        _option("--out", "folder", "fop-defaults", Path),
     ],
 }
 

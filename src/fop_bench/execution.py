@@ -191,7 +191,7 @@ class Description(Run):
         optimizer = make_peer(contender.optimizer, model, **options)
         normalise = Normaliser(train.pixels, world.total)
         halves = _halves(contender.halves, train.labels.to(device))
-        bf16 = plan.bf16 and device.type == "cuda"
+        bf16 = device.type == "cuda"
 
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
             if halves is not None:

@@ -331,19 +331,3 @@ class DigitsLSTM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(x.squeeze(1))[0][:, -1])
-
-
-class DigitsTransformer(nn.Module):
-    """A `torch.nn.TransformerEncoder` from 8×8 digits (N, 1, 8, 8), one token a row of pixels, to logits."""
-
-    def __init__(self, classes: int = 10, width: int = 32, layers: int = 2) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(8, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h_NTD = self.encoder(self.embed(x.squeeze(1)) + self.positions)
-        return self.head(h_NTD.mean(dim=1))

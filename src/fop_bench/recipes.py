@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fop_bench.images import Augmentation, Choice, Images, Source, by_class, load, long_tail, per_class
-from fop_bench.models import DigitsTransformer, ResNet, T2TViT, digits_cnn, mlp, resnet18, resnet50
+from fop_bench.models import ResNet, T2TViT, digits_cnn, resnet18, resnet50
 from fop_bench.optimizers import PEERS
 from fop_bench.training import cosine
 
@@ -30,7 +30,6 @@ class ImageTask:
     train: Choice | None = None
     held_out: float | Choice = 0.1  # share of every class of `train`, or a choice of other images
     test: Choice | None = None
-    has_test: bool = True  # False if there are only tuning runs: no test image is loaded
 
     @property
     def origin(self) -> str:
@@ -51,7 +50,7 @@ class ImageTask:
             held = _held_out(labels[chosen], self.held_out)
             return torch.cat([chosen[~held], chosen[held]])
 
-        test = images(mine(self.test), test=True) if self.has_test else None
+        test = images(mine(self.test), test=True)
         if callable(self.held_out):
             train = everything = images(mine(self.train))
             held_out = images(mine(self.held_out))
@@ -60,7 +59,7 @@ class ImageTask:
             everything = images(held_out_last)
             count = len(everything) - int(_held_out(everything.labels, self.held_out).sum())
             train, held_out = everything[:count], everything[count:]
-        return {"tuning": (train, held_out), "final": (everything, test or held_out)}
+        return {"tuning": (train, held_out), "final": (everything, test)}
 
 
 def _held_out(labels: Tensor, share: Any) -> Tensor:
@@ -139,7 +138,6 @@ class Study:
     seeds: Sequence[int]
     # The best options by runs with seed 0 go into those with `seeds`; else every combination does.
     tuned: bool = True
-    phase: str = "final"  # of the runs with `seeds`; "tuning" to judge these on held-out images too
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,6 @@ class Recipe:
     targets: Mapping[str, float] = field(default_factory=dict)  # what "reached" means: accuracy, train_loss
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Callable[[Optimizer, int], LRScheduler] = cosine  # given the number of all steps
-    bf16: bool = True  # whether all runs use bf16 autocast on a GPU
 
     def network(self, classes: int, device: torch.device) -> nn.Module:
         """Build the network on a device, for images whose channels come last in memory."""
@@ -386,47 +383,8 @@ IMAGENET1K_RESNET50 = Recipe(
     augmentation=Augmentation(flip=True, shift=28),
 )
 
-# --- What the default options were chosen by: maps of the grid on small tasks, judged on held-out images
-
-CHOSEN_BY: dict[str, Mapping[str, Sequence[Any]]] = {
-    "trust": {
-        "lr": (0.03, 0.1),
-        "damping": (1e-5, 1e-4, 1e-3),
-        "kl_clip": (1e-3, 1e-2),
-        "momentum": (0.0, 0.9),
-    },
-    "clip": {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-5, 1e-3), "kl_clip": (None, 1e-3, 1e-2)},
-    "momentum": {"lr": (0.05,), "kl_clip": (1e-5, 1e-4, 1e-3), "momentum": (0.0, 0.5, 0.9)},
-    "freshness": {"lr": (0.05,), "curvature_interval": (1, 10, 100), "stat_decay": (0.0, 0.5, 0.9)},
-}
-FOUR = grids(sgd={"lr": (0.03, 0.1, 0.3, 1.0)}, adamw={"lr": (0.001, 0.003, 0.01, 0.03)})
-
-
-def _defaults(
-    name: str, task: ImageTask | DigitsTask, model: Callable[[int], nn.Module], epochs: Mapping[int, int]
-) -> Recipe:
-    how: dict[str, Any] = {"tuned": False, "phase": "tuning"}
-    studies = {
-        study: Study(grids(fop=grid), epochs, (0,) if study == "trust" else (0, 1), **how)
-        for study, grid in CHOSEN_BY.items()
-    }
-    studies["comparison"] = Study(RATES | FOUR, epochs, SEEDS, **how)
-    return Recipe(f"defaults-{name}", f"Default options: {name}", {name: task}, model, studies, bf16=False)
-
-
-# 1,000 training and 1,000 held-out images of 16×16 pixels, so that a run takes seconds on a CPU.
-_CIFAR = ImageTask(
-    replace(CIFAR10, size=16), train=per_class(100), held_out=per_class(100, skip=100), has_test=False
-)
-DEFAULTS = (
-    _defaults("digits-mlp", DigitsTask(), lambda n: mlp((64, 64, 64, n)), {64: 8, 1024: 40}),
-    _defaults("digits-cnn", DigitsTask(), digits_cnn, {64: 8, 1024: 40}),
-    _defaults("digits-transformer", DigitsTask(), DigitsTransformer, {64: 12, 1024: 60}),
-    _defaults("cifar-small", _CIFAR, partial(ResNet, 8, (1, 1, 1)), {100: 4, 1000: 30}),
-)
-
 PAPER = (CIFAR10_RESNET18, CIFAR_LT_RESNET32, IMAGENET100_T2TVIT, IMAGENET1K_RESNET50)
-RECIPES: dict[str, Recipe] = {each.name: each for each in (DIGITS, CIFAR10_SMALL, *PAPER, *DEFAULTS)}
+RECIPES: dict[str, Recipe] = {each.name: each for each in (DIGITS, CIFAR10_SMALL, *PAPER)}
 
 
 def recipe(name: str) -> Recipe:

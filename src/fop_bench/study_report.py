@@ -1,8 +1,7 @@
-"""README.md and plots of `fop-bench run`'s and `defaults`' studies, made from their JSON lines alone."""
+"""README.md and plots of `fop-bench run`'s studies, made from their JSON lines alone."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from itertools import groupby
@@ -21,9 +20,9 @@ from fop_bench.plots import (
     plot_speed_up,
     speed_up_reference,
 )
-from fop_bench.records import Record, of_one_commit, read_runs, record_files, write_text
+from fop_bench.records import Record, of_one_commit, read_runs, write_text
 from fop_bench.study import Study
-from fop_bench.tables import markdown_table, plus_minus
+from fop_bench.tables import markdown_table
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
@@ -173,93 +172,3 @@ def _map(study: Study, folder: Path) -> list[str]:
 def _stem(study: Study) -> str:
     name = f"{study.recipe}-{study.task}-{study.name}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-# --- The defaults
-
-SHOWN = 12
-
-
-def read_defaults(path: Path) -> list[dict[str, Any]]:
-    """Read what is shown of the runs of a study; lines of version 0.1 are that already."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_shown(run) if "curve" in run else run for run in lines]
-
-
-def _shown(run: Record) -> dict[str, Any]:
-    size = "full batch" if run["batch_size"] >= run["train_samples"] else f"batch {run['batch_size']}"
-    last = {} if run["diverged"] else run["curve"][-1]
-    return {
-        **{"task": f"{run['task']}, {size}", "optimizer": run["contender"]},
-        **{key: run[key] for key in ("options", "seed", "diverged", "warnings")},
-        **{key: last.get(key) for key in ("accuracy", "train_loss", "seconds")},
-        "environment": {key: run["environment"][key] for key in ("device", "torch", "fop", "git", "threads")},
-    }
-
-
-def write_defaults(folder: Path) -> Path:
-    """Write ``folder``/README.md from all studies in ``folder``; return its path."""
-    parts = [
-        "# Defaults: the measurement",
-        "Made by `fop-bench defaults` from the JSON lines in this folder; do not edit. Every line holds its "
-        "commit, versions and device. Accuracy is on the validation part after the last epoch; *regret* is "
-        "the distance to the best accuracy that any run of the study had on that task, in percentage points; "
-        "a diverged run counts as accuracy 0.",
-    ]
-    for path in record_files(folder):
-        if lines := read_defaults(path):
-            parts += _defaults(path.stem, lines)
-    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
-
-
-def _defaults(name: str, lines: list[dict[str, Any]]) -> list[str]:
-    runs = pd.DataFrame(lines)
-    runs["accuracy"] = 100 * runs["accuracy"].astype(float).fillna(0.0)
-    where = sorted({json.dumps(each, sort_keys=True) for each in runs["environment"]})
-    head = [
-        f"## {name}",
-        f"To repeat: `fop-bench defaults {name} --data CIFAR10 --out FOLDER`; CIFAR-10 as an image folder "
-        "(without `--data` only the digits).",
-        f"{len(runs)} runs on {runs['task'].nunique()} tasks, {runs['diverged'].sum()} diverged. "
-        f"Measured on: {'; '.join(f'`{each}`' for each in where)}",
-    ]
-    return head + (_rates(runs) if name == "comparison" else _regrets(runs))
-
-
-def _regrets(runs: pd.DataFrame) -> list[str]:
-    runs["label"] = [", ".join(f"{key}={value}" for key, value in each.items()) for each in runs["options"]]
-    runs["regret"] = runs.groupby("task")["accuracy"].transform("max") - runs["accuracy"]
-    tasks = runs.pivot_table(index="label", columns="task", values="regret", sort=False).dropna()
-    tasks = tasks.sort_index(axis="columns")
-    # Rounded, so that combinations with equal regrets keep their order.
-    means = tasks.mean(axis="columns").round(9).sort_values(kind="stable")
-    best = tasks.loc[means.index[:SHOWN]]
-    spread = best.agg(["mean", "max"], axis="columns")
-    best = pd.concat([spread.set_axis(["mean regret", "worst regret"], axis="columns"), best], axis="columns")
-    table = markdown_table(["options", *best], best.map("{:.2f}".format).reset_index().to_numpy())
-    # One row for every run and option, with the mean regret of the run's combination.
-    values = runs["options"].map(lambda each: [(key, str(value)) for key, value in each.items()])
-    marginal = pd.DataFrame({"value": values, "regret": runs["label"].map(means)}).explode("value").dropna()
-    spread = marginal.groupby("value")["regret"].agg(["median", "min", "max"]).map("{:.2f}".format)
-    head = ["option", "value", "median of the mean regrets", "best", "worst"]
-    by_value = markdown_table(head, ([*value, *row] for value, *row in spread.itertuples()))
-    shown = f"The best {len(best)} of {len(means)} combinations, by mean regret over the tasks:"
-    return [shown, table, "Every value of an option, over all values of the others:", by_value]
-
-
-def _rates(runs: pd.DataFrame) -> list[str]:
-    parts = [
-        "Every learning rate of every optimizer, other options at their defaults; mean ± standard deviation "
-        "over n seeds of final accuracy (%) and training loss. Nothing is selected. "
-        "The runs shared the processor, so there are no times here."
-    ]
-    runs["lr"] = [options["lr"] for options in runs["options"]]
-    runs["train_loss"] = runs["train_loss"].astype(float)
-    head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
-    for task, of_task in runs.groupby("task"):
-        rows = []
-        for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
-            ends = [plus_minus(each["accuracy"], 2), plus_minus(each["train_loss"], 4)]
-            rows.append([optimizer, f"{lr:g}", len(each), each["diverged"].sum(), *ends])
-        parts += [f"### {task}", markdown_table(head, rows)]
-    return parts

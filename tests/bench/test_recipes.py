@@ -19,7 +19,7 @@ from fop_bench.images import Source
 from fop_bench.optimizers import PEERS
 from fop_bench.paper import PAPER_TABLES
 from fop_bench.recipes import CIFAR10_SMALL as SMALL
-from fop_bench.recipes import DEFAULTS, RECIPES, DigitsTask, ImageTask, digits_split, recipe
+from fop_bench.recipes import RECIPES, DigitsTask, ImageTask, digits_split, recipe
 
 # --- Who is compared
 
@@ -62,13 +62,6 @@ def test_options_of_the_ablation_are_what_they_say() -> None:
     formula = SMALL.studies["formula"].contenders
     assert formula["fresher"].options(2000)["curvature_interval"] == 1
     assert formula["staler"].options(2000)["curvature_interval"] == 25
-
-
-def test_the_defaults_are_chosen_on_held_out_images() -> None:
-    for plan in DEFAULTS:
-        assert {study.phase for study in plan.studies.values()} == {"tuning"}
-        assert not any(study.tuned for study in plan.studies.values())
-        assert {len(study.contenders) for name, study in plan.studies.items() if name != "comparison"} == {1}
 
 
 def test_unknown_recipe_lists_the_known() -> None:
@@ -139,12 +132,6 @@ def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(folder: Path) 
     assert len(test) == 31
     shares = [ImageTask(Source("owner/name")).load(str(folder), rank, 2) for rank in range(2)]
     assert sum(len(share["final"][0]) for share in shares) == 31
-
-
-def test_a_task_without_test_images_reads_none(folder: Path) -> None:
-    (folder / "test").rename(folder / "elsewhere")
-    parts = ImageTask(Source("owner/name"), has_test=False).load(str(folder))
-    assert len(parts["tuning"][1]) == len(parts["final"][1]) == 3
 
 
 # --- Where a record was made

@@ -54,11 +54,11 @@ def test_every_contender_is_given_the_same_number_of_runs(recipe: str, study: st
     counts = Counter((run.phase, run.task, run.batch_size, run.contender) for run in ready)
     groups = len(chosen.tasks) * len(plan.epochs) * len(plan.contenders)
     assert len(counts) == groups, "every contender at every batch size, in one phase"
-    assert {phase for phase, *_ in counts} == {"tuning" if plan.tuned else plan.phase}
+    assert {phase for phase, *_ in counts} == {"tuning" if plan.tuned else "final"}
     assert left == len(ready) + (groups * len(plan.seeds) if plan.tuned else 0)
     assert all(run.epochs == plan.epochs[run.batch_size] for run in ready)
     assert {run.seed for run in ready} == ({0} if plan.tuned else set(plan.seeds))
-    if not plan.tuned or plan.phase == "tuning":
+    if not plan.tuned:
         # A map: every combination, however many an optimizer has.
         sizes = {name: len(list(each.combinations())) for name, each in plan.contenders.items()}
         assert all(count == sizes[name] * len(plan.seeds) for (*_, name), count in counts.items())
@@ -135,17 +135,6 @@ def test_a_map_makes_every_combination_with_every_seed(tmp_path: Path) -> None:
     assert {(record["phase"], record["evaluated_on"]) for record in records} == {("final", "test")}
     expected = Counter((lr, seed) for lr in RATES["lr"] for seed in (5, 6))
     assert Counter((record["options"]["lr"], record["seed"]) for record in records) == expected
-
-
-def test_a_map_may_be_judged_on_held_out_images(tmp_path: Path) -> None:
-    study = replace(TINY.studies["map"], phase="tuning")
-    RECIPES["tiny"] = replace(TINY, studies={"map": study})
-    assert go(tmp_path, "map") == 0
-    records = lines(tmp_path / "map.jsonl")
-    assert {(each["phase"], each["evaluated_on"], each["seed"]) for each in records} == {
-        ("tuning", "held-out", 5),
-        ("tuning", "held-out", 6),
-    }
 
 
 def test_a_selection_can_be_widened_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
