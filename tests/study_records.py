@@ -77,24 +77,3 @@ def noisy_runs() -> list[dict[str, Any]]:
                     }
                 runs.append(final)
     return runs
-
-
-def map_runs() -> list[dict[str, Any]]:
-    """At damping 1e-3 FOP is clearly ahead, at 1e-4 within the spread; at 1e-5 one of K-FAC's diverged."""
-    ends = {
-        1e-3: ((0.60, 0.62), (0.50, 0.52)),
-        1e-4: ((0.50, 0.54), (0.51, 0.55)),
-        1e-5: ((0.5, 0.5), (0.4, None)),
-    }
-    return [
-        line(
-            name + ending,
-            [] if end is None else [0.3, end],
-            **{"study": "map", "seed": seed, "diverged": end is None},
-            options={"lr": 0.1, "damping": damping},
-        )
-        for damping, pair in ends.items()
-        for name, values in zip(("fop", "kfac"), pair, strict=True)
-        for ending in ("", "-noclip")
-        for seed, end in enumerate(values, start=1)
-    ]

@@ -104,7 +104,6 @@ TINY = Recipe(
     studies={
         "comparison": Study(TWO, {8: 2, 12: 2}, seeds=(1, 2)),
         "all": Study(CONTENDERS, {8: 3}, seeds=(1, 2)),
-        "map": Study({"sgd": CONTENDERS["sgd"]}, {8: 1}, seeds=(5, 6), tuned=False),
         "large": Study({"sgd": Contender("sgd", {"lr": (0.1,)})}, {TRAIN + HELD_OUT: 2}, seeds=(1,)),
     },
     targets={"accuracy": 0.5},

@@ -89,8 +89,8 @@ PAPER_TABLES = {
 }
 
 NOT_RUN = "not run yet"
-# These change the optimizers, or map them: no contender in them is the one that the paper's table means.
-ELSEWHERE = ("map", "ablation", "formula")
+# These change the optimizers: no contender in them is the one that the paper's table means.
+ELSEWHERE = ("ablation", "formula")
 
 
 def paper_page(folders: Sequence[Path]) -> str:
@@ -114,7 +114,7 @@ def paper_section(recipe: str, runs: Sequence[Record]) -> list[str]:
     # batch size, or, in the table of errors, a task; where there are several groups each is named.
     found: dict[tuple[str, str], dict[str, list[Record]]] = defaultdict(dict)
     for study in studies([run for run in runs if run["recipe"] == recipe]):
-        if not study.name.startswith(ELSEWHERE):
+        if study.name not in ELSEWHERE:
             for (size, name), group in study.groups().items():
                 at, other = (study.task, f"batch {size}") if table.target is None else (str(size), study.task)
                 found[name, at].setdefault(other, list(group["run"]))

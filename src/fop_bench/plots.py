@@ -1,8 +1,8 @@
-"""Plots of the studies: curves, speed-up, maps and the scalars of FOP's layers."""
+"""Plots of the studies: curves, speed-up and the scalars of FOP's layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,50 +142,6 @@ def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
         panels[1, column].set_xlabel("batch size")
     over = f"speed-up over {labels[reference[1]]} at batch {reference[0]}"
     save(figure, f"{study.recipe}, {study.task}, {study.name}: {over}", path)
-
-
-# Maps
-
-DIFFERENCES = {
-    "difference": "final accuracy,\nFOP − K-FAC (points)",
-    "loss_ratio": "final training loss,\nlog₂(K-FAC / FOP)",
-}
-
-
-def plot_maps(grids: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
-    """Draw the differences between FOP and K-FAC over learning rate and damping, a column a map."""
-    lrs, dampings = (next(iter(grids.values()))[axis].nunique() for axis in ("lr", "damping"))
-    size = (max(3.4, lrs + 1.0) * len(grids) + 1.2, 2 * (0.62 * dampings + 1.3))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(2, len(grids), squeeze=False)
-    for row, (value, label) in enumerate(DIFFERENCES.items()):
-        limit = np.nan_to_num(max(points[value].abs().max() for points in grids.values())) or 1.0
-        for panel, (name, points) in zip(panels[row], grids.items(), strict=True):
-            image = _draw_map(panel, points, value, Normalize(-limit, limit))
-            panel.set_title(name if row == 0 else "", fontsize=10)
-            panel.set_xlabel("learning rate" if row == 1 else "")
-        panels[row, 0].set_ylabel("damping")
-        figure.colorbar(image, ax=list(panels[row]), label=label, shrink=0.9)
-    save(figure, title, path)
-
-
-def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) -> Any:
-    table = points.pivot(index="damping", columns="lr", values=value)
-    # Red like FOP's own colour where FOP is ahead, blue like K-FAC's where that is.
-    image = panel.imshow(table, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto")
-    panel.set_facecolor("#e4e4e4")
-    panel.set_xticks(range(table.shape[1]), [f"{lr:g}" for lr in table.columns])
-    panel.set_yticks(range(table.shape[0]), [f"{damping:g}" for damping in table.index])
-    panel.tick_params(length=0)
-    for _, point in points.iterrows():
-        height, look = point[value], dict[str, Any](color="black", fontsize=7)
-        text = f"{point['lost']}diverged" if point["lost"] else "not run"
-        if not np.isnan(height):
-            text = f"{height:+.2f}".replace("-", "−")
-            look = {"color": "white" if abs(norm(height) - 0.5) >= 0.3 else "black", "fontsize": 9}
-        x, y = table.columns.get_loc(point["lr"]), table.index.get_loc(point["damping"])
-        panel.text(x, y, text, ha="center", va="center", **look)
-    return image
 
 
 # Layers

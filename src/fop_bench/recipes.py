@@ -135,9 +135,7 @@ class Study:
 
     contenders: Mapping[str, Contender]
     epochs: Mapping[int, int]  # by batch size
-    seeds: Sequence[int]
-    # The best options by runs with seed 0 go into those with `seeds`; else every combination does.
-    tuned: bool = True
+    seeds: Sequence[int]  # of the runs with the best options, which runs with seed 0 find
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,6 @@ DIGITS = Recipe(
 IMAGES = 10_000
 SMALL_EPOCHS = {500: 15, 2000: 20, 5000: 30, IMAGES: 30}
 RATE = (0.03, 0.1, 0.3)
-MAP = {"lr": (*RATE, 1.0), "damping": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}
 
 
 def small_resnet(classes: int) -> nn.Module:
@@ -236,11 +233,6 @@ def _variant(
     return Contender(optimizer, {"lr": RATE}, fixed, label, halves, formula)
 
 
-MAPPED = {
-    **second_order(MAP, **SMALL),
-    "kfac-noclip": Contender("kfac", MAP, {**SMALL, "kl_clip": None}, "K-FAC, no KL clip"),
-    "fop-noclip": Contender("fop", MAP, {**SMALL, "kl_clip": None}, "FOP, no KL clip"),
-}
 # With beta = 0, η* = 1: "η* only" is K-FAC. What is left of η* is β*'s step with and without it.
 ABLATION = {
     "fop": _variant("FOP: β* and η*, random halves"),
@@ -277,8 +269,6 @@ CIFAR10_SMALL = Recipe(
     model=small_resnet,
     studies={
         "comparison": Study(SIX_RATES, SMALL_EPOCHS, SEEDS),
-        "map": Study(MAPPED, {2000: 10}, seeds=(1, 2), tuned=False),
-        "map-full-batch": Study(MAPPED, {IMAGES: 20}, seeds=(1,), tuned=False),
         "ablation": Study(ABLATION, {2000: 20, IMAGES: 30}, SEEDS),
         "formula": Study(FORMULA, {2000: 20, IMAGES: 30}, SEEDS),
         "library": Study(LIBRARY, SMALL_EPOCHS, SEEDS),

@@ -225,8 +225,6 @@ def _runs(
         place = chosen.recipe, task, chosen.study, phase, name
         return Description(*place, options, batch_size, study.epochs[batch_size], seed)
 
-    if not study.tuned:
-        return [describe("final", options, seed) for seed in study.seeds for options in combinations]
     tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
     records = [done[run.key] for run in tuning if run.key in done]
     if len(records) < len(tuning):

@@ -16,7 +16,6 @@ from fop_bench.plots import (
     layered_runs,
     plot_curves,
     plot_layers,
-    plot_maps,
     plot_speed_up,
     speed_up_reference,
 )
@@ -53,7 +52,7 @@ def write_report(folder: Path) -> Path:
             lines = [run for study in each for run in study.runs["run"]]
             parts += [f"## {recipe}, {task}: {lines[0]['title']}", *_how_to_repeat(lines)]
             for study in each:
-                parts += _map(study, folder) if study.name.startswith("map") else _comparison(study, folder)
+                parts += _comparison(study, folder)
         if table := PAPER_TABLES.get(recipe):
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
@@ -145,28 +144,6 @@ def _plots(study: Study, folder: Path) -> list[str]:
         note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
         parts += [f"![Layers]({stem}-layers.png)", note]
     return parts
-
-
-def _map(study: Study, folder: Path) -> list[str]:
-    note = "Every point of the grid was run with every seed; nothing is selected."
-    parts = [f"### Study {study.name}", note]
-    for size, runs in study.runs.groupby("batch_size"):
-        grids = tables.maps(study, size)
-        if not grids:
-            parts.append(f"No run of FOP or K-FAC at batch {size}.")
-            continue
-        image = f"{_stem(study)}-batch-{size}.png"
-        plot_maps(grids, f"{study.recipe}, {study.task}, {study.name}: batch {size}", folder / image)
-        parts += [
-            f"#### Batch {size}, {'/'.join(map(str, sorted(set(runs['epochs']))))} epochs",
-            f"![Map]({image})",
-            "Red: FOP ends better, blue: K-FAC does. Grey: a run diverged, and whose. Accuracy in "
-            "percentage points; loss as the binary logarithm of K-FAC's over FOP's: 1 is half the loss.",
-        ]
-        for title, points in grids.items():
-            table = _folded(f"Batch {size}, {title}", tables.map_table(points))
-            parts += [tables.map_sentence(title, points), table]
-    return [*parts, "Differences ± their standard error, from the standard deviations over n seeds of each."]
 
 
 def _stem(study: Study) -> str:

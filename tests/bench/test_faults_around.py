@@ -122,7 +122,7 @@ ALL = "datasets matplotlib numpy pandas PIL pytorch_optimizer rich sklearn"
 def test_help_needs_no_extra() -> None:
     code, told = without(ALL, "run", "--help")
     assert code == 0, told
-    assert "cifar10-small comparison, map" in " ".join(told.split())
+    assert "cifar10-small comparison, ablation" in " ".join(told.split())
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_records_name_the_commit_that_the_command_began_with(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--study", "x"), 1, "unknown study 'x'; known are comparison, all, map, large"),
+        (("--study", "x"), 1, "unknown study 'x'; known are comparison, all, large"),
         (("--task", "x"), 1, "unknown task 'x'; known are random, joined"),
         (("--optimizer", "adam"), 1, "unknown optimizer 'adam'; known are sgd, fop"),
         (("--batch", "7"), 1, "unknown batch size 7; known are 8, 12"),
