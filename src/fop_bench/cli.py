@@ -23,7 +23,6 @@ from fop_bench import overhead as steps
 from fop_bench import race as races
 from fop_bench import records
 from fop_bench import scale as scaling
-from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
 from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
 from fop_bench.race_tasks import TASKS as RACES
@@ -136,13 +135,7 @@ def race(asked: argparse.Namespace) -> None:
 
 
 def scale(asked: argparse.Namespace) -> None:
-    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones."""
-    if asked.predict:
-        predicted = predictions(tuple(asked.ranks or GPUS))
-        records.write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
-        print(ASSUMED)
-        _show_and_write(predicted_tables(predicted), asked.out / "prediction.json")
-        return
+    """Measure SGD, K-FAC and FOP on several processes of this machine."""
     workload, where = steps.Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
@@ -299,11 +292,10 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],
     scale: [
-        _list("--ranks", "processes, or GPUs", WHOLE),
+        _list("--ranks", f"processes; else {', '.join(map(str, MEASURED))}", WHOLE),
         _option("--model", "network to step", "resnet18", choices=OTHERS),
         _option("--batch", "batch of every rank", "32", WHOLE),
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
-        _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),
         _option("--out", "folder", "fop-scale", Path),
     ],
 }

@@ -128,7 +128,11 @@ def test_help_needs_no_extra() -> None:
 @pytest.mark.parametrize(
     ("packages", "arguments", "missing"),
     [
-        ("pandas matplotlib datasets PIL sklearn pytorch_optimizer", ("scale", "--predict"), None),
+        (
+            "pandas matplotlib datasets PIL sklearn pytorch_optimizer",
+            ("scale", "--ranks", "1", "--model", "mlp", "--batch", "2", "--rounds", "1"),
+            None,
+        ),
         ("pandas", ("report", "OUT"), "pandas"),
         ("matplotlib", ("report", "OUT"), "matplotlib"),
         ("sklearn", ("run", "digits", "--jobs", "1"), "sklearn"),
