@@ -22,7 +22,7 @@ def line(contender: str, accuracies: list[float], **changes: Any) -> dict[str, A
         **{"recipe": "small", "title": "A small one", "task": "images", "study": "comparison"},
         **{"phase": "final", "contender": contender, "label": LABELS.get(contender, contender)},
         **{"options": {"lr": 0.1}, "batch_size": 100, "epochs": len(accuracies), "seed": 1},
-        **{"halves": "random", "targets": {"accuracy": 0.5, "train_loss": 1.3}, "diverged": False},
+        **{"targets": {"accuracy": 0.5, "train_loss": 1.3}, "diverged": False},
         **{"curve": curve, "layers": None, "parameters": 10, "train_samples": 1000},
         **{"evaluated_on": "test", "evaluated_samples": 50, "warnings": [], "data": "images on the hub"},
         "environment": {

@@ -28,7 +28,6 @@ from fop_bench.optimizers import PEERS, installed
 from fop_bench.race_tasks import TASKS as RACES
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
-from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
@@ -37,16 +36,12 @@ def run(asked: argparse.Namespace) -> None:
     """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl, or go on with them."""
     chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch).checked()
     folder = asked.out or Path("fop-runs") / chosen.recipe
-    one = asked.device.type == "cuda" or under_torchrun()
-    jobs = asked.jobs or (1 if one else os.cpu_count() or 1)
-    if jobs > 1 and under_torchrun():
-        raise ValueError(f"--jobs is {jobs}; ranks that torchrun started make one run at a time")
-    how = {"data": asked.data, "out": folder, "jobs": jobs, "minutes": asked.minutes}
-    with world_on(asked.device) as world, _bar(chosen.recipe, hidden=world.rank > 0) as on_run:
-        left = make(chosen, world=world, on_run=on_run, **how)
+    jobs = asked.jobs or (1 if asked.device.type == "cuda" else os.cpu_count() or 1)
+    how = {"data": asked.data, "device": asked.device, "out": folder, "jobs": jobs, "minutes": asked.minutes}
+    with _bar(chosen.recipe) as on_run:
+        left = make(chosen, on_run=on_run, **how)
     end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
-    if world.rank == 0:
-        print(f"{folder / chosen.study}.jsonl: {end}. Tables and plots: fop-bench report {folder}")
+    print(f"{folder / chosen.study}.jsonl: {end}. Tables and plots: fop-bench report {folder}")
 
 
 def report(asked: argparse.Namespace) -> None:
@@ -65,8 +60,7 @@ def demo(asked: argparse.Namespace) -> None:
     # Before the imports, which take seconds.
     print("Four optimizers on handwritten digits at three batch sizes: four learning rates of each, then")
     print("three seeds with the best. About two minutes on two quiet cores.", flush=True)
-    from fop_bench.demo import bars, meaning
-    from fop_bench.study import comparison_table, studies
+    from fop_bench.study import comparison_table, studies, who_is_ahead
     from fop_bench.study_report import write_report
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
@@ -75,12 +69,14 @@ def demo(asked: argparse.Namespace) -> None:
     lines = out / f"{chosen.study}.jsonl"
     lines.unlink(missing_ok=True)
     with _bar("demo") as on_run:
-        make(chosen, data=None, world=World(asked.device), out=out, jobs=1, minutes=600.0, on_run=on_run)
+        make(chosen, data=None, device=asked.device, out=out, jobs=1, minutes=600.0, on_run=on_run)
     print("Drawing the plots", flush=True)
     page = write_report(out)
     [study] = studies(records.read_runs(lines))
     _show(comparison_table(study))
-    print(f"\n{bars(study)}\n{meaning(study)}\n")
+    print(f"\n{who_is_ahead(study)}")
+    print("Epochs say how far a step gets: K-FAC and FOP are made for few, large steps. Seconds say what")
+    print("steps cost on this machine, where those of SGD and AdamW cost little for so small a model.\n")
     print(f"Wrote {page}, its plots and {lines.name}")
     print(f"The picture of it: {out / 'digits-digits-demo-curves.png'}")
 
@@ -89,8 +85,7 @@ def overhead(asked: argparse.Namespace) -> None:
     """Measure time, peak memory and state of optimizers' steps in turns, or go on with it."""
     if asked.device.type == "cpu":
         torch.set_num_threads(1)  # so that processor seconds are those of a step
-    peers = [name for name in PEERS if name != "shampoo"]  # which would take minutes
-    names = asked.optimizer or (peers if asked.peers else steps.COMPARED)
+    names = asked.optimizer or (PEERS if asked.peers else steps.COMPARED)
     todo = [
         steps.Workload(model, size, bool(asked.bf16))
         for model in asked.model or steps.TASKS
@@ -125,7 +120,7 @@ def race(asked: argparse.Namespace) -> None:
     if asked.table:  # also while another process writes the file
         left = plan.planned(read())[1]
     else:
-        where = {"data": asked.data, "world": World(torch.device("cpu"))}
+        where = {"data": asked.data, "device": torch.device("cpu")}
         with _bar("race") as on_run:
             left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
     if not (rows := read()):
@@ -176,7 +171,7 @@ def _show_and_write(markdown: str, record: Path) -> None:
 
 
 @contextmanager
-def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
+def _bar(title: str) -> Iterator[OnRun]:
     """Yield what shows how many runs are done and planned, and what is run now.
 
     Where the output is no terminal, which could not show a bar, a line comes every ten seconds at most.
@@ -189,11 +184,11 @@ def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
         nonlocal said
         text = f"{done} of {planned} · {title}"
         progress.update(bar, completed=done, total=planned, description=text)
-        if not (hidden or console.is_terminal) and time.monotonic() - said > 10:
+        if not console.is_terminal and time.monotonic() - said > 10:
             said = time.monotonic()
             print(text, flush=True)
 
-    with Progress(console=console, disable=hidden) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task(title, total=None)
         yield show
 
@@ -242,15 +237,13 @@ OTHERS = [name for name in steps.MODELS if name not in steps.TASKS]
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
 FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
-RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
-MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
 OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [_option("--out", "folder", "fop-demo", Path), DEVICE],
     run: [
-        RECIPE,
+        _option("recipe", ", ".join(RECIPES), metavar="RECIPE"),
         _option("--study", f"which study: {STUDIES}", "comparison", metavar="STUDY"),
         DATA,
         _list("--task", "only this data set"),
@@ -258,7 +251,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list("--optimizer", "only this one"),
         DEVICE,
         _option("--jobs", "runs at a time; else one a GPU, one a core", kind=WHOLE),
-        MINUTES,
+        _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0),
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
@@ -266,7 +259,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
-        _option("--peers", "all optimizers but shampoo; else SGD, AdamW, K-FAC and FOP", action="store_true"),
+        _option("--peers", "all optimizers; else SGD, AdamW, K-FAC and FOP", action="store_true"),
         _list("--model", f"only this network; else {', '.join(steps.TASKS)}", choices=steps.MODELS),
         _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
         _list("--optimizer", "only this one", choices=PEERS),

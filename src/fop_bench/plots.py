@@ -25,10 +25,10 @@ STYLES: dict[str, dict[str, Any]] = {
     "lamb": {"color": "#009E73", "linestyle": (0, (5, 1, 1, 1))},
     "soap": {"color": "#0072B2", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
     "muon": {"color": "#CC79A7", "linestyle": (0, (7, 2))},
-    "shampoo": {"color": "#000000", "linestyle": (0, (1, 1))},
+    "shampoo-blocks": {"color": "#000000", "linestyle": (0, (1, 1))},
 }
 # For variants of an optimizer: the colours that no other contender of the picture has.
-SPARE = ("lamb", "soap", "muon", "shampoo", "adamw", "sgd")
+SPARE = ("lamb", "soap", "muon", "shampoo-blocks", "adamw", "sgd")
 BROWN = {"color": "#8C510A", "linestyle": "--"}
 SCALARS = {"beta": "β", "eta": "η", "rho": "ρ"}
 NAMED_LAYERS = 40

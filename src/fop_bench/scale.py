@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import statistics
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from fop.curvature import entry_names
 from fop_bench.overhead import Row, Trainer, Workload, amortised, measure_in_turns, prepare_pair
 from fop_bench.tables import section
-from fop_bench.world import run_ranks
 
 # An optimizer among several ranks: its label, and how FOP shares its work.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,17 +72,39 @@ def _evaluate(name: str, samples: list[Row]) -> Row:
         return [statistics.median(each[kind]["seconds"]) for each in samples if each[kind]["seconds"]]
 
     plain, curvature = medians("plain"), medians("curvature")
-    traffic: Row = {kind: mean(kind) for kind in ("plain", "curvature")}
-    sent = amortised(*(sum(each.values()) for each in traffic.values()), INTERVAL)
-    traffic["wrapper"] = samples[0]["ddp_bytes"]
+    ddp, sent = samples[0]["ddp_bytes"], {kind: mean(kind) for kind in ("plain", "curvature")}
+    of_plain, of_curvature = (sum(of_kind.values()) for of_kind in sent.values())
     return {
         **{"ranks": len(samples), "optimizer": name},
         **{"plain_seconds": plain, "curvature_seconds": curvature or None},
         "amortised_seconds": amortised(max(plain), max(curvature, default=None), INTERVAL),
-        **{"traffic": traffic, "factor_bytes": [each["factor_bytes"] for each in samples]},
-        "amortised_bytes": traffic["wrapper"] + sent,
+        **{"traffic": {"wrapper": ddp, **sent}, "factor_bytes": [each["factor_bytes"] for each in samples]},
+        "amortised_bytes": ddp + amortised(of_plain, of_curvature, INTERVAL),
         "samples": samples,
     }
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Call a function in ``ranks`` new processes of one thread, joined by gloo; return its results by rank.
+
+    Raises ProcessException with the traceback if a process failed; the others are ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, (ranks, Path(folder), function, arguments), ranks)
+        return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        if sys.platform.startswith("linux"):
+            # Otherwise gloo looks up the name of the host, which need not have an address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    (folder / f"result{rank}").write_bytes(pickle.dumps(function(*arguments)))
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # --- Tables

@@ -15,7 +15,7 @@ from fop_bench.records import Record
 from fop_bench.tables import compare, markdown_table, plus_minus
 
 # Known contenders stand in this order, the others behind them.
-ORDER = ("sgd", "adamw", "lamb", "shampoo", "soap", "muon", "kfac", "fop")
+ORDER = ("sgd", "adamw", "lamb", "shampoo-blocks", "soap", "muon", "kfac", "fop")
 KEYS = ("recipe", "task", "study", "phase", "contender", "label", "batch_size", "epochs", "seed", "diverged")
 UNITS = ("epochs", "seconds")
 NAN = math.nan
@@ -102,8 +102,10 @@ def clock(run: Record) -> str:
 
 
 def options_text(run: Record) -> str:
-    """Write a run's options, and its halves if they are not the usual random ones."""
-    options = run["options"] | ({} if run["halves"] == "random" else {"halves": run["halves"]})
+    """Write a run's options; old records may also name what decided a sample's half of its batch."""
+    options = dict(run["options"])
+    if (halves := run.get("halves", "random")) != "random":
+        options["halves"] = halves
     each = (f"{v:g}" if type(v) in (int, float) else str(v) for v in options.values())
     return ", ".join(map("=".join, zip(options, each, strict=True)))
 
@@ -176,6 +178,25 @@ def _ratio(ours: pd.Series, theirs: pd.Series) -> str:
     # The two vary independently of each other, by seeds of their own.
     error = ratio * math.hypot(theirs.std() / theirs.mean(), ours.std() / ours.mean())
     return f"{ratio:.2f} ± {error:.2f}, {compare(ours, theirs, low=True)}"
+
+
+def who_is_ahead(study: Study) -> str:
+    """Say it in words: in epochs and seconds to the accuracy, and in the final one, at every batch size."""
+    said = []
+    for size, runs in study.phase("final").groupby("batch_size"):
+        parts = []
+        for column, what, number in (
+            ("accuracy epochs", "fewest epochs", "{:.3g}"),
+            ("accuracy seconds", "fewest seconds", "{:.3g}"),
+            ("accuracy", "highest final accuracy", "{:.1%}"),
+        ):
+            means = runs.groupby("label", sort=False)[column].agg(lambda seeds: seeds.mean(skipna=False))
+            if means.notna().any():
+                best = means.max() if column == "accuracy" else means.min()
+                names = " and ".join(means.index[means == best])
+                parts.append(f"{what} {names} ({number.format(best)})")
+        said.append(f"At batch {size}: {'; '.join(parts)}.")
+    return "\n".join(said)
 
 
 def options_table(study: Study) -> str | None:

@@ -10,15 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from fop_bench import plots
 from fop_bench import study as tables
 from fop_bench.paper import PAPER_TABLES, paper_section
-from fop_bench.plots import (
-    layered_runs,
-    plot_curves,
-    plot_layers,
-    plot_speed_up,
-    speed_up_reference,
-)
 from fop_bench.records import Record, of_one_commit, read_runs, write_text
 from fop_bench.study import Study
 from fop_bench.tables import markdown_table
@@ -126,21 +120,21 @@ def _comparison(study: Study, folder: Path) -> list[str]:
 
 def _plots(study: Study, folder: Path) -> list[str]:
     stem = _stem(study)
-    plot_curves(study, folder / f"{stem}-curves.png")
+    plots.plot_curves(study, folder / f"{stem}-curves.png")
     parts = [
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
-    if (reference := speed_up_reference(study)) is not None:
-        plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
+    if (reference := plots.speed_up_reference(study)) is not None:
+        plots.plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
             f"Speed-up: the mean epochs (seconds) to the target of {study.labels[reference[1]]} at batch "
             f"{reference[0]}, the smallest, over a contender's at each batch size. A point is there "
             "only if every seed reached the target.",
         ]
-    if layered := layered_runs(study):
-        plot_layers(layered, folder / f"{stem}-layers.png")
+    if layered := plots.layered_runs(study):
+        plots.plot_layers(layered, folder / f"{stem}-layers.png")
         note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
         parts += [f"![Layers]({stem}-layers.png)", note]
     return parts

@@ -14,7 +14,6 @@ from command import Told
 from failing_rank import fail_on_rank_1
 from fop_bench import scale
 from fop_bench.overhead import PLAIN_STEPS
-from fop_bench.world import run_ranks
 
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
 SIDES = [785, 512, 513, 512, 513, 10]
@@ -121,7 +120,7 @@ PATIENCE = 600.0
 @pytest.mark.timeout(3 * PATIENCE)
 def test_a_failing_rank_ends_all_and_is_named() -> None:
     with pytest.raises(ProcessException, match=r"(?s)Process 1 terminated.*ValueError: no such luck"):
-        run_ranks(fail_on_rank_1, 2, 2 * PATIENCE)
+        scale.run_ranks(fail_on_rank_1, 2, 2 * PATIENCE)
 
 
 # --- the command -------------------------------------------------------------------------------------------
