@@ -34,7 +34,7 @@ MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
 def run(asked: argparse.Namespace) -> None:
     """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl, or go on with them."""
-    chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch).checked()
+    chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch)
     folder = asked.out or Path("fop-runs") / chosen.recipe
     jobs = asked.jobs or (1 if asked.device.type == "cuda" else os.cpu_count() or 1)
     how = {"data": asked.data, "device": asked.device, "out": folder, "jobs": jobs, "minutes": asked.minutes}
@@ -233,10 +233,8 @@ def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
     return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append", **how}
 
 
-OTHERS = [name for name in steps.MODELS if name not in steps.TASKS]
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
-FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
@@ -255,7 +253,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
-        _option("folders", "with JSON lines", kind=FOLDER, nargs="+", metavar="FOLDER"),
+        _option("folders", "with JSON lines", kind=Path, nargs="+", metavar="FOLDER"),
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
@@ -286,7 +284,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     ],
     scale: [
         _list("--ranks", f"processes; else {', '.join(map(str, MEASURED))}", WHOLE),
-        _option("--model", "network to step", "resnet18", choices=OTHERS),
+        _option("--model", "network to step", "resnet18", choices=steps.MODELS),
         _option("--batch", "batch of every rank", "32", WHOLE),
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--out", "folder", "fop-scale", Path),

@@ -54,7 +54,6 @@ def save(figure: Figure, title: str, path: Path) -> None:
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(len(found), columns))}
         figure.legend(found.values(), found.keys(), frameon=False, handlelength=3.2, **place)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

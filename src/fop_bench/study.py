@@ -53,7 +53,11 @@ class Study:
         """Return the final runs by batch size and contender; ValueError if a group has several options."""
         found = dict(tuple(self.phase("final").groupby(["batch_size", "contender"], observed=True)))
         for (size, contender), group in found.items():
-            one_setting(group, f"{self.where}: {contender} at batch {size}")
+            if len(options := sorted(set(group["options"]))) > 1:
+                raise ValueError(
+                    f"{self.where}: {contender} at batch {size} has final runs with several options: "
+                    f"{'; '.join(options)}; keep those of one only"
+                )
         return found
 
 
@@ -103,20 +107,10 @@ def clock(run: Record) -> str:
 
 def options_text(run: Record) -> str:
     """Write a run's options; old records may also name what decided a sample's half of its batch."""
-    options = dict(run["options"])
-    if (halves := run.get("halves", "random")) != "random":
-        options["halves"] = halves
+    halves = run.get("halves", "random")
+    options = run["options"] | ({} if halves == "random" else {"halves": halves})
     each = (f"{v:g}" if type(v) in (int, float) else str(v) for v in options.values())
     return ", ".join(map("=".join, zip(options, each, strict=True)))
-
-
-def one_setting(group: pd.DataFrame, who: str) -> None:
-    """Raise ValueError if runs that should differ in their seed only have several options."""
-    options = sorted(set(group["options"]))
-    if len(options) > 1:
-        raise ValueError(
-            f"{who} has final runs with several options: {'; '.join(options)}; keep those of one only"
-        )
 
 
 def target_label(kind: str, value: float) -> str:

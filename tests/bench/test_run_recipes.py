@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fop_bench import study_report
+from fop_bench import plots, study_report
 from fop_bench.paper import paper_page
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +22,8 @@ def test_the_committed_report_is_made_from_the_committed_lines(
 ) -> None:
     for file in RECORD.glob("*.jsonl"):
         (tmp_path / file.name).symlink_to(file)
-    for name in [each for each in vars(study_report) if each.startswith("plot_")]:
-        monkeypatch.setattr(study_report, name, lambda *ignored: True)
+    for name in [each for each in vars(plots) if each.startswith("plot_")]:
+        monkeypatch.setattr(plots, name, lambda *ignored: True)
     written = study_report.write_report(tmp_path).read_text(encoding="utf-8")
     assert written == (RECORD / "README.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\(([^)]+\.png)\)", written)
