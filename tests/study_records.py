@@ -22,7 +22,7 @@ def line(contender: str, accuracies: list[float], **changes: Any) -> dict[str, A
         **{"recipe": "small", "title": "A small one", "task": "images", "study": "comparison"},
         **{"phase": "final", "contender": contender, "label": LABELS.get(contender, contender)},
         **{"options": {"lr": 0.1}, "batch_size": 100, "epochs": len(accuracies), "seed": 1},
-        **{"halves": "random", "targets": {"accuracy": 0.5, "train_loss": 1.3}, "diverged": False},
+        **{"targets": {"accuracy": 0.5, "train_loss": 1.3}, "diverged": False},
         **{"curve": curve, "layers": None, "parameters": 10, "train_samples": 1000},
         **{"evaluated_on": "test", "evaluated_samples": 50, "warnings": [], "data": "images on the hub"},
         "environment": {
@@ -77,24 +77,3 @@ def noisy_runs() -> list[dict[str, Any]]:
                     }
                 runs.append(final)
     return runs
-
-
-def map_runs() -> list[dict[str, Any]]:
-    """At damping 1e-3 FOP is clearly ahead, at 1e-4 within the spread; at 1e-5 one of K-FAC's diverged."""
-    ends = {
-        1e-3: ((0.60, 0.62), (0.50, 0.52)),
-        1e-4: ((0.50, 0.54), (0.51, 0.55)),
-        1e-5: ((0.5, 0.5), (0.4, None)),
-    }
-    return [
-        line(
-            name + ending,
-            [] if end is None else [0.3, end],
-            **{"study": "map", "seed": seed, "diverged": end is None},
-            options={"lr": 0.1, "damping": damping},
-        )
-        for damping, pair in ends.items()
-        for name, values in zip(("fop", "kfac"), pair, strict=True)
-        for ending in ("", "-noclip")
-        for seed, end in enumerate(values, start=1)
-    ]

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import fop
-import fop.distributed
 from fop import FOP, KFAC
 
 SRC = Path(fop.__file__).parent.parent
@@ -219,12 +218,7 @@ def test_bench_uses_the_public_library(path: Path) -> None:
             used.add(f"fop.{node.attr}")
     # __file__ and the like are of any module.
     others = {dotted for dotted in used if not dotted.endswith("__")}
-    # Who plans a cluster asks `fop.distributed`, without an optimizer.
     public = {f"fop.{name}" for name in fop.__all__}
-    public |= {"fop.distributed"} | {f"fop.distributed.{name}" for name in fop.distributed.__all__}
-    # Measures what the paper's equations leave open, by replacing one; an option it must not be.
-    if path.name == "formulas.py":
-        public |= {"fop.curvature", "fop.curvature.KroneckerCurvature"}
     # Counts the bytes of what curvatures keep.
     if path.name == "scale.py":
         public |= {"fop.curvature", "fop.curvature.entry_names"}

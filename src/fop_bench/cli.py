@@ -23,31 +23,25 @@ from fop_bench import overhead as steps
 from fop_bench import race as races
 from fop_bench import records
 from fop_bench import scale as scaling
-from fop_bench.cost_model import ASSUMED, GPUS, H100, predicted_tables, predictions
 from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
 from fop_bench.race_tasks import TASKS as RACES
-from fop_bench.recipes import DEFAULTS, RECIPES
+from fop_bench.recipes import RECIPES
 from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
-from fop_bench.world import World, under_torchrun, world_on
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
 
 def run(asked: argparse.Namespace) -> None:
     """Make the runs of a recipe's study, one JSON line each in OUT/STUDY.jsonl, or go on with them."""
-    chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch).checked()
+    chosen = Selection(asked.recipe, asked.study, asked.task, asked.optimizer, asked.batch)
     folder = asked.out or Path("fop-runs") / chosen.recipe
-    one = asked.device.type == "cuda" or under_torchrun()
-    jobs = asked.jobs or (1 if one else os.cpu_count() or 1)
-    if jobs > 1 and under_torchrun():
-        raise ValueError(f"--jobs is {jobs}; ranks that torchrun started make one run at a time")
-    how = {"data": asked.data, "out": folder, "jobs": jobs, "minutes": asked.minutes}
-    with world_on(asked.device) as world, _bar(chosen.recipe, hidden=world.rank > 0) as on_run:
-        left = make(chosen, world=world, on_run=on_run, **how)
+    jobs = asked.jobs or (1 if asked.device.type == "cuda" else os.cpu_count() or 1)
+    how = {"data": asked.data, "device": asked.device, "out": folder, "jobs": jobs, "minutes": asked.minutes}
+    with _bar(chosen.recipe) as on_run:
+        left = make(chosen, on_run=on_run, **how)
     end = "all that was asked for is there" if left == 0 else f"{left} runs left; the same command goes on"
-    if world.rank == 0:
-        print(f"{folder / chosen.study}.jsonl: {end}. Tables and plots: fop-bench report {folder}")
+    print(f"{folder / chosen.study}.jsonl: {end}. Tables and plots: fop-bench report {folder}")
 
 
 def report(asked: argparse.Namespace) -> None:
@@ -61,28 +55,12 @@ def report(asked: argparse.Namespace) -> None:
         print(f"Wrote {records.write_text(asked.paper, paper_page(asked.folders))}")
 
 
-def defaults(asked: argparse.Namespace) -> None:
-    """Measure default options on small real tasks, and write the tables of all studies in --out."""
-    from fop_bench.study_report import write_defaults
-
-    left, end = 0, time.monotonic() + 60 * asked.minutes
-    how = {"world": World(asked.device), "out": asked.out, "jobs": asked.jobs}
-    with _bar(asked.study) as on_run:
-        for plan in DEFAULTS:
-            digits, minutes = "digits" in plan.name, (end - time.monotonic()) / 60
-            if digits or asked.data:
-                how |= {"data": None if digits else str(asked.data), "minutes": minutes, "on_run": on_run}
-                left += make(Selection(plan.name, asked.study), **how)
-    print(f"Wrote {write_defaults(asked.out)}; {left} runs left")
-
-
 def demo(asked: argparse.Namespace) -> None:
     """Train a small CNN on digits at three batch sizes, and report on it: two minutes on two CPU cores."""
     # Before the imports, which take seconds.
     print("Four optimizers on handwritten digits at three batch sizes: four learning rates of each, then")
     print("three seeds with the best. About two minutes on two quiet cores.", flush=True)
-    from fop_bench.demo import bars, meaning
-    from fop_bench.study import comparison_table, studies
+    from fop_bench.study import comparison_table, studies, who_is_ahead
     from fop_bench.study_report import write_report
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
@@ -91,12 +69,14 @@ def demo(asked: argparse.Namespace) -> None:
     lines = out / f"{chosen.study}.jsonl"
     lines.unlink(missing_ok=True)
     with _bar("demo") as on_run:
-        make(chosen, data=None, world=World(asked.device), out=out, jobs=1, minutes=600.0, on_run=on_run)
+        make(chosen, data=None, device=asked.device, out=out, jobs=1, minutes=600.0, on_run=on_run)
     print("Drawing the plots", flush=True)
     page = write_report(out)
     [study] = studies(records.read_runs(lines))
     _show(comparison_table(study))
-    print(f"\n{bars(study)}\n{meaning(study)}\n")
+    print(f"\n{who_is_ahead(study)}")
+    print("Epochs say how far a step gets: K-FAC and FOP are made for few, large steps. Seconds say what")
+    print("steps cost on this machine, where those of SGD and AdamW cost little for so small a model.\n")
     print(f"Wrote {page}, its plots and {lines.name}")
     print(f"The picture of it: {out / 'digits-digits-demo-curves.png'}")
 
@@ -105,8 +85,7 @@ def overhead(asked: argparse.Namespace) -> None:
     """Measure time, peak memory and state of optimizers' steps in turns, or go on with it."""
     if asked.device.type == "cpu":
         torch.set_num_threads(1)  # so that processor seconds are those of a step
-    peers = [name for name in PEERS if name != "shampoo"]  # which would take minutes
-    names = asked.optimizer or (peers if asked.peers else steps.COMPARED)
+    names = asked.optimizer or (PEERS if asked.peers else steps.COMPARED)
     todo = [
         steps.Workload(model, size, bool(asked.bf16))
         for model in asked.model or steps.TASKS
@@ -141,7 +120,7 @@ def race(asked: argparse.Namespace) -> None:
     if asked.table:  # also while another process writes the file
         left = plan.planned(read())[1]
     else:
-        where = {"data": asked.data, "world": World(torch.device("cpu"))}
+        where = {"data": asked.data, "device": torch.device("cpu")}
         with _bar("race") as on_run:
             left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
     if not (rows := read()):
@@ -151,13 +130,7 @@ def race(asked: argparse.Namespace) -> None:
 
 
 def scale(asked: argparse.Namespace) -> None:
-    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict larger ones."""
-    if asked.predict:
-        predicted = predictions(tuple(asked.ranks or GPUS))
-        records.write_json(asked.out / "prediction.json", {"assumptions": H100, "results": predicted})
-        print(ASSUMED)
-        _show_and_write(predicted_tables(predicted), asked.out / "prediction.json")
-        return
+    """Measure SGD, K-FAC and FOP on several processes of this machine."""
     workload, where = steps.Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
@@ -172,21 +145,6 @@ def scale(asked: argparse.Namespace) -> None:
             records.write_json(asked.out / "scale.json", record | {"results": results})
     _show(scaling.measured_tables(results))
     print(f"Wrote scale.json to {asked.out}")
-
-
-def surface(asked: argparse.Namespace) -> None:
-    """Draw the loss around a point of a training with FOP, and one step of K-FAC and of FOP from there."""
-    from fop_bench.plots import plot_surface
-    from fop_bench.surface import surface as measure
-
-    result = measure(asked)
-    records.write_json(asked.out / "surface.json", result)
-    plot_surface(result, asked.out / "surface.png")
-    print(f"loss of the batch: {result['origin']['whole']} at the point")
-    for step in result["steps"].values():
-        share = f"{step['share_in_plane']:.0%} of the step is in the plane"
-        print(f"  {step['losses_at_end']['whole']} after {step['what']} ({share})")
-    print(f"Wrote surface.json and surface.png to {asked.out}")
 
 
 # --- What they show
@@ -213,7 +171,7 @@ def _show_and_write(markdown: str, record: Path) -> None:
 
 
 @contextmanager
-def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
+def _bar(title: str) -> Iterator[OnRun]:
     """Yield what shows how many runs are done and planned, and what is run now.
 
     Where the output is no terminal, which could not show a bar, a line comes every ten seconds at most.
@@ -226,11 +184,11 @@ def _bar(title: str, hidden: bool = False) -> Iterator[OnRun]:
         nonlocal said
         text = f"{done} of {planned} · {title}"
         progress.update(bar, completed=done, total=planned, description=text)
-        if not (hidden or console.is_terminal) and time.monotonic() - said > 10:
+        if not console.is_terminal and time.monotonic() - said > 10:
             said = time.monotonic()
             print(text, flush=True)
 
-    with Progress(console=console, disable=hidden) as progress:
+    with Progress(console=console) as progress:
         bar = progress.add_task(title, total=None)
         yield show
 
@@ -275,20 +233,15 @@ def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
     return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append", **how}
 
 
-OTHERS = [name for name in steps.MODELS if name not in steps.TASKS]
 WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
-SEVERAL = _checked(int, lambda number: number >= 2, "{} is less than 2")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
-FOLDER = _checked(Path, Path.is_dir, "there is no folder {}")
-RECIPE = _option("recipe", ", ".join(RECIPES), metavar="RECIPE")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
-MINUTES = _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0)
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
 OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [_option("--out", "folder", "fop-demo", Path), DEVICE],
     run: [
-        RECIPE,
+        _option("recipe", ", ".join(RECIPES), metavar="RECIPE"),
         _option("--study", f"which study: {STUDIES}", "comparison", metavar="STUDY"),
         DATA,
         _list("--task", "only this data set"),
@@ -296,15 +249,15 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list("--optimizer", "only this one"),
         DEVICE,
         _option("--jobs", "runs at a time; else one a GPU, one a core", kind=WHOLE),
-        MINUTES,
+        _option("--minutes", "stop after this time, wherever a run is", "60", ABOVE_0),
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
-        _option("folders", "with JSON lines", kind=FOLDER, nargs="+", metavar="FOLDER"),
+        _option("folders", "with JSON lines", kind=Path, nargs="+", metavar="FOLDER"),
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     overhead: [
-        _option("--peers", "all optimizers but shampoo; else SGD, AdamW, K-FAC and FOP", action="store_true"),
+        _option("--peers", "all optimizers; else SGD, AdamW, K-FAC and FOP", action="store_true"),
         _list("--model", f"only this network; else {', '.join(steps.TASKS)}", choices=steps.MODELS),
         _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
         _list("--optimizer", "only this one", choices=PEERS),
@@ -330,32 +283,11 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],
     scale: [
-        _list("--ranks", "processes, or GPUs", WHOLE),
-        _option("--model", "network to step", "resnet18", choices=OTHERS),
+        _list("--ranks", f"processes; else {', '.join(map(str, MEASURED))}", WHOLE),
+        _option("--model", "network to step", "resnet18", choices=steps.MODELS),
         _option("--batch", "batch of every rank", "32", WHOLE),
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
-        _option("--predict", "only predict bytes, memory and times for up to 1024 GPUs", action="store_true"),
         _option("--out", "folder", "fop-scale", Path),
-    ],
-    defaults: [
-        _option("study", "what is varied", choices=[*DEFAULTS[0].studies]),
-        _option("--data", "CIFAR-10 as train/<class>/*; without it only the digits", kind=FOLDER),
-        DEVICE,
-        _option("--jobs", "runs at a time, one thread each", "2", WHOLE),
-        MINUTES,
-        _option("--out", "folder", "fop-defaults", Path),
-    ],
-    surface: [
-        RECIPE,
-        DATA,
-        _option("--batch", "samples of a step; even", "1000", SEVERAL, dest="batch_size"),
-        _option("--epochs", "training with FOP before the steps", "3", WHOLE),
-        _option("--lr", "learning rate of training (constant) and steps", "0.1", ABOVE_0),
-        _option("--damping", "λ of training and steps", "1e-4", ABOVE_0),
-        _option("--seed", "of weights, order and the choice of the batch", "1", int),
-        DEVICE,
-        _option("--grid", "points along each side", "25", SEVERAL, dest="points"),
-        _option("--out", "folder", "fop-surface", Path),
     ],
 }
 

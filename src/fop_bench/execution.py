@@ -18,19 +18,17 @@ from torch import Tensor
 
 from fop import FOP
 from fop_bench.environment import Git, commit_title, machine
-from fop_bench.formulas import FORMULAS
-from fop_bench.images import Normaliser, training_inputs
+from fop_bench.images import Normaliser, augment
 from fop_bench.optimizers import make_peer
 from fop_bench.recipes import Contender, Parts, recipe
 from fop_bench.records import Record, replacing
-from fop_bench.training import Training, by_sub_batch, count_right, messages
-from fop_bench.world import World
+from fop_bench.training import Training, count_right, messages
 
 # A killed run loses no more than this.
 SECONDS_BETWEEN_SAVES = 30.0
-# Larger sets of images stay in the machine's memory, and batches are brought to the GPU.
-RESIDENT_BYTES = 8e9
 SCALARS = ("beta", "eta", "rho")
+# A training, and what makes a record of it at its end, given the warnings.
+Begun = tuple[Training, Callable[[list[str]], Record]]
 
 
 @dataclass(frozen=True)
@@ -55,37 +53,26 @@ class Run:
         raise NotImplementedError
 
     @property
-    def formula(self) -> str:
-        """The key of `FORMULAS` that it is made with."""
-        return "paper"
-
-    @property
     def key(self) -> str:
         """The same for two runs only if they are the same run."""
         return json.dumps(vars(self), sort_keys=True)
 
-    @property
-    def digest(self) -> str:
-        """The key as a name of files."""
-        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
+    def saved(self, folder: Path) -> Path:
+        """Return where its state is, in a folder."""
+        return folder / f"{hashlib.sha256(self.key.encode()).hexdigest()[:16]}.pt"
 
-    def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
-        """Return the training, and what makes a record of it at its end, given the warnings."""
+    def begin(self, data: str | None, device: torch.device) -> Begun:
+        """Load data, build network and optimizer; raises ValueError for a batch that cannot be."""
         raise NotImplementedError
 
 
-def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
-    """Make a run, or go on with it, and return its record; None if the time was over before the end.
-
-    All processes of the world share the samples and every batch.
-    """
-    with warnings.catch_warnings(record=True) as caught, FORMULAS[run.formula]():
+def execute(run: Run, sitting: Sitting, device: torch.device) -> Record | None:
+    """Make a run, or go on with it, and return its record; None if the time was over before the end."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training, record = run.begin(sitting.data, world)
-        rank = "" if world.size == 1 else f".{world.rank}-of-{world.size}"
-        saved = sitting.folder / f"{run.digest}{rank}.pt"
-        git = sitting.git if run.of_one_commit else None
-        earlier = _resume(training, saved, git, world)
+        training, record = run.begin(sitting.data, device)
+        saved, git = run.saved(sitting.folder), sitting.git if run.of_one_commit else None
+        earlier = _resume(training, saved, git)
         last = time.monotonic()
 
         def warned() -> list[str]:
@@ -94,8 +81,8 @@ def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
         def stop() -> bool:
             nonlocal last
             now = time.monotonic()
-            over, due = world.agree((now >= sitting.deadline, now - last >= SECONDS_BETWEEN_SAVES))
-            if over or due:
+            over = now >= sitting.deadline
+            if over or now - last >= SECONDS_BETWEEN_SAVES:
                 training.stop_clock()  # the time that this takes does not count
                 state = {"training": training.state_dict(), "git": git, "warnings": warned()}
                 with replacing(saved) as unfinished:
@@ -106,22 +93,19 @@ def execute(run: Run, sitting: Sitting, world: World) -> Record | None:
 
         if not training.run(stop):
             return None
-        where = machine(world.device) | {"command": sitting.command, "git": sitting.git}
+        where = machine(device) | {"command": sitting.command, "git": sitting.git}
         return record(warned()) | {"environment": where}
 
 
-def _resume(training: Training, saved: Path, git: Git, world: World) -> list[str]:
+def _resume(training: Training, saved: Path, git: Git) -> list[str]:
     """Go on from the saved state, if there is one, and return the warnings up to there."""
+    if not saved.exists():
+        return []
     try:
-        state = torch.load(saved, weights_only=True) if saved.exists() else None
+        state = torch.load(saved, weights_only=True)
     except Exception as error:
         message = f"{saved} is not a saved run ({error}); delete it to start that run again"
         raise ValueError(message) from error
-    step = state and state["training"]["progress"].get("steps")
-    # Killed between their saves, ranks would go on from different steps; then all start again.
-    same = step == world.agree(step) and state is not None
-    if not world.least(int(same)) or state is None:
-        return []
     if state["git"] != git:
         raise ValueError(
             f"{saved} is half a run of {commit_title(state['git'])}, and this is {commit_title(git)}; check "
@@ -135,9 +119,9 @@ def _resume(training: Training, saved: Path, git: Git, world: World) -> list[str
 
 
 @cache
-def parts_of(recipe_name: str, task: str, data: str | None, rank: int, ranks: int) -> Parts:
-    """Load a rank's share of a task's images, once a process."""
-    return recipe(recipe_name).tasks[task].load(data, rank, ranks)
+def parts_of(recipe_name: str, task: str, data: str | None) -> Parts:
+    """Load a task's images, once a process."""
+    return recipe(recipe_name).tasks[task].load(data)
 
 
 @dataclass(frozen=True)
@@ -163,96 +147,66 @@ class Description(Run):
     def _contender(self) -> Contender:
         return recipe(self.recipe).studies[self.study].contenders[self.contender]
 
-    @property
-    def formula(self) -> str:
-        return self._contender.formula
-
-    def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
-        """Load the images, build network and optimizer; raises ValueError for a batch that cannot be."""
-        plan, contender, device = recipe(self.recipe), self._contender, world.device
-        final = self.phase == "final"
-        parts = parts_of(self.recipe, self.task, data, world.rank, world.size)
-        train, judged = parts[self.phase]
-        lengths = torch.tensor([len(train), len(judged), len(parts["final"][0])])
-        train_samples, judged_samples, everything = world.total(lengths).tolist()
+    def begin(self, data: str | None, device: torch.device) -> Begun:
+        plan, contender, final = recipe(self.recipe), self._contender, self.phase == "final"
+        parts = parts_of(self.recipe, self.task, data)
+        train, judged = (images.to(device) for images in parts[self.phase])
+        everything = len(parts["final"][0])
         if self.batch_size > everything:  # asked before the tuning, so that it is not made in vain
             raise ValueError(
                 f"batch size {self.batch_size} is larger than the {everything} training images of "
                 f"{self.task}; choose smaller ones with --batch, or give all images with --data"
             )
-        if self.batch_size % world.size:
-            raise ValueError(f"batch size {self.batch_size} is not divisible by {world.size} ranks")
-        if max(train.pixels.numel(), judged.pixels.numel()) <= RESIDENT_BYTES:
-            train, judged = train.to(device), judged.to(device)
         torch.manual_seed(self.seed)
-        draw = torch.Generator(device).manual_seed(self.seed * world.size + world.rank)
-        model = world.wrap(plan.network(len(train.classes), device))
+        draw = torch.Generator(device).manual_seed(self.seed)
+        model = plan.network(len(train.classes), device)
         options = {**contender.options(self.batch_size), **self.options}
         optimizer = make_peer(contender.optimizer, model, **options)
-        normalise = Normaliser(train.pixels, world.total)
-        halves = _halves(contender.halves, train.labels.to(device))
-        bf16 = plan.bf16 and device.type == "cuda"
+        normalise = Normaliser(train.pixels)
+        bf16 = device.type == "cuda"
 
         def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            if halves is not None:
-                ordered = numbers[halves[numbers].argsort(stable=True)]
-                numbers = torch.empty_like(numbers)
-                numbers[by_sub_batch(len(numbers)).to(device)] = ordered
-            images = train.taken(numbers, device)
-            return training_inputs(images.pixels, plan.augmentation, normalise, draw), images.labels
+            pixels = augment(train.pixels[numbers], plan.augmentation, draw)
+            return normalise(pixels), train.labels[numbers]
 
         def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            images = judged.taken(numbers, device)
-            return normalise(images.pixels), images.labels
+            return normalise(judged.pixels[numbers]), judged.labels[numbers]
 
         def evaluate() -> float:
             if contender.optimizer == "fop" and final and isinstance(optimizer, FOP):
                 _note_layers(training, optimizer)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                right, of = count_right(model, len(judged), judged_batch, world.total)
-            return right / of
+                return count_right(model, len(judged), judged_batch) / len(judged)
 
-        samples = world.least(len(train))
         training = Training(
             model,
             optimizer,
             plan.schedule,
             batch,
             evaluate,
-            samples=samples,
+            samples=len(train),
             # In tuning, without what is held out, the full batch is smaller.
-            batch_size=min(self.batch_size // world.size, samples),
+            batch_size=min(self.batch_size, len(train)),
             epochs=self.epochs,
             shuffle=torch.Generator().manual_seed(self.seed),
             bf16=bf16,
             draw=draw,
-            mean=lambda loss: world.total(loss).item() / world.size,
         )
 
         def record(warned: list[str]) -> Record:
             now = training.progress
             return {
                 **asdict(self),
-                **{"title": plan.title, "label": contender.title, "all_options": options},
-                **{"halves": contender.halves, "formula": contender.formula, "bf16": bf16},
+                **{"title": plan.title, "label": contender.title, "all_options": options, "bf16": bf16},
                 **{"augmentation": asdict(plan.augmentation), "targets": dict(plan.targets)},
                 **{"diverged": now.diverged, "curve": now.curve, "layers": now.layers},
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "evaluated_on": "test" if final else "held-out",
-                **{"train_samples": train_samples, "evaluated_samples": judged_samples, "ranks": world.size},
+                **{"train_samples": len(train), "evaluated_samples": len(judged)},
                 **{"data": data or plan.tasks[self.task].origin, "warnings": warned},
             }
 
         return training, record
-
-
-def _halves(kind: str, labels: Tensor) -> Tensor | None:
-    """Return what a batch is ordered by, so that its halves are the wanted ones; None for chance."""
-    if kind == "random":
-        return None
-    if kind == "classes":
-        return labels
-    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
 
 
 def _note_layers(training: Training, optimizer: FOP) -> None:

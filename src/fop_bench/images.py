@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-# Names that a folder's test part goes by.
-TEST_FOLDERS = ("test", "validation", "val")
+SIDE = 32  # pixels of every image, either way
 
 # Given the labels of all images, the numbers of those to keep.
 Choice = Callable[[Tensor], Tensor]
@@ -41,24 +40,18 @@ class Images:
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
-    def taken(self, numbers: Tensor, device: torch.device) -> Images:
-        """Return the images of these numbers on a device, from where they are."""
-        return self[numbers.to(self.labels.device)].to(device)
-
-    def __getitem__(self, numbers: Tensor | slice) -> Images:
-        """Return the images of these numbers; those of a slice share its memory."""
+    def __getitem__(self, numbers: Tensor) -> Images:
+        """Return the images of these numbers, or where a mask is true."""
         return Images(self.pixels[numbers], self.labels[numbers], self.classes)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from: its name on the hub, its columns there, and the size that images get."""
+    """Where a data set comes from: its name on the hub, and its columns there."""
 
     hub: str
     image: str = "image"
     label: str = "label"
-    test: str = "test"  # the hub's name of the part to test on
-    size: int = 32  # side of a square: shorter side scaled, centre cut out, unless they have it already
     classes: int | None = None  # so that other data do not pass for these
 
 
@@ -70,16 +63,16 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
     """
     from datasets import Image
 
-    name = data or source.hub
+    name, part = data or source.hub, "test" if test else "train"
     if data is not None and Path(data).is_dir():
-        rows, image, label = _folder(Path(data), test), "image", "label"
+        rows, image, label = _folder(Path(data), part), "image", "label"
     elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
             f"there is no folder {data}; give one with train/<class>/* and test/<class>/*, or owner/name "
             "on the Hugging Face hub"
         )
     else:
-        rows, image, label = _hub(name, source.test if test else "train"), source.image, source.label
+        rows, image, label = _hub(name, part), source.image, source.label
     classes = tuple(rows.features[label].names)
     if source.classes not in (None, len(classes)):
         raise ValueError(
@@ -91,13 +84,13 @@ def load(source: Source, data: str | None, *, test: bool = False, choose: Choice
         chosen = choose(labels)
         rows, labels = rows.select(chosen.tolist()), labels[chosen]
     rows = rows.cast_column(image, Image(decode=False)).select_columns([image])
-    pixels = torch.empty(len(rows), source.size, source.size, 3, dtype=torch.uint8)
+    pixels = torch.empty(len(rows), SIDE, SIDE, 3, dtype=torch.uint8)
     for index, row in enumerate(rows):
-        pixels[index] = torch.from_numpy(_decoded(row[image], source.size))
+        pixels[index] = torch.from_numpy(_decoded(row[image]))
     return Images(pixels, labels, classes)
 
 
-def _folder(folder: Path, test: bool) -> Dataset:
+def _folder(folder: Path, name: str) -> Dataset:
     """List the images of a folder; files of other kinds, hidden ones and links to nothing do not count."""
     from datasets import ClassLabel, Dataset, Features, Image
     from PIL import Image as Pillow
@@ -105,21 +98,20 @@ def _folder(folder: Path, test: bool) -> Dataset:
     def classes_of(part: Path) -> list[str]:
         return sorted(path.name for path in part.glob("[!.]*") if path.is_dir())
 
-    names = TEST_FOLDERS if test else ("train",)
-    part = next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
+    part = folder / name
     classes, endings = classes_of(part), Pillow.registered_extensions()
     # Else the test part's class numbers would mean others.
-    if test and (folder / "train").is_dir() and classes != classes_of(folder / "train"):
+    if name == "test" and (folder / "train").is_dir() and classes != classes_of(folder / "train"):
         raise FileNotFoundError(f"{part} does not hold the class folders of {folder / 'train'}")
     files = [
         (str(path), label)
-        for label, name in enumerate(classes)
-        for path in sorted((part / name).glob("[!.]*"))
+        for label, of_class in enumerate(classes)
+        for path in sorted((part / of_class).glob("[!.]*"))
         if path.suffix.lower() in endings and path.is_file()
     ]
     if not files:
         raise FileNotFoundError(
-            f"{folder} has no images in {names[0]}/<class>/*; unpack the data set there, one folder a class"
+            f"{folder} has no images in {name}/<class>/*; unpack the data set there, one folder a class"
         )
     # `load_dataset("imagefolder")` would take a minute to list CIFAR's 60,000 files, in every process.
     columns = dict(zip(("image", "label"), map(list, zip(*files, strict=True)), strict=True))
@@ -141,7 +133,7 @@ def _hub(name: str, part: str) -> Dataset:
         ) from error
 
 
-def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _decoded(image: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     import numpy as np
     from PIL import Image as Pillow
 
@@ -153,12 +145,9 @@ def _decoded(image: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.ui
             f"{image['path'] or 'an image of the data set'} cannot be decoded ({error}); "
             "download it again or remove it"
         ) from error
-    if rgb.size != (size, size):
-        scale = size / min(rgb.size)
-        width, height = (max(size, round(side * scale)) for side in rgb.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.resize((width, height), Pillow.Resampling.BICUBIC)
-        rgb = rgb.crop((left, top, left + size, top + size))
+    if rgb.size != (SIDE, SIDE):
+        name, (width, height) = image["path"] or "an image of the data set", rgb.size
+        raise ValueError(f"{name} has {width}×{height} pixels, and these data sets {SIDE}×{SIDE}")
     return np.array(rgb)
 
 
@@ -211,24 +200,22 @@ class Augmentation:
 
     flip: bool = False  # mirror it, with probability 1/2
     shift: int = 0  # move it by up to so many pixels either way: zero padding, then a crop of the old size
-    cutout: int = 0  # side of a square at a random place that is set to the mean (DeVries & Taylor 2017)
 
 
 class Normaliser:
-    """Turns pixels (N, H, W, C) uint8 into inputs (N, C, H, W) of zero mean and unit variance, channels last.
+    """Turns pixels (N, H, W, C) uint8 into inputs (N, C, H, W), channels last.
 
-    ``total`` sums over the processes that share the training images, whose ``pixels`` decide both.
+    Mean and variance of every channel of the given ``pixels`` become 0 and 1.
     """
 
-    def __init__(self, pixels: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+    def __init__(self, pixels: Tensor) -> None:
         channels = pixels.shape[-1]
-        sums = torch.zeros(3, channels, dtype=torch.float64)
+        sums = torch.zeros(2, channels, dtype=torch.float64)
         for part in pixels.split(4096):
             values = part.reshape(-1, channels).double().cpu()
-            sums += torch.stack([values.sum(0), (values * values).sum(0), torch.ones_like(values).sum(0)])
-        first, second, count = total(sums)
-        mean = first / count
-        std = (second / count - mean * mean).clamp(min=1e-12).sqrt()
+            sums += torch.stack([values.sum(0), (values * values).sum(0)])
+        mean, second = sums / pixels[..., 0].numel()
+        std = (second - mean * mean).clamp(min=1e-12).sqrt()
         self.mean, self.std = mean.float().to(pixels.device), std.float().to(pixels.device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -255,22 +242,3 @@ def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor
         pixels = pad(pixels, (0, 0, *(what.shift,) * 4))
     numbers = torch.arange(count, device=device)
     return pixels[numbers[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def cut_out(inputs: Tensor, side: int, draw: torch.Generator) -> Tensor:
-    """Set a square of a batch of normalised inputs (N, C, H, W) to zero, cut off at the edges."""
-    if not side:
-        return inputs
-    inside = []
-    for length in inputs.shape[2:]:
-        centre = torch.randint(length, (len(inputs), 1), device=inputs.device, generator=draw)
-        place = torch.arange(length, device=inputs.device) - centre + side // 2
-        inside.append((place >= 0) & (place < side))
-    return inputs.masked_fill(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0.0)
-
-
-def training_inputs(
-    pixels: Tensor, what: Augmentation, normalise: Normaliser, draw: torch.Generator
-) -> Tensor:
-    """Return the inputs (N, C, H, W) of a training step, augmented and normalised."""
-    return cut_out(normalise(augment(pixels, what, draw)), what.cutout, draw)

@@ -207,10 +207,6 @@ PEERS: dict[str, Peer] = {
     "lamb": Peer("LAMB", partial(_library, "pytorch_optimizer", "Lamb")),
     "muon": Peer("Muon", _muon),
     "soap": Peer("SOAP", partial(_library, "pytorch_optimizer", "SOAP"), "precondition_frequency"),
-    # Decomposes whole matrices: seconds a step for a side of some thousands.
-    "shampoo": Peer(
-        "Shampoo", partial(_library, "pytorch_optimizer", "Shampoo"), "preconditioning_compute_steps"
-    ),
     "shampoo-blocks": Peer(
         "Shampoo in blocks",
         partial(_library, "pytorch_optimizer", "ScalableShampoo", start_preconditioning_step=1),

@@ -1,4 +1,4 @@
-"""The paper's tables (arXiv:2508.13898, Tables 1 to 4), with what was measured here beside every cell."""
+"""The paper's Tables 1 and 4 (arXiv:2508.13898), with what was measured here beside every cell."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 
+from fop_bench.optimizers import PEERS
 from fop_bench.records import Record, of_one_commit, read_runs
 from fop_bench.study import UNITS, reached, studies
 from fop_bench.tables import markdown_table, plus_minus
@@ -21,9 +23,8 @@ class PaperTable:
 
     number: int
     title: str
-    text: str  # contenders down and batch sizes or tasks across, or the other way round
-    target: float | None = None  # the accuracy that epochs and time are measured to; None for errors
-    unit: float = 1.0  # seconds of the table's unit of time
+    text: str  # batch sizes or tasks down, contenders across
+    target: float | None = None  # the accuracy that epochs and seconds are measured to; None for errors
 
     @property
     def cells(self) -> pd.DataFrame:
@@ -31,76 +32,47 @@ class PaperTable:
         return pd.read_csv(StringIO(self.text), sep=r"\s*\|\s*", index_col=0, engine="python", dtype=str)
 
 
-# As the paper names the optimizers; in Table 4 SGD is "baseline (SGD)".
-LABELS = {"sgd": "SGD", "adamw": "AdamW", "shampoo": "Shampoo", "lamb": "LAMB", "kfac": "K-FAC", "fop": "FOP"}
-
 # By recipe.
 PAPER_TABLES = {
     "cifar10-resnet18": PaperTable(
         1,
-        "CIFAR-10, ResNet-18, epochs / seconds to 91 % top-1",
+        "CIFAR-10, ResNet-18, two GPUs, epochs / seconds to 91 % top-1",
         """
-        batch          | sgd        | adamw      | kfac       | fop
-        2048 (2 GPUs)  | 58 / 743.3 | 61 / 768.4 | 37 / 588.7 | 29 / 475.2
-        4096 (2 GPUs)  | 73 / 457.9 | 73 / 454.0 | 34 / 270.5 | 22 / 181.9
-        8192 (2 GPUs)  | –          | –          | 71 / 296.4 | 35 / 157.5
-        16384 (2 GPUs) | –          | –          | 99 / 186.4 | 58 / 121.2
-        32768 (2 GPUs) | –          | –          | –          | 60 / 90.6
-        50000 (2 GPUs) | –          | –          | –          | 82 / 84.3
+        batch | sgd        | adamw      | kfac       | fop
+        2048  | 58 / 743.3 | 61 / 768.4 | 37 / 588.7 | 29 / 475.2
+        4096  | 73 / 457.9 | 73 / 454.0 | 34 / 270.5 | 22 / 181.9
+        8192  | –          | –          | 71 / 296.4 | 35 / 157.5
+        16384 | –          | –          | 99 / 186.4 | 58 / 121.2
+        32768 | –          | –          | –          | 60 / 90.6
+        50000 | –          | –          | –          | 82 / 84.3
         """,
         target=0.91,
-    ),
-    "imagenet100-t2tvit": PaperTable(
-        2,
-        "ImageNet-100, T2T-ViT, epochs / minutes to 80.6 %",
-        """
-        optimizer | 512 (1 GPU) | 1024 (2 GPUs) | 2048 (4 GPUs) | 4096 (8 GPUs)
-        adamw     | 97 / 291.6  | –             | –             | –
-        kfac      | 42 / 138.6  | 49 / 76.7     | 57 / 46.0     | 87 / 45.3
-        fop       | 44 / 158.9  | 41 / 67.3     | 48 / 42.3     | 49 / 27.8
-        """,
-        target=0.806,
-        unit=60.0,
-    ),
-    "imagenet1k-resnet50": PaperTable(
-        3,
-        "ImageNet-1K, ResNet-50, epochs / minutes to 75.9 %",
-        """
-        optimizer | 1024 (1 GPU) | 2048 (2 GPUs) | 4096 (4 GPUs) | 8192 (8 GPUs)
-        sgd       | 71 / 2511.1  | –             | –             | –
-        shampoo   | 65 / 2523.1  | –             | –             | –
-        lamb      | 67 / 2492.7  | –             | –             | –
-        kfac      | 35 / 1336.5  | –             | –             | –
-        fop       | 32 / 1306.1  | 33 / 999.5    | 34 / 514.9    | 40 / 335.1
-        """,
-        target=0.759,
-        unit=60.0,
     ),
     "cifar-lt-resnet32": PaperTable(
         4,
         "CIFAR-LT, ResNet-32, top-1 error %",
         """
-        optimizer | CIFAR-10-LT 100 | CIFAR-10-LT 50 | CIFAR-100-LT 100 | CIFAR-100-LT 50
-        sgd       | 28.05           | 23.55          | 62.27            | 56.22
-        kfac      | 28.59           | 22.29          | 61.78            | 55.02
-        fop       | 26.65           | 20.55          | 58.97            | 53.67
+        task             | sgd   | kfac  | fop
+        CIFAR-10-LT 100  | 28.05 | 28.59 | 26.65
+        CIFAR-10-LT 50   | 23.55 | 22.29 | 20.55
+        CIFAR-100-LT 100 | 62.27 | 61.78 | 58.97
+        CIFAR-100-LT 50  | 56.22 | 55.02 | 53.67
         """,
     ),
 }
 
 NOT_RUN = "not run yet"
-# These change the optimizers, or map them: no contender in them is the one that the paper's table means.
-ELSEWHERE = ("map", "ablation", "formula")
 
 
 def paper_page(folders: Sequence[Path]) -> str:
-    """Return the paper's four tables as Markdown, with what the runs in these folders say beside."""
+    """Return the paper's tables as Markdown, with what the runs in these folders say beside."""
     runs = of_one_commit([run for folder in folders for run in read_runs(folder)])
     parts = [
         "# The paper's tables, and ours",
         "Lu & Armour, arXiv:2508.13898. Each cell: the paper's number (–: it reports none, the target was "
         "not reached), then ours as mean ± standard deviation over n seeds. Epochs and errors can be "
-        "compared; times only on the same device, which is named below each table.",
+        "compared; times only on the same device, which is named below each table. Tables 2 and 3 "
+        "(ImageNet) have no command.",
     ]
     for recipe, table in PAPER_TABLES.items():
         parts += [f"## Table {table.number}: {table.title}", *paper_section(recipe, runs)]
@@ -110,28 +82,20 @@ def paper_page(folders: Sequence[Path]) -> str:
 def paper_section(recipe: str, runs: Sequence[Record]) -> list[str]:
     """Return the paper's table of a recipe with the runs' results, and what must be known about them."""
     table = PAPER_TABLES[recipe]
-    # Of a contender the group of the comparison, or of the first other study that it is in. A place is a
-    # batch size, or, in the table of errors, a task; where there are several groups each is named.
-    found: dict[tuple[str, str], dict[str, list[Record]]] = defaultdict(dict)
-    for study in studies([run for run in runs if run["recipe"] == recipe]):
-        if not study.name.startswith(ELSEWHERE):
-            for (size, name), group in study.groups().items():
-                at, other = (study.task, f"batch {size}") if table.target is None else (str(size), study.task)
-                found[name, at].setdefault(other, list(group["run"]))
+    place_of = "task" if table.target is None else "batch_size"
+    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for study in studies([run for run in runs if run["recipe"] == recipe and run["study"] == "comparison"]):
+        for (_, contender), group in study.groups().items():
+            found[contender, str(group["run"].iloc[0][place_of])].extend(group["run"])
     shown = table.cells
-    for down in shown.index:
-        for across in shown.columns:
-            contender, place = (across, down) if shown.index.name == "batch" else (down, across)
-            groups = found.get((contender, place.partition(" (")[0]), {})
-            each = (
-                _measured(table, group) + (f", {other}" if len(groups) > 1 else "")
-                for other, group in groups.items()
-            )
-            ours = f"ours {'; '.join(each)}" if groups else NOT_RUN
-            shown.loc[down, across] = f"paper {shown.loc[down, across]} · {ours}"
-    shown = shown.rename(index=LABELS, columns=LABELS).reset_index()
-    used = [run for groups in found.values() for group in groups.values() for run in group]
-    return [markdown_table(shown, shown.to_numpy()), _about(recipe, table, used)]
+    for place in shown.index:
+        for contender in shown.columns:
+            ours = found.get((contender, str(place)))
+            said = f"ours {_measured(table, ours)}" if ours else NOT_RUN
+            shown.loc[place, contender] = f"paper {shown.loc[place, contender]} · {said}"
+    labels = {name: peer.label for name, peer in PEERS.items()}
+    shown = shown.rename(columns=labels).reset_index()
+    return [markdown_table(shown, shown.to_numpy()), _about(recipe, table, [*chain(*found.values())])]
 
 
 def _measured(table: PaperTable, group: Sequence[Record]) -> str:
@@ -146,7 +110,7 @@ def _measured(table: PaperTable, group: Sequence[Record]) -> str:
     if count == 0:
         return f"not reached (0 of {n}{lost})"
     share = f"n={n}" if count == n else f"reached by {count} of {n}{lost}"
-    return f"{plus_minus(times['epochs'], 1)} / {plus_minus(times['seconds'] / table.unit, 1)} ({share})"
+    return f"{plus_minus(times['epochs'], 1)} / {plus_minus(times['seconds'], 1)} ({share})"
 
 
 def _about(recipe: str, table: PaperTable, runs: Sequence[Record]) -> str:

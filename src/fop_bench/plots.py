@@ -1,17 +1,16 @@
-"""Plots of the studies, curves, speed-up, maps and the scalars of FOP's layers; and of the loss surface."""
+"""Plots of the studies: curves, speed-up and the scalars of FOP's layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from fop_bench.records import Record
@@ -26,10 +25,10 @@ STYLES: dict[str, dict[str, Any]] = {
     "lamb": {"color": "#009E73", "linestyle": (0, (5, 1, 1, 1))},
     "soap": {"color": "#0072B2", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
     "muon": {"color": "#CC79A7", "linestyle": (0, (7, 2))},
-    "shampoo": {"color": "#000000", "linestyle": (0, (1, 1))},
+    "shampoo-blocks": {"color": "#000000", "linestyle": (0, (1, 1))},
 }
 # For variants of an optimizer: the colours that no other contender of the picture has.
-SPARE = ("lamb", "soap", "muon", "shampoo", "adamw", "sgd")
+SPARE = ("lamb", "soap", "muon", "shampoo-blocks", "adamw", "sgd")
 BROWN = {"color": "#8C510A", "linestyle": "--"}
 SCALARS = {"beta": "β", "eta": "η", "rho": "ρ"}
 NAMED_LAYERS = 40
@@ -55,7 +54,6 @@ def save(figure: Figure, title: str, path: Path) -> None:
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(len(found), columns))}
         figure.legend(found.values(), found.keys(), frameon=False, handlelength=3.2, **place)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
@@ -145,50 +143,6 @@ def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
     save(figure, f"{study.recipe}, {study.task}, {study.name}: {over}", path)
 
 
-# Maps
-
-DIFFERENCES = {
-    "difference": "final accuracy,\nFOP − K-FAC (points)",
-    "loss_ratio": "final training loss,\nlog₂(K-FAC / FOP)",
-}
-
-
-def plot_maps(grids: Mapping[str, pd.DataFrame], title: str, path: Path) -> None:
-    """Draw the differences between FOP and K-FAC over learning rate and damping, a column a map."""
-    lrs, dampings = (next(iter(grids.values()))[axis].nunique() for axis in ("lr", "damping"))
-    size = (max(3.4, lrs + 1.0) * len(grids) + 1.2, 2 * (0.62 * dampings + 1.3))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(2, len(grids), squeeze=False)
-    for row, (value, label) in enumerate(DIFFERENCES.items()):
-        limit = np.nan_to_num(max(points[value].abs().max() for points in grids.values())) or 1.0
-        for panel, (name, points) in zip(panels[row], grids.items(), strict=True):
-            image = _draw_map(panel, points, value, Normalize(-limit, limit))
-            panel.set_title(name if row == 0 else "", fontsize=10)
-            panel.set_xlabel("learning rate" if row == 1 else "")
-        panels[row, 0].set_ylabel("damping")
-        figure.colorbar(image, ax=list(panels[row]), label=label, shrink=0.9)
-    save(figure, title, path)
-
-
-def _draw_map(panel: Axes, points: pd.DataFrame, value: str, norm: Normalize) -> Any:
-    table = points.pivot(index="damping", columns="lr", values=value)
-    # Red like FOP's own colour where FOP is ahead, blue like K-FAC's where that is.
-    image = panel.imshow(table, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto")
-    panel.set_facecolor("#e4e4e4")
-    panel.set_xticks(range(table.shape[1]), [f"{lr:g}" for lr in table.columns])
-    panel.set_yticks(range(table.shape[0]), [f"{damping:g}" for damping in table.index])
-    panel.tick_params(length=0)
-    for _, point in points.iterrows():
-        height, look = point[value], dict[str, Any](color="black", fontsize=7)
-        text = f"{point['lost']}diverged" if point["lost"] else "not run"
-        if not np.isnan(height):
-            text = f"{height:+.2f}".replace("-", "−")
-            look = {"color": "white" if abs(norm(height) - 0.5) >= 0.3 else "black", "fontsize": 9}
-        x, y = table.columns.get_loc(point["lr"]), table.index.get_loc(point["damping"])
-        panel.text(x, y, text, ha="center", va="center", **look)
-    return image
-
-
 # Layers
 
 
@@ -227,73 +181,3 @@ def plot_layers(runs: Sequence[Record], path: Path) -> None:
         bar = figure.colorbar(image, ax=list(panels[row]), extend="both" if key == "beta" else "neither")
         bar.set_label(symbol, rotation=0, labelpad=10, fontsize=12)
     save(figure, "{recipe}, {task}, {study}: FOP's layers".format(**runs[0]), path)
-
-
-# The loss surface
-
-# The step of the whole batch is broad, because FOP's often lies on it.
-ARROWS: dict[str, dict[str, Any]] = {
-    "average": {"color": STYLES["kfac"]["color"], "linestyle": "-", "linewidth": 6.5},
-    "first": {"color": STYLES["lamb"]["color"], "linestyle": "-", "linewidth": 2.2},
-    "second": {"color": STYLES["muon"]["color"], "linestyle": "-", "linewidth": 2.2},
-    "fop": {"color": STYLES["fop"]["color"], "linestyle": "-", "linewidth": 2.2},
-    "fop_rows": {"color": STYLES["fop"]["color"], "linestyle": (0, (2, 1)), "linewidth": 2.2},
-}
-PANELS = {"first": "of the first half", "second": "of the second half", "whole": "loss of the whole batch"}
-# The grey of high losses leaves the arrows their colours.
-GREYS = LinearSegmentedColormap.from_list("light greys", ["#ffffff", "#8c8c8c"])
-DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "markeredgecolor": "white"}
-
-
-def plot_surface(result: Mapping[str, Any], path: Path) -> None:
-    """Draw what `surface.surface` gives, losses of the batch and its halves and the steps, as a PNG."""
-    figure = Figure(figsize=(11.5, 8.2), layout="constrained")
-    panels = figure.subplot_mosaic([["whole", "whole", "first"], ["whole", "whole", "second"]])
-    for part, title in PANELS.items():
-        filled = _draw(panels[part], result, part)
-        panels[part].set_title(title, fontsize=11)
-    figure.colorbar(filled, ax=panels["whole"], shrink=0.75, pad=0.02, label="cross-entropy (nats)")
-    unit = "in units of ‖w‖ per filter"
-    panels["whole"].set_xlabel(f"along the K-FAC step of the whole batch, {unit}")
-    panels["whole"].set_ylabel(f"along the difference of the halves' steps, {unit}")
-
-    def loss(losses: Mapping[str, float | None]) -> str:
-        return "loss not finite" if losses["whole"] is None else f"loss {losses['whole']:.4f}"
-
-    handles = [Line2D([], [], label=f"the point: {loss(result['origin'])}", **DOT)]
-    for name, step in result["steps"].items():
-        label = f"{step['what']}: {loss(step['losses_at_end'])} at its end"
-        label += f", {step['share_in_plane']:.0%} of its norm in this plane"
-        handles.append(Line2D([], [], label=label, **ARROWS[name]))
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9.5)
-    epochs = "one epoch" if result["epochs"] == 1 else f"{result['epochs']} epochs"
-    title = (
-        f"{result['title']}, batch {result['batch_size']}, after {epochs} of FOP\n"
-        f"one step each with the same curvature; learning rate {result['lr']:g}, "
-        f"damping {result['damping']:g}, seed {result['seed']}"
-    )
-    save(figure, title, path)
-
-
-def _draw(panel: Axes, result: Mapping[str, Any], part: str) -> Any:
-    """Draw the contours of the loss of a part of the batch, and the steps."""
-    large = part == "whole"
-    losses = np.array(result["losses"][part], dtype=float)  # NaN, which contours leave out, for None
-    if not np.isfinite(losses).any():
-        raise ValueError("the loss is not finite anywhere on the surface; give a smaller --lr")
-    # At most 22 round levels at equal distances; the highest twentieth of the window has one colour.
-    levels = list(MaxNLocator(22).tick_values(np.nanmin(losses), np.nanquantile(losses, 0.95)))
-    filled = panel.contourf(result["x"], result["y"], losses, levels, cmap=GREYS, extend="max")
-    lines = panel.contour(result["x"], result["y"], losses, levels, colors="#6e6e6e", linewidths=0.6)
-    panel.clabel(lines, levels[1 :: 2 if large else 4], fontsize=7 if large else 6, fmt="%.3g")
-    panel.set_facecolor("#8c8c8c")  # where the loss is not finite
-    panel.set_aspect("equal")  # the axes are orthogonal and of one length: angles are true
-    panel.tick_params(labelsize=8)
-    scale = 1.0 if large else 0.55
-    for name, look in ARROWS.items():
-        head = {"arrowstyle": "-|>", "mutation_scale": scale * (18 + 2 * look["linewidth"])}
-        width = {"linewidth": scale * look["linewidth"], "shrinkA": 0, "shrinkB": 0, "capstyle": "butt"}
-        end = result["steps"][name]["x"], result["steps"][name]["y"]
-        panel.annotate("", end, (0, 0), arrowprops=look | head | width)
-    panel.plot(0, 0, markersize=8 * scale, zorder=6, **DOT)
-    return filled

@@ -11,7 +11,7 @@ import math
 import platform
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,13 +22,12 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fop_bench.environment import device_name, source_tree
-from fop_bench.execution import Run
+from fop_bench.execution import Begun, Run
 from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
 from fop_bench.records import Record
 from fop_bench.tables import section
 from fop_bench.training import Training
-from fop_bench.world import World
 
 Found = dict[float, float | None]  # values by rate, None where a run diverged
 
@@ -132,8 +131,7 @@ class RaceRun(Run):
     def title(self) -> str:
         return "{task} · {variant}".format(**self.side) + f" · rate {self.rate} · seed {self.seed}"
 
-    def begin(self, data: str | None, world: World) -> tuple[Training, Callable[[list[str]], Record]]:
-        """Load the data, build network and optimizer."""
+    def begin(self, data: str | None, device: torch.device) -> Begun:
         side, task = self.side, TASKS[self.side["task"]]
         problem = task.load(data)
         torch.manual_seed(self.seed)

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
-from fop_bench.images import Augmentation, Images, Normaliser, load, training_inputs
+from fop_bench.images import Augmentation, Images, Normaliser, augment, load
 from fop_bench.models import DigitsLSTM, airbench, digits_autoencoder, digits_cnn, small_gpt
 from fop_bench.optimizers import Loss, class_loss
 from fop_bench.recipes import CIFAR10, DigitsTask
@@ -37,8 +37,7 @@ class Problem:
     def value(self, model: nn.Module) -> float:
         """Return the percentage of right answers of a trained network, or its loss."""
         if not self.by_loss:
-            right, of = count_right(model, self.judged, self.judged_batch)
-            return 100 * right / of
+            return 100 * count_right(model, self.judged, self.judged_batch) / self.judged
         inputs, targets = self.judged_batch(torch.arange(self.judged))
         with torch.no_grad():
             return float(self.loss(model.eval()(inputs), targets))
@@ -70,7 +69,7 @@ def of_images(train: Images, test: Images) -> Problem:
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
     def batch(numbers: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
-        return training_inputs(train.pixels[numbers], augmentation, normalise, draw), train.labels[numbers]
+        return normalise(augment(train.pixels[numbers], augmentation, draw)), train.labels[numbers]
 
     def judged(numbers: Tensor) -> tuple[Tensor, Tensor]:
         return normalise(test.pixels[numbers]), test.labels[numbers]

@@ -17,12 +17,12 @@ Record = dict[str, Any]
 
 KEYS = (
     *("recipe", "title", "task", "study", "phase", "contender", "label", "options", "batch_size", "epochs"),
-    *("seed", "halves", "targets", "diverged", "curve", "layers", "parameters", "train_samples"),
+    *("seed", "targets", "diverged", "curve", "layers", "parameters", "train_samples"),
     *("evaluated_on", "evaluated_samples", "warnings", "data", "environment"),
 )
 ENVIRONMENT_KEYS = ("device", "processor", "torch", "python", "fop", "git", "threads", "date", "command")
 # What two lines must differ in to be two runs.
-IDENTITY = ("recipe", "task", "study", "phase", "contender", "options", "batch_size", "seed", "halves")
+IDENTITY = ("recipe", "task", "study", "phase", "contender", "options", "batch_size", "seed")
 
 # --- Reading
 
@@ -98,7 +98,7 @@ def refuse_mixture(
         if theirs != ours:
             raise ValueError(
                 f"{path} holds runs {what} {theirs}, and this is {ours}: one table must not mix them; "
-                "give another --out, or go on with the same commit, --data and ranks"
+                "give another --out, or go on with the same commit and --data"
             )
 
 

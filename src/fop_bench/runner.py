@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing.connection import wait as wait_for
@@ -23,7 +23,6 @@ from fop_bench.environment import Git, git_state, this_command
 from fop_bench.execution import Description, Run, Sitting, execute
 from fop_bench.recipes import recipe
 from fop_bench.records import Record, append, locked, read_runs, refuse_mixture
-from fop_bench.world import World
 
 TUNING_SEED = 0
 # glibc gives the pages of large tensors back to the kernel and asks for new ones, which takes up to half of
@@ -49,7 +48,7 @@ def make_runs(
     plan: Plan,
     *,
     data: str | None,
-    world: World,
+    device: torch.device,
     jobs: int,
     minutes: float,
     on_run: OnRun = lambda done, planned, title: None,
@@ -60,34 +59,30 @@ def make_runs(
     another process writes into the file's folder.
     """
     path, unfinished, deadline = plan.path, plan.path.parent / "unfinished", time.monotonic() + 60 * minutes
-    with locked(path) if world.rank == 0 else nullcontext(), _workers(jobs, world) as submit:
-        git = world.agree(git_state(Path(fop.__file__)))
-        # Only the rank that keeps the file knows what is in it; the others follow.
-        done = world.agree(plan.read(git) if world.rank == 0 else [])
-        sitting = Sitting(data, unfinished, deadline, this_command(), git)
+    with locked(path), _workers(jobs) as submit:
+        git = git_state(Path(fop.__file__))
+        done, sitting = plan.read(git), Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
         running: dict[Future[Record | None], Run] = {}
         while True:
             ready, left = plan.planned(done)
             todo = [run for run in ready if run not in running.values()] if failure is None else []
-            while todo and len(running) < jobs and world.agree(time.monotonic() < deadline):
+            while todo and len(running) < jobs and time.monotonic() < deadline:
                 run = todo.pop(0)
                 on_run(len(done), len(done) + left, run.title)
-                running[submit(_work, run, sitting, str(world.device))] = run
+                running[submit(_work, run, sitting, str(device))] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 try:
-                    record = world.agree(future.result())
+                    record = future.result()
                 except Exception as error:  # raised once the other runs are in the file
                     failure = failure or error
                     continue
                 if record is not None:
-                    if world.rank == 0:
-                        append(path, record)
-                        for saved in unfinished.glob(f"{run.digest}.*"):
-                            saved.unlink()
+                    append(path, record)
+                    run.saved(unfinished).unlink(missing_ok=True)
                     done.append(record)
                     on_run(len(done), len(done) + plan.planned(done)[1], run.title)
         if failure is not None:
@@ -95,21 +90,21 @@ def make_runs(
         return left
 
 
-def _work(run: Run, sitting: Sitting, device: str, world: World | None = None) -> Record | None:
+def _work(run: Run, sitting: Sitting, device: str) -> Record | None:
     torch.set_num_threads(1)
     # A run that goes on must not differ from one that did not stop: sums need a fixed order.
     torch.backends.cudnn.benchmark = False
-    return execute(run, sitting, world or World(torch.device(device)))
+    return execute(run, sitting, torch.device(device))
 
 
 # --- Workers
 
 
 @contextmanager
-def _workers(jobs: int, world: World) -> Iterator[Callable[..., Future[Record | None]]]:
+def _workers(jobs: int) -> Iterator[Callable[..., Future[Record | None]]]:
     """Yield a `submit`: to processes of their own, or, for one job, to this one."""
     if jobs == 1:
-        yield partial(_at_once, world)
+        yield _at_once
         return
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)  # read by the C library when a worker starts
@@ -118,13 +113,11 @@ def _workers(jobs: int, world: World) -> Iterator[Callable[..., Future[Record | 
         yield pool.submit
 
 
-def _at_once(world: World, function: Callable[..., Record | None], *arguments: Any) -> Future[Record | None]:
+def _at_once(function: Callable[..., Record | None], *arguments: Any) -> Future[Record | None]:
     future: Future[Record | None] = Future()
     try:
-        future.set_result(function(*arguments, world))
+        future.set_result(function(*arguments))
     except Exception as error:  # raised by `result`, as a worker's would be
-        if world.size > 1:
-            raise  # the other ranks wait for this one, until torchrun ends them
         future.set_exception(error)
     return future
 
@@ -170,7 +163,7 @@ def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> tuple[Any,
     return tuple(each for each in there if not chosen or each in chosen)
 
 
-def make(chosen: Selection, *, data: str | None, world: World, out: Path, **how: Any) -> int:
+def make(chosen: Selection, *, data: str | None, out: Path, **how: Any) -> int:
     """Make the runs of a study that ``out``/STUDY.jsonl does not hold yet, as `make_runs` does.
 
     Raises ValueError for unknown names or runs that must not be mixed.
@@ -179,18 +172,17 @@ def make(chosen: Selection, *, data: str | None, world: World, out: Path, **how:
     if data is not None and Path(data).is_dir():
         data = str(Path(data).resolve())  # one folder has one name
     path = out / f"{chosen.study}.jsonl"
-    read = partial(_records_of, chosen, path, data, world.size)
-    return make_runs(Plan(path, read, partial(planned, chosen)), data=data, world=world, **how)
+    plan = Plan(path, partial(_records_of, chosen, path, data), partial(planned, chosen))
+    return make_runs(plan, data=data, **how)
 
 
-def _records_of(chosen: Selection, path: Path, data: str | None, ranks: int, git: Git) -> list[Record]:
-    """Return the file's records of these runs; raises ValueError for any of another commit, data or ranks."""
+def _records_of(chosen: Selection, path: Path, data: str | None, git: Git) -> list[Record]:
+    """Return the file's records of these runs; raises ValueError for any of another commit or data."""
     plan, mine = recipe(chosen.recipe), []
     for record in read_runs(path) if path.exists() else []:
         pairs: list[tuple[str, Any, Any]] = []
         if record["recipe"] == chosen.recipe and record["task"] in chosen.tasks:
             pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
-            pairs += [("on ranks:", record["ranks"], ranks)]
             if record["contender"] in chosen.contenders and record["batch_size"] in chosen.batch_sizes:
                 mine.append(record)
         refuse_mixture(path, record["environment"], git, pairs)
@@ -225,8 +217,6 @@ def _runs(
         place = chosen.recipe, task, chosen.study, phase, name
         return Description(*place, options, batch_size, study.epochs[batch_size], seed)
 
-    if not study.tuned:
-        return [describe(study.phase, options, seed) for seed in study.seeds for options in combinations]
     tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
     records = [done[run.key] for run in tuning if run.key in done]
     if len(records) < len(tuning):

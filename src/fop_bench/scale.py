@@ -2,56 +2,68 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from fop.curvature import entry_names
-from fop_bench import cost_model as cost
-from fop_bench.overhead import MODELS, Row, Workload, amortised, measure_in_turns, prepare_pair
+from fop_bench.overhead import Row, Trainer, Workload, amortised, measure_in_turns, prepare_pair
 from fop_bench.tables import section
-from fop_bench.world import run_ranks
 
-# An optimizer among several ranks: its label, what the cost model calls it, and how FOP shares its work.
-CONTENDERS: dict[str, tuple[str, cost.Method, dict[str, Any]]] = {
-    "sgd": ("SGD", "sgd", {}),
-    "kfac": ("K-FAC", "kfac", {}),
-    "fop": ("FOP", "compatible", {}),
-    "fop-compatible": ("FOP compatible", "compatible", {"distributed": {"mode": "compatible"}}),
-    "fop-lean": ("FOP lean", "lean", {"distributed": {"mode": "lean"}}),
+# An optimizer among several ranks: its label, and how FOP shares its work.
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {}),
+    "kfac": ("K-FAC", {}),
+    "fop": ("FOP", {}),
+    "fop-compatible": ("FOP compatible", {"distributed": {"mode": "compatible"}}),
+    "fop-lean": ("FOP lean", {"distributed": {"mode": "lean"}}),
 }
 SENT = ("gradients", "updates", "curvature factors", "control")
+INTERVAL = 100  # steps for one curvature update, in means
 
 
 def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
     """Measure all optimizers on new processes of this machine; a row each, with medians and mean bytes."""
     names = ["sgd", "kfac", *(["fop"] if ranks == 1 else ["fop-compatible", "fop-lean"])]
-    by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds)
-    architecture = cost.architecture_of(MODELS[workload.model][0](), workload.model)
-    rows = [_evaluate(architecture, name, [samples[name] for samples in by_rank]) for name in names]
+    by_rank = run_ranks(_measure_rank, ranks, workload, ranks, names, rounds)
+    rows = [_evaluate(name, [samples[name] for samples in by_rank]) for name in names]
+    sgd = rows[0]
     for row in rows:
-        row["ratio_to_sgd"] = row["amortised_seconds"] / rows[0]["amortised_seconds"]
+        row["ratio_to_sgd"] = row["amortised_seconds"] / sgd["amortised_seconds"]
+        row["ratio_to_ddp"] = row["amortised_bytes"] / sgd["amortised_bytes"] if ranks > 1 else None
     return rows
 
 
-def _measure_rank(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, Row]:
+def _measure_rank(workload: Workload, ranks: int, names: Sequence[str], rounds: int) -> dict[str, Row]:
     """Return for every optimizer what its steps took, by kind of step, and the bytes of its curvature."""
     cpu = torch.device("cpu")
-    pairs = {name: prepare_pair(workload, name.split("-")[0], cpu, **CONTENDERS[name][2]) for name in names}
+    pairs = {name: prepare_pair(workload, name.split("-")[0], cpu, **CONTENDERS[name][1]) for name in names}
     found = measure_in_turns(pairs, rounds)
     for name, (trainer, _) in pairs.items():
         states = trainer.optimizer.state.values()
         held = (state[key].nbytes for state in states for key in entry_names() if key in state)
-        found[name]["factor_bytes"] = sum(held)
+        found[name] |= {"factor_bytes": sum(held), "ddp_bytes": _ddp_bytes(trainer, ranks)}
     return found
 
 
-def _evaluate(architecture: cost.Architecture, name: str, samples: list[Row]) -> Row:
-    ranks = len(samples)
+def _ddp_bytes(trainer: Trainer, ranks: int) -> float:
+    """Compute what DistributedDataParallel sends in a step, which nobody counts: gradients and buffers."""
+    # In lean mode it does not average the gradients of layers, and there is no p.grad.
+    averaged = sum(p.grad.nbytes for p in trainer.model.parameters() if p.grad is not None)
+    buffers = sum(buffer.nbytes for buffer in trainer.model.buffers())
+    return (2 * averaged + buffers) * (ranks - 1) / ranks
 
+
+def _evaluate(name: str, samples: list[Row]) -> Row:
     def mean(kind: str) -> dict[str, float]:
         whats = sorted(set().union(*(each[kind]["bytes"] for each in samples)))
         return {what: statistics.fmean(s[kind]["bytes"].get(what, 0.0) for s in samples) for what in whats}
@@ -59,25 +71,43 @@ def _evaluate(architecture: cost.Architecture, name: str, samples: list[Row]) ->
     def medians(kind: str) -> list[float]:
         return [statistics.median(each[kind]["seconds"]) for each in samples if each[kind]["seconds"]]
 
-    predicted = cost.traffic(architecture, ranks, CONTENDERS[name][1])
-    # What DistributedDataParallel sends is not counted by anybody.
-    counted = cost.Traffic(predicted.wrapper, mean("plain"), mean("curvature"))
     plain, curvature = medians("plain"), medians("curvature")
-    baseline = cost.traffic(architecture, ranks, "sgd").wrapper
-    factors = cost.factor_bytes(architecture.layers, cost.plan_for(architecture.layers, ranks))
+    ddp, sent = samples[0]["ddp_bytes"], {kind: mean(kind) for kind in ("plain", "curvature")}
+    of_plain, of_curvature = (sum(of_kind.values()) for of_kind in sent.values())
     return {
-        **{"ranks": ranks, "optimizer": name, "plain_seconds": plain, "curvature_seconds": curvature or None},
-        "amortised_seconds": amortised(max(plain), max(curvature, default=None), cost.INTERVAL),
-        **{"traffic": asdict(counted), "predicted": asdict(predicted)},
-        **{"amortised_bytes": counted.amortised(), "predicted_bytes": predicted.amortised()},
-        "ratio_to_ddp": counted.amortised() / baseline if baseline else None,
-        "factor_bytes": [each["factor_bytes"] for each in samples],
-        "predicted_factor_bytes": factors if curvature else [0] * ranks,
+        **{"ranks": len(samples), "optimizer": name},
+        **{"plain_seconds": plain, "curvature_seconds": curvature or None},
+        "amortised_seconds": amortised(max(plain), max(curvature, default=None), INTERVAL),
+        **{"traffic": {"wrapper": ddp, **sent}, "factor_bytes": [each["factor_bytes"] for each in samples]},
+        "amortised_bytes": ddp + amortised(of_plain, of_curvature, INTERVAL),
         "samples": samples,
     }
 
 
-# --- Tables of what was measured
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Call a function in ``ranks`` new processes of one thread, joined by gloo; return its results by rank.
+
+    Raises ProcessException with the traceback if a process failed; the others are ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, (ranks, Path(folder), function, arguments), ranks)
+        return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        if sys.platform.startswith("linux"):
+            # Otherwise gloo looks up the name of the host, which need not have an address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    (folder / f"result{rank}").write_bytes(pickle.dumps(function(*arguments)))
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# --- Tables
 
 
 def measured_tables(rows: Sequence[Row]) -> str:
@@ -96,40 +126,34 @@ def measured_tables(rows: Sequence[Row]) -> str:
 
     def sent(each: Row) -> Row:
         known = each["traffic"]["plain"] | each["traffic"]["curvature"]
-        counted, predicted = each["amortised_bytes"], each["predicted_bytes"]
         return {
             "DDP": _mb(each["traffic"]["wrapper"]),
             **{what: _mb(known.get(what, 0.0)) for what in SENT},
-            **{"amortised": _mb(counted), "×DDP": f"{each['ratio_to_ddp']:.3f}"},
-            **{"predicted": _mb(predicted), "counted/predicted": f"{counted / predicted:.5f}"},
+            **{"amortised": _mb(each["amortised_bytes"]), "×DDP": f"{each['ratio_to_ddp']:.3f}"},
         }
 
     def held(each: Row) -> Row:
-        ours, predicted = each["factor_bytes"], each["predicted_factor_bytes"]
-        per_rank = (", ".join(f"{count / 1e6:.1f}" for count in counts) for counts in (ours, predicted))
-        cells: Row = dict(zip(("MB per rank", "predicted"), per_rank, strict=True))
-        return cells | {"sum": _mb(sum(ours))}
+        per_rank = ", ".join(f"{count / 1e6:.1f}" for count in each["factor_bytes"])
+        return {"MB per rank": per_rank, "sum": _mb(sum(each["factor_bytes"]))}
 
-    several = [each for each in rows if each["ranks"] > 1]
-    second_order = [each for each in rows if each["curvature_seconds"]]
     tables = [
         section(
             "Time of a step",
-            f"Medians of the slowest rank; amortised: one curvature step in {cost.INTERVAL}; ×SGD: amortised "
+            f"Medians of the slowest rank; amortised: one curvature step in {INTERVAL}; ×SGD: amortised "
             "over SGD's on as many ranks.",
             [named(each, times(each)) for each in rows],
         ),
         section(
             "Bytes that a rank sends in a step",
             "MB, mean over the ranks: DDP's own computed, those of the optimizer as it counts them; factors "
-            f"and control in curvature steps only. Amortised: one curvature step in {cost.INTERVAL}; ×DDP: "
-            "over plain DistributedDataParallel; predicted: by the cost model, from the modules' sizes.",
-            [named(each, sent(each)) for each in several],
+            f"and control in curvature steps only. Amortised: one curvature step in {INTERVAL}; ×DDP: "
+            "over plain DistributedDataParallel.",
+            [named(each, sent(each)) for each in rows if each["ranks"] > 1],
         ),
         section(
             "Factors and inverses",
-            "MB in the state of rank 0, 1, …; predicted: by the plan from the sizes of the modules.",
-            [named(each, held(each)) for each in second_order],
+            "MB in the state of rank 0, 1, …",
+            [named(each, held(each)) for each in rows if each["curvature_seconds"]],
         ),
     ]
     return "\n\n".join(filter(None, tables))

@@ -15,7 +15,7 @@ from fop_bench.records import Record
 from fop_bench.tables import compare, markdown_table, plus_minus
 
 # Known contenders stand in this order, the others behind them.
-ORDER = ("sgd", "adamw", "lamb", "shampoo", "soap", "muon", "kfac", "fop")
+ORDER = ("sgd", "adamw", "lamb", "shampoo-blocks", "soap", "muon", "kfac", "fop")
 KEYS = ("recipe", "task", "study", "phase", "contender", "label", "batch_size", "epochs", "seed", "diverged")
 UNITS = ("epochs", "seconds")
 NAN = math.nan
@@ -53,7 +53,11 @@ class Study:
         """Return the final runs by batch size and contender; ValueError if a group has several options."""
         found = dict(tuple(self.phase("final").groupby(["batch_size", "contender"], observed=True)))
         for (size, contender), group in found.items():
-            one_setting(group, f"{self.where}: {contender} at batch {size}")
+            if len(options := sorted(set(group["options"]))) > 1:
+                raise ValueError(
+                    f"{self.where}: {contender} at batch {size} has final runs with several options: "
+                    f"{'; '.join(options)}; keep those of one only"
+                )
         return found
 
 
@@ -102,19 +106,11 @@ def clock(run: Record) -> str:
 
 
 def options_text(run: Record) -> str:
-    """Write a run's options, and its halves if they are not the usual random ones."""
-    options = run["options"] | ({} if run["halves"] == "random" else {"halves": run["halves"]})
+    """Write a run's options; old records may also name what decided a sample's half of its batch."""
+    halves = run.get("halves", "random")
+    options = run["options"] | ({} if halves == "random" else {"halves": halves})
     each = (f"{v:g}" if type(v) in (int, float) else str(v) for v in options.values())
     return ", ".join(map("=".join, zip(options, each, strict=True)))
-
-
-def one_setting(group: pd.DataFrame, who: str) -> None:
-    """Raise ValueError if runs that should differ in their seed only have several options."""
-    options = sorted(set(group["options"]))
-    if len(options) > 1:
-        raise ValueError(
-            f"{who} has final runs with several options: {'; '.join(options)}; keep those of one only"
-        )
 
 
 def target_label(kind: str, value: float) -> str:
@@ -178,6 +174,25 @@ def _ratio(ours: pd.Series, theirs: pd.Series) -> str:
     return f"{ratio:.2f} ± {error:.2f}, {compare(ours, theirs, low=True)}"
 
 
+def who_is_ahead(study: Study) -> str:
+    """Say it in words: in epochs and seconds to the accuracy, and in the final one, at every batch size."""
+    said = []
+    for size, runs in study.phase("final").groupby("batch_size"):
+        parts = []
+        for column, what, number in (
+            ("accuracy epochs", "fewest epochs", "{:.3g}"),
+            ("accuracy seconds", "fewest seconds", "{:.3g}"),
+            ("accuracy", "highest final accuracy", "{:.1%}"),
+        ):
+            means = runs.groupby("label", sort=False)[column].agg(lambda seeds: seeds.mean(skipna=False))
+            if means.notna().any():
+                best = means.max() if column == "accuracy" else means.min()
+                names = " and ".join(means.index[means == best])
+                parts.append(f"{what} {names} ({number.format(best)})")
+        said.append(f"At batch {size}: {'; '.join(parts)}.")
+    return "\n".join(said)
+
+
 def options_table(study: Study) -> str | None:
     """Return all options of the final runs, the fixed ones too; None where the lines do not hold them."""
     rows = []
@@ -227,92 +242,3 @@ def unfair(study: Study) -> list[str]:
     if any(each["processor"] == "cpu" and each["threads"] != 1 for each in where):
         found.append("SEVERAL THREADS: processor seconds are the sum over the threads, not a run's time.")
     return found
-
-
-# Maps
-
-SIDES = {"K-FAC": "kfac", "FOP": "fop"}
-
-
-def maps(study: Study, batch_size: int) -> dict[str, pd.DataFrame]:
-    """Return the maps of a batch size by title: FOP against K-FAC, one row a learning rate and damping."""
-    final = study.phase("final")[lambda runs: runs["batch_size"] == batch_size]
-    parts = final["contender"].str.extract("^(?P<family>fop|kfac)(?P<ending>.*)")
-    final = final.join(parts).dropna(subset="family")
-    for axis in ("lr", "damping"):
-        final[axis] = [run["options"].get(axis) for run in final["run"]]
-        for name in final["contender"][final[axis].isna()]:
-            raise ValueError(
-                f"{study.where}: a run of {name} has no {axis!r} in its options; a map needs lr and damping"
-            )
-    found = {}
-    for ending, runs in final.groupby("ending"):
-        title = {"": "with KL clip", "-noclip": "without KL clip"}.get(ending, ending.strip("-"))
-        for (lr, damping, family), point in runs.groupby(["lr", "damping", "family"]):
-            one_setting(point, f"{study.where}, batch {batch_size}: {family} at {lr:g}, {damping:g}")
-        points = runs.groupby(["lr", "damping"])
-        found[title] = pd.DataFrame([_point(lr, damping, each) for (lr, damping), each in points])
-    return found
-
-
-def _point(lr: float, damping: float, runs: pd.DataFrame) -> dict[str, Any]:
-    """Return the cells of `map_table`, and the numbers of the plots: NaN where a run is missing or lost."""
-    sides = {label: runs[runs["family"] == name] for label, name in SIDES.items()}
-    kfac, fop = sides.values()
-    lost = {label: side["diverged"].sum() for label, side in sides.items() if side["diverged"].any()}
-    row: dict[str, Any] = {"lr": lr, "damping": damping, "n": f"{len(kfac)}/{len(fop)}"}
-    row |= {f"{label} accuracy %": _final(100 * side["accuracy"], 2) for label, side in sides.items()}
-    row["FOP − K-FAC"] = "–"
-    row |= {f"{label} train loss": _final(side["train_loss"], 4) for label, side in sides.items()}
-    row |= {f"{label} lost": label in lost for label in sides}
-    row["lost"] = "".join(f"{label} {count} of {len(sides[label])}\n" for label, count in lost.items())
-    row |= {"difference": NAN, "loss_ratio": NAN, "verdict": None}
-    if not lost and len(kfac) and len(fop):
-        ours, theirs = 100 * fop["accuracy"], 100 * kfac["accuracy"]
-        gap, error = ours.mean() - theirs.mean(), math.hypot(theirs.sem(), ours.sem())
-        spread = "" if math.isnan(error) else f" ± {error:.2f}"
-        row["FOP − K-FAC"] = f"{'+' if gap > 0 else ''}{gap:.2f}{spread}"
-        row |= {"difference": gap, "verdict": compare(ours, theirs, low=False)}
-        above, below = kfac["train_loss"].mean(), fop["train_loss"].mean()
-        row["loss_ratio"] = math.log2(above / below) if min(above, below) > 0 else NAN
-    return row
-
-
-def _final(values: pd.Series, digits: int) -> str:
-    """Write the mean over the runs that did not diverge, and how many did."""
-    if values.count() == 0:
-        return "diverged" if len(values) else "not run"
-    lost = values.isna().sum()
-    return f"{values.mean():.{digits}f}" + (f" ({lost} of {len(values)} diverged)" if lost else "")
-
-
-def map_table(points: pd.DataFrame) -> str:
-    """Return one row for every point: both final accuracies and losses, and the difference."""
-    shown = points.loc[:, slice("lr", "FOP train loss")]
-    shown = shown.assign(**{axis: shown[axis].map("{:g}".format) for axis in ("lr", "damping")})
-    return markdown_table(shown, shown.to_numpy())
-
-
-def map_sentence(title: str, points: pd.DataFrame) -> str:
-    """Count the points at which FOP ends higher than K-FAC, lower, and within the spread."""
-    compared = points[points["difference"].notna()]
-    verdicts = compared["verdict"].value_counts()
-    single = compared["difference"][compared["verdict"].isna()]
-    parts = []
-    if len(verdicts):
-        counts = [verdicts.get(verdict, 0) for verdict in ("ahead", "behind", "within the spread")]
-        parts.append(
-            "by more than the spread (pooled standard deviation over the seeds) in {}, K-FAC higher than FOP "
-            "in {}, within it in {}".format(*counts)
-        )
-    if len(single):
-        parts.append(
-            f"with single runs, which say nothing of the spread, in {(single > 0).sum()}, "
-            f"lower in {(single < 0).sum()}, equal in {(single == 0).sum()}"
-        )
-    comparison = f"; FOP ends higher than K-FAC {', and '.join(parts)}" if parts else ""
-    lost = f"{points['K-FAC lost'].sum()} of K-FAC, {points['FOP lost'].sum()} of FOP"
-    return (
-        f"{title[:1].upper()}{title[1:]}: of {len(points)} points {len(compared)} can be compared"
-        f"{comparison}. Points with a diverged run: {lost}."
-    )

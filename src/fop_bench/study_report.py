@@ -1,8 +1,7 @@
-"""README.md and plots of `fop-bench run`'s and `defaults`' studies, made from their JSON lines alone."""
+"""README.md and plots of `fop-bench run`'s studies, made from their JSON lines alone."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from itertools import groupby
@@ -11,19 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from fop_bench import plots
 from fop_bench import study as tables
 from fop_bench.paper import PAPER_TABLES, paper_section
-from fop_bench.plots import (
-    layered_runs,
-    plot_curves,
-    plot_layers,
-    plot_maps,
-    plot_speed_up,
-    speed_up_reference,
-)
-from fop_bench.records import Record, of_one_commit, read_runs, record_files, write_text
+from fop_bench.records import Record, of_one_commit, read_runs, write_text
 from fop_bench.study import Study
-from fop_bench.tables import markdown_table, plus_minus
+from fop_bench.tables import markdown_table
 
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
@@ -54,7 +46,7 @@ def write_report(folder: Path) -> Path:
             lines = [run for study in each for run in study.runs["run"]]
             parts += [f"## {recipe}, {task}: {lines[0]['title']}", *_how_to_repeat(lines)]
             for study in each:
-                parts += _map(study, folder) if study.name.startswith("map") else _comparison(study, folder)
+                parts += _comparison(study, folder)
         if table := PAPER_TABLES.get(recipe):
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
@@ -128,138 +120,26 @@ def _comparison(study: Study, folder: Path) -> list[str]:
 
 def _plots(study: Study, folder: Path) -> list[str]:
     stem = _stem(study)
-    plot_curves(study, folder / f"{stem}-curves.png")
+    plots.plot_curves(study, folder / f"{stem}-curves.png")
     parts = [
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
-    if (reference := speed_up_reference(study)) is not None:
-        plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
+    if (reference := plots.speed_up_reference(study)) is not None:
+        plots.plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
             f"Speed-up: the mean epochs (seconds) to the target of {study.labels[reference[1]]} at batch "
             f"{reference[0]}, the smallest, over a contender's at each batch size. A point is there "
             "only if every seed reached the target.",
         ]
-    if layered := layered_runs(study):
-        plot_layers(layered, folder / f"{stem}-layers.png")
+    if layered := plots.layered_runs(study):
+        plots.plot_layers(layered, folder / f"{stem}-layers.png")
         note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
         parts += [f"![Layers]({stem}-layers.png)", note]
     return parts
 
 
-def _map(study: Study, folder: Path) -> list[str]:
-    note = "Every point of the grid was run with every seed; nothing is selected."
-    parts = [f"### Study {study.name}", note]
-    for size, runs in study.runs.groupby("batch_size"):
-        grids = tables.maps(study, size)
-        if not grids:
-            parts.append(f"No run of FOP or K-FAC at batch {size}.")
-            continue
-        image = f"{_stem(study)}-batch-{size}.png"
-        plot_maps(grids, f"{study.recipe}, {study.task}, {study.name}: batch {size}", folder / image)
-        parts += [
-            f"#### Batch {size}, {'/'.join(map(str, sorted(set(runs['epochs']))))} epochs",
-            f"![Map]({image})",
-            "Red: FOP ends better, blue: K-FAC does. Grey: a run diverged, and whose. Accuracy in "
-            "percentage points; loss as the binary logarithm of K-FAC's over FOP's: 1 is half the loss.",
-        ]
-        for title, points in grids.items():
-            table = _folded(f"Batch {size}, {title}", tables.map_table(points))
-            parts += [tables.map_sentence(title, points), table]
-    return [*parts, "Differences ± their standard error, from the standard deviations over n seeds of each."]
-
-
 def _stem(study: Study) -> str:
     name = f"{study.recipe}-{study.task}-{study.name}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-# --- The defaults
-
-SHOWN = 12
-
-
-def read_defaults(path: Path) -> list[dict[str, Any]]:
-    """Read what is shown of the runs of a study; lines of version 0.1 are that already."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_shown(run) if "curve" in run else run for run in lines]
-
-
-def _shown(run: Record) -> dict[str, Any]:
-    size = "full batch" if run["batch_size"] >= run["train_samples"] else f"batch {run['batch_size']}"
-    last = {} if run["diverged"] else run["curve"][-1]
-    return {
-        **{"task": f"{run['task']}, {size}", "optimizer": run["contender"]},
-        **{key: run[key] for key in ("options", "seed", "diverged", "warnings")},
-        **{key: last.get(key) for key in ("accuracy", "train_loss", "seconds")},
-        "environment": {key: run["environment"][key] for key in ("device", "torch", "fop", "git", "threads")},
-    }
-
-
-def write_defaults(folder: Path) -> Path:
-    """Write ``folder``/README.md from all studies in ``folder``; return its path."""
-    parts = [
-        "# Defaults: the measurement",
-        "Made by `fop-bench defaults` from the JSON lines in this folder; do not edit. Every line holds its "
-        "commit, versions and device. Accuracy is on the validation part after the last epoch; *regret* is "
-        "the distance to the best accuracy that any run of the study had on that task, in percentage points; "
-        "a diverged run counts as accuracy 0.",
-    ]
-    for path in record_files(folder):
-        if lines := read_defaults(path):
-            parts += _defaults(path.stem, lines)
-    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
-
-
-def _defaults(name: str, lines: list[dict[str, Any]]) -> list[str]:
-    runs = pd.DataFrame(lines)
-    runs["accuracy"] = 100 * runs["accuracy"].astype(float).fillna(0.0)
-    where = sorted({json.dumps(each, sort_keys=True) for each in runs["environment"]})
-    head = [
-        f"## {name}",
-        f"To repeat: `fop-bench defaults {name} --data CIFAR10 --out FOLDER`; CIFAR-10 as an image folder "
-        "(without `--data` only the digits).",
-        f"{len(runs)} runs on {runs['task'].nunique()} tasks, {runs['diverged'].sum()} diverged. "
-        f"Measured on: {'; '.join(f'`{each}`' for each in where)}",
-    ]
-    return head + (_rates(runs) if name == "comparison" else _regrets(runs))
-
-
-def _regrets(runs: pd.DataFrame) -> list[str]:
-    runs["label"] = [", ".join(f"{key}={value}" for key, value in each.items()) for each in runs["options"]]
-    runs["regret"] = runs.groupby("task")["accuracy"].transform("max") - runs["accuracy"]
-    tasks = runs.pivot_table(index="label", columns="task", values="regret", sort=False).dropna()
-    tasks = tasks.sort_index(axis="columns")
-    # Rounded, so that combinations with equal regrets keep their order.
-    means = tasks.mean(axis="columns").round(9).sort_values(kind="stable")
-    best = tasks.loc[means.index[:SHOWN]]
-    spread = best.agg(["mean", "max"], axis="columns")
-    best = pd.concat([spread.set_axis(["mean regret", "worst regret"], axis="columns"), best], axis="columns")
-    table = markdown_table(["options", *best], best.map("{:.2f}".format).reset_index().to_numpy())
-    # One row for every run and option, with the mean regret of the run's combination.
-    values = runs["options"].map(lambda each: [(key, str(value)) for key, value in each.items()])
-    marginal = pd.DataFrame({"value": values, "regret": runs["label"].map(means)}).explode("value").dropna()
-    spread = marginal.groupby("value")["regret"].agg(["median", "min", "max"]).map("{:.2f}".format)
-    head = ["option", "value", "median of the mean regrets", "best", "worst"]
-    by_value = markdown_table(head, ([*value, *row] for value, *row in spread.itertuples()))
-    shown = f"The best {len(best)} of {len(means)} combinations, by mean regret over the tasks:"
-    return [shown, table, "Every value of an option, over all values of the others:", by_value]
-
-
-def _rates(runs: pd.DataFrame) -> list[str]:
-    parts = [
-        "Every learning rate of every optimizer, other options at their defaults; mean ± standard deviation "
-        "over n seeds of final accuracy (%) and training loss. Nothing is selected. "
-        "The runs shared the processor, so there are no times here."
-    ]
-    runs["lr"] = [options["lr"] for options in runs["options"]]
-    runs["train_loss"] = runs["train_loss"].astype(float)
-    head = ["optimizer", "lr", "n", "diverged", "accuracy %", "training loss"]
-    for task, of_task in runs.groupby("task"):
-        rows = []
-        for (optimizer, lr), each in of_task.groupby(["optimizer", "lr"]):
-            ends = [plus_minus(each["accuracy"], 2), plus_minus(each["train_loss"], 4)]
-            rows.append([optimizer, f"{lr:g}", len(each), each["diverged"].sum(), *ends])
-        parts += [f"### {task}", markdown_table(head, rows)]
-    return parts

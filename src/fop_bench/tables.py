@@ -17,12 +17,12 @@ def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> 
     return "\n".join([head_line, "|" + "---|" * len(head), *body])
 
 
-def section(title: str, note: str, rows: Sequence[Mapping[str, object]], level: int = 2) -> str:
+def section(title: str, note: str, rows: Sequence[Mapping[str, object]]) -> str:
     """Return a table with heading and note as Markdown, or "" without rows; a row maps headings to cells."""
     if not rows:
         return ""
     table = markdown_table(rows[0], (row.values() for row in rows))
-    return f"{'#' * level} {title}\n\n{note}\n\n{table}"
+    return f"## {title}\n\n{note}\n\n{table}"
 
 
 def plus_minus(values: pd.Series, digits: int, scale: float = 1.0) -> str:

@@ -80,7 +80,6 @@ class Training:
     after_step: Callable[[], None] = lambda: None
     bf16: bool = False
     draw: Generator | None = None  # what `batch` draws from, if not from `shuffle`
-    mean: Callable[[Tensor], float] = float  # of a loss over all processes that train together
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -147,7 +146,7 @@ class Training:
     def _close_epoch(self) -> None:
         now = self.progress
         assert now.losses is not None
-        loss = self.mean(now.losses) / ((now.steps - 1) % self.epoch_steps + 1)
+        loss = now.losses.item() / ((now.steps - 1) % self.epoch_steps + 1)
         now.diverged = not math.isfinite(loss)
         if now.diverged:
             return
@@ -181,29 +180,21 @@ class Training:
         return known
 
 
-def by_sub_batch(count: int) -> Tensor:
-    """Return the places of a batch, those in FOP's first sub-batch (by parity of bits) before the others."""
-    return torch.tensor([place.bit_count() % 2 for place in range(count)]).argsort(stable=True)
-
-
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:
     """Return what was warned of, each text once."""
     return list(dict.fromkeys(f"{each.category.__name__}: {each.message}" for each in caught))
 
 
 @torch.no_grad()
-def count_right(
-    model: nn.Module, count: int, batch: Batch, total: Callable[[Tensor], Tensor] = lambda counts: counts
-) -> tuple[int, int]:
-    """Return how many of ``count`` samples a model gets right, and ``count``, both summed by ``total``."""
+def count_right(model: nn.Module, count: int, batch: Batch) -> int:
+    """Return how many of ``count`` samples a model gets right."""
     model.eval()
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
     for numbers in torch.arange(count, device=device).split(EVALUATED_AT_ONCE):
         inputs, targets = batch(numbers)
         right += (model(inputs).argmax(dim=1) == targets).sum()
-    all_right, of = total(torch.stack([right, torch.tensor(count, device=device)])).tolist()
-    return all_right, of
+    return int(right)
 
 
 def _now(device: torch.device) -> float:

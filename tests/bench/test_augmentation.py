@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fop_bench.images import Augmentation, Normaliser, augment, cut_out
+from fop_bench.images import Augmentation, Normaliser, augment
 
 # Not square, so that rows are told from columns.
 HEIGHT, WIDTH = 5, 7
@@ -91,35 +91,10 @@ def test_augmented_images_are_mirrored_or_crops_of_the_padded_ones(flip: bool, s
         assert 0.4 < mirrored / count < 0.6  # 3.5 standard deviations
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 4, 6])
-def test_holes_are_squares_around_any_pixel(side: int) -> None:
-    count = 900
-    inputs = 1 + torch.rand(count, 3, HEIGHT, WIDTH, generator=generator(2))
-    cut = cut_out(inputs, side, generator())
-    possible: Counter[bytes] = Counter()
-    for row in range(HEIGHT):
-        for column in range(WIDTH):
-            hole = np.zeros((HEIGHT, WIDTH), dtype=bool)
-            top, left = row - side // 2, column - side // 2
-            hole[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = True
-            possible[hole.tobytes()] += 1
-    holes = (cut == 0).numpy()
-    assert (holes == holes[:, :1]).all(), "the same in every channel"
-    np.testing.assert_array_equal(cut.numpy(), np.where(holes, 0, inputs.numpy()))
-    seen = Counter(hole[0].tobytes() for hole in holes)
-    assert seen.keys() == possible.keys()
-    for hole, ways in possible.items():
-        expected = count * ways / (HEIGHT * WIDTH)
-        assert expected / 3 < seen[hole] < 3 * expected
-
-
 def test_nothing_asked_for_is_nothing_done() -> None:
     pixels, draw = photographs(4), generator()
     before, state = pixels.clone(), draw.get_state()
     assert augment(pixels, Augmentation(), draw) is pixels
-    assert augment(pixels, Augmentation(cutout=3), draw) is pixels
-    inputs = pixels.float().permute(0, 3, 1, 2)
-    assert cut_out(inputs, 0, draw) is inputs
     assert torch.equal(pixels, before)
     assert torch.equal(draw.get_state(), state)
 
@@ -127,7 +102,6 @@ def test_nothing_asked_for_is_nothing_done() -> None:
 CHANGES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "flip": lambda pixels, draw: augment(pixels, Augmentation(flip=True), draw),
     "shift": lambda pixels, draw: augment(pixels, Augmentation(shift=2), draw),
-    "cutout": lambda pixels, draw: cut_out(pixels.float().permute(0, 3, 1, 2), 3, draw),
 }
 
 

@@ -21,7 +21,6 @@ import fop_bench
 from command import invoke
 from fop_bench import cli, execution
 from fop_bench.records import read_runs, write_json
-from fop_bench.study_report import write_defaults
 from study_records import line, write
 from tiny_study import (
     STEPS,
@@ -102,14 +101,6 @@ def test_stray_files_are_no_records(tmp_path: Path) -> None:
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     assert read_runs(tmp_path) == runs
-    assert "## comparison" not in write_defaults(make_defaults(tmp_path / "defaults")).read_text()
-
-
-def make_defaults(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "._comparison.jsonl").write_bytes(b"\0\5\26\7")
-    (folder / "comparison.jsonl").symlink_to(folder / "nowhere.jsonl")
-    return folder
 
 
 # --- The extra
@@ -131,13 +122,17 @@ ALL = "datasets matplotlib numpy pandas PIL pytorch_optimizer rich sklearn"
 def test_help_needs_no_extra() -> None:
     code, told = without(ALL, "run", "--help")
     assert code == 0, told
-    assert "cifar10-small comparison, map" in " ".join(told.split())
+    assert "cifar10-small comparison, ablation" in " ".join(told.split())
 
 
 @pytest.mark.parametrize(
     ("packages", "arguments", "missing"),
     [
-        ("pandas matplotlib datasets PIL sklearn pytorch_optimizer", ("scale", "--predict"), None),
+        (
+            "pandas matplotlib datasets PIL sklearn pytorch_optimizer",
+            ("scale", "--ranks", "1", "--model", "mlp", "--batch", "2", "--rounds", "1"),
+            None,
+        ),
         ("pandas", ("report", "OUT"), "pandas"),
         ("matplotlib", ("report", "OUT"), "matplotlib"),
         ("sklearn", ("run", "digits", "--jobs", "1"), "sklearn"),
@@ -192,10 +187,10 @@ def test_what_is_imported_is_declared() -> None:
 
 # --- Commands that somebody may have written down
 
-COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "defaults", "surface")
+COMMANDS = ("demo", "run", "report", "overhead", "race", "scale")
 SHOWN = re.compile(rf"fop[-_]bench ((?:{'|'.join(COMMANDS)})\b[^`\n\"#\\|;,()]*)")
 # A command's name in prose, and an option that the page of its record says is gone.
-NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report|defaults|surface)$")
+NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report)$")
 
 
 def test_commands_of_documents_and_records_are_understood(

@@ -39,9 +39,9 @@ from fop_bench.race import (
 from fop_bench.race_tasks import TASKS, Problem, Task, gpt, of_images
 from fop_bench.records import locked
 from fop_bench.training import with_replacement, without_replacement
-from fop_bench.world import World
 
 SEARCHED = [name for name, start in STARTS.items() if start is not None]
+CPU = torch.device("cpu")
 TASK = "digits-lstm"
 
 
@@ -58,7 +58,7 @@ def raced(out: Path, *arguments: str) -> Told:
 def train(side: dict[str, Any], rate: float | None, seed: int) -> dict[str, Any] | None:
     """Make a run in one sitting, which saves nothing."""
     sitting = Sitting(None, Path("nowhere"), math.inf, "", None)
-    return execute(RaceRun(side, rate, seed), sitting, World(torch.device("cpu")))
+    return execute(RaceRun(side, rate, seed), sitting, CPU)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -156,8 +156,8 @@ def test_a_run_with_a_stop_after_every_step_is_the_same(
 ) -> None:
     monkeypatch.setitem(TASKS, "digits-cnn", replace(TASKS["digits-cnn"], batch_size=400, steps=5))
     run = RaceRun(side_of(name, "digits-cnn", {}, keep_norm=True, bf16=False), STARTS[name], 3)
-    world, git = World(torch.device("cpu")), itertools.count()
-    whole = execute(run, Sitting(None, tmp_path / "whole", math.inf, "", None), world)
+    git = itertools.count()
+    whole = execute(run, Sitting(None, tmp_path / "whole", math.inf, "", None), CPU)
     assert whole is not None and not whole["diverged"]
     row, sittings = None, 0
     while row is None:
@@ -165,7 +165,7 @@ def test_a_run_with_a_stop_after_every_step_is_the_same(
         monkeypatch.setattr(execution, "time", SimpleNamespace(monotonic=ticks.__next__))
         # Each sitting at a commit of its own: the library's source is a part of the run.
         here = Sitting(None, tmp_path, 2, "", {"commit": str(next(git)), "dirty": False})
-        row = execute(run, here, world)
+        row = execute(run, here, CPU)
     assert sittings == 5
     assert (row["value"], row["last_loss"]) == (whole["value"], whole["last_loss"])
 

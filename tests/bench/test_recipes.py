@@ -19,7 +19,7 @@ from fop_bench.images import Source
 from fop_bench.optimizers import PEERS
 from fop_bench.paper import PAPER_TABLES
 from fop_bench.recipes import CIFAR10_SMALL as SMALL
-from fop_bench.recipes import DEFAULTS, RECIPES, DigitsTask, ImageTask, digits_split, recipe
+from fop_bench.recipes import RECIPES, DigitsTask, ImageTask, digits_split, recipe
 
 # --- Who is compared
 
@@ -28,7 +28,7 @@ from fop_bench.recipes import DEFAULTS, RECIPES, DigitsTask, ImageTask, digits_s
 def test_contenders_of_a_study_have_grids_of_one_size(name: str) -> None:
     for study in RECIPES[name].studies.values():
         assert len({len(list(each.combinations())) for each in study.contenders.values()}) == 1
-        assert not study.tuned or 0 not in study.seeds, "the tuning seed is no final one"
+        assert 0 not in study.seeds, "the tuning seed is no final one"
         assert all(each.optimizer in PEERS for each in study.contenders.values())
 
 
@@ -37,14 +37,10 @@ def test_batch_sizes_and_targets_are_the_papers() -> None:
     comparisons = {name: RECIPES[name].studies["comparison"] for name in PAPER_TABLES}
     assert {name: list(study.epochs) for name, study in comparisons.items()} == {
         "cifar10-resnet18": [2048, 4096, 8192, 16384, 32768, 50000],
-        "imagenet100-t2tvit": [512, 1024, 2048, 4096],
-        "imagenet1k-resnet50": [1024, 2048, 4096, 8192],
         "cifar-lt-resnet32": [128],
     }
     assert {name: RECIPES[name].targets.get("accuracy") for name in PAPER_TABLES} == {
         "cifar10-resnet18": 0.91,
-        "imagenet100-t2tvit": 0.806,
-        "imagenet1k-resnet50": 0.759,
         "cifar-lt-resnet32": None,
     }
     intervals = [comparisons["cifar10-resnet18"].contenders["fop"].options(b) for b in (2048, 8192, 50000)]
@@ -57,18 +53,6 @@ def test_options_of_the_ablation_are_what_they_say() -> None:
     assert ablation["beta-only"]["eta"] == 1.0
     assert ablation["kfac-noclip"]["kl_clip"] is None
     assert {each["curvature_interval"] for each in ablation.values()} == {5}
-    halves = {each.halves for each in SMALL.studies["ablation"].contenders.values()}
-    assert halves == {"random", "fixed", "classes"}
-    formula = SMALL.studies["formula"].contenders
-    assert formula["fresher"].options(2000)["curvature_interval"] == 1
-    assert formula["staler"].options(2000)["curvature_interval"] == 25
-
-
-def test_the_defaults_are_chosen_on_held_out_images() -> None:
-    for plan in DEFAULTS:
-        assert {study.phase for study in plan.studies.values()} == {"tuning"}
-        assert not any(study.tuned for study in plan.studies.values())
-        assert {len(study.contenders) for name, study in plan.studies.items() if name != "comparison"} == {1}
 
 
 def test_unknown_recipe_lists_the_known() -> None:
@@ -98,16 +82,13 @@ def test_the_digits_are_split_without_overlap_and_stratified() -> None:
         assert np.abs(shares - np.bincount(labels) / len(labels)).max() < 0.005
 
 
-def test_the_digits_are_scikit_learns_and_shared_out() -> None:
+def test_the_digits_are_scikit_learns() -> None:
     raw, loaded = load_digits(), DigitsTask().load(None)
     assert loaded["tuning"][0] is loaded["final"][0]
     for images, part in zip((*loaded["tuning"], loaded["final"][1]), digits_split(), strict=True):
         assert images.pixels.shape == (len(part), 8, 8, 1)
         np.testing.assert_array_equal(images.pixels[..., 0].numpy(), raw.images[part] * 15)
         assert images.labels.tolist() == raw.target[part].tolist()
-    shares = [DigitsTask().load(None, rank, 2) for rank in range(2)]
-    together = sorted(int(each) for share in shares for each in share["final"][0].pixels.sum((1, 2, 3)))
-    assert together == sorted(loaded["final"][0].pixels.sum((1, 2, 3)).tolist())
     with pytest.raises(ValueError, match="--data is /tmp; the digits come with scikit-learn"):
         DigitsTask().load("/tmp")
 
@@ -124,8 +105,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(folder: Path) -> None:
-    parts = ImageTask(Source("owner/name"), held_out=0.1).load(str(folder))
+def test_final_runs_train_on_what_tuning_holds_out(folder: Path) -> None:
+    parts = ImageTask(Source("owner/name")).load(str(folder))
     (tuning, held), (final, test) = parts["tuning"], parts["final"]
     seen = [
         list(zip(e.labels.tolist(), e.pixels[:, 0, 0, 1].tolist(), strict=True))
@@ -134,17 +115,8 @@ def test_final_runs_train_on_what_tuning_holds_out_without_a_copy(folder: Path) 
     # The last tenth of every class, and nothing of a class that has one image.
     assert seen[1] == [(0, 9), (1, 18), (1, 19)]
     assert seen[0] == [(0, n) for n in range(9)] + [(1, n) for n in range(18)] + [(2, 0)]
-    assert seen[2] == seen[0] + seen[1]
-    assert tuning.pixels.data_ptr() == final.pixels.data_ptr()
+    assert seen[2] == sorted(seen[0] + seen[1])
     assert len(test) == 31
-    shares = [ImageTask(Source("owner/name")).load(str(folder), rank, 2) for rank in range(2)]
-    assert sum(len(share["final"][0]) for share in shares) == 31
-
-
-def test_a_task_without_test_images_reads_none(folder: Path) -> None:
-    (folder / "test").rename(folder / "elsewhere")
-    parts = ImageTask(Source("owner/name"), has_test=False).load(str(folder))
-    assert len(parts["tuning"][1]) == len(parts["final"][1]) == 3
 
 
 # --- Where a record was made

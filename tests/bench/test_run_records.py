@@ -24,8 +24,8 @@ def test_a_broken_line_is_an_error(tmp_path: Path, broken: str, rest: str) -> No
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     run = line("fop", [0.5])
-    del run["seed"], run["halves"]
-    with pytest.raises(ValueError, match="line 1 has no seed, halves"):
+    del run["seed"], run["targets"]
+    with pytest.raises(ValueError, match="line 1 has no seed, targets"):
         read_runs(write(tmp_path / "a.jsonl", [run]))
     run = line("fop", [0.5])
     del run["environment"]["git"]
@@ -54,6 +54,6 @@ def test_commits_are_not_mixed(tmp_path: Path) -> None:
 
 def test_the_same_run_twice_is_an_error() -> None:
     run = line("fop", [0.5])
-    with pytest.raises(ValueError, match=r"there more than once.*contender fop.*seed 1, halves random"):
+    with pytest.raises(ValueError, match=r"there more than once.*contender fop.*seed 1"):
         of_one_commit([run, copy.deepcopy(run)])
-    assert len(of_one_commit([run, {**run, "halves": "fixed"}, {**run, "seed": 2}])) == 3
+    assert len(of_one_commit([run, {**run, "contender": "kfac"}, {**run, "seed": 2}])) == 3

@@ -17,7 +17,6 @@ import command
 from fop_bench import environment, runner
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import Record
-from fop_bench.world import World
 from tiny_study import (
     COMMIT,
     STEPS,
@@ -101,11 +100,10 @@ def test_a_second_process_in_the_same_folder_is_refused(
         (None, None, {}, "of commit 0123456789, and this is an installed package:"),
         (COMMIT, None, {"data": "some/images"}, "on some/images, and this is random numbers:"),
         (COMMIT, "other/images", {}, "on random numbers, and this is other/images:"),
-        (COMMIT, None, {"ranks": 4}, "on ranks: 4, and this is 1:"),
         (COMMIT, None, {"environment": {"fop": "0.0.1", "git": COMMIT}}, "of fop 0.0.1, and this is"),
     ],
 )
-def test_runs_of_other_code_data_or_ranks_are_not_mixed_with_new_ones(
+def test_runs_of_other_code_or_data_are_not_mixed_with_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, git: Any, data: str | None, written: Any, message: str
 ) -> None:
     path = started(tmp_path)
@@ -163,7 +161,7 @@ def test_records_name_the_commit_that_the_command_began_with(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--study", "x"), 1, "unknown study 'x'; known are comparison, all, map, large"),
+        (("--study", "x"), 1, "unknown study 'x'; known are comparison, all, large"),
         (("--task", "x"), 1, "unknown task 'x'; known are random, joined"),
         (("--optimizer", "adam"), 1, "unknown optimizer 'adam'; known are sgd, fop"),
         (("--batch", "7"), 1, "unknown batch size 7; known are 8, 12"),
@@ -209,7 +207,7 @@ def pool_of(monkeypatch: pytest.MonkeyPatch, submit: Callable[..., Future[Record
     """Put another pool of workers in place."""
 
     @contextmanager
-    def workers(jobs: int, *world: World) -> Iterator[Callable[..., Future[Record | None]]]:
+    def workers(jobs: int) -> Iterator[Callable[..., Future[Record | None]]]:
         yield submit
 
     monkeypatch.setattr(runner, "_workers", workers)
