@@ -16,7 +16,7 @@ from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings
 from fop.capture import BatchSize, Cleared, Source, local, retrace
-from fop.correction import combine
+from fop.correction import combine, inner, ratio
 from fop.curvature import Estimate, Fallback, Refresher
 from fop.distributed import (
     Description,
@@ -56,6 +56,7 @@ from fop.state import (
 )
 from fop.step_size import (
     REFERENCE_NORM,
+    Sums,
     Update,
     kl_scale,
     measure,
@@ -63,6 +64,7 @@ from fop.step_size import (
     noise_share,
     scale_update,
     stretch,
+    turn,
 )
 
 _Kind = TypeVar("_Kind", bound="FOP")
@@ -550,10 +552,18 @@ class FOP(JoinableOptimizer, Optimizer):
         input_square = None if units is None else units.flatten()[-1]
         state = binding.curvature.state
         noise = noise_share(state, direction.noise, trusted) if binding.corrected else None
+        along = None
+        if by_weight and not hasattr(binding.weight, "to_local"):
+            weight, of_weight = binding.parts(average)[0]
+            weight = weight.to(of_weight.dtype)
+            norms = inner(weight, weight).sqrt() * inner(of_weight, of_weight).sqrt()
+            along = ratio(inner(weight, of_weight), norms, otherwise=0.0)
         kinds = direction.rho, trusted, gradients.reason
-        return Update(matrix, length, mixing, eta_used, *kinds, input_square=input_square, noise=noise)
+        return Update(
+            matrix, length, mixing, eta_used, *kinds, input_square=input_square, noise=noise, along=along
+        )
 
-    def _move(  # noqa: PLR0912 - momentum, length and move in one piece
+    def _move(  # noqa: PLR0912, PLR0915 - decay, momentum, length and move in one piece
         self,
         bindings: list[Binding],
         shared: list[Shared],
@@ -577,6 +587,10 @@ class FOP(JoinableOptimizer, Optimizer):
                 group, state, good = groups[param], self.state[param], good.to(part.device)
                 if self._kl_scale is not None:
                     part = part * self._kl_scale.to(part.device, part.dtype)
+                if group["weight_decay"]:
+                    rate = torch.where(good, part.new_full((), group["lr"]), part.new_zeros(()))
+                    decayed = local(param) if sharded else param
+                    decayed.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
                 # Not a product: 0 times NaN is NaN.
                 move = torch.where(good, part, 0)
                 if group["momentum"]:
@@ -593,16 +607,19 @@ class FOP(JoinableOptimizer, Optimizer):
             shared[index] = update, moves
             if by_weight:
                 weight = local(binding.weight) if sharded else binding.weight
-                steps = [move for _, move in moves]
-                measured.append(measure(steps, update.input_square, weight, by_row=bool(binding.rows)))
+                gradient = binding.weight.grad if update.along is None else None
+                gradient = gradient if gradient is None else local(gradient)
+                steps, by_row = [move for _, move in moves], bool(binding.rows)
+                measured.append(measure(steps, update.input_square, weight, gradient, by_row=by_row))
         if sharded and by_weight:
             measured = self._distributor.sums(bindings, measured)
         for index, (binding, (update, moves)) in enumerate(zip(bindings, shared, strict=True)):
-            factor = None
+            factor = sums = None
             if by_weight:
-                state, sums = self.state[binding.weight], measured[index]
+                state, numbers = self.state[binding.weight], measured[index].unbind()
+                sums = Sums(*numbers)
                 if REFERENCE_NORM not in state:
-                    state[REFERENCE_NORM] = torch.zeros_like(sums[0])
+                    state[REFERENCE_NORM] = torch.zeros_like(sums.own)
                 group, reference = groups[binding.weight], state[REFERENCE_NORM]
                 # Which schedulers of torch set.
                 anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
@@ -611,12 +628,14 @@ class FOP(JoinableOptimizer, Optimizer):
                 binding.length = share * fine[index].to(share.device) * group["lr"]
             for param, move in moves:
                 group, weight, good = groups[param], local(param) if sharded else param, fine[index]
-                rate = torch.where(good.to(move.device), move.new_full((), group["lr"]), move.new_zeros(()))
-                if group["weight_decay"]:
-                    weight.mul_((1 - rate * group["weight_decay"]).to(weight.dtype))
-                if factor is not None:
-                    rate = rate * factor.to(rate)
-                weight.add_((move * rate).to(weight.dtype), alpha=1.0 if group["maximize"] else -1.0)
+                signed = -group["lr"] if group["maximize"] else group["lr"]
+                rate = torch.where(good.to(move.device), move.new_full((), signed), move.new_zeros(()))
+                rate = rate if factor is None else rate * factor.to(rate)
+                if sums is not None and param is binding.weight:
+                    entries, by_row = binding.weight.numel(), bool(binding.rows)
+                    turn(weight, move, rate, sums, update, reference, entries, by_row=by_row)
+                else:
+                    weight.sub_((move * rate).to(weight.dtype))
 
     def _step_adamw(self, done: set[Tensor]) -> None:
         """Step every other parameter that is trained and has a gradient."""

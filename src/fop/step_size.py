@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fop.correction import Direction, ratio
+from fop.correction import Direction, inner, ratio
 from fop.curvature import LEAST_SIGNAL, NOISE
 
 # In the state: the norm that a weight which has been zero is taken to have, see `stretch`; 0 for others.
@@ -34,6 +34,7 @@ class Update(NamedTuple):
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
         noise: ν ∈ [0, 1), the share of noise in the gradient; None if sub-batches are not wanted.
+        along: with ``step_length="weight"`` the cosine of weight and gradient; None for shards.
     """
 
     matrix: Tensor
@@ -46,6 +47,7 @@ class Update(NamedTuple):
     used: Tensor | None = None
     input_square: Tensor | None = None
     noise: Tensor | None = None
+    along: Tensor | None = None
 
 
 def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,25 +93,59 @@ def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
     return torch.where(total > kl_clip, (kl_clip / total).sqrt(), 1)
 
 
-def measure(parts: Sequence[Tensor], input_square: Tensor | None, weight: Tensor, *, by_row: bool) -> Tensor:
-    """Return what `stretch` must know, (3,): ‖u‖², ‖weight‖² and Σ ‖row of u‖; of shards, to be added up.
+class Sums(NamedTuple):
+    """What `stretch` and `turn` must know of a weight and of u, by what it is to move; each 0-dim.
 
-    ``parts`` are u, by what a weight and its bias, if any, are to move. A bias is a weight whose input is 1:
-    it counts as one on inputs of the size that the others have, ``input_square``; otherwise the units of the
-    inputs would decide which of the two ‖u‖ is of. The last sum is 0 unless ``by_row``.
+    Attributes:
+        square: ‖u‖² of weight and bias. A bias is a weight whose input is 1: it counts as one on inputs of
+            the size that the others have; otherwise the units of the inputs would decide which of the two it
+            is of.
+        own: ‖weight‖².
+        rows: Σ ‖row of u‖ of an embedding; 0 for others.
+        product: ⟨weight, u⟩.
+        of_weight: ‖u‖² of the weight alone.
+        with_gradient: ⟨weight, gradient⟩, and
+        gradient: ‖gradient‖², of shards; 0 where `Update.along` says what they are for.
     """
-    square, *bias = (part.square().sum() for part in parts)
+
+    square: Tensor
+    own: Tensor
+    rows: Tensor
+    product: Tensor
+    of_weight: Tensor
+    with_gradient: Tensor
+    gradient: Tensor
+
+
+def measure(
+    parts: Sequence[Tensor],
+    input_square: Tensor | None,
+    weight: Tensor,
+    gradient: Tensor | None,
+    *,
+    by_row: bool,
+) -> Tensor:
+    """Return the numbers of `Sums`, (7,); of shards, to be added up.
+
+    ``parts`` are u, of a weight and its bias, if any; ``input_square`` is the size of the other inputs.
+    """
+    of_weight, *bias = (part.square().sum() for part in parts)
+    square, zero = of_weight, torch.zeros_like(of_weight)
     if bias:
         square = square + (bias[0] if input_square is None else bias[0] / input_square.to(square))
     own = torch.linalg.vector_norm(weight, dtype=square.dtype).square()
-    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else torch.zeros_like(square)
-    return torch.stack([square, own, rows])
+    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else zero
+    weight, of_gradient = weight.to(square), (zero, zero)
+    if gradient is not None:
+        gradient = gradient.to(square)
+        of_gradient = inner(weight, gradient), inner(gradient, gradient)
+    return torch.stack([square, own, rows, inner(weight, parts[0]), of_weight, *of_gradient])
 
 
 def stretch(
-    sums: Tensor, update: Update, reference: Tensor, typical: float, rows: int, annealed: float | None
+    sums: Sums, update: Update, reference: Tensor, typical: float, rows: int, annealed: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return s·‖weight‖ / ‖u‖, 0 for an update u of 0, see `measure`, and s; both 0-dim.
+    """Return s·‖weight‖ / ‖u‖, 0 for an update u of 0, and s; both 0-dim.
 
     s is 1, or, if the length is ``annealed`` at this momentum μ, the share of signal in the average of
     updates that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of
@@ -123,8 +159,8 @@ def stretch(
     ``rows`` is not 0 for an embedding of so many rows, of which a batch uses few: as much of the norm counts
     as rows move, (Σ ‖row‖)² / Σ ‖row‖² of them.
     """
-    square, own, by_row = sums.unbind()
-    own, size = own.sqrt(), torch.full_like(own, typical)
+    own, square = sums.own.sqrt(), sums.square
+    size = torch.full_like(own, typical)
     if update.input_square is not None:
         size = size / update.input_square.to(size).sqrt()
     reference.copy_(torch.where(own > 0, reference, size))
@@ -137,8 +173,53 @@ def stretch(
     moves = (square > 0) & (update.length.to(square) != 0)
     norm = torch.where(moves, square, 1).sqrt()
     if rows:
-        length = length * by_row / (rows**0.5 * norm)
+        length = length * sums.rows / (rows**0.5 * norm)
     return torch.where(moves, length / norm, 0), torch.where(moves, share, 0)
+
+
+def turn(
+    weight: Tensor,
+    u: Tensor,
+    rate: Tensor,
+    sums: Sums,
+    update: Update,
+    reference: Tensor,
+    entries: int,
+    *,
+    by_row: bool,
+) -> None:
+    """Move a weight by -rate·u, which turns it, and change its norm by less than that would.
+
+    A step across a weight lengthens it, with momentum more so: by ½ℓ² for the relative length ℓ = rate·‖u‖ /
+    ‖weight‖, in the long run without bounds. So the logarithm of the norm changes by a share of what the step
+    would change, and for the rest by -ℓ·c, as much of ℓ as the gradient lies along the weight, c =
+    cos(weight, gradient). The share is that of signal, 1 - ν, times √n·|c| of n ``entries``, 1 at most: of a
+    gradient that is noise about 1, and 0 for a weight whose norm the loss does not depend on (one that a
+    normalisation follows), which keeps its norm. Where noise is not known all counts as noise.
+
+    An embedding turns ``by_row``. A weight that has not its ``reference`` norm yet moves by -rate·u.
+    """
+    along, own, product, square = update.along, sums.own, sums.product, sums.of_weight
+    if along is None:
+        along = ratio(sums.with_gradient, (own * sums.gradient).sqrt(), otherwise=0.0)
+    if by_row:
+        own, product, square = (
+            (one.to(u.dtype) * other).sum(1, keepdim=True)
+            for one, other in ((weight, weight), (weight, u), (u, u))
+        )
+    product, square = rate * product, rate.square() * square
+    valid = (own > 0) & (square > 0) & (sums.own >= reference.square())
+    own, length = torch.where(valid, own, 1), torch.where(valid, square, 0).sqrt()
+    across = (square - product.square() / own).clamp(min=0)
+    turning = length * (1 - along.square()).clamp(min=0).sqrt() / torch.where(across > 0, across, 1).sqrt()
+    signal = 0.0 if update.noise is None else 1 - update.noise.to(own)
+    share = signal * (entries**0.5 * along.abs()).clamp(max=1)
+    after = (own - 2 * product + square).clamp(min=torch.finfo(own.dtype).tiny)
+    change = share * (after / own).log() / 2 - (1 - share) * along * rate.sign() * length / own.sqrt()
+    scale = change.exp() / (1 + turning.square() * across / own).sqrt()
+    a, b = scale * (1 + turning * product / own), scale * turning
+    weight.mul_(torch.where(valid, a, 1).to(weight.dtype))
+    weight.sub_((torch.where(valid, b, 1) * rate * u).to(weight.dtype))
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:

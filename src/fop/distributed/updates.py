@@ -19,7 +19,7 @@ from fop.step_size import Update, clip_coefficient
 Packets: TypeAlias = Mapping[Binding, tuple[Tensor, Tensor]]
 # What arrives: the numbers, and for each parameter this rank's part of the update.
 _Arrived: TypeAlias = dict[Binding, tuple[Tensor, list[tuple[Tensor, Tensor]]]]
-_COUNT = 9
+_COUNT = 10
 
 
 def gather_gradients(reductions: Reductions, bindings: Sequence[Binding]) -> dict[Binding, Tensor]:
@@ -60,25 +60,26 @@ def share_updates(
     squares: list[Tensor] = []
     for binding in bindings:
         numbers, parts = arrived[binding]
-        length, square, beta, eta, rho, trusted, used, size, noise = numbers.unbind()
+        length, square, beta, eta, rho, trusted, used, size, noise, cosine = numbers.unbind()
         flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
-        measured = noise if binding.corrected else None
-        update = Update(length, length, beta, eta, rho, *flags, input_square=size, noise=measured)
+        measured, along = noise if binding.corrected else None, None if binding in sharded else cosine
+        scalars = length, length, beta, eta, rho, *flags
+        update = Update(*scalars, input_square=size, noise=measured, along=along)
         shared.append((update, parts))
         squares.append(square)
     return shared, squares
 
 
 def _numbers(update: Update, square: Tensor) -> Tensor:
-    """Return the scalars of an update, and the squared norm of Ga, (9,); flags as 0 or 1."""
+    """Return the scalars of an update, and the squared norm of Ga, (10,); flags as 0 or 1."""
     length, trusted, used = update.length, update.trusted, update.used
     assert used is not None
     flag = torch.zeros_like(length) if trusted is None else trusted.to(length.dtype)
     size = torch.ones_like(length) if update.input_square is None else update.input_square.to(length)
     noise = torch.zeros_like(length) if update.noise is None else update.noise.to(length)
-    return torch.stack(
-        [length, square, update.beta, update.eta, update.rho, flag, used.to(length.dtype), size, noise]
-    )
+    along = torch.zeros_like(length) if update.along is None else update.along.to(length)
+    scalars = length, square, update.beta, update.eta, update.rho
+    return torch.stack([*scalars, flag, used.to(length.dtype), size, noise, along])
 
 
 def _share_whole(reductions: Reductions, bindings: Sequence[Binding], packets: Packets) -> _Arrived:
