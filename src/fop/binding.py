@@ -427,7 +427,16 @@ class Bindings:
             if not all(in_place(handle) for handle in watch.handles):
                 # Somebody has cleared hooks of the model.
                 watch.register(root)
-        changed = [param for param in self._owners if not self._as_found(param)]
+        current = {
+            param: [None if (at := ref()) is None else at._parameters.get(key) for ref, key in owners]
+            for param, owners in self._owners.items()
+        }
+        # FSDP leaves a model unsharded that was evaluated last.
+        changed = [
+            param
+            for param, all_now in current.items()
+            if not all(now is param or stands_for(now, param) for now in all_now)
+        ]
         broken = [weight for weight, binding in self.by_weight.items() if self._lost(binding)]
         if not (changed or broken):
             return {}
@@ -471,16 +480,6 @@ class Bindings:
         modules = (module for root in self.roots() for module in root.modules())
         have = {module for module in modules if any(p is weight for p in module._parameters.values())}
         return not have <= {ref() for ref, _ in self._owners.get(weight, ())}
-
-    def _as_found(self, param: Tensor) -> bool:
-        """Return whether all modules that had a parameter have it still."""
-        for ref, key in self._owners[param]:
-            module = ref()
-            current = None if module is None else module._parameters.get(key)
-            # FSDP leaves a model unsharded that was evaluated last.
-            if current is not param and not stands_for(current, param):
-                return False
-        return True
 
     def _current(self, param: Tensor) -> list[Tensor]:
         """Return what the parameter's modules have now under its names, each tensor once."""

@@ -142,6 +142,23 @@ def correct_in_sizes(
     return replace(result, direction=T @ result.direction)
 
 
+def turned(weight: Tensor, step: Tensor, along: float, signal: float, entries: int) -> Tensor:
+    """A weight after a step, by the angle that it turns and the logarithm of its norm.
+
+    ``along`` is the cosine of the whole weight, of so many ``entries``, and its gradient; ``signal`` is
+    1 - ν.
+    """
+    norm, far = float(weight.norm()), float(step.norm())
+    if norm == 0 or far == 0:
+        return weight - step
+    unit = weight / norm
+    across = step - (step * unit).sum() * unit
+    angle = math.atan2(far * math.sqrt(1 - along**2), norm)
+    share = signal * min(1.0, math.sqrt(entries) * abs(along))
+    growth = share * math.log(float((weight - step).norm()) / norm) - (1 - share) * along * far / norm
+    return norm * math.exp(growth) * (math.cos(angle) * unit - math.sin(angle) * across / across.norm())
+
+
 def momentum_step(
     direction: Tensor, buffer: Tensor | None, momentum: float, nesterov: bool
 ) -> tuple[Tensor, Tensor]:

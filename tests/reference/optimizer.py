@@ -20,6 +20,7 @@ from reference.equations import (
     momentum_step,
     sizes,
     split,
+    turned,
     unvec,
     vec,
 )
@@ -112,7 +113,7 @@ class ReferenceFOP:
         directions = {name: self._direction(name, block, vec(Ga[name])) for name, block in layers.items()}
         self.kl_scale = self._kl_scale(sum(float(d @ vec(Ga[name])) for name, d in directions.items()))
         for name, d in directions.items():
-            self._apply(name, unvec(self.kl_scale * d, like=Ga[name]))
+            self._apply(name, unvec(self.kl_scale * d, like=Ga[name]), Ga[name])
 
     def _direction(self, name: str, block: Block, Ga: Tensor) -> Tensor:
         state, N = self.state[name], len(block.samples)
@@ -167,8 +168,11 @@ class ReferenceFOP:
             return 1.0
         return min(1.0, math.sqrt(self.kl_clip / (self.lr**2 * product)))
 
-    def _apply(self, name: str, direction: Tensor) -> None:
+    def _apply(self, name: str, direction: Tensor, Ga: Tensor) -> None:
         layer, state = layers_of(self.model)[name], self.state[name]
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.mul_(1 - self.lr * self.weight_decay)
         step, state.buffer = momentum_step(direction, state.buffer, self.momentum, self.nesterov)
         if self.by_weight:
             assert state.sizes is not None
@@ -181,6 +185,13 @@ class ReferenceFOP:
                 # An average with weights μ^k has (1 - μ)/(1 + μ) of the variance of one.
                 noise = state.noise_share
                 step = step * (1 - noise) / (1 - noise + noise * (1 - self.momentum) / (1 + self.momentum))
+        changes = [self.lr * change for change in from_matrix(layer, step)]
         with torch.no_grad():
-            for p, change in zip(layer.parameters(), from_matrix(layer, step), strict=True):
-                p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * change)
+            for p, change in zip(layer.parameters(), changes, strict=True):
+                if self.by_weight and p is layer.weight and float(p.norm()) >= state.reference:
+                    gradient = from_matrix(layer, Ga)[0]
+                    along = float((p * gradient).sum() / (p.norm() * gradient.norm()))
+                    signal = 0.0 if self.beta == 0 else 1 - state.noise_share
+                    p.copy_(turned(p, change, along, signal, p.numel()))
+                else:
+                    p.sub_(change)

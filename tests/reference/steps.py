@@ -19,6 +19,7 @@ from reference.equations import (
     full,
     sizes,
     split,
+    turned,
     unvec,
     vec,
 )
@@ -153,7 +154,7 @@ def check_steps(
                 difference,
                 options,
                 tolerance,
-                Weighted(twin, blocks[name], curvature[name]) if by_weight(options) else None,
+                _weighted(name, twin, blocks[name], curvature[name], average, model, optimizer, options),
                 bias=blocks[name].bias is not None,
             )
 
@@ -210,13 +211,36 @@ def check_direction(
     assert (without - expected).norm() > 1e-4 * expected.norm(), f"{name}: the case cannot fail"
 
 
+def _weighted(
+    name: str,
+    twin: nn.Module,
+    block: Block,
+    held: Tensors,
+    average: Tensor,
+    model: nn.Module,
+    optimizer: Any,
+    options: Mapping[str, Any],
+) -> Weighted | None:
+    if not by_weight(options):
+        return None
+    noise, whole = optimizer.state[dict(model.named_parameters())[name]]["noise"].tolist()
+    signal = 1 - min(0.99, noise / whole) if options.get("beta", 0.0) != 0.0 and whole else 0.0
+    return Weighted(twin, block, held, average, signal, options["lr"])
+
+
 @dataclass(frozen=True)
 class Weighted:
-    """A step that is as long as its weight; ``twin`` has the old weights, and ``held`` the factors."""
+    """A step that is as long as its weight; ``twin`` has the old weights, and ``held`` the factors.
+
+    ``signal`` is the share of signal in ``average``, the gradient, as the optimizer has it.
+    """
 
     twin: nn.Module
     block: Block
     held: Tensors
+    average: Tensor
+    signal: float
+    lr: float
 
     def sizes(self, like: Tensor) -> Tensor:
         A = self.held["A"]
@@ -232,7 +256,22 @@ class Weighted:
             # Tokens that take part: n if n move equally far and the others not.
             far = direction[0].norm(dim=0)
             length = length * (far.sum() ** 2 / far.square().sum() / len(far)).sqrt()
-        return direction * length / (direction / self.sizes(direction)).norm()
+        return self._turned(direction * length / (direction / self.sizes(direction)).norm())
+
+    def _turned(self, change: Tensor) -> Tensor:
+        """What the weight moves by, over the rate, if it turns."""
+        block, params = self.block, {n: p.detach() for n, p in self.twin.named_parameters()}
+        ours = torch.ones_like(change)
+        if block.bias is not None:
+            ours[(slice(None), 1) if block.diagonal else (..., -1)] = 0
+        weight, gradient, step = block.matrix(params) * ours, self.average * ours, self.lr * change * ours
+        along = float((weight * gradient).sum() / (weight.norm() * gradient.norm()))
+        by_token = isinstance(block.kind, Lookup)
+        pieces = zip(weight.unbind(2), step.unbind(2), strict=True) if by_token else [(weight, step)]
+        entries = int(ours.sum())
+        after = [turned(*piece, along, self.signal, entries) for piece in pieces]
+        moved = weight - (torch.stack(after, 2) if by_token else after[0])
+        return moved / self.lr + change * (1 - ours)
 
 
 def by_weight(options: Mapping[str, Any]) -> bool:
