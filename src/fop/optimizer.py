@@ -92,8 +92,9 @@ class FOP(JoinableOptimizer, Optimizer):
             ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
             default is None: 0.2, or 0.05 with the paper's steps.
         step_length: "weight": ‖update of a layer‖ = lr·‖its weight‖, whatever the units of loss, inputs and
-            weights. A weight that starts at 0 moves by lr in the metric of F̂ at first, and an embedding by as
-            much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+            weights. A step turns the weight; its norm follows the gradient, and stays where the loss does not
+            depend on it (docs/method.md). A weight that starts at 0 moves by lr in the metric of F̂ at first,
+            and an embedding by as much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
         anneal: whether the length of a layer's steps falls with the share of signal in them, as the
             sub-batches show it, down to 1/25 of lr. "auto": unless a scheduler of `torch.optim.lr_scheduler`
             sets the rate, which then says how the length falls. ``ReduceLROnPlateau`` does not count, nor do

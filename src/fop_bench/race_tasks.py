@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fop_bench.images import Augmentation, Images, Normaliser, augment, load
-from fop_bench.models import DigitsLSTM, airbench, digits_autoencoder, digits_cnn, small_gpt
+from fop_bench.models import DigitsLSTM, airbench, digits_autoencoder, digits_cnn, mlp, small_gpt
 from fop_bench.optimizers import Loss, class_loss
 from fop_bench.recipes import CIFAR10, DigitsTask
 from fop_bench.training import Batch, Order, count_right, with_replacement, without_replacement
@@ -145,4 +145,7 @@ TASKS = {
     ),
     "digits-cnn": Task(digits(digits_cnn), FULL, 40),
     "digits-lstm": Task(digits(DigitsLSTM), 128, 200),
+    # Long, with little but noise in a step.
+    "digits-cnn-long": Task(digits(digits_cnn), 32, 2000),
+    "digits-mlp-long": Task(digits(partial(mlp, (64, 64, 64, 10))), 32, 2000),
 }

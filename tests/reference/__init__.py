@@ -25,6 +25,7 @@ from reference.equations import (
     momentum_step,
     sizes,
     split,
+    turned,
     unvec,
     vec,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "sizes",
     "split",
     "to_matrix",
+    "turned",
     "unvec",
     "vec",
 ]
