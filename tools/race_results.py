@@ -28,6 +28,8 @@ TITLES = {
     "digits-autoencoder": "autoencoder, full batch, MSE ↓",
     "digits-cnn": "CNN, full batch, % ↑",
     "digits-lstm": "LSTM, batch 128, % ↑",
+    "digits-cnn-long": "CNN, 32 × 2,000 steps, % ↑",
+    "digits-mlp-long": "MLP, 32 × 2,000 steps, % ↑",
 }
 LABELS = {
     **{"sgd": "SGD", "adamw": "AdamW", "soap": "SOAP", "muon": "Muon"},
