@@ -100,7 +100,7 @@ def test_weights_before_a_normalisation_keep_their_norm_and_others_do_not(optimi
 
 @pytest.mark.parametrize("build", [normalised, plain])
 def test_noise_does_not_lengthen_weights(build: Net) -> None:
-    """Steps that are added make one 65 times as long here, and all before a normalisation more than 200 times."""
+    """Steps that are added make one 65 times as long, and all before a normalisation more than 200 times."""
     torch.manual_seed(0)
     net = build()
     before = norms(net)
