@@ -201,23 +201,25 @@ def turn(
     """
     along, own, product, square = update.along, sums.own, sums.product, sums.of_weight
     if along is None:
-        along = ratio(sums.with_gradient, (own * sums.gradient).sqrt(), otherwise=0.0)
+        along = ratio(sums.with_gradient / own.sqrt(), sums.gradient.sqrt(), otherwise=0.0)
     if by_row:
         own, product, square = (
             (one.to(u.dtype) * other).sum(1, keepdim=True)
             for one, other in ((weight, weight), (weight, u), (u, u))
         )
-    product, square = rate * product, rate.square() * square
+    # From here on in units of the weight's norm.
     valid = (own > 0) & (square > 0) & (sums.own >= reference.square())
-    own, length = torch.where(valid, own, 1), torch.where(valid, square, 0).sqrt()
-    across = (square - product.square() / own).clamp(min=0)
-    turning = length * (1 - along.square()).clamp(min=0).sqrt() / torch.where(across > 0, across, 1).sqrt()
+    own = torch.where(valid, own, 1)
+    inward, length = rate * product / own, rate.abs() * square.sqrt() / own.sqrt()
+    inward, length = torch.where(valid, inward, 0), torch.where(valid, length, 0)
+    across = (length.square() - inward.square()).clamp(min=0).sqrt()
+    turning = length * (1 - along.square()).clamp(min=0).sqrt() / torch.where(across > 0, across, 1)
     signal = 0.0 if update.noise is None else 1 - update.noise.to(own)
     share = signal * (entries**0.5 * along.abs()).clamp(max=1)
-    after = (own - 2 * product + square).clamp(min=torch.finfo(own.dtype).tiny)
-    change = share * (after / own).log() / 2 - (1 - share) * along * rate.sign() * length / own.sqrt()
-    scale = change.exp() / (1 + turning.square() * across / own).sqrt()
-    a, b = scale * (1 + turning * product / own), scale * turning
+    after = (1 - 2 * inward + length.square()).clamp(min=torch.finfo(own.dtype).tiny)
+    change = share * after.log() / 2 - (1 - share) * along * rate.sign() * length
+    scale = change.exp() / (1 + (turning * across).square()).sqrt()
+    a, b = scale * (1 + turning * inward), scale * turning
     weight.mul_(torch.where(valid, a, 1).to(weight.dtype))
     weight.sub_((torch.where(valid, b, 1) * rate * u).to(weight.dtype))
 

@@ -298,8 +298,11 @@ def test_convolutions_keep_their_norms(name: str, keep: bool, monkeypatch: pytes
     side = side_of(name, TASK, {}, keep_norm=keep, bf16=False)
     assert train(side, STARTS[name], 0) is not None
     assert len(last) == 3
-    unchanged = [after == pytest.approx(first[n], rel=1e-6) for n, after in enumerate(last)]
-    assert all(unchanged) if keep else not any(unchanged)
+    # FOP and K-FAC keep those before a normalisation by themselves.
+    ours = name.removesuffix("-default") in ("fop", "kfac")
+    tolerance = 1e-6 if keep or not ours else 1e-3
+    unchanged = [after == pytest.approx(first[n], rel=tolerance) for n, after in enumerate(last)]
+    assert all(unchanged) if keep or ours else not any(unchanged)
 
 
 @pytest.mark.parametrize("build", [digits_cnn, digits_autoencoder, DigitsLSTM, small_gpt])

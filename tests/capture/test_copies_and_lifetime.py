@@ -491,9 +491,9 @@ def test_statistics_cost_nothing_when_not_due(library: type[FOP], monkeypatch: p
     def count(kind: type[Layer] | type[Batch], name: str) -> None:
         original = getattr(kind, name)
 
-        def counted(self: Any, *args: Tensor) -> Any:
+        def counted(self: Any, *args: Tensor, **options: Any) -> Any:
             calls[name] += 1
-            return original(self, *args)
+            return original(self, *args, **options)
 
         monkeypatch.setattr(kind, name, counted)
 

@@ -250,7 +250,7 @@ def test_options_that_follow_from_the_length_of_a_step() -> None:
     (group,) = FOP(mlp()).param_groups
     assert (group["lr"], group["momentum"], group["nesterov"], group["stat_decay"]) == (0.2, 0.6, True, 0.8)
     assert (group["damping"], group["damping_kind"], group["eps"]) == ("adaptive", "relative", 1e-17)
-    assert (group["statistics_rows"], group["anneal"]) == (4, "auto")
+    assert (group["statistics_rows"], group["anneal"]) == (2, "auto")
     (paper,) = FOP(mlp(), step_length="paper").param_groups
     assert (paper["lr"], paper["momentum"], paper["nesterov"], paper["stat_decay"]) == (0.05, 0.5, False, 0.9)
     assert (paper["damping"], paper["damping_kind"], paper["eps"]) == (1e-3, "absolute", 1e-8)

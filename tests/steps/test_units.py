@@ -174,11 +174,16 @@ def test_a_weight_moves_by_the_rate_times_its_norm(bias: bool) -> None:
     model = nn.Sequential(nn.Linear(6, 3, bias=bias))
     old, norm = model[0].weight.detach().clone(), float(model[0].weight.norm())
     trained(model, lr=0.125)
-    moved = float((model[0].weight - old).norm())
+    weight, gradient = model[0].weight.detach(), model[0].weight.grad
+    assert gradient is not None
+    turned = float(torch.acos((old * weight).sum() / norm / weight.norm()))
+    # The part of the gradient along the weight changes its norm instead.
+    along = float((old * gradient).sum() / norm / gradient.norm())
+    length = 0.125 * math.sqrt(1 - along**2)
     if bias:
-        assert 0.5 * 0.125 * norm < moved < 0.125 * norm
+        assert 0.5 * length < math.tan(turned) < length
     else:
-        assert moved == pytest.approx(0.125 * norm, rel=1e-5)
+        assert math.tan(turned) == pytest.approx(length, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [1.0, 100.0])
@@ -281,9 +286,9 @@ def test_a_bias_of_another_rate_and_a_frozen_one() -> None:
     torch.testing.assert_close(moved[1]["0.weight"], moved[0]["0.weight"])
     torch.testing.assert_close(moved[1]["0.bias"], 2 * moved[0]["0.bias"])
     assert not moved[2]["0.bias"].any()
-    assert float(moved[2]["0.weight"].norm()) == pytest.approx(
-        0.2 * float(start["0.weight"].norm()), rel=1e-5
-    )
+    # Without the bias all of the length is the weight's.
+    frozen, joined = (float(moved[n]["0.weight"].norm() / start["0.weight"].norm()) for n in (2, 0))
+    assert joined < frozen < 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -300,4 +305,5 @@ def test_half_precision_weights(dtype: torch.dtype) -> None:
     (model(x).float() - x[:, :3].float()).square().mean().backward()
     optimizer.step()
     moved = float((model[0].weight.detach().float() - old).norm() / old.norm())
-    assert moved == pytest.approx(0.2, rel=0.02)
+    # A chord of the angle whose tangent is 0.2, less what changes the norm.
+    assert 0.19 < moved < 0.2
