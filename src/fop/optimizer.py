@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NoReturn, TypeVar, overload
@@ -29,7 +30,7 @@ from fop.distributed import (
 )
 from fop.distributed.options import DistributedLike, checked_distribution, portable
 from fop.layer_options import LayerChoices, LayerOptionsLike
-from fop.layers import FunctionCall, LayerOptions, Statistics
+from fop.layers import FunctionCall, Statistics
 from fop.options import (
     DEFAULTS,
     ParamsLike,
@@ -116,9 +117,9 @@ class FOP(JoinableOptimizer, Optimizer):
             paper's steps. The average is without bias, as Adam's; with the paper's steps the first estimate
             goes on as if it were an average.
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
-            from, for each dimension of a factor, and 1,024 at least; drawn at random from all of the batch,
-            by generators of the optimizer's own. "auto" is 2, or 16 with the paper's steps, whose updates
-            are rare; None is for all rows.
+            from, for each dimension of a factor, or of its blocks, and 1,024 at least; drawn at random from
+            all of the batch, by generators of the optimizer's own. "auto" is 2, or 16 with the paper's
+            steps, whose updates are rare; None is for all rows.
         curvature_interval: steps between curvature updates; 1, as steps of the weight's length need a fresh
             curvature, or 100 with the paper's steps. Early in training updates come more often. May be a
             function of the step.
@@ -140,11 +141,11 @@ class FOP(JoinableOptimizer, Optimizer):
         loss_reduction: "mean" or "sum", how the loss joins the samples; with "sum" the gradients of
             preconditioned layers are divided by N (AdamW does not mind the scale).
         layer_options: choices for single layers, from a glob pattern on the module's name, or a module type,
-            to a dict with any of ``path`` ("fop" or "adamw"), ``block_dim`` (factors with a larger side are
-            kept as blocks of at most this side; 1024), ``max_factor_dim`` (as their diagonal; 8192),
-            ``weight_sharing`` ("expand" or "reduce"), ``batch_dim`` (0 or 1, where samples are in the
-            layer's input; found out if not given) and ``curvature`` (which approximation, "kronecker" or
-            "diagonal"). Later entries override earlier ones.
+            to a dict with any of ``path`` ("fop" or "adamw"), ``block_dim`` (factors with a larger side,
+            without the bias, are kept as blocks of this side at most; 1024), ``max_factor_dim`` (as their
+            diagonal; 8192), ``weight_sharing`` ("expand" or "reduce"), ``batch_dim`` (0 or 1, where samples
+            are in the layer's input; found out if not given) and ``curvature`` (which approximation,
+            "kronecker" or "diagonal"). Later entries override earlier ones.
         max_grad_norm: gradients of all parameters are scaled together to this norm at most, as by
             `torch.nn.utils.clip_grad_norm_`; None for no clip.
         batch_size: a function from the arguments of the model to the number of samples in the batch, such as
@@ -222,14 +223,18 @@ class FOP(JoinableOptimizer, Optimizer):
         and no factor is in blocks; it names no momentum, decay or clip: those are ours. Takes and raises what
         the class does.
         """
-        whole = {nn.Module: {"block_dim": LayerOptions().max_factor_dim}}
         typical = {
             "step_length": "paper",
             "damping": 1e-4,
             "curvature_interval": 150,
             "statistics_rows": None,
         }
-        choices = {**whole, **(options.pop("layer_options", None) or {})}
+        choices = options.pop("layer_options", None) or {}
+        if isinstance(choices, Mapping):
+            own = choices.get(nn.Module, {})
+            choices = {nn.Module: {"block_dim": sys.maxsize, **own}} | {
+                key: choice for key, choice in choices.items() if key is not nn.Module
+            }
         return cls(params, lr, layer_options=choices, **{**typical, **options})
 
     def _begin(

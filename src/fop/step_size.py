@@ -197,7 +197,8 @@ def turn(
     gradient that is noise about 1, and 0 for a weight whose norm the loss does not depend on (one that a
     normalisation follows), which keeps its norm. Where noise is not known all counts as noise.
 
-    An embedding turns ``by_row``. A weight that has not its ``reference`` norm yet moves by -rate·u.
+    An embedding turns ``by_row``. A weight that has not its ``reference`` norm yet, and one number alone,
+    which cannot turn, move by -rate·u.
     """
     along, own, product, square = update.along, sums.own, sums.product, sums.of_weight
     if along is None:
@@ -208,7 +209,10 @@ def turn(
             for one, other in ((weight, weight), (weight, u), (u, u))
         )
     # From here on in units of the weight's norm.
-    valid = (own > 0) & (square > 0) & (sums.own >= reference.square())
+    # A rate of 0 is that of a step that is refused, whose numbers may not be finite.
+    valid = (own > 0) & (square > 0) & (rate != 0) & (sums.own >= reference.square())
+    if (u.shape[1:].numel() if by_row else entries) == 1:
+        valid = torch.zeros_like(valid)
     own = torch.where(valid, own, 1)
     inward, length = rate * product / own, rate.abs() * square.sqrt() / own.sqrt()
     inward, length = torch.where(valid, inward, 0), torch.where(valid, length, 0)
@@ -217,11 +221,13 @@ def turn(
     signal = 0.0 if update.noise is None else 1 - update.noise.to(own)
     share = signal * (entries**0.5 * along.abs()).clamp(max=1)
     after = (1 - 2 * inward + length.square()).clamp(min=torch.finfo(own.dtype).tiny)
-    change = share * after.log() / 2 - (1 - share) * along * rate.sign() * length
+    # A row may be far shorter than the others, whose gradient it is.
+    change = share * after.log() / 2 - (1 - share) * along * rate.sign() * length.clamp(max=1)
     scale = change.exp() / (1 + (turning * across).square()).sqrt()
     a, b = scale * (1 + turning * inward), scale * turning
-    weight.mul_(torch.where(valid, a, 1).to(weight.dtype))
-    weight.sub_((torch.where(valid, b, 1) * rate * u).to(weight.dtype))
+    # Rounded once: twice would change the norm of weights in half precision.
+    moved = torch.where(valid, a, 1) * weight.to(u.dtype) - torch.where(valid, b, 1) * rate * u
+    weight.copy_(moved)
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:

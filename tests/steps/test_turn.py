@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -106,3 +107,65 @@ def test_noise_does_not_lengthen_weights(build: Net) -> None:
     before = norms(net)
     noisy_training(net, FOP(net), 400)
     assert all(after < 15 * before[name] for name, after in norms(net).items())
+
+
+@pytest.mark.parametrize(
+    "build", [normalised, plain, lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5))]
+)
+@pytest.mark.parametrize("optimizer_of", [FOP, KFAC])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_leaves_all_weights(
+    build: Net, optimizer_of: type[FOP], bad: float
+) -> None:
+    torch.manual_seed(0)
+    net, y = build(), torch.arange(16) % 5
+    x = torch.randint(9, (16,)) if isinstance(net[0], nn.Embedding) else torch.randn(16, 1, 8, 8)  # type: ignore[index]
+    optimizer = optimizer_of(net)
+    for step in range(5):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        (loss * bad if step == 3 else loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step()
+        same = all(torch.equal(before[name], p) for name, p in net.named_parameters())
+        assert same == (step == 3), step
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_precision_weights_stay(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False).to(dtype)
+    optimizer, norm = FOP(layer, lr=0.02, anneal=False), float(layer.weight.float().norm())
+    x, y = torch.randn(64, 16).to(dtype), torch.randn(64, 16)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (layer(x).float() / layer.weight.float().norm() - y).square().mean().backward()
+        optimizer.step()
+    assert float(layer.weight.float().norm()) == pytest.approx(norm, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer_of", [FOP, KFAC])
+def test_an_embedding_of_one_number_learns_its_sign(optimizer_of: type[FOP]) -> None:
+    torch.manual_seed(0)
+    embedding, target = nn.Embedding(50, 1), torch.randn(50).sign()
+    optimizer = optimizer_of(embedding)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 100)
+    for _ in range(100):
+        ids = torch.randint(50, (64,))
+        optimizer.zero_grad()
+        (embedding(ids)[:, 0] - target[ids]).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    assert torch.equal(embedding.weight.detach()[:, 0].sign(), target)
+
+
+def test_a_row_that_is_much_shorter_than_the_others_stays_finite() -> None:
+    torch.manual_seed(0)
+    weight, u = torch.randn(2, 8, 4, dtype=torch.float64)
+    weight[3] *= 1e-4
+    before, zero = weight.clone(), torch.zeros((), dtype=torch.float64)
+    turn(weight, u, zero + 0.2, numbers(weight, u), update(-0.02, 0.5), zero, 32, by_row=True)
+    assert weight[3].norm() < 2 * (0.2 * u[3]).norm()
+    assert (weight - before)[0].norm() < 2 * (0.2 * u[0]).norm()

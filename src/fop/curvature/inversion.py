@@ -69,8 +69,9 @@ def _inverse(M: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     if shift.dim() == 1:
         inverse, largest, fine = invert(M.clone(), shift[:, None])
         return inverse, fine & torch.isfinite(largest)
-    # In units of its mean eigenvalue: products on the way might leave the range of float32.
-    mean = mean_eigenvalue(M)
+    # In units of its mean eigenvalue: products on the way might leave the range of float32. Of a block, which
+    # may be 0 where the factor is not, in those of what is added.
+    mean = torch.maximum(mean_eigenvalue(M), shift.mean(-1))
     # Of less, an inverse leaves the range, too; squares of gradients that small are no numbers any more.
     some = mean > 1024 * torch.finfo(M.dtype).tiny
     unit, ones = torch.where(some, mean, 1), [1] * (M.dim() - 1)

@@ -69,7 +69,8 @@ class KroneckerCurvature(Curvature):
             return by_A, by_G
         squares = typical_squares(a, bias=self.layer.bias), typical_squares(g, bias=False)
         by_A, by_G = (
-            damping.value**0.5 * in_blocks(each, count, shape[-1], repeat_last=True)
+            # Whatever is added to the rest, which is 0, it must not be 0.
+            in_blocks(damping.value**0.5 * each, count, shape[-1], rest=each[:, -1:])
             for each, count, shape in zip(squares, counts, shapes, strict=True)
         )
         return by_A, by_G

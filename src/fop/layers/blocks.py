@@ -6,6 +6,7 @@ Where k·c is more than d, the last rows and columns of a group's last block are
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,13 +21,16 @@ def factor_shape(groups: int, side: int, block_dim: int, *, bias: bool = False) 
     return groups * count, block, block
 
 
-def in_blocks(entries: Tensor, count: int, side: int, *, repeat_last: bool = False) -> Tensor:
+def in_blocks(entries: Tensor, count: int, side: int, *, rest: Tensor | None = None) -> Tensor:
     """Return what belongs to the sides of factors, (..., groups, d), by block: (..., groups·k, c).
 
-    The rest of the last block gets zeros, or the last entry again.
+    What is left of the last block gets zeros, or the ``rest``, (groups, 1).
     """
     if padding := count * side - entries.shape[-1]:
-        entries = F.pad(entries, (0, padding), "replicate" if repeat_last else "constant")
+        if rest is None:
+            entries = F.pad(entries, (0, padding))
+        else:
+            entries = torch.cat([entries, rest.expand(-1, padding)], -1)
     return entries.reshape(*entries.shape[:-2], -1, side)
 
 

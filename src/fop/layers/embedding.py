@@ -51,7 +51,7 @@ class EmbeddingLayer(Layer):
             # On the device: a batch may be all padding, and nobody here waits to know.
             rows = valid.sum().clamp(min=1)[None]
         a = valid.new_zeros(self.tokens).index_add_(0, ids, valid)
-        if sampler is not None and (drawn := sampler.draw(ids.numel(), self.features)) is not None:
+        if sampler is not None and (drawn := sampler.draw(ids.numel(), self.sum_shapes[1][-1])) is not None:
             b_RD, valid, scale = b_RD.index_select(0, drawn), valid[drawn], ids.numel() / len(drawn)
         b_RD, g = b_RD.to(valid.dtype) * valid[:, None], a.new_zeros(self.sum_shapes[1])
         add_covariance(g, b_RD[:, None], 1, ones=False, scale=scale)
