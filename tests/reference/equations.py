@@ -155,9 +155,8 @@ def turned(weight: Tensor, step: Tensor, along: float, signal: float, entries: i
     across = step - (step * unit).sum() * unit
     angle = math.atan2(far * math.sqrt(1 - along**2), norm)
     share = signal * min(1.0, math.sqrt(entries) * abs(along))
-    growth = share * math.log(float((weight - step).norm()) / norm) - (1 - share) * along * min(
-        1.0, far / norm
-    )
+    plain = math.log(float((weight - step).norm()) / norm)
+    growth = share * plain - (1 - share) * along * min(1.0, far / norm)
     return norm * math.exp(growth) * (math.cos(angle) * unit - math.sin(angle) * across / across.norm())
 
 
