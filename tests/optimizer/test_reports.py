@@ -350,17 +350,20 @@ def test_diagnostics_of_a_kfac_step() -> None:
 
 
 def test_fallbacks_are_counted_and_reported_once() -> None:
-    """Without damping, factors of rank one cannot be inverted: more damping is needed at every update."""
+    """Without damping a factor with zeros on its diagonal cannot be inverted: more is needed at every update.
+
+    Zeros, and not a factor of rank one, which rounding may make definite.
+    """
     torch.manual_seed(0)
-    model = nn.Linear(6, 4, bias=False)
+    model = nn.Linear(6, 1, bias=False)
     optimizer = FOP(model, damping=0.0, curvature_interval=1)
-    x, y = torch.randn(1, 6).repeat(4, 1), torch.randn(1, 4).repeat(4, 1)
+    x, y = torch.eye(6)[:1].repeat(4, 1), torch.randn(1, 1).repeat(4, 1)
     with pytest.warns(RuntimeWarning, match=r"more damping.*reported once") as caught:
         for _ in range(3):
             train_step(model, optimizer, x, y)
     assert len({str(warning.message) for warning in caught}) == len(caught)
     (layer,) = optimizer.diagnostics().layers.values()
-    assert sum(layer.fallbacks.values()) == 6, "two factors at each of three updates"
+    assert sum(layer.fallbacks.values()) == 3, "one of two factors at each of three updates"
     assert torch.isfinite(model.weight).all()
 
 
