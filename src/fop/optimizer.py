@@ -231,10 +231,9 @@ class FOP(JoinableOptimizer, Optimizer):
         }
         choices = options.pop("layer_options", None) or {}
         if isinstance(choices, Mapping):
-            own = choices.get(nn.Module, {})
-            choices = {nn.Module: {"block_dim": sys.maxsize, **own}} | {
-                key: choice for key, choice in choices.items() if key is not nn.Module
-            }
+            # First, so that every other entry overrides it.
+            choices = {nn.Module: {}, **choices}
+            choices[nn.Module] = {"block_dim": sys.maxsize, **choices[nn.Module]}
         return cls(params, lr, layer_options=choices, **{**typical, **options})
 
     def _begin(

@@ -208,12 +208,12 @@ def turn(
             (one.to(u.dtype) * other).sum(1, keepdim=True)
             for one, other in ((weight, weight), (weight, u), (u, u))
         )
-    # From here on in units of the weight's norm.
     # A rate of 0 is that of a step that is refused, whose numbers may not be finite.
     valid = (own > 0) & (square > 0) & (rate != 0) & (sums.own >= reference.square())
     if (u.shape[1:].numel() if by_row else entries) == 1:
         valid = torch.zeros_like(valid)
     own = torch.where(valid, own, 1)
+    # From here on in units of the weight's norm.
     inward, length = rate * product / own, rate.abs() * square.sqrt() / own.sqrt()
     inward, length = torch.where(valid, inward, 0), torch.where(valid, length, 0)
     across = (length.square() - inward.square()).clamp(min=0).sqrt()
