@@ -48,7 +48,8 @@ class Binding:
     Attributes:
         corrected: whether the correction by sub-batches is wanted (FOP), and not K-FAC's step.
         rows: how many rows an embedding has, of which a batch uses few; 0 for other weights.
-        typical_norm: the norm of a weight whose outputs have the size 1 if its inputs have it.
+        sizes: the norm of a weight whose outputs have the size 1 if its inputs have it; how many numbers it
+            has, 1 if the rows of an embedding have one; and ``rows``; (3,).
         lean: between ranks, whether the gradient goes to the owner and p.grad is None.
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
         looked_for: whether functions were looked for, as nobody saw the modules run.
@@ -67,14 +68,16 @@ class Binding:
         layer, size = found.layer, found.weight.numel()
         self.rows = len(found.weight) if layer.by_index and not layer.swapped else 0
         # Each entry of a norm's weight has an output of its own, and each of an embedding is one.
-        entries = self.rows or layer.bias_dim == 1
-        self.typical_norm = (size if entries else layer.groups * layer.out_dim) ** 0.5
+        own_outputs = self.rows or layer.bias_dim == 1
+        typical = (size if own_outputs else layer.groups * layer.out_dim) ** 0.5
+        turning = size if size > self.rows else 1
+        self.sizes = torch.tensor([typical, turning, self.rows], dtype=torch.float64)
         self.lean = self.by_adamw = self.looked_for = self.seen = False
         self.last: Update | None = None
         self.length: Tensor | None = None
-        # Steps without sub-batch gradients; those that were not believed are counted on the device.
-        self._without = 0
-        self._distrusted: Tensor | None = None
+        # Steps, and those of them with sub-batch gradients that were believed, counted on the device.
+        self._noted = 0
+        self._trusted: Tensor | None = None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -123,16 +126,13 @@ class Binding:
         assert bias_part is not None
         return [(self.weight, weight_part), (bias, bias_part)]
 
-    def squared_length(
-        self, matrix: Tensor, average: Tensor, groups: Groups, samples: int | Tensor
-    ) -> Tensor:
+    def squared_length(self, matrix: Tensor, average: Tensor, groups: Groups) -> Tensor:
         """Return lr²·⟨update, gradient⟩, this weight's term of the KL clip, with a bias of another rate."""
         terms = [
             groups[param]["lr"] ** 2 * (part * gradient).sum()
             for (param, part), (_, gradient) in zip(self.parts(matrix), self.parts(average), strict=True)
         ]
-        total = torch.stack(terms).sum()
-        return total / samples if groups[self.weight]["loss_reduction"] == "sum" else total
+        return torch.stack(terms).sum()
 
     def note(self, update: Update) -> None:
         """Keep for the diagnostics how a step went: the scalars, not the update."""
@@ -140,15 +140,16 @@ class Binding:
         self.last = update._replace(matrix=update.length, reason=reason)
         if not self.corrected:
             return
-        if update.trusted is None:
-            self._without += 1
-        else:
-            before = 0 if self._distrusted is None else self._distrusted
-            self._distrusted = (~update.trusted).long() + before
+        self._noted += 1
+        if update.trusted is not None:
+            before = (
+                update.trusted.new_zeros((), dtype=torch.long) if self._trusted is None else self._trusted
+            )
+            self._trusted = before + update.trusted
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
-        count = self._without + (0 if self._distrusted is None else int(self._distrusted))
+        count = self._noted - (0 if self._trusted is None else int(self._trusted))
         if count == 0 or self.last is None or not self.last.reason:
             return count, None
         trusted = self.last.trusted
@@ -469,8 +470,10 @@ class Bindings:
     def _lost(self, binding: Binding) -> bool:
         """Return whether the modules of a weight must be looked for again."""
         recorder, weight = binding.recorder, binding.weight
-        if not all(use.intact(weight) for use in recorder.uses):
-            return True
+        for use in recorder.uses:
+            module = use.module()
+            if module is None or not (use.uses(weight, module) and all(map(in_place, use.handles))):
+                return True
         seen = recorder.samples > 0 or weight.grad is None or not recorder.wants
         was_seen, binding.seen = binding.seen, seen
         if seen or not was_seen:

@@ -1,17 +1,22 @@
 """The direction of a step: equations 3-6, 13 and 16 of Lu & Armour (AAAI 2026), for K sub-batches.
 
-A gradient is a matrix of shape (groups, out, in), any layout that its curvature understands; every scalar is
-a 0-dim tensor over the whole weight and stays on the device. Two sub-batches are the paper's case.
+A gradient is a matrix of shape (groups, out, in), any layout that its curvature understands. Those of n
+weights come as a list, and a scalar of each, over all of the weight, as a tensor (n,) on the device. Two
+sub-batches are the paper's case.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+
+# One of every weight.
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 
 class Metric(Protocol):
@@ -45,22 +50,27 @@ class SubBatchGradients(NamedTuple):
     trusted: Tensor | None = None
     reason: str = ""
 
+    def divided(self, samples: int | Tensor) -> SubBatchGradients:
+        """Return the gradients of a loss that is a mean, from those of a sum over so many samples."""
+        contrasts = tuple(contrast / samples for contrast in self.contrasts)
+        return self._replace(average=self.average / samples, contrasts=contrasts)
 
-class Direction(NamedTuple):
-    """A natural-gradient direction, and the scalars that decide how far it is followed.
+
+class Directions(NamedTuple):
+    """Natural-gradient directions, and the scalars that decide how far they are followed, (n,).
 
     Attributes:
-        update: F̂⁻¹·Gc, same shape as the gradient.
+        updates: F̂⁻¹·Gc of each, same shape as the gradient.
         alignment: ⟨update, Ga⟩.
         squared_norm: ⟨Gc, F̂⁻¹·Gc⟩.
         beta: mixing coefficient β (16); with K > 2 the root of the sum of their squares.
         rho: ρ ∈ [0, 1], how much of the step lies where the sub-batches disagree; D²/(E·B) for K = 2.
-        noise: squared norms in the metric F̂⁻¹ of the noise in Ga, which the contrasts show, and of Ga, (2,).
-            The noise of a mean of K has 1/(2K) of the variance of a contrast: ‖Gd/2‖² for K = 2. None
+        noise: squared norms in the metric F̂⁻¹ of the noise in Ga, which the contrasts show, and of Ga, (n,
+            2). The noise of a mean of K has 1/(2K) of the variance of a contrast: ‖Gd/2‖² for K = 2. None
             without contrasts.
     """
 
-    update: Tensor
+    updates: list[Tensor]
     alignment: Tensor
     squared_norm: Tensor
     beta: Tensor
@@ -96,9 +106,9 @@ def contrasts(sums: Sequence[Tensor], shares: Sequence[float], average: Tensor) 
     return tuple(result)
 
 
-def inner(X: Tensor, Y: Tensor) -> Tensor:
-    """Return ⟨X, Y⟩, the sum of element-wise products, as a 0-dim tensor."""
-    return torch.dot(X.reshape(-1), Y.reshape(-1))
+def inner(Xs: Sequence[Tensor], Ys: Sequence[Tensor]) -> Tensor:
+    """Return ⟨X, Y⟩ of every pair, the sum of element-wise products, (n,)."""
+    return torch.stack([torch.dot(X.reshape(-1), Y.reshape(-1)) for X, Y in zip(Xs, Ys, strict=True)])
 
 
 def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor:
@@ -107,8 +117,8 @@ def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor
 
 
 def orthogonal_component(
-    average: Tensor, difference: Tensor, fisher_average: Tensor, trace: Tensor
-) -> tuple[Tensor, Tensor]:
+    average: Tensors, difference: Tensors, fisher_average: Tensors, trace: Tensor
+) -> tuple[Tensors, Tensor]:
     """Return G⊥ = Gd - s·Ga with ⟨Ga, F·G⊥⟩ = 0 (4, 5), exactly 0 where Gd is a multiple of Ga, and s.
 
     The ε of (4) is a guard against 0/0 only: with a fixed ε, scaling the loss would change the step.
@@ -118,14 +128,17 @@ def orthogonal_component(
     s = ratio(inner(difference, fisher_average), inner(average, fisher_average), otherwise=0.0)
     aa, dd = inner(average, average), inner(difference, difference)
     t = ratio(inner(difference, average), aa, otherwise=0.0)
-    residual = torch.add(difference, t * average, alpha=-1)
+    residual = torch._foreach_addcmul(difference, average, (-t).unbind())
     # A mean is off by ε times the length of its terms (the root of tr F) however much they cancel, and where
     # they do not by 0.2·√N·ε: measured are 0.7 to 14 ε up to 8,192 samples. A wider bound takes for rounding
     # what means something: β* makes up for a short G⊥, so that the step without it is another one.
     rounding = (16 * torch.finfo(s.dtype).eps) ** 2 * (1 + t * t) * (dd + aa + trace)
     parallel = inner(residual, residual) <= rounding
-    # A NaN must pass through: the optimizer finds a bad gradient by it.
-    return torch.where(parallel, 0.0, difference - s * average), torch.where(parallel, t, s)
+    # A product, as a NaN must pass through: the optimizer finds a bad gradient by it.
+    kept = torch.where(parallel, 0.0, torch.ones_like(s))
+    difference = torch._foreach_mul(difference, kept.unbind())
+    perpendicular = torch._foreach_addcmul(difference, average, (-kept * s).unbind())
+    return perpendicular, torch.where(parallel, t, s)
 
 
 def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -153,58 +166,67 @@ def mixing_coefficients(D: Sequence[Tensor], E: Sequence[Sequence[Tensor]]) -> l
 
 
 def combine(
-    metric: Metric,
-    gradients: SubBatchGradients,
+    metrics: Sequence[Metric],
+    gradients: Sequence[SubBatchGradients],
     *,
     beta: float | None = None,
-    units: Tensor | None = None,
-) -> Direction:
+    units: Sequence[Tensor | None] | None = None,
+) -> Directions:
     """Return F̂⁻¹·Gc for Gc = Ga + Σ β_j·G⊥_j (6), with β of (16); K-FAC's F̂⁻¹·Ga without contrasts.
 
-    ``beta`` is a fixed mixing coefficient, for K = 2; None for β*. The order of the sub-batches does not
-    matter: Σ β_j·G⊥_j is the projection of Ga, in the metric of F̂⁻¹, on what the G⊥_j span.
+    All weights have as many contrasts. ``beta`` is a fixed mixing coefficient, for K = 2; None for β*. The
+    order of the sub-batches does not matter: Σ β_j·G⊥_j is the projection of Ga, in the metric of F̂⁻¹, on
+    what the G⊥_j span.
 
     ⟨Gd, F·Ga⟩ of (4) adds up what weight and bias give, in units of their own. With ``units``, see
     `Curvature`, both are taken in those of a weight: the bias as one on inputs of the size of the others.
     """
-    average = gradients.average
-    if not gradients.contrasts:
-        natural = metric.solve(average)
+    average = [each.average for each in gradients]
+    if not gradients[0].contrasts:
+        natural = [metric.solve(Ga) for metric, Ga in zip(metrics, average, strict=True)]
         B = inner(average, natural)
-        return Direction(natural, B, B, torch.zeros_like(B), torch.zeros_like(B))
+        return Directions(natural, B, B, torch.zeros_like(B), torch.zeros_like(B))
     # ⟨Ga, F·Ga⟩ is of the fourth power of the gradients: in float32 too much from 1e9 on, and too little
     # below 1e-10. With gradients in units of their length it is of the second; a power of two is exact.
     length = inner(average, average).sqrt()
     unit = torch.where(length > 0, length / torch.frexp(length).mantissa, 1.0)
-    average = average / unit
-    natural = metric.solve(average)
+    average = list(torch._foreach_div(average, unit.unbind()))
+    natural = [metric.solve(Ga) for metric, Ga in zip(metrics, average, strict=True)]
     B = inner(average, natural)
-    fisher_average = metric.fisher(average) if units is None else units * metric.fisher(units * average)
-    trace = metric.trace.to(unit) / unit / unit
-    split = [
-        orthogonal_component(average, each / unit, fisher_average, trace) for each in gradients.contrasts
+    fisher_average = [
+        metric.fisher(Ga) if of_one is None else of_one * metric.fisher(of_one * Ga)
+        for metric, Ga, of_one in zip(metrics, average, units or [None] * len(average), strict=True)
     ]
-    perpendicular = [G for G, _ in split]
+    trace = torch.stack([metric.trace.to(unit) for metric in metrics]) / unit / unit
+    split = [
+        orthogonal_component(average, torch._foreach_div(each, unit.unbind()), fisher_average, trace)
+        for each in zip(*(each.contrasts for each in gradients), strict=True)
+    ]
     del fisher_average
-    natural_perpendicular = [metric.solve(G) for G in perpendicular]
+    perpendicular = [G for G, _ in split]
+    natural_perpendicular = [
+        [metric.solve(G) for metric, G in zip(metrics, each, strict=True)] for each in perpendicular
+    ]
     D = [inner(average, N) for N in natural_perpendicular]
     E = [[inner(G, N) for N in natural_perpendicular] for G in perpendicular]
     # ⟨Gd, F̂⁻¹·Gd⟩ of Gd = G⊥ + s·Ga.
     squares = [E[j][j] + 2 * s * D[j] + s * s * B for j, (_, s) in enumerate(split)]
-    noise = torch.stack([torch.stack(squares).mean() / (2 * (len(D) + 1)), B]) * unit * unit
+    noise = torch.stack([torch.stack(squares).mean(0) / (2 * (len(D) + 1)) * unit * unit, B * unit * unit], 1)
     best = [ratio(D[0], E[0][0], otherwise=0.0)] if len(D) == 1 else mixing_coefficients(D, E)
     mixing = best if beta is None else [torch.full_like(B, beta)]
-    update, alignment, squared_norm, explained = natural, B, B, torch.zeros_like(B)
+    updates: Tensors = natural
+    alignment, squared_norm, explained = B, B, torch.zeros_like(B)
     for j, coefficient in enumerate(mixing):
-        update = torch.addcmul(update, natural_perpendicular[j], coefficient)
+        updates = torch._foreach_addcmul(updates, natural_perpendicular[j], coefficient.unbind())
         alignment = alignment + coefficient * D[j]
         squared_norm = squared_norm + 2 * coefficient * D[j]
         explained = explained + best[j] * D[j]
     for i, row in enumerate(E):
         for j, entry in enumerate(row):
             squared_norm = squared_norm + mixing[i] * mixing[j] * entry
-    overall = mixing[0] if len(mixing) == 1 else torch.linalg.vector_norm(torch.stack(mixing))
+    overall = mixing[0] if len(mixing) == 1 else torch.linalg.vector_norm(torch.stack(mixing), dim=0)
     # One after the other: the square of a large unit leaves float32's range.
     alignment, squared_norm = alignment * unit * unit, squared_norm * unit * unit
     rho = ratio(explained, B, otherwise=0.0)
-    return Direction(update.mul_(unit), alignment, squared_norm, overall, rho, noise)
+    torch._foreach_mul_(updates, unit.unbind())
+    return Directions(list(updates), alignment, squared_norm, overall, rho, noise)

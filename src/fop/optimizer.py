@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -17,8 +19,8 @@ from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings
 from fop.capture import BatchSize, Cleared, Source, local, retrace
-from fop.correction import combine, inner, ratio
-from fop.curvature import Estimate, Fallback, Refresher
+from fop.correction import combine, inner
+from fop.curvature import NOISE, Estimate, Fallback, Refresher
 from fop.distributed import (
     Description,
     Distributor,
@@ -57,14 +59,18 @@ from fop.state import (
 )
 from fop.step_size import (
     REFERENCE_NORM,
+    TOGETHER,
+    Lengths,
     Sums,
     Update,
     kl_scale,
+    lengths,
     measure,
     momentum_of,
     noise_share,
-    scale_update,
-    stretch,
+    row_sums,
+    scale_updates,
+    signed_rate,
     turn,
 )
 
@@ -466,17 +472,21 @@ class FOP(JoinableOptimizer, Optimizer):
         # Owners compute the updates of their weights, (3) to (18), and share them.
         ready = [binding for binding in active if binding.curvature.ready]
         if ready:
-            own = {binding: self._update(binding, groups) for binding in distributor.owned(ready)}
-            shared = distributor.share(ready, own)
+            own: dict[Binding, Update] = {}
+            for alike in self._alike(distributor.owned(ready), groups):
+                own |= self._updates(alike, groups)
+            shared = dict(zip(ready, distributor.share(ready, own), strict=True))
+            del own
 
             # All ranks move the weights alike.
-            home = shared[0][0].length.device
-            lengths = torch.stack([update.length.to(home) for update, _ in shared])
-            finite, first = torch.isfinite(lengths), self.param_groups[0]
+            home = shared[ready[0]][0].length.device
+            norms = torch.stack([update.length.to(home) for update, _ in shared.values()])
+            finite, first = torch.isfinite(norms), self.param_groups[0]
             clipped = first["step_length"] == "paper" and first["kl_clip"] is not None
-            self._kl_scale = kl_scale(lengths, first["kl_clip"]) if clipped else None
-            del own
-            self._move(ready, shared, finite, groups)
+            self._kl_scale = kl_scale(norms, first["kl_clip"]) if clipped else None
+            good = dict(zip(ready, finite.unbind(), strict=True))
+            for alike in self._alike(ready, groups):
+                self._move(alike, shared, good, groups)
             if not (finite.is_cpu and bool(finite.all())):
                 self._refusals.count(tuple(f"layer {binding.name!r}" for binding in ready), finite)
 
@@ -534,113 +544,181 @@ class FOP(JoinableOptimizer, Optimizer):
             self._refusals.report()
         return refused
 
-    def _update(self, binding: Binding, groups: dict[Tensor, dict[str, Any]]) -> Update:
-        """Return what a weight is about to do, from the gradients of all ranks."""
-        group = groups[binding.weight]
-        beta, eta = (None if group[name] == "adaptive" else float(group[name]) for name in ("beta", "eta"))
-        gradients, samples = self._distributor.gradients(binding)
-        average = gradients.average
-        if group["loss_reduction"] == "sum":
-            contrasts = tuple(contrast / samples for contrast in gradients.contrasts)
-            gradients = gradients._replace(average=average / samples, contrasts=contrasts)
-        by_weight = group["step_length"] == "weight"
-        units = binding.curvature.units if by_weight else None
-        direction = combine(binding.curvature, gradients, beta=beta, units=units)
-        matrix, alignment, eta_used = scale_update(direction, eta, bool(gradients.contrasts))
-        if binding.bias is None or groups[binding.bias]["lr"] == group["lr"]:
-            length = alignment * float(group["lr"]) ** 2
-        else:
-            length = binding.squared_length(matrix, average, groups, samples)
-        mixing, trusted = direction.beta, gradients.trusted
-        if trusted is not None:
-            mixing = torch.where(trusted, mixing, 0)
-        input_square = None if units is None else units.flatten()[-1]
-        state = binding.curvature.state
-        noise = noise_share(state, direction.noise, trusted) if binding.corrected else None
-        along = None
-        if by_weight and not hasattr(binding.weight, "to_local"):
-            weight, of_weight = binding.parts(average)[0]
-            weight = weight.to(of_weight.dtype)
-            norms = inner(weight, weight).sqrt() * inner(of_weight, of_weight).sqrt()
-            along = ratio(inner(weight, of_weight), norms, otherwise=0.0)
-        kinds = direction.rho, trusted, gradients.reason
-        return Update(
-            matrix, length, mixing, eta_used, *kinds, input_square=input_square, noise=noise, along=along
-        )
+    def _alike(
+        self, bindings: Sequence[Binding], groups: dict[Tensor, dict[str, Any]]
+    ) -> list[list[Binding]]:
+        """Return bindings of one parameter group, device and dtype together: their scalars are one tensor."""
+        alike: dict[tuple[Any, ...], list[Binding]] = {}
+        sizes: Counter[tuple[Any, ...]] = Counter()
+        for binding in bindings:
+            weight = binding.weight
+            key = id(groups[weight]), weight.device, torch.promote_types(weight.dtype, torch.float32)
+            sizes[key] += weight.numel()
+            # Not too many, for what is computed of all of them is in memory together.
+            alike.setdefault((*key, sizes[key] // TOGETHER), []).append(binding)
+        return list(alike.values())
 
-    def _move(  # noqa: PLR0912, PLR0915 - decay, momentum, length and move in one piece
+    def _updates(
+        self, bindings: list[Binding], groups: dict[Tensor, dict[str, Any]]
+    ) -> dict[Binding, Update]:
+        """Return what alike weights are about to do, from the gradients of all ranks."""
+        group = groups[bindings[0].weight]
+        beta, eta = (None if group[name] == "adaptive" else float(group[name]) for name in ("beta", "eta"))
+        by_weight = group["step_length"] == "weight"
+        updates: dict[Binding, Update] = {}
+        found = {binding: self._distributor.gradients(binding) for binding in bindings}
+        for corrected in (True, False):
+            owners = [
+                each for each, (gradients, _) in found.items() if bool(gradients.contrasts) is corrected
+            ]
+            if not owners:
+                continue
+            gradients = [found[binding][0] for binding in owners]
+            if group["loss_reduction"] == "sum":
+                gradients = [found[binding][0].divided(found[binding][1]) for binding in owners]
+            units = [binding.curvature.units if by_weight else None for binding in owners]
+            directions = combine([b.curvature for b in owners], gradients, beta=beta, units=units)
+            matrices, alignment, eta_used = scale_updates(directions, eta, corrected)
+            trusted = (
+                torch.stack([g.trusted for g in gradients if g.trusted is not None]) if corrected else None
+            )
+            mixing = directions.beta if trusted is None else torch.where(trusted, directions.beta, 0)
+            noise: Sequence[Tensor | None] = [None] * len(owners)
+            if all(binding.corrected for binding in owners):
+                held = [binding.curvature.state[NOISE] for binding in owners]
+                share, averages = noise_share(torch.stack(held), directions.noise, trusted)
+                torch._foreach_copy_(held, list(averages.unbind()))
+                noise = share.unbind()
+            along: Sequence[Tensor | None] = [None] * len(owners)
+            if by_weight and not hasattr(owners[0].weight, "to_local"):
+                parts = [b.parts(each.average)[0] for b, each in zip(owners, gradients, strict=True)]
+                weights, of_weights = [w.to(g.dtype) for w, g in parts], [g for _, g in parts]
+                along = torch.stack([inner(weights, of_weights), inner(of_weights, of_weights)], 1).unbind()
+            squares = alignment * float(group["lr"]) ** 2
+            scalars = zip(*(v.unbind() for v in (squares, mixing, eta_used, directions.rho)), strict=True)
+            for n, (binding, (length, beta_used, eta_of, rho)) in enumerate(
+                zip(owners, scalars, strict=True)
+            ):
+                one, unit = gradients[n], units[n]
+                if binding.bias is not None and groups[binding.bias]["lr"] != group["lr"]:
+                    length = binding.squared_length(matrices[n], one.average, groups)
+                updates[binding] = Update(
+                    matrices[n],
+                    length,
+                    beta_used,
+                    eta_of,
+                    rho,
+                    one.trusted,
+                    one.reason,
+                    input_square=None if unit is None else unit.flatten()[-1],
+                    noise=noise[n],
+                    along=along[n],
+                )
+        return updates
+
+    def _move(
         self,
         bindings: list[Binding],
-        shared: list[Shared],
-        finite: Tensor,
+        shared: Mapping[Binding, Shared],
+        finite: Mapping[Binding, Tensor],
         groups: dict[Tensor, dict[str, Any]],
     ) -> None:
-        """Move weights and biases by their parts of the updates, with momentum, at the length of the options.
+        """Move alike weights and their biases by the updates, with momentum, as far as the options say.
 
-        Where ``finite``, of every binding, or ``used`` of its update is false, all of it stays as it is.
+        Where ``finite``, or ``used`` of its update, is false, all of a binding stays as it is.
         """
-        by_weight = self.param_groups[0]["step_length"] == "weight"
-        sharded = any(hasattr(binding.weight, "to_local") for binding in bindings)
-        measured: list[Tensor] = []
-        fine: list[Tensor] = []
-        for index, (binding, (update, parts)) in enumerate(zip(bindings, shared, strict=True)):
-            binding.note(update)
-            good = finite[index] if update.used is None else finite[index] & update.used.to(finite.device)
-            fine.append(good)
-            moves = []
-            for param, part in parts:
-                group, state, good = groups[param], self.state[param], good.to(part.device)
+        group, updates = groups[bindings[0].weight], [shared[binding][0] for binding in bindings]
+        like = updates[0].length.new_empty(())
+        good = torch.stack([finite[binding].to(like.device) for binding in bindings])
+        if used := [update.used for update in updates if update.used is not None]:
+            good = good & torch.stack(used)
+        # Numbers for those that move and those that stay; tensors, as torch.where of two numbers would round
+        # them to float32.
+        chosen = functools.cache(
+            lambda yes, no: torch.where(good, like.new_full((), yes), like.new_full((), no)).unbind()
+        )
+        # This rank's part, where parameters are sharded.
+        sharded = hasattr(bindings[0].weight, "to_local")
+        mine: Callable[[Tensor], Tensor] = local if sharded else (lambda tensor: tensor)
+        us: list[list[Tensor]] = []
+        for n, (binding, moves) in enumerate(zip(bindings, good.unbind(), strict=True)):
+            binding.note(updates[n])
+            us.append([])
+            for param, part in shared[binding][1]:
+                options, state = groups[param], self.state[param]
                 if self._kl_scale is not None:
-                    part = part * self._kl_scale.to(part.device, part.dtype)
-                if group["weight_decay"]:
-                    rate = torch.where(good, part.new_full((), group["lr"]), part.new_zeros(()))
-                    decayed = local(param) if sharded else param
-                    decayed.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
+                    part = part * self._kl_scale.to(part)
                 # Not a product: 0 times NaN is NaN.
-                move = torch.where(good, part, 0)
-                if group["momentum"]:
+                u = torch.where(moves, part, 0)
+                if options["momentum"]:
                     # That of `torch.optim.SGD`.
                     if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(param, dtype=move.dtype)
-                    buffer = local(state["momentum_buffer"]) if sharded else state["momentum_buffer"]
-                    momentum = group["momentum"] if by_weight else momentum_of(group)
-                    # Tensors, as torch.where of two numbers would round them to float32.
-                    kept = torch.where(good, move.new_full((), momentum), move.new_ones(()))
-                    buffer.mul_(kept).add_(move)
-                    move = move.add_(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-                moves.append((param, move))
-            shared[index] = update, moves
-            if by_weight:
-                weight = local(binding.weight) if sharded else binding.weight
-                gradient = binding.weight.grad if update.along is None else None
-                gradient = gradient if gradient is None else local(gradient)
-                steps, by_row = [move for _, move in moves], bool(binding.rows)
-                measured.append(measure(steps, update.input_square, weight, gradient, by_row=by_row))
-        if sharded and by_weight:
-            measured = self._distributor.sums(bindings, measured)
-        for index, (binding, (update, moves)) in enumerate(zip(bindings, shared, strict=True)):
-            factor = sums = None
-            if by_weight:
-                state, numbers = self.state[binding.weight], measured[index].unbind()
-                sums = Sums(*numbers)
-                if REFERENCE_NORM not in state:
-                    state[REFERENCE_NORM] = torch.zeros_like(sums.own)
-                group, reference = groups[binding.weight], state[REFERENCE_NORM]
-                # Which schedulers of torch set.
-                anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
-                annealed = group["momentum"] if anneal else None
-                factor, share = stretch(sums, update, reference, binding.typical_norm, binding.rows, annealed)
-                binding.length = share * fine[index].to(share.device) * group["lr"]
-            for param, move in moves:
-                group, weight, good = groups[param], local(param) if sharded else param, fine[index]
-                signed = -group["lr"] if group["maximize"] else group["lr"]
-                rate = torch.where(good.to(move.device), move.new_full((), signed), move.new_zeros(()))
-                rate = rate if factor is None else rate * factor.to(rate)
-                if sums is not None and param is binding.weight:
-                    entries, by_row = binding.weight.numel(), bool(binding.rows)
-                    turn(weight, move, rate, sums, update, reference, entries, by_row=by_row)
-                else:
-                    weight.sub_((move * rate).to(weight.dtype))
+                        state["momentum_buffer"] = torch.zeros_like(param, dtype=u.dtype)
+                    buffer = mine(state["momentum_buffer"])
+                    momentum = options["momentum"] if self._kl_scale is None else momentum_of(options)
+                    torch.addcmul(u, buffer, chosen(momentum, 1.0)[n], out=buffer)
+                    u = u.add_(buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
+                us[-1].append(u)
+        rest = 1 - group["lr"] * group["weight_decay"]
+        turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
+        if group["step_length"] == "weight":
+            kept = torch.stack(chosen(rest, 1.0)) if group["weight_decay"] else None
+            weights = [mine(binding.weight) for binding in bindings]
+            turns = self._turns(bindings, weights, us, updates, good, kept, groups)
+        for n, binding in enumerate(bindings):
+            for (param, _), u in zip(shared[binding][1], us[n], strict=True):
+                options = groups[param]
+                a, b = turns.get(param) or (None, chosen(signed_rate(options), 0.0)[n])
+                if a is None and options["weight_decay"]:
+                    a = chosen(1 - options["lr"] * options["weight_decay"], 1.0)[n]
+                weight = mine(param)
+                # Half precision is rounded once.
+                moved = weight if weight.dtype == u.dtype else weight.to(u.dtype)
+                (moved if a is None else moved.mul_(a)).addcmul_(u, b, value=-1)
+                if moved is not weight:
+                    weight.copy_(moved)
+
+    def _turns(
+        self,
+        bindings: list[Binding],
+        weights: list[Tensor],
+        us: list[list[Tensor]],
+        updates: list[Update],
+        good: Tensor,
+        kept: Tensor | None,
+        groups: dict[Tensor, dict[str, Any]],
+    ) -> dict[Tensor, tuple[Tensor | None, Tensor]]:
+        """Return a and b of the step a·W - b·u of every parameter W; a is None for biases: decay alone."""
+        group, rows = groups[bindings[0].weight], [binding.rows for binding in bindings]
+        numbers = measure(weights, us, updates, rows)
+        if hasattr(bindings[0].weight, "to_local"):
+            numbers = self._distributor.sums(bindings, numbers)
+        sums = Sums(*numbers.unbind(1))
+        sums = sums if kept is None else sums.times(kept)
+        held: list[Tensor] = []
+        for binding in bindings:
+            # A transfer would wait for the device: once only.
+            binding.sizes = binding.sizes.to(numbers)
+            state = self.state[binding.weight]
+            if REFERENCE_NORM not in state:
+                state[REFERENCE_NORM] = numbers.new_zeros(())
+            held.append(state[REFERENCE_NORM])
+        sizes = torch.stack([binding.sizes for binding in bindings])
+        far = lengths(sums, updates, good, torch.stack(held), sizes, group)
+        torch._foreach_copy_(held, list(far.reference.unbind()))
+        of_all = [v.unbind() for v in (far.share * group["lr"], far.factor, far.rate, *turn(sums, far, kept))]
+        turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
+        for n, binding in enumerate(bindings):
+            binding.length, factor, rate, a, b = (each[n] for each in of_all)
+            if binding.rows:
+                of_one, left = Sums(*(each[n] for each in sums)), None if kept is None else kept[n]
+                by_row = row_sums(of_one, weights[n], us[n][0], left)
+                a, b = turn(by_row, Lengths(*(each[n] for each in far)), left)
+            turns[binding.weight] = a, b
+            if binding.bias is not None:
+                options = groups[binding.bias]
+                turns[binding.bias] = None, rate if options is group else factor * signed_rate(options)
+        return turns
 
     def _step_adamw(self, done: set[Tensor]) -> None:
         """Step every other parameter that is trained and has a gradient."""

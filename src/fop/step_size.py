@@ -5,17 +5,19 @@ Its direction is of `fop.correction`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fop.correction import Direction, inner, ratio
-from fop.curvature import LEAST_SIGNAL, NOISE
+from fop.correction import Directions, inner, ratio
+from fop.curvature import LEAST_SIGNAL
 
 # In the state: the norm that a weight which has been zero is taken to have, see `stretch`; 0 for others.
 REFERENCE_NORM = "reference_norm"
+# How many numbers the weights have that are stepped together, unless one has more.
+TOGETHER = 2**24
 # Of the averages of noise and gradient from one step to the next.
 NOISE_DECAY = 0.9
 
@@ -34,7 +36,7 @@ class Update(NamedTuple):
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
         noise: ν ∈ [0, 1), the share of noise in the gradient; None if sub-batches are not wanted.
-        along: with ``step_length="weight"`` the cosine of weight and gradient; None for shards.
+        along: with ``step_length="weight"`` ⟨weight, Ga⟩ and ‖Ga‖², (2,); of this rank's shards.
     """
 
     matrix: Tensor
@@ -50,37 +52,39 @@ class Update(NamedTuple):
     along: Tensor | None = None
 
 
-def scale_update(direction: Direction, eta: float | None, corrected: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the update η·F̂⁻¹·Gc (18), its alignment ⟨update, Ga⟩, and η.
+def scale_updates(
+    directions: Directions, eta: float | None, corrected: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the updates η·F̂⁻¹·Gc (18), their alignment ⟨update, Ga⟩, and η; (n,) both.
 
     η is ``eta``, or η* = ⟨Ga, F̂⁻¹·Gc⟩ / ⟨Gc, F̂⁻¹·Gc⟩ (17), which is 1 where no contrasts have corrected Ga.
     """
-    update, alignment = direction.update, direction.alignment
-    if not corrected:
-        if eta is None or eta == 1.0:
-            return update, alignment, torch.ones_like(alignment)
-        return eta * update, eta * alignment, torch.full_like(alignment, eta)
-    if eta is None:
-        scale = ratio(alignment, direction.squared_norm, otherwise=1.0)
+    updates, alignment = directions.updates, directions.alignment
+    if not corrected and (eta is None or eta == 1.0):
+        return updates, alignment, torch.ones_like(alignment)
+    if corrected and eta is None:
+        scale = ratio(alignment, directions.squared_norm, otherwise=1.0)
     else:
-        scale = torch.full_like(alignment, eta)
-    return update.mul_(scale), scale * alignment, scale
+        scale = torch.full_like(alignment, 1.0 if eta is None else eta)
+    torch._foreach_mul_(updates, scale.unbind())
+    return updates, scale * alignment, scale
 
 
-def noise_share(state: MutableMapping[str, Any], norms: Tensor | None, trusted: Tensor | None) -> Tensor:
-    """Return ν ∈ [0, 0.99], the share of noise in ‖Ga‖², with the `Direction.noise` of a step taken in.
+def noise_share(before: Tensor, norms: Tensor | None, trusted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ν ∈ [0, 0.99], the share of noise in ‖Ga‖², with the `Directions.noise` of a step taken in.
 
-    Both are averaged in ``state`` over about ten steps, and then divided. What is not finite or not
-    ``trusted`` does not count, nor a step without sub-batches (None); 0 as long as nothing did.
+    Both are averaged over about ten steps, and then divided; returned are ν, (n,), and the averages, (n, 2),
+    which were ``before``. What is not finite or not ``trusted`` does not count, nor a step without
+    sub-batches (None); 0 as long as nothing did.
     """
-    before = state[NOISE]
+    averages = before
     if norms is not None:
-        good = torch.isfinite(norms).all()
+        good = torch.isfinite(norms).all(1)
         if trusted is not None:
             good = good & trusted
-        state[NOISE] = torch.where(good, torch.lerp(norms, before, NOISE_DECAY), before)
-    noise, whole = state[NOISE].unbind()
-    return torch.where(whole > 0, noise / whole, 0).clamp_(0, 1 - LEAST_SIGNAL)
+        averages = torch.where(good[:, None], torch.lerp(norms, before, NOISE_DECAY), before)
+    noise, whole = averages.unbind(1)
+    return torch.where(whole > 0, noise / whole, 0).clamp_(0, 1 - LEAST_SIGNAL), averages
 
 
 def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
@@ -94,7 +98,7 @@ def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """What `stretch` and `turn` must know of a weight and of u, by what it is to move; each 0-dim.
+    """What must be known of n weights and of u, by what they are to move; (n,) each.
 
     Attributes:
         square: ‖u‖² of weight and bias. A bias is a weight whose input is 1: it counts as one on inputs of
@@ -104,8 +108,8 @@ class Sums(NamedTuple):
         rows: Σ ‖row of u‖ of an embedding; 0 for others.
         product: ⟨weight, u⟩.
         of_weight: ‖u‖² of the weight alone.
-        with_gradient: ⟨weight, gradient⟩, and
-        gradient: ‖gradient‖², of shards; 0 where `Update.along` says what they are for.
+        along: ⟨weight, Ga⟩, and
+        gradient: ‖Ga‖².
     """
 
     square: Tensor
@@ -113,121 +117,150 @@ class Sums(NamedTuple):
     rows: Tensor
     product: Tensor
     of_weight: Tensor
-    with_gradient: Tensor
+    along: Tensor
     gradient: Tensor
+
+    def times(self, kept: Tensor) -> Sums:
+        """Return those of the weights times a number."""
+        own, product, along = self.own * kept * kept, self.product * kept, self.along * kept
+        return self._replace(own=own, product=product, along=along)
 
 
 def measure(
-    parts: Sequence[Tensor],
-    input_square: Tensor | None,
-    weight: Tensor,
-    gradient: Tensor | None,
-    *,
-    by_row: bool,
+    weights: Sequence[Tensor], us: Sequence[Sequence[Tensor]], updates: Sequence[Update], rows: Sequence[int]
 ) -> Tensor:
-    """Return the numbers of `Sums`, (7,); of shards, to be added up.
+    """Return the numbers of `Sums`, (n, 7); of shards, to be added up.
 
-    ``parts`` are u, of a weight and its bias, if any; ``input_square`` is the size of the other inputs.
+    ``us`` are u, each of a weight and of its bias, if any; ``rows`` is not 0 for an embedding.
     """
-    of_weight, *bias = (part.square().sum() for part in parts)
-    square, zero = of_weight, torch.zeros_like(of_weight)
-    if bias:
-        square = square + (bias[0] if input_square is None else bias[0] / input_square.to(square))
-    own = torch.linalg.vector_norm(weight, dtype=square.dtype).square()
-    rows = torch.linalg.vector_norm(parts[0], dim=1).sum() if by_row else zero
-    weight, of_gradient = weight.to(square), (zero, zero)
-    if gradient is not None:
-        gradient = gradient.to(square)
-        of_gradient = inner(weight, gradient), inner(gradient, gradient)
-    return torch.stack([square, own, rows, inner(weight, parts[0]), of_weight, *of_gradient])
+    first = [each[0] for each in us]
+    weights = [weight.to(u.dtype) for weight, u in zip(weights, first, strict=True)]
+    of_weight = square = inner(first, first)
+    zero, none = torch.zeros_like(of_weight[0]), torch.zeros_like(of_weight[:2])
+    if with_bias := [
+        (each, update.input_square) for each, update in zip(us, updates, strict=True) if each[1:]
+    ]:
+        biases = inner([each[1] for each, _ in with_bias], [each[1] for each, _ in with_bias]).unbind()
+        squares = iter(
+            [b if size is None else b / size.to(b) for b, (_, size) in zip(biases, with_bias, strict=True)]
+        )
+        square = square + torch.stack([next(squares) if each[1:] else zero for each in us])
+    by_row = [
+        torch.linalg.vector_norm(u, dim=1).sum() if count else zero
+        for u, count in zip(first, rows, strict=True)
+    ]
+    along = torch.stack([none if update.along is None else update.along.to(zero) for update in updates])
+    own, product = inner(weights, weights), inner(weights, first)
+    return torch.cat([torch.stack([square, own, torch.stack(by_row), product, of_weight], 1), along], 1)
 
 
-def stretch(
-    sums: Sums, update: Update, reference: Tensor, typical: float, rows: int, annealed: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return s·‖weight‖ / ‖u‖, 0 for an update u of 0, and s; both 0-dim.
+class Lengths(NamedTuple):
+    """How far weights are to move along u, (n,) of n weights.
 
-    s is 1, or, if the length is ``annealed`` at this momentum μ, the share of signal in the average of
-    updates that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of
-    its noise. (That is heavy ball's; it is taken with Nesterov momentum, too.) At a rate that stays, steps of
+    Attributes:
+        share: s, by which share of lr·‖weight‖; 0 for weights that stay.
+        factor: s·‖weight‖ / ‖u‖, and
+        rate: that times the learning rate, negative if it goes up.
+        turns: whether the step turns a weight, see `turn`; (bool).
+        cosine: of weight and gradient, c.
+        signal: the share of the gradient's part along the weight that is signal.
+        reference: the norm that a weight which has been zero is taken to have; 0 for others.
+    """
+
+    share: Tensor
+    factor: Tensor
+    rate: Tensor
+    turns: Tensor
+    cosine: Tensor
+    signal: Tensor
+    reference: Tensor
+
+
+def lengths(
+    sums: Sums,
+    updates: Sequence[Update],
+    good: Tensor,
+    reference: Tensor,
+    sizes: Tensor,
+    group: Mapping[str, Any],
+) -> Lengths:
+    """Return how far weights of a parameter group move: those that are ``good`` by s·lr·‖weight‖.
+
+    s is 1, or, if the length is annealed at the momentum μ, the share of signal in the average of updates
+    that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its
+    noise. (That is heavy ball's; it is taken with Nesterov momentum, too.) At a rate that stays, steps of
     full length would in the end be noise, and lengthen the weight. Where nothing moves s is 0.
 
     A weight of exactly 0 has no norm, and no gradient tells the units of what it is to give. It is taken to
-    be as long as one whose outputs have the size 1: ``typical`` for inputs of that size. This ``reference``,
-    changed in place, stands for the weight's norm as long as that is smaller.
+    be as long as one whose outputs have the size 1. This ``reference`` stands for the weight's norm as long
+    as that is smaller.
 
-    ``rows`` is not 0 for an embedding of so many rows, of which a batch uses few: as much of the norm counts
-    as rows move, (Σ ‖row‖)² / Σ ‖row‖² of them.
+    ``sizes`` are `Binding.sizes`, (n, 3). Of an embedding, of whose rows a batch uses few, as much of the
+    norm counts as rows move, (Σ ‖row‖)² / Σ ‖row‖² of them.
     """
-    own, square = sums.own.sqrt(), sums.square
-    size = torch.full_like(own, typical)
-    if update.input_square is not None:
-        size = size / update.input_square.to(size).sqrt()
-    reference.copy_(torch.where(own > 0, reference, size))
-    share = torch.ones_like(own)
-    if update.noise is not None and annealed is not None:
-        signal = 1 - update.noise.to(share)
-        share = signal / (signal + (1 - signal) * (1 - annealed) / (1 + annealed))
-    length = share * torch.maximum(own, reference)
+    own, square, one = sums.own.sqrt(), sums.square, torch.ones_like(sums.own[0])
+    typical, entries, rows = sizes.unbind(1)
+    # Where noise is not known all counts as noise.
+    inputs, noise = (
+        torch.stack([one if value is None else value.to(one) for value in values])
+        for values in ([u.input_square for u in updates], [u.noise for u in updates])
+    )
+    reference = torch.where(own > 0, reference, typical / inputs.sqrt())
+    signal, share, known = 1 - noise, torch.ones_like(own), all(u.noise is not None for u in updates)
+    # Which schedulers of torch set.
+    anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
+    if anneal and known:
+        share = signal / (signal + (1 - signal) * (1 - group["momentum"]) / (1 + group["momentum"]))
     # Momentum alone does not move a weight: however small it is, it would be stretched.
-    moves = (square > 0) & (update.length.to(square) != 0)
+    moves = (square > 0) & (torch.stack([u.length.to(one) for u in updates]) != 0) & good
     norm = torch.where(moves, square, 1).sqrt()
-    if rows:
-        length = length * sums.rows / (rows**0.5 * norm)
-    return torch.where(moves, length / norm, 0), torch.where(moves, share, 0)
+    length = share * torch.maximum(own, reference) / norm
+    length = torch.where(rows > 0, length * sums.rows / (rows.sqrt() * norm), length)
+    factor = torch.where(moves, length, 0)
+    rate = factor * (-group["lr"] if group["maximize"] else group["lr"])
+    cosine = ratio(sums.along, own * sums.gradient.sqrt(), otherwise=0.0)
+    turns = (rate != 0) & (own >= reference) & (entries > 1)
+    signal = signal * (entries.sqrt() * cosine.abs()).clamp(max=1)
+    return Lengths(torch.where(moves, share, 0), factor, rate, turns, cosine, signal, reference)
 
 
-def turn(
-    weight: Tensor,
-    u: Tensor,
-    rate: Tensor,
-    sums: Sums,
-    update: Update,
-    reference: Tensor,
-    entries: int,
-    *,
-    by_row: bool,
-) -> None:
-    """Move a weight by -rate·u, which turns it, and change its norm by less than that would.
+def turn(sums: Sums, lengths: Lengths, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return a and b of the step a·W - b·u that turns weights as W - rate·u does, and changes norms less.
 
     A step across a weight lengthens it, with momentum more so: by ½ℓ² for the relative length ℓ = rate·‖u‖ /
-    ‖weight‖, in the long run without bounds. So the logarithm of the norm changes by a share of what the step
-    would change, and for the rest by -ℓ·c, as much of ℓ as the gradient lies along the weight, c =
-    cos(weight, gradient). The share is that of signal, 1 - ν, times √n·|c| of n ``entries``, 1 at most: of a
-    gradient that is noise about 1, and 0 for a weight whose norm the loss does not depend on (one that a
-    normalisation follows), which keeps its norm. Where noise is not known all counts as noise.
+    ‖W‖, in the long run without bounds. So the logarithm of the norm changes by a share of what the step
+    would change, and for the rest by -ℓ·c, as much of ℓ as the gradient lies along the weight, c = cos(W,
+    Ga). The share is that of signal, 1 - ν, times √n·|c| of n entries, 1 at most: of a gradient that is noise
+    about 1, and 0 for a weight whose norm the loss does not depend on (one that a normalisation follows),
+    which keeps its norm.
 
-    An embedding turns ``by_row``. A weight that has not its ``reference`` norm yet, and one number alone,
-    which cannot turn, move by -rate·u.
+    A weight that has not its reference norm yet, and one number alone, which cannot turn, move by -rate·u.
+    Broadcasts: an embedding turns by row, for which the sums are of rows. ``kept`` is what decay leaves of
+    the weights, and the sums are of that.
     """
-    along, own, product, square = update.along, sums.own, sums.product, sums.of_weight
-    if along is None:
-        along = ratio(sums.with_gradient / own.sqrt(), sums.gradient.sqrt(), otherwise=0.0)
-    if by_row:
-        own, product, square = (
-            (one.to(u.dtype) * other).sum(1, keepdim=True)
-            for one, other in ((weight, weight), (weight, u), (u, u))
-        )
-    # A rate of 0 is that of a step that is refused, whose numbers may not be finite.
-    valid = (own > 0) & (square > 0) & (rate != 0) & (sums.own >= reference.square())
-    if (u.shape[1:].numel() if by_row else entries) == 1:
-        valid = torch.zeros_like(valid)
-    own = torch.where(valid, own, 1)
+    rate, cosine, share = lengths.rate, lengths.cosine, lengths.signal
+    turns = lengths.turns & (sums.own > 0) & (sums.of_weight > 0)
+    own = torch.where(turns, sums.own, 1)
     # From here on in units of the weight's norm.
-    inward, length = rate * product / own, rate.abs() * square.sqrt() / own.sqrt()
-    inward, length = torch.where(valid, inward, 0), torch.where(valid, length, 0)
+    inward = torch.where(turns, rate * sums.product / own, 0)
+    length = torch.where(turns, rate.abs() * sums.of_weight.sqrt() / own.sqrt(), 0)
     across = (length.square() - inward.square()).clamp(min=0).sqrt()
-    turning = length * (1 - along.square()).clamp(min=0).sqrt() / torch.where(across > 0, across, 1)
-    signal = 0.0 if update.noise is None else 1 - update.noise.to(own)
-    share = signal * (entries**0.5 * along.abs()).clamp(max=1)
+    turning = length * (1 - cosine.square()).clamp(min=0).sqrt() / torch.where(across > 0, across, 1)
     after = (1 - 2 * inward + length.square()).clamp(min=torch.finfo(own.dtype).tiny)
     # A row may be far shorter than the others, whose gradient it is.
-    change = share * after.log() / 2 - (1 - share) * along * rate.sign() * length.clamp(max=1)
+    change = share * after.log() / 2 - (1 - share) * cosine * rate.sign() * length.clamp(max=1)
     scale = change.exp() / (1 + (turning * across).square()).sqrt()
-    a, b = scale * (1 + turning * inward), scale * turning
-    # Rounded once: twice would change the norm of weights in half precision.
-    moved = torch.where(valid, a, 1) * weight.to(u.dtype) - torch.where(valid, b, 1) * rate * u
-    weight.copy_(moved)
+    a, b = scale * (1 + turning * inward), scale * turning * rate
+    a, b = torch.where(turns, a, 1), torch.where(turns, b, rate)
+    return a if kept is None else a * kept, b
+
+
+def row_sums(sums: Sums, weight: Tensor, u: Tensor, kept: Tensor | None = None) -> Sums:
+    """Return the ``sums`` of a weight, as `turn` needs them by row, (rows, 1)."""
+    pairs = (weight, weight), (weight, u), (u, u)
+    own, product, of_weight = ((one.to(u.dtype) * other).sum(1, keepdim=True) for one, other in pairs)
+    rows = sums._replace(own=own, product=product, of_weight=of_weight)
+    return rows if kept is None else rows.times(kept)
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:
@@ -246,6 +279,11 @@ def momentum_of(group: Mapping[str, Any]) -> float:
     if group["kl_clip"] is None or group["lr"] <= group["last_lr"]:
         return momentum
     return momentum * float(group["last_lr"] / group["lr"])
+
+
+def signed_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate, negative if it goes up."""
+    return float(-group["lr"] if group["maximize"] else group["lr"])
 
 
 def adamw_rate(group: Mapping[str, Any]) -> float:

@@ -11,46 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from fop.step_size import Sums, Update, turn
+from fop.step_size import Lengths, Sums, move, row_sums, turn
 from reference import turned
 
 Net = Callable[[], nn.Module]
 
 
-def numbers(weight: Tensor, u: Tensor) -> Sums:
+def step(weight: Tensor, u: Tensor, rate: float, cosine: float, signal: float, *, rows: bool = False) -> None:
+    """Turn a weight in place by ``rate`` times u; ``signal`` is 1 - ν."""
     zero = weight.new_zeros(())
     squares = u.square().sum(), weight.square().sum(), zero, (weight * u).sum(), u.square().sum()
-    return Sums(*squares, zero, zero)
-
-
-def update(along: float, noise: float | None) -> Update:
-    zero = torch.zeros((), dtype=torch.float64)
-    share = None if noise is None else torch.tensor(noise, dtype=torch.float64)
-    return Update(*[zero] * 5, noise=share, along=torch.tensor(along, dtype=torch.float64))
+    sums = Sums(*squares, zero, zero)
+    share = signal * min(1.0, math.sqrt(weight.numel()) * abs(cosine))
+    scale, along, of_signal = zero + rate, zero + cosine, zero + share
+    far = Lengths(zero + 1, zero + 1, scale, torch.tensor(True), along, of_signal, zero)
+    move(weight, u, *turn(row_sums(sums, weight, u) if rows else sums, far))
 
 
 @pytest.mark.parametrize("rate", [0.2, -0.2, 3.0])
-@pytest.mark.parametrize("noise", [None, 0.0, 0.7])
+@pytest.mark.parametrize("signal", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("along", [0.0, 1e-3, -0.1, 0.6])
-def test_a_weight_turns_by_an_angle(along: float, noise: float | None, rate: float) -> None:
+def test_a_weight_turns_by_an_angle(along: float, signal: float, rate: float) -> None:
     torch.manual_seed(0)
     weight, u = torch.randn(2, 3, 4, dtype=torch.float64)
-    signal = 0.0 if noise is None else 1 - noise
     # Going up is going down on the negative loss, whose gradient is the negative one.
     expected = turned(weight, rate * u, math.copysign(along, along * rate), signal, 12)
-    zero, scale = torch.zeros((), dtype=torch.float64), torch.tensor(rate, dtype=torch.float64)
-    turn(weight, u, scale, numbers(weight, u), update(along, noise), zero, 12, by_row=False)
+    step(weight, u, rate, along, signal)
     torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_without_gradient_along_the_weight_its_norm_stays() -> None:
     torch.manual_seed(0)
-    weight, zero = torch.randn(5, 6, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    weight = torch.randn(5, 6, dtype=torch.float64)
     norm, momentum = weight.norm(), torch.zeros_like(weight)
     for _ in range(100):
         momentum = 0.6 * momentum + torch.randn_like(weight)
-        u = momentum * weight.norm() / momentum.norm()
-        turn(weight, u, zero + 0.2, numbers(weight, u), update(0.0, 0.0), zero, 30, by_row=False)
+        step(weight, momentum * weight.norm() / momentum.norm(), 0.2, 0.0, 1.0)
     torch.testing.assert_close(weight.norm(), norm, rtol=1e-12, atol=0.0)
 
 
@@ -165,7 +161,7 @@ def test_a_row_that_is_much_shorter_than_the_others_stays_finite() -> None:
     torch.manual_seed(0)
     weight, u = torch.randn(2, 8, 4, dtype=torch.float64)
     weight[3] *= 1e-4
-    before, zero = weight.clone(), torch.zeros((), dtype=torch.float64)
-    turn(weight, u, zero + 0.2, numbers(weight, u), update(-0.02, 0.5), zero, 32, by_row=True)
+    before = weight.clone()
+    step(weight, u, 0.2, -0.02, 0.5, rows=True)
     assert weight[3].norm() < 2 * (0.2 * u[3]).norm()
     assert (weight - before)[0].norm() < 2 * (0.2 * u[0]).norm()

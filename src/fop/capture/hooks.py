@@ -233,12 +233,6 @@ class ModuleUse(ABC):
     def register(self, module: nn.Module) -> list[RemovableHandle]:
         """Put the hooks on the module."""
 
-    def intact(self, weight: Tensor) -> bool:
-        """Return whether the module is alive, still has the weight under its name, and has the hooks."""
-        module = self.module()
-        has = module is not None and self.uses(weight, module)
-        return has and all(in_place(handle) for handle in self.handles)
-
     def uses(self, weight: Tensor, module: nn.Module) -> bool:
         """Return whether the module has the weight under its name, or what FSDP put there while it runs."""
         name = self.names[0]

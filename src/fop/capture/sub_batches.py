@@ -233,7 +233,15 @@ class SubBatches:
         if not recorded or (changed and not known):
             return SubBatchGradients(average, reason=self._why_unknown())
         if changed:
-            scale, trusted = self._scale_since(known)
+            was = torch.stack([self.measures[param] for param in known])
+            now = torch.stack([self.measure(param, param.grad) for param in known if param.grad is not None])
+            # One scale for weight and bias, from the Euclidean norm of both.
+            norms = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
+            scale = torch.nan_to_num(norms[1] / norms[0], nan=0.0, posinf=0.0)
+            # Each number is compared on the scale of what it can differ by.
+            two, one = now[:, :1], now[:, 1:2]
+            differs_by = (now - scale * was).abs()
+            trusted = (differs_by <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=1)).all()
         else:
             scale = torch.ones((), dtype=average.dtype, device=average.device)
             trusted = scale > 0
@@ -267,18 +275,6 @@ class SubBatches:
         weight, *bias = (self._earlier[k].get(param) for param in self._params)
         assert weight is not None
         return self._layer.to_matrix(weight, bias[0] if bias else None)
-
-    def _scale_since(self, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return how p.grad was scaled since the backward pass, and whether it was only scaled."""
-        was = torch.stack([self.measures[param] for param in known])
-        now = torch.stack([self.measure(param, param.grad) for param in known if param.grad is not None])
-        # One scale for weight and bias, from the Euclidean norm of both.
-        lengths = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
-        scale = torch.nan_to_num(lengths[1] / lengths[0], nan=0.0, posinf=0.0)
-        # Each number is compared on the scale of what it can differ by.
-        two, one = now[:, :1], now[:, 1:2]
-        same = (now - scale * was).abs() <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=1)
-        return scale, same.all()
 
     def measure(self, param: Tensor, gradient: Tensor) -> Tensor:
         """Return four numbers of a gradient that together tell a scaling from any other change.

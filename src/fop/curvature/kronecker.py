@@ -177,12 +177,12 @@ def kronecker_product(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
     if A.dim() == 2:
         V = V * A[:, None, :]
     elif len(A) == len(V):
-        V = V @ A
+        V = torch.bmm(V, A)
     else:
         V = blocks_product(A, V.mT).mT
     if G.dim() == 2:
         return G[:, :, None] * V
-    return G @ V if len(G) == len(V) else blocks_product(G, V)
+    return torch.bmm(G, V) if len(G) == len(V) else blocks_product(G, V)
 
 
 def typical_squares(diagonal: Tensor, *, bias: bool) -> Tensor:

@@ -118,9 +118,9 @@ class Distributor:
         """Return the updates of all bindings, from those of the owned ones."""
         return [(own[binding], binding.parts(own[binding].matrix)) for binding in bindings]
 
-    def sums(self, bindings: Sequence[Binding], own: Sequence[Tensor]) -> list[Tensor]:
-        """Return sums over whole parameters from those over this process's shards, one tensor a binding."""
-        return list(own)
+    def sums(self, bindings: Sequence[Binding], own: Tensor) -> Tensor:
+        """Return sums over whole parameters from those over this process's shards, (n, …) of n bindings."""
+        return own
 
     def any(self, found: Tensor) -> Tensor:
         """Return whether any rank found something in its gradients; ``found``: whether this one did."""

@@ -337,7 +337,7 @@ class Ranks(Distributor):
             ranks=self._reductions.ranks.size,
             cumulative=binding in self._cumulative,
         )
-        self._noted[binding] = inner(gradients.average, gradients.average), used
+        self._noted[binding] = inner([gradients.average], [gradients.average])[0], used
         return gradients, self._samples.get(binding, 1)
 
     def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
@@ -376,17 +376,17 @@ class Ranks(Distributor):
             self._max_norm = None
         return shared
 
-    def sums(self, bindings: Sequence[Binding], own: Sequence[Tensor]) -> list[Tensor]:
+    def sums(self, bindings: Sequence[Binding], own: Tensor) -> Tensor:
         """Return sums over whole parameters from those over shards, with one exchange for all bindings."""
-        sharded = [index for index, binding in enumerate(bindings) if is_sharded(binding.weight)]
-        result = list(own)
-        if sharded:
-            widest = max((own[index].dtype for index in sharded), key=lambda dtype: dtype.itemsize)
-            total = torch.stack([own[index].to(widest) for index in sharded])
-            self._reductions.ranks.all_reduce(total, "updates").wait()
-            for index, of_one in zip(sharded, total.unbind(), strict=True):
-                result[index] = of_one.to(own[index].dtype)
-        return result
+        sharded = [is_sharded(binding.weight) for binding in bindings]
+        if not any(sharded):
+            return own
+        total = torch.stack([of_one for of_one, each in zip(own.unbind(), sharded, strict=True) if each])
+        self._reductions.ranks.all_reduce(total, "updates").wait()
+        whole = iter(total.unbind())
+        return torch.stack(
+            [next(whole) if each else of_one for of_one, each in zip(own.unbind(), sharded, strict=True)]
+        )
 
     def any(self, found: Tensor) -> Tensor:
         """Return whether any rank found something in its gradients."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fop.binding import Binding
 from fop.capture import is_sharded, local
+from fop.correction import inner
 from fop.distributed.buckets import joined
 from fop.distributed.distributor import Shared
 from fop.distributed.messages import NOT_THE_MEAN, Reductions, matrix_size, wire_dtype
@@ -19,7 +20,7 @@ from fop.step_size import Update, clip_coefficient
 Packets: TypeAlias = Mapping[Binding, tuple[Tensor, Tensor]]
 # What arrives: the numbers, and for each parameter this rank's part of the update.
 _Arrived: TypeAlias = dict[Binding, tuple[Tensor, list[tuple[Tensor, Tensor]]]]
-_COUNT = 10
+_COUNT = 11
 
 
 def gather_gradients(reductions: Reductions, bindings: Sequence[Binding]) -> dict[Binding, Tensor]:
@@ -60,9 +61,12 @@ def share_updates(
     squares: list[Tensor] = []
     for binding in bindings:
         numbers, parts = arrived[binding]
-        length, square, beta, eta, rho, trusted, used, size, noise, cosine = numbers.unbind()
+        length, square, beta, eta, rho, trusted, used, size, noise = numbers[:-2].unbind()
         flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
-        measured, along = noise if binding.corrected else None, None if binding in sharded else cosine
+        measured, along = noise if binding.corrected else None, numbers[-2:]
+        if binding in sharded:
+            weight, gradient = local(binding.weight).to(numbers), _gradient(binding.weight).to(numbers)
+            along = inner([weight, gradient], [gradient, gradient])
         scalars = length, length, beta, eta, rho, *flags
         update = Update(*scalars, input_square=size, noise=measured, along=along)
         shared.append((update, parts))
@@ -71,15 +75,15 @@ def share_updates(
 
 
 def _numbers(update: Update, square: Tensor) -> Tensor:
-    """Return the scalars of an update, and the squared norm of Ga, (10,); flags as 0 or 1."""
+    """Return the scalars of an update, and the squared norm of Ga, (11,); flags as 0 or 1."""
     length, trusted, used = update.length, update.trusted, update.used
     assert used is not None
     flag = torch.zeros_like(length) if trusted is None else trusted.to(length.dtype)
     size = torch.ones_like(length) if update.input_square is None else update.input_square.to(length)
     noise = torch.zeros_like(length) if update.noise is None else update.noise.to(length)
-    along = torch.zeros_like(length) if update.along is None else update.along.to(length)
+    along = length.new_zeros(2) if update.along is None else update.along.to(length)
     scalars = length, square, update.beta, update.eta, update.rho
-    return torch.stack([*scalars, flag, used.to(length.dtype), size, noise, along])
+    return torch.cat([torch.stack([*scalars, flag, used.to(length.dtype), size, noise]), along])
 
 
 def _share_whole(reductions: Reductions, bindings: Sequence[Binding], packets: Packets) -> _Arrived:

@@ -45,4 +45,4 @@ def blocks_product(M: Tensor, V: Tensor) -> Tensor:
     groups, d, n = V.shape
     count, side = len(M) // groups, M.shape[-1]
     rows = F.pad(V, (0, 0, 0, count * side - d)).reshape(-1, side, n)
-    return (M @ rows).reshape(groups, -1, n)[:, :d]
+    return torch.bmm(M, rows).reshape(groups, -1, n)[:, :d]

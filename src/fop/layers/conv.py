@@ -28,6 +28,10 @@ class ConvLayer(RowLayer):
         super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
         self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
+        # From one row to the next, and from a row's begin to its taps, by dimension.
+        self.hops: tuple[int, ...] = module.stride
+        reach = zip(module.kernel_size, module.dilation, strict=True)
+        self.offsets = [range(0, size * apart, apart) for size, apart in reach]
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         # Otherwise the module pads its input itself.
         self.owns_backward = self.mode == "constant" and all(before == after for before, after in self.pads)
@@ -65,18 +69,22 @@ class ConvLayer(RowLayer):
         return prod(b.shape[2:])
 
     def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
-        if self.mode != "constant":
-            x = self._padded(x)
+        x = self._grid(x, output)
         if entries is None:
             entries = torch.arange(x.shape[0] * prod(output[2:]), device=x.device)
-        # Of every row and tap, where in x (samples and positions in one dimension) its channels are.
-        index, inside = self._sources(x.shape, output[2:], entries)
-        channels = x.movedim(1, -1).reshape(-1, x.shape[1])
-        patches = channels.index_select(0, index.flatten()).view(*index.shape, self.groups, -1)
-        if inside is not None:
-            patches.masked_fill_(~inside[..., None, None], 0)
-        # In the order of weight.flatten(1).
-        return patches.permute(0, 2, 3, 1).reshape(len(entries), self.groups, self.in_dim)
+        # Where in memory a row begins, and how far from there its numbers are, in the order of
+        # weight.flatten(1).
+        of_sample, of_channel, *of_place = x.stride()
+        begin, offset = torch.zeros_like(entries), torch.arange(x.shape[1], device=x.device) * of_channel
+        for length, far, hop in zip(output[:1:-1], of_place[::-1], self.hops[::-1], strict=True):
+            begin, entries = begin + entries % length * (far * hop), entries // length
+        for taps, far in zip(self.offsets, of_place, strict=True):
+            steps = torch.arange(taps.start, taps.stop, taps.step, device=x.device)
+            offset = (offset[:, None] + steps * far).flatten()
+        index = (begin + entries * of_sample)[:, None] + offset
+        last = sum(far * (size - 1) for far, size in zip(x.stride(), x.shape, strict=True))
+        memory = x.as_strided((last + 1,), (1,))
+        return memory.index_select(0, index.flatten()).view(len(index), self.groups, self.in_dim)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
         if entries is None:
@@ -86,39 +94,9 @@ class ConvLayer(RowLayer):
         chosen = b.flatten(2)[entries // positions, :, entries % positions]
         return chosen.reshape(-1, self.groups, self.out_dim)
 
-    def _sources(self, size: torch.Size, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the position in the input that each tap of a row sees, (rows, taps), and whether it is one.
-
-        Positions are (sample, *position) as one number; ``size`` is the shape of the input, ``output`` that
-        of the output's positions. None where all taps see one.
-        """
-        places = []
-        for length in reversed(output):
-            places.append(rows % length)
-            rows = rows // length
-        index, inside = rows[:, None], None
-        for dim, place in enumerate(reversed(places)):
-            length = size[2 + dim]
-            source, seen = self._seen(dim, place[:, None], length)
-            if seen is not None:
-                source = source.clamp_(0, length - 1)
-                inside = seen[:, None] if inside is None else inside[..., None] & seen[:, None]
-                inside = inside.expand(-1, index.shape[1], -1).flatten(1)
-            elif inside is not None:
-                inside = inside.repeat_interleave(self.kernel[dim], dim=1)
-            # One more dimension of taps, and all of them in one.
-            index = (index[..., None] * length + source[:, None]).flatten(1)
-        return index, inside
-
-    def _seen(self, dim: int, place: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """Return where taps look from places in the output, in one dimension, and whether there is an entry.
-
-        None where there always is one.
-        """
-        taps = torch.arange(self.kernel[dim], device=place.device)
-        before, after = self.pads[dim] if self.mode == "constant" else (0, 0)
-        source = place * self.stride[dim] + taps * self.dilation[dim] - before
-        return source, (source >= 0) & (source < length) if before or after else None
+    def _grid(self, x: Tensor, output: torch.Size) -> Tensor:
+        """Return x with all that taps see: with its padding."""
+        return self._padded(x)
 
     def _padded(self, x: Tensor) -> Tensor:
         pads = [size for pair in reversed(self.pads) for size in pair]
@@ -132,6 +110,10 @@ class TransposedConvLayer(ConvLayer):
     the weight is stored as (in, out/groups, *kernel).
     """
 
+    def __init__(self, module: TransposedConvolution, *, bias: bool, options: LayerOptions) -> None:
+        super().__init__(module, bias=bias, options=options)
+        self.hops, self.offsets = (1,) * self.spatial, [taps[::-1] for taps in self.offsets]
+
     def _output_padding(self, x: Tensor, b: Tensor) -> tuple[bool, tuple[int, ...]]:
         geometry = zip(self.kernel, self.stride, self.dilation, self.pads, strict=True)
         # Not the module's: the caller may have asked for an output size.
@@ -140,11 +122,17 @@ class TransposedConvLayer(ConvLayer):
             for size, out, (k, s, d, (before, _)) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
 
-    def _seen(self, dim: int, place: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        taps = torch.arange(self.kernel[dim], device=place.device)
-        spread = place + self.pads[dim][0] - taps * self.dilation[dim]
-        source = spread.div(self.stride[dim], rounding_mode="floor")
-        return source, (spread % self.stride[dim] == 0) & (source >= 0) & (source < length)
+    def _grid(self, x: Tensor, output: torch.Size) -> Tensor:
+        pads: list[int] = []
+        for dim, (hop, length, taps) in enumerate(zip(self.stride, output[2:], self.offsets, strict=True), 2):
+            # Zeros between the pixels, and at both ends what the taps of all rows see.
+            size, longer = x.shape[dim], [*x.shape]
+            longer[dim] = (size - 1) * hop + 1
+            spread = x.new_zeros(longer)
+            spread.narrow(dim, 0, longer[dim]).unfold(dim, 1, hop).squeeze(-1).copy_(x)
+            x, before = spread, taps[0] - self.pads[dim - 2][0]
+            pads = [before, length + taps[0] - before - longer[dim], *pads]
+        return F.pad(x, pads)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         split = weight.reshape(self.groups, self.in_dim // self.taps, self.out_dim, self.taps)
