@@ -14,8 +14,8 @@ from torch import Tensor
 from fop.capture import functions, recorder, sub_batches
 from fop.capture.batch import Batch
 from fop.capture.sub_batches import sub_batch_entries
+from fop.correction import Metric, SubBatchGradients, combine
 from fop.correction import Metric as Curvature
-from fop.correction import SubBatchGradients, combine
 from fop.curvature import Damping, refresh
 from fop.curvature.diagonal import DiagonalCurvature
 from fop.curvature.inversion import Fallback, Inversion, damped_inverses, mean_eigenvalue
@@ -24,7 +24,7 @@ from fop.layers import FactorSums, Layer, LayerOptions, PackedLayer, RowSampler,
 from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from fop.report import Refusals
-from fop.step_size import scale_update
+from fop.step_size import scale_updates
 
 
 @contextlib.contextmanager
@@ -91,13 +91,30 @@ def damped_diagonal(F: Tensor, damping: float) -> Tensor:
 
 
 class Direction(NamedTuple):
-    """Direction and step scale together: η·F̂⁻¹·Gc, and the scalars of the equations."""
+    """Direction and step scale of one weight together: η·F̂⁻¹·Gc, and the scalars of the equations, 0-dim."""
 
     update: Tensor
     alignment: Tensor
+    squared_norm: Tensor
     beta: Tensor
     eta: Tensor
     rho: Tensor
+    noise: Tensor | None
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """The sum of element-wise products."""
+    return (X * Y).sum()
+
+
+def direction(
+    metric: Metric, gradients: SubBatchGradients, *, beta: float | None = None, eta: float | None = 1.0
+) -> Direction:
+    """The update of one weight, (3) to (18) without the learning rate."""
+    found = combine([metric], [gradients], beta=beta)
+    (update,), alignment, scale = scale_updates(found, eta, bool(gradients.contrasts))
+    scalars = (each[0] for each in (alignment, found.squared_norm, found.beta, scale, found.rho))
+    return Direction(update, *scalars, None if found.noise is None else found.noise[0])
 
 
 def fop_direction(
@@ -108,18 +125,14 @@ def fop_direction(
     beta: float | None = None,
     eta: float | None = None,
 ) -> Direction:
-    """The update of two sub-batches, (3) to (18) without the learning rate."""
+    """The update of two sub-batches."""
     gradients = SubBatchGradients(average, (difference,), torch.tensor(True))
-    direction = combine(curvature, gradients, beta=beta)
-    update, alignment, scale = scale_update(direction, eta, corrected=True)
-    return Direction(update, alignment, direction.beta, scale, direction.rho)
+    return direction(curvature, gradients, beta=beta, eta=eta)
 
 
 def kfac_direction(curvature: Curvature, average: Tensor, *, eta: float | None = None) -> Direction:
     """K-FAC's update."""
-    direction = combine(curvature, SubBatchGradients(average))
-    update, alignment, scale = scale_update(direction, eta, corrected=False)
-    return Direction(update, alignment, direction.beta, scale, direction.rho)
+    return direction(curvature, SubBatchGradients(average), eta=eta)
 
 
 __all__ = [
@@ -143,7 +156,9 @@ __all__ = [
     "damped_inverses",
     "damping_split",
     "describe",
+    "direction",
     "fop_direction",
+    "inner",
     "kfac_direction",
     "kronecker_product",
     "mean_eigenvalue",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from fop.correction import Direction, SubBatchGradients, combine, contrasts, helmert
+from fop.correction import SubBatchGradients, contrasts, helmert
 from fop.curvature.inversion import damped_inverses, mean_eigenvalue
 from fop.curvature.kronecker import damping_split
+from internals import Direction, direction
 from models import assert_equal, batch, conv_net, mlp, weights
 from reference import correct, dense_damped_fisher, dense_fisher, unvec, vec
 
@@ -60,7 +61,7 @@ def direction_of(curvature: Kronecker, gradients: Tensor, shares: list[float] | 
     sums = [gradient * share for gradient, share in zip(gradients, shares, strict=True)]
     average = torch.stack(sums).sum(0)
     differences = contrasts(sums[:-1], shares, average)
-    return combine(curvature, SubBatchGradients(average, differences, torch.tensor(True)))
+    return direction(curvature, SubBatchGradients(average, differences, torch.tensor(True)))
 
 
 def oracle(curvature: Kronecker, gradients: Tensor) -> tuple[Tensor, float]:

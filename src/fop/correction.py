@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-
 # One of every weight.
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 

@@ -148,7 +148,7 @@ class FOP(JoinableOptimizer, Optimizer):
             preconditioned layers are divided by N (AdamW does not mind the scale).
         layer_options: choices for single layers, from a glob pattern on the module's name, or a module type,
             to a dict with any of ``path`` ("fop" or "adamw"), ``block_dim`` (factors with a larger side,
-            without the bias, are kept as blocks of this side at most; 1024), ``max_factor_dim`` (as their
+            without the bias, are kept as blocks of this side at most; 512), ``max_factor_dim`` (as their
             diagonal; 8192), ``weight_sharing`` ("expand" or "reduce"), ``batch_dim`` (0 or 1, where samples
             are in the layer's input; found out if not given) and ``curvature`` (which approximation,
             "kronecker" or "diagonal"). Later entries override earlier ones.
@@ -547,12 +547,13 @@ class FOP(JoinableOptimizer, Optimizer):
     def _alike(
         self, bindings: Sequence[Binding], groups: dict[Tensor, dict[str, Any]]
     ) -> list[list[Binding]]:
-        """Return bindings of one parameter group, device and dtype together: their scalars are one tensor."""
+        """Return bindings of one group, device, dtype and kind of tensor together: their scalars are one."""
         alike: dict[tuple[Any, ...], list[Binding]] = {}
         sizes: Counter[tuple[Any, ...]] = Counter()
         for binding in bindings:
             weight = binding.weight
-            key = id(groups[weight]), weight.device, torch.promote_types(weight.dtype, torch.float32)
+            dtype, sharded = torch.promote_types(weight.dtype, torch.float32), hasattr(weight, "to_local")
+            key = id(groups[weight]), weight.device, dtype, sharded
             sizes[key] += weight.numel()
             # Not too many, for what is computed of all of them is in memory together.
             alike.setdefault((*key, sizes[key] // TOGETHER), []).append(binding)

@@ -178,7 +178,7 @@ def _uses(
 
 
 def estimate(
-    block: Block, *, reduce: bool = False, max_factor_dim: int = 8192, block_dim: int = 1024
+    block: Block, *, reduce: bool = False, max_factor_dim: int = 8192, block_dim: int = 512
 ) -> dict[str, Tensor]:
     """A and G of one batch by name, or A alone, which holds the diagonal Fisher of a norm.
 

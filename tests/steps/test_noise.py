@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fop import FOP, KFAC
-from fop.correction import SubBatchGradients, combine, contrasts
+from fop.correction import SubBatchGradients, contrasts
 from fop.curvature import NOISE
 from fop.step_size import noise_share
+from internals import direction
 from reference import dense_damped_fisher, dense_fisher, unvec, vec
 
 DIMS = (2, 3, 4)  # groups, out, in
@@ -47,7 +48,7 @@ def measured(metric: Dense, gradients: Tensor) -> Tensor:
     average = gradients.mean(0)
     shares = [1 / len(gradients)] * len(gradients)
     differences = contrasts([g / len(gradients) for g in gradients[:-1]], shares, average)
-    noise = combine(metric, SubBatchGradients(average, differences, torch.tensor(True))).noise
+    noise = direction(metric, SubBatchGradients(average, differences, torch.tensor(True))).noise
     assert noise is not None
     return noise
 
@@ -74,27 +75,28 @@ def test_equal_sub_batches_have_no_noise(size: float) -> None:
 
 
 def test_noise_alone_has_a_share_of_one() -> None:
-    metric = Dense()
-    state: dict[str, Any] = {NOISE: torch.zeros(2, dtype=torch.float64)}
+    metric, averages = Dense(), torch.zeros(1, 2, dtype=torch.float64)
     for _ in range(200):
         norms = measured(metric, torch.randn(2, *DIMS, dtype=torch.float64))
-        share = noise_share(state, norms, torch.tensor(True))
+        share, averages = noise_share(averages, norms[None], torch.tensor([True]))
     assert share > 0.75  # of ten steps' average; it is 0.99 at most
 
 
 def test_what_is_not_believed_does_not_count() -> None:
-    state: dict[str, Any] = {NOISE: torch.zeros(2)}
-    noise_share(state, torch.tensor([1.0, 4.0]), torch.tensor(True))
-    kept = state[NOISE].clone()
+    _, averages = noise_share(
+        torch.zeros(2, 2), torch.tensor([[1.0, 4.0], [2.0, 2.0]]), torch.tensor([True] * 2)
+    )
     for norms, trusted in (
-        ([0.0, 9.0], torch.tensor(False)),
-        ([math.nan, 1.0], torch.tensor(True)),
-        ([1.0, math.inf], None),
+        ([0.0, 9.0], torch.tensor([False, True])),
+        ([math.nan, 1.0], torch.tensor([True, True])),
+        ([1.0, math.inf], torch.tensor([True, True])),
     ):
-        assert noise_share(state, torch.tensor(norms), trusted) == 0.25
-        assert torch.equal(state[NOISE], kept)
-    assert noise_share(state, None, None) == 0.25
-    assert noise_share({NOISE: torch.zeros(2)}, None, None) == 0
+        share, after = noise_share(averages, torch.tensor([norms, [1.0, 8.0]]), trusted)
+        assert share[0] == 0.25 and share[1] < 0.99
+        assert torch.equal(after[0], averages[0]) and not torch.equal(after[1], averages[1])
+    share, after = noise_share(averages, None, None)
+    assert share[0] == 0.25 and torch.equal(after, averages)
+    assert not noise_share(torch.zeros(1, 2), None, None)[0]
 
 
 # --- What follows from it

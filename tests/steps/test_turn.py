@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from fop.step_size import Lengths, Sums, move, row_sums, turn
+from fop.step_size import Lengths, Sums, row_sums, turn
 from reference import turned
 
 Net = Callable[[], nn.Module]
@@ -25,7 +25,8 @@ def step(weight: Tensor, u: Tensor, rate: float, cosine: float, signal: float, *
     share = signal * min(1.0, math.sqrt(weight.numel()) * abs(cosine))
     scale, along, of_signal = zero + rate, zero + cosine, zero + share
     far = Lengths(zero + 1, zero + 1, scale, torch.tensor(True), along, of_signal, zero)
-    move(weight, u, *turn(row_sums(sums, weight, u) if rows else sums, far))
+    a, b = turn(row_sums(sums, weight, u) if rows else sums, far)
+    weight.copy_(a * weight - b * u)
 
 
 @pytest.mark.parametrize("rate", [0.2, -0.2, 3.0])

@@ -55,13 +55,18 @@ class KroneckerCurvature(Curvature):
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
         return [self.state["A"], self.state["G"]], list(self._shifts(damping))
 
-    def _diagonals(self) -> tuple[Tensor, Tensor]:
-        """Return those of A and G, (groups, in) and (groups, out)."""
-        groups, out, columns = self.layer.matrix_shape
-        return diagonal(self.state["A"], groups, columns), diagonal(self.state["G"], groups, out)
+    def derive(self) -> None:
+        if self.estimated:
+            groups, out, columns = self.layer.matrix_shape
+            # Of A and G, (groups, in) and (groups, out).
+            self._diagonals = (
+                diagonal(self.state["A"], groups, columns),
+                diagonal(self.state["G"], groups, out),
+            )
+        super().derive()
 
     def _shifts(self, damping: Damping) -> tuple[Tensor, Tensor]:
-        (a, g), shapes = self._diagonals(), [self.state[name].shape for name in self.averages]
+        (a, g), shapes = self._diagonals, [self.state[name].shape for name in self.averages]
         counts = [shape[0] // self.layer.groups for shape in shapes]
         if not damping.relative:
             split = damping_split(a.mean(-1), g.mean(-1), damping.value)
@@ -90,14 +95,14 @@ class KroneckerCurvature(Curvature):
         return kronecker_product(self.state["A_inv"], self.state["G_inv"], V)
 
     def fisher_trace(self) -> Tensor:
-        a, g = self._diagonals()
+        a, g = self._diagonals
         trace: Tensor = (a.mean(-1) * g.mean(-1)).sum() * (a.shape[-1] * g.shape[-1])
         return trace
 
     def input_units(self) -> Tensor | None:
         if not self.layer.bias:
             return None
-        squares = typical_squares(self._diagonals()[0], bias=True).mean(0)
+        squares = typical_squares(self._diagonals[0], bias=True).mean(0)
         units = torch.ones_like(squares)
         units[-1] = squares[0] / squares[-1]
         return units
@@ -114,7 +119,7 @@ class KroneckerCurvature(Curvature):
 
     def damping_shares(self, damping: Damping) -> list[float | None]:
         shares = []
-        for squares, added in zip(self._diagonals(), self._shifts(damping), strict=True):
+        for squares, added in zip(self._diagonals, self._shifts(damping), strict=True):
             shift = added.reshape(len(squares), -1).mean(-1)
             whole = shift + squares.mean(-1)
             shares.append((shift / torch.where(whole > 0, whole, 1)).mean())

@@ -20,7 +20,7 @@ from fop.layers.statistics import FactorSums
 # batch at once would take kernel-area times the memory of the activations.
 CHUNK_ELEMENTS = 2**24
 # Covariances of twice this side are computed in blocks, which saves up to half of the products.
-GRAM_BLOCK = 256
+GRAM_BLOCK = 144
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerOptions:
 
     path: Literal["fop", "adamw"] | None = None
     max_factor_dim: int = 8192
-    block_dim: int = 1024
+    block_dim: int = 512
     weight_sharing: Literal["expand", "reduce"] = "expand"
     batch_dim: int | None = None
     curvature: str | None = None
@@ -263,12 +263,11 @@ def _gram(X: Tensor) -> Tensor:
     """Return XᵀX for each of a batch of matrices; of two blocks the one below the diagonal is copied."""
     dim = X.shape[-1]
     if dim < 2 * GRAM_BLOCK:
-        product: Tensor = X.mT @ X
-        return product
+        return torch.bmm(X.mT, X)
     half = dim // 2
     left, right = X[..., :half], X[..., half:]
     result = X.new_empty(*X.shape[:-2], dim, dim)
     result[..., :half, :half], result[..., half:, half:] = _gram(left), _gram(right)
-    result[..., :half, half:] = corner = left.mT @ right
+    result[..., :half, half:] = corner = torch.bmm(left.mT, right)
     result[..., half:, :half] = corner.mT
     return result

@@ -31,7 +31,7 @@ class ConvLayer(RowLayer):
         # From one row to the next, and from a row's begin to its taps, by dimension.
         self.hops: tuple[int, ...] = module.stride
         reach = zip(module.kernel_size, module.dilation, strict=True)
-        self.offsets = [range(0, size * apart, apart) for size, apart in reach]
+        self.offsets = [range(0, size * step, step) for size, step in reach]
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         # Otherwise the module pads its input itself.
         self.owns_backward = self.mode == "constant" and all(before == after for before, after in self.pads)
@@ -81,9 +81,11 @@ class ConvLayer(RowLayer):
         for taps, far in zip(self.offsets, of_place, strict=True):
             steps = torch.arange(taps.start, taps.stop, taps.step, device=x.device)
             offset = (offset[:, None] + steps * far).flatten()
-        index = (begin + entries * of_sample)[:, None] + offset
         last = sum(far * (size - 1) for far, size in zip(x.stride(), x.shape, strict=True))
         memory = x.as_strided((last + 1,), (1,))
+        # Of so many numbers half of the bytes are half of the time.
+        short = torch.int32 if last < 2**31 else torch.int64
+        index = (begin + entries * of_sample).to(short)[:, None] + offset.to(short)
         return memory.index_select(0, index.flatten()).view(len(index), self.groups, self.in_dim)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
