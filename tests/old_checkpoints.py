@@ -66,7 +66,7 @@ TRAININGS = {
 
 def save(rank: int, name: str, path: str) -> None:
     """Train, and let rank 0 save as scripts do."""
-    run = Run(TRAININGS[name], torch.float64, rank)
+    run = Run(TRAININGS[name], rank)
     for step in range(STEPS):
         plain(run, step)
     if rank == 0:
@@ -107,7 +107,7 @@ def go_on(rank: int, name: str, checkpoint: dict[str, Any], how: str) -> dict[st
         training = replace(training, make=lambda model, o: training.kind(model.parameters(), **o))
     elif how == "alone":
         training = replace(training, wrap="")
-    run = Run(training, torch.float64, rank)
+    run = Run(training, rank)
     run.inner.load_state_dict(checkpoint["model"])
     if "optimizer" in checkpoint:
         run.optimizer.load_state_dict(checkpoint["optimizer"])

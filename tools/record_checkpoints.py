@@ -13,13 +13,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from record_trajectories import TESTS, source_tree
+from record_trajectories import TESTS, commit
 
 sys.path.insert(0, str(TESTS))
 
 import old_checkpoints
 from ranks import run_ranks
-from trajectories import fingerprint
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint.pt"
             if training.ranks:
-                run_ranks(old_checkpoints.save, training.ranks, name, str(path), seconds=1800, timeout=600)
+                run_ranks(old_checkpoints.save, training.ranks, name, str(path))
             else:
                 old_checkpoints.save(0, name, str(path))
             checkpoint = torch.load(path)
@@ -39,7 +38,7 @@ def main() -> None:
             for which, how in old_checkpoints.WAYS
             if which == name
         }
-        record = {**checkpoint, "later": later, "fingerprint": fingerprint(), "source": source_tree()}
+        record = {**checkpoint, "later": later, "commit": commit()}
         file = old_checkpoints.FOLDER / f"{name}.pt"
         torch.save(record, file)
         print(file, file.stat().st_size, "bytes")

@@ -1,16 +1,13 @@
 """Writes what the trainings of tests/trajectories.py give with the current `fop` to tests/data/.
 
-To be run from a version that is known to be right; tests/test_trajectories.py compares later ones with it.
+Trainings without a record are added, records without a training deleted; the others stay, with the commit of
+their version. To be run from one that is known to be right: tests/test_trajectories.py compares later ones.
 
-    python tools/record_trajectories.py                 # all, about five minutes on two cores
-    python tools/record_trajectories.py --only 'mlp*'   # adds to the record, or replaces in it
+    python tools/record_trajectories.py
 """
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,50 +19,29 @@ import fop
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-import trajectories  # noqa: E402
+from trajectories import TRAININGS, result_of  # noqa: E402
 
 
-def source_tree() -> str:
-    """The hash that git has for the directory of `fop` as it lies there, changes included."""
+def commit() -> str:
+    """The commit of the `fop` that is imported, with "-dirty" after it where files are changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(fop.__file__).parent
-    changes = subprocess.run(
-        ["git", "status", "--porcelain", "."], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
-    tree = subprocess.run(
-        ["git", "rev-parse", "HEAD:./"], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
-    return tree.strip() + (" with changes" if changes else "")
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def recorded(name: str) -> dict[str, object]:
+    """Train; the parameters are one vector."""
+    print(name, flush=True)
+    parameters = torch.cat([value.flatten() for value in result_of(name).values()])
+    return {"command": "python tools/record_trajectories.py", "commit": commit(), "parameters": parameters}
 
 
 def main() -> None:
-    """Record what the command line asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--only", default="*", help="pattern of the names to record; the others stay")
-    parser.add_argument("--folder", type=Path, default=TESTS / "data", help="where to write")
-    arguments = parser.parse_args()
-    json_path, tensor_path = (arguments.folder / f"trajectories.{end}" for end in ("json", "pt"))
-    results, parameters = {}, {}
-    if arguments.only != "*":
-        record = json.loads(json_path.read_text())
-        if record["fingerprint"] != trajectories.fingerprint():
-            parser.error("the record is of another machine; record all trainings")
-        results, parameters = record["results"], torch.load(tensor_path)
-    for name in fnmatch.filter(trajectories.TRAININGS, arguments.only):
-        for dtype in trajectories.TRAININGS[name].dtypes:
-            result = trajectories.result_of(name, dtype)
-            results[f"{name}/{dtype}"] = {"every": result.every, "final": result.final}
-            parameters[f"{name}/{dtype}"] = result.parameters
-            print(name, dtype, result.every[-1], flush=True)
-    head = {
-        "command": "python tools/record_trajectories.py",
-        "source": source_tree(),
-        "fingerprint": trajectories.fingerprint(),
-    }
-    order = [f"{name}/{dtype}" for name, each in trajectories.TRAININGS.items() for dtype in each.dtypes]
-    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in order if key in results)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": {{\n{rows}\n}}\n}}\n')
-    torch.save({key: parameters[key] for key in order if key in parameters}, tensor_path)
+    """Record what has no record."""
+    torch.set_num_threads(1)
+    path = TESTS / "data" / "trajectories.pt"
+    old = torch.load(path) if path.exists() else {}
+    torch.save({name: old.get(name) or recorded(name) for name in TRAININGS}, path)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ CASES = {
     "tied": Case(model=Tied),
     "tied-lean": Case(model=Tied, **LEAN),
     "later": Case(options={"inverse_delay": 1}),
+    "rounded": Case(distributed={"factor_dtype": torch.bfloat16}),
     **{
         script + wrap: Case(**options, **how)
         for script, options in SCRIPTS.items()

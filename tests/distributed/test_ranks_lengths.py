@@ -39,7 +39,7 @@ def lengths(rank: int) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
     found = {}
     for name, (wrap, options) in WAYS.items():
         training = Training(EVERYTHING, {**OPTIONS, **options}, wrap=wrap, ranks=2)
-        run = Run(training, torch.float64, rank)
+        run = Run(training, rank)
         # A weight without norm, too.
         with torch.no_grad():
             next(p for key, p in run.inner.named_parameters() if key.endswith("head.weight")).zero_()
