@@ -306,7 +306,7 @@ def test_several_uses() -> None:
 
 
 def test_use_in_two_modules() -> None:
-    """One weight, a module that owns it and another that uses it by a function."""
+    """One weight, a module that owns it and another that uses it by a function around a call of that."""
 
     class Both(nn.Module):
         def __init__(self, by_function: bool) -> None:
@@ -320,7 +320,22 @@ def test_use_in_two_modules() -> None:
             out: Tensor = self.last(torch.tanh(x))
             return out
 
+    class Tables(nn.Module):
+        """The backward pass of an embedding is autograd's, that of a linear layer the library's."""
+
+        def __init__(self, by_function: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.last, self.by_function = nn.Embedding(7, 5), nn.Linear(5, 3), by_function
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x, other = self.table(ids), 6 - ids
+            x = x * (F.embedding(other, self.table.weight) if self.by_function else self.table(other))
+            out: Tensor = self.last(torch.tanh(x))
+            return out
+
     assert_trains_like(Both(True).double(), Both(False).double(), vectors)
+    assert_trains_like(Tables(True).double(), Tables(False).double(), ids)
 
 
 def test_owner_that_is_an_empty_container() -> None:

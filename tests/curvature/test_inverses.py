@@ -246,6 +246,15 @@ def test_ladder(case: str, dtype: torch.dtype) -> None:
         assert 0 < added.diagonal(dim1=1, dim2=2).mean() < 1e-3 * M.diagonal(dim1=1, dim2=2).mean()
 
 
+def test_a_block_of_zeros_has_the_inverse_of_its_damping() -> None:
+    """Which is relative to the whole factor, and one number for every entry of the diagonal."""
+    M, shift = psd(2, 3), torch.rand(2, 3, dtype=f64) + 0.1
+    M[1] = 0
+    (answer,) = damped_inverses([M], [shift])
+    assert answer.fallback is Fallback.NONE
+    assert_close(answer.inverse, torch.linalg.inv(M + torch.diag_embed(shift)), 1e-12)
+
+
 def test_float32_alone_would_fail() -> None:
     for rows, shift in ((TWINS, 1e-9), (MULTIPLES, 1e-7)):
         damped = torch.tensor([rows]) + torch.tensor(shift) * torch.eye(2)

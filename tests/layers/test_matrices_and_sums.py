@@ -151,6 +151,15 @@ def test_convolutions_sum_in_chunks_of_bounded_size(name: str, monkeypatch: pyte
             assert chunks == {1: [one] * 7, 3 * one + 1: [3 * one, 3 * one, one]}.get(limit, [7 * one])
 
 
+@pytest.mark.parametrize("size", [4, 7, 8, 13])
+def test_covariances_in_blocks_are_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fop.layers.base.GRAM_BLOCK", 2)
+    x, b = torch.randn(9, size, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    sums = layers_of(nn.Linear(size, 6, bias=False))["weight"].factor_sums(x, b)
+    assert sums.g is not None
+    assert close(sums.a, (x.T @ x)[None]) and close(sums.g, (b.T @ b)[None])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Conv2d(4, 3, 2)], ids=["linear", "conv"])
 def test_sums_of_half_precision_are_float32(module: nn.Module, dtype: torch.dtype) -> None:

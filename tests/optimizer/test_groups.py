@@ -466,6 +466,44 @@ def test_bias_without_its_weight_takes_adamw() -> None:
     torch.testing.assert_close((model[0].bias - before["0.bias"]).abs(), torch.full((6,), 1e-3).double())
 
 
+class Casting(nn.Module):
+    """Linear layers with and without bias, some in float32 and some in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(5, 5, bias=n % 3 != 1) for n in range(6))
+        for layer in self.layers[1::2]:
+            layer.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x.to(layer.weight.dtype)))
+        return x
+
+
+def test_weights_that_are_stepped_together_step_as_by_themselves() -> None:
+    """By rates and dtypes of their own: the scalars of those that are alike are computed as one tensor."""
+    results = []
+    for apart in (False, True):
+        model = Casting()
+        groups = [
+            {"params": [p for layer in part for p in layer.parameters()], "lr": lr, "weight_decay": lr}
+            for lr, part in zip((0.05, 0.2), (model.layers[:2], model.layers[2:]), strict=True)
+        ]
+        optimizers = [FOP(groups)]
+        if apart:
+            optimizers = [
+                FOP(layer.parameters(), lr, weight_decay=lr)
+                for lr, layer in zip((0.05, 0.05, 0.2, 0.2, 0.2, 0.2), model.layers, strict=True)
+            ]
+        model(pair_of()[0]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        results.append(weights(model))
+    torch.testing.assert_close(*results)
+
+
 def test_bare_layers_and_conv_groups_reach_the_same_end() -> None:
     """Two optimizers on disjoint parts of one model do what one with two groups does, without a KL clip."""
     results = []

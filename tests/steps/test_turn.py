@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def test_a_loss_that_is_not_finite_leaves_all_weights(
     torch.manual_seed(0)
     net, y = build(), torch.arange(16) % 5
     x = torch.randint(9, (16,)) if isinstance(net[0], nn.Embedding) else torch.randn(16, 1, 8, 8)  # type: ignore[index]
-    optimizer = optimizer_of(net)
+    optimizer = optimizer_of(net, weight_decay=0.1)
     for step in range(5):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         optimizer.zero_grad()
@@ -128,6 +129,30 @@ def test_a_loss_that_is_not_finite_leaves_all_weights(
             optimizer.step()
         same = all(torch.equal(before[name], p) for name, p in net.named_parameters())
         assert same == (step == 3), step
+
+
+@pytest.mark.parametrize("build", [
+    lambda: nn.Linear(5, 3), lambda: nn.Conv1d(2, 4, 3, groups=2), lambda: nn.Embedding(9, 4)
+], ids=["linear", "convolution", "embedding"])  # fmt: skip
+@pytest.mark.parametrize("optimizer_of", [FOP, KFAC])
+def test_a_step_with_decay_is_one_without_from_what_decay_leaves(optimizer_of: type[FOP], build: Net) -> None:
+    """The loss is linear in the weights, so that gradients and curvature are the same there."""
+    torch.manual_seed(0)
+    layer = build().double()
+    decayed = copy.deepcopy(layer)
+    shape = (8,) if isinstance(layer, nn.Embedding) else (8, 5) if isinstance(layer, nn.Linear) else (8, 2, 5)
+    x = torch.randint(7, shape) if len(shape) == 1 else torch.randn(shape, dtype=torch.float64)
+    c = torch.randn_like(layer(x))
+    with torch.no_grad():
+        for p in decayed.parameters():
+            p.mul_(1 - 0.2 * 0.5)
+    for module, decay in ((layer, 0.5), (decayed, 0.0)):
+        optimizer = optimizer_of(module, lr=0.4, weight_decay=decay)
+        optimizer.param_groups[0]["lr"] = 0.2
+        (module(x) * c).sum(-1).mean().backward()
+        optimizer.step()
+    for p, q in zip(layer.parameters(), decayed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
