@@ -227,3 +227,16 @@ def test_script_of_the_docs() -> None:
     initial = weights(model)
     run_block("Hugging Face Trainer", model=model, train_set=Sentences())
     assert_trained(weights(model), initial)
+
+
+def test_script_of_the_docs_in_which_the_trainer_makes_the_optimizer() -> None:
+    """With the rates of the script, and weight decay from the arguments for matrices alone."""
+    initial, data = weights(gpt2()), Sentences()
+    title = "Hugging Face Trainer makes the optimizer"
+    run = run_block(title, model_init=lambda: gpt2(), train_set=data)["trainer"]
+    assert_trained(weights(run.model), initial)
+    optimizer = run.optimizer.optimizer
+    named = ("weight_decay", "base_lr", "adamw_lr")
+    groups = [tuple(group[name] for name in named) for group in optimizer.param_groups]
+    assert groups == [(1e-3, 0.2, 3e-3), (0.0, 0.2, 3e-3)]
+    assert {row.path for row in optimizer.summary().rows if len(row.shape) > 1} == {"FOP"}

@@ -100,6 +100,8 @@ UNSUPPORTED: dict[str, Row] = {
     "rms norm": (lambda: nn.RMSNorm(3), "plain", (3,), {"weight": "RMSNorm"}),
     "group norm": (lambda: nn.GroupNorm(1, 3), "plain", (3, 2), {"weight": "GroupNorm"}),
     "batch norm": (lambda: nn.BatchNorm1d(3), "plain", (3,), dict.fromkeys(("weight", "bias"), "Norm1d")),
+    "another's layer norm": (lambda: type("LayerNorm", (nn.LayerNorm,), {})(3), "plain", (3,), {
+        "weight": "test_unsupported.LayerNorm is none of torch's LayerNorm"}),
     "instance norm": (lambda: nn.InstanceNorm1d(3, affine=True), "plain", (3, 4), {"weight": "Instance"}),
     "prelu": (lambda: nn.PReLU(), "plain", (3,), {"weight": "PReLU"}),
     "bare parameter": (Scale, "plain", (3,), {"scale": "Scale"}),

@@ -69,9 +69,10 @@ class NormLayer(Layer):
 
 def unsupported_norm(module: nn.Module) -> str | None:
     """Return why a normalisation layer cannot take the FOP step, None if it can."""
-    known = (*_FUNCTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    if type(module) not in known:
-        return f"{type(module).__name__} is not one of {', '.join(kind.__name__ for kind in known)}"
+    known, kind = (*_FUNCTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), type(module)
+    if kind not in known:
+        # With its module: timm, too, has a LayerNorm.
+        return f"{kind.__module__}.{kind.__name__} is none of torch's {', '.join(k.__name__ for k in known)}"
     return None
 
 
