@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/results.md"]
 MARKS = re.compile(r"(<!-- table: race, made by tools/race_results.py -->\n).*?(<!-- /table -->)", re.DOTALL)
 TITLES = {
-    "gpt-128": "GPT, 100 steps, nats a byte ↓",
+    "gpt-128": "GPT, 128 × 100 steps, nats a byte ↓",
+    "gpt-1024": "GPT, 1,024 × 60 steps, nats a byte ↓",
     "cifar-500": "CIFAR-10, 500 × 120 steps, % ↑",
     "cifar-5000": "CIFAR-10, 5,000 × 30 steps, % ↑",
+    "cifar-25000": "CIFAR-10, 25,000 × 20 steps, % ↑",
     "digits-autoencoder": "autoencoder, full batch, MSE ↓",
     "digits-cnn": "CNN, full batch, % ↑",
     "digits-lstm": "LSTM, batch 128, % ↑",

@@ -28,11 +28,9 @@ class ConvLayer(RowLayer):
         super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
         self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
-        # From one row to the next, and from a row's begin to its taps, by dimension.
-        self.hops: tuple[int, ...] = module.stride
-        reach = zip(module.kernel_size, module.dilation, strict=True)
-        self.offsets = [range(0, size * step, step) for size, step in reach]
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        # Whether taps may look where x has no entry.
+        self.gaps = self.mode == "constant" and any(map(any, self.pads))
         # Otherwise the module pads its input itself.
         self.owns_backward = self.mode == "constant" and all(before == after for before, after in self.pads)
 
@@ -69,24 +67,22 @@ class ConvLayer(RowLayer):
         return prod(b.shape[2:])
 
     def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
-        x = self._grid(x, output)
+        if self.mode != "constant":
+            x = self._padded(x)
         if entries is None:
             entries = torch.arange(x.shape[0] * prod(output[2:]), device=x.device)
-        # Where in memory a row begins, and how far from there its numbers are, in the order of
-        # weight.flatten(1).
-        of_sample, of_channel, *of_place = x.stride()
-        begin, offset = torch.zeros_like(entries), torch.arange(x.shape[1], device=x.device) * of_channel
-        for length, far, hop in zip(output[:1:-1], of_place[::-1], self.hops[::-1], strict=True):
-            begin, entries = begin + entries % length * (far * hop), entries // length
-        for taps, far in zip(self.offsets, of_place, strict=True):
-            steps = torch.arange(taps.start, taps.stop, taps.step, device=x.device)
-            offset = (offset[:, None] + steps * far).flatten()
-        last = sum(far * (size - 1) for far, size in zip(x.stride(), x.shape, strict=True))
-        memory = x.as_strided((last + 1,), (1,))
+        # What rows and taps see is gathered from x as it lies in memory: (rows, channels, taps), the order of
+        # weight.flatten(1). Copies of all of x, padded or with channels last, would cost far more.
+        last = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
+        spots, inside = self._spots(x, output[2:], entries)
         # Of so many numbers half of the bytes are half of the time.
         short = torch.int32 if last < 2**31 else torch.int64
-        index = (begin + entries * of_sample).to(short)[:, None] + offset.to(short)
-        return memory.index_select(0, index.flatten()).view(len(index), self.groups, self.in_dim)
+        channels = torch.arange(x.shape[1], device=x.device)[:, None] * x.stride(1)
+        index = spots.to(short)[:, None] + channels.to(short)
+        patches = x.as_strided((last + 1,), (1,)).index_select(0, index.flatten()).view(index.shape)
+        if inside is not None:
+            patches.masked_fill_(~inside[:, None], 0)
+        return patches.view(len(index), self.groups, self.in_dim)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
         if entries is None:
@@ -96,9 +92,32 @@ class ConvLayer(RowLayer):
         chosen = b.flatten(2)[entries // positions, :, entries % positions]
         return chosen.reshape(-1, self.groups, self.out_dim)
 
-    def _grid(self, x: Tensor, output: torch.Size) -> Tensor:
-        """Return x with all that taps see: with its padding."""
-        return self._padded(x)
+    def _spots(self, x: Tensor, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return where in the memory of x taps of rows look, (rows, taps), and whether there is an entry.
+
+        None where there always is one. ``output`` is the size of the output.
+        """
+        places = []
+        for length in reversed(output):
+            places.append(rows % length)
+            rows = rows // length
+        spots = (rows * x.stride(0))[:, None]
+        inside = torch.ones_like(spots, dtype=torch.bool)
+        for dim, place in enumerate(reversed(places)):
+            length = x.shape[2 + dim]
+            source = self._source(dim, place[:, None])
+            seen = (source >= 0) & (source < length)
+            source = source.clamp(0, length - 1) * x.stride(2 + dim)
+            # One more dimension of taps, and all of them in one.
+            spots = (spots[..., None] + source[:, None]).flatten(1)
+            inside = (inside[..., None] & seen[:, None]).flatten(1)
+        return spots, inside if self.gaps else None
+
+    def _source(self, dim: int, place: Tensor) -> Tensor:
+        """Return where in x taps look from places in the output, in one dimension; outside for nowhere."""
+        taps = torch.arange(self.kernel[dim], device=place.device)
+        before, _ = self.pads[dim] if self.mode == "constant" else (0, 0)
+        return place * self.stride[dim] + taps * self.dilation[dim] - before
 
     def _padded(self, x: Tensor) -> Tensor:
         pads = [size for pair in reversed(self.pads) for size in pair]
@@ -114,7 +133,7 @@ class TransposedConvLayer(ConvLayer):
 
     def __init__(self, module: TransposedConvolution, *, bias: bool, options: LayerOptions) -> None:
         super().__init__(module, bias=bias, options=options)
-        self.hops, self.offsets = (1,) * self.spatial, [taps[::-1] for taps in self.offsets]
+        self.gaps = True
 
     def _output_padding(self, x: Tensor, b: Tensor) -> tuple[bool, tuple[int, ...]]:
         geometry = zip(self.kernel, self.stride, self.dilation, self.pads, strict=True)
@@ -124,17 +143,11 @@ class TransposedConvLayer(ConvLayer):
             for size, out, (k, s, d, (before, _)) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
 
-    def _grid(self, x: Tensor, output: torch.Size) -> Tensor:
-        pads: list[int] = []
-        for dim, (hop, length, taps) in enumerate(zip(self.stride, output[2:], self.offsets, strict=True), 2):
-            # Zeros between the pixels, and at both ends what the taps of all rows see.
-            size, longer = x.shape[dim], [*x.shape]
-            longer[dim] = (size - 1) * hop + 1
-            spread = x.new_zeros(longer)
-            spread.narrow(dim, 0, longer[dim]).unfold(dim, 1, hop).squeeze(-1).copy_(x)
-            x, before = spread, taps[0] - self.pads[dim - 2][0]
-            pads = [before, length + taps[0] - before - longer[dim], *pads]
-        return F.pad(x, pads)
+    def _source(self, dim: int, place: Tensor) -> Tensor:
+        taps = torch.arange(self.kernel[dim], device=place.device)
+        spread = place + self.pads[dim][0] - taps * self.dilation[dim]
+        pixel = spread.div(self.stride[dim], rounding_mode="floor")
+        return torch.where(spread % self.stride[dim] == 0, pixel, -1)
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         split = weight.reshape(self.groups, self.in_dim // self.taps, self.out_dim, self.taps)
