@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fop import FOP
 from internals import (
@@ -99,6 +101,17 @@ def test_element_without_curvature_and_damping_does_not_move() -> None:
     F = torch.tensor([[[4.0, 0.0]]])
     assert damped_diagonal(F, 4.0).tolist() == [[[0.125, 0.25]]]
     assert damped_diagonal(F, 0.0).tolist() == [[[0.25, 0.0]]]
+
+
+@pytest.mark.parametrize("forget", [lambda curvature: curvature.drop(), lambda curvature: curvature.load({})])
+@pytest.mark.parametrize("kind", [KroneckerBlock, DiagonalBlock])
+def test_tensors_that_are_dropped_leave_memory(kind: Any, forget: Callable[[Any], None]) -> None:
+    """On several ranks a loaded curvature stays at the weight's owner alone."""
+    curvature = kind(*(psd(1, 3) for _ in range(4 if kind is KroneckerBlock else 2)))
+    tensors = {value.untyped_storage().data_ptr() for value in curvature.state.values()}
+    forget(curvature)
+    kept = [value for value in tree_leaves(vars(curvature)) if isinstance(value, Tensor)]
+    assert kept and tensors.isdisjoint(value.untyped_storage().data_ptr() for value in kept)
 
 
 # --- damping ---------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class Curvature(ABC):
         for name in (*self.averages, *self.inverses, "inverse_at", AVERAGING_WEIGHT, NOISE):
             self.state.pop(name, None)
         self.pending = False
+        self.derive()
 
     @classmethod
     def unsupported(cls, layer: Layer) -> str | None:

@@ -56,13 +56,12 @@ class KroneckerCurvature(Curvature):
         return [self.state["A"], self.state["G"]], list(self._shifts(damping))
 
     def derive(self) -> None:
+        # Of A and G, (groups, in) and (groups, out). They are views, which would keep A and G in memory.
+        self._diagonals: tuple[Tensor, ...] = ()
         if self.estimated:
             groups, out, columns = self.layer.matrix_shape
-            # Of A and G, (groups, in) and (groups, out).
-            self._diagonals = (
-                diagonal(self.state["A"], groups, columns),
-                diagonal(self.state["G"], groups, out),
-            )
+            A, G = self.state["A"], self.state["G"]
+            self._diagonals = diagonal(A, groups, columns), diagonal(G, groups, out)
         super().derive()
 
     def _shifts(self, damping: Damping) -> tuple[Tensor, Tensor]:
