@@ -113,6 +113,20 @@ def test_a_registered_curvature_preconditions() -> None:
 
 
 @pytest.mark.usefixtures("registered")
+def test_a_curvature_may_return_the_gradient_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScaledIdentity, "solve", lambda _, V: V)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    optimizer = FOP(model, beta=0.0, eta=0.5, **OPTIONS)
+    before, (param,) = weights(model), model.parameters()
+    nn.functional.mse_loss(model(torch.randn(6, 4)), torch.randn(6, 3)).backward()
+    assert param.grad is not None
+    gradient = param.grad.clone()
+    optimizer.step()
+    assert torch.equal(param.grad, gradient)
+    torch.testing.assert_close(param.detach(), before["0.weight"] - 0.1 * 0.5 * gradient)
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_registered_curvature_resumes() -> None:
     model = mlp()
     optimizer = FOP(model, **OPTIONS)

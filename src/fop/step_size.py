@@ -66,8 +66,8 @@ def scale_updates(
         scale = ratio(alignment, directions.squared_norm, otherwise=1.0)
     else:
         scale = torch.full_like(alignment, 1.0 if eta is None else eta)
-    torch._foreach_mul_(updates, scale.unbind())
-    return updates, scale * alignment, scale
+    # Not in place: an approximation may solve for the gradient itself.
+    return list(torch._foreach_mul(updates, scale.unbind())), scale * alignment, scale
 
 
 def noise_share(before: Tensor, norms: Tensor | None, trusted: Tensor | None) -> tuple[Tensor, Tensor]:
