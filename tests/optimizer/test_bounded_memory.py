@@ -126,13 +126,13 @@ def test_huge_layers_train_in_the_memory_of_their_weights(case: str) -> None:
 
 def test_the_default_cap() -> None:
     """A side counts without the column of the bias."""
-    model = nn.Sequential(nn.Linear(8192, 1), nn.Linear(1, 8193), nn.Linear(8193, 2), nn.Linear(2, 1024))
+    model = nn.Sequential(nn.Linear(8192, 1), nn.Linear(1, 8193), nn.Linear(8193, 2), nn.Linear(2, 512))
     rows = {row.name: row.factors for row in FOP(model).summary().rows if row.factors}
     assert rows == {
-        "0.weight": "(A 8×1025², G 1²)",
+        "0.weight": "(A 16×513², G 1²)",
         "1.weight": "(A 2², G 8193)",
         "2.weight": "(A 8194, G 2²)",
-        "3.weight": "(A 3², G 1024²)",
+        "3.weight": "(A 3², G 512²)",
     }
 
 
