@@ -693,7 +693,7 @@ class FOP(JoinableOptimizer, Optimizer):
         group, rows = groups[bindings[0].weight], [binding.rows for binding in bindings]
         numbers = measure(weights, us, updates, rows)
         if hasattr(bindings[0].weight, "to_local"):
-            numbers = self._distributor.sums(bindings, numbers)
+            numbers = self._distributor.sums(numbers)
         sums = Sums(*numbers.unbind(1))
         sums = sums if kept is None else sums.times(kept)
         held: list[Tensor] = []

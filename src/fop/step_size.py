@@ -14,9 +14,9 @@ from torch import Tensor
 from fop.correction import Directions, inner, ratio
 from fop.curvature import LEAST_SIGNAL
 
-# In the state: the norm that a weight which has been zero is taken to have, see `stretch`; 0 for others.
+# In the state: the norm that a weight which has been zero is taken to have, see `lengths`; 0 for others.
 REFERENCE_NORM = "reference_norm"
-# How many numbers the weights have that are stepped together, unless one has more.
+# About how many numbers the weights have that are stepped together, unless one has more.
 TOGETHER = 2**24
 # Of the averages of noise and gradient from one step to the next.
 NOISE_DECAY = 0.9

@@ -118,8 +118,8 @@ class Distributor:
         """Return the updates of all bindings, from those of the owned ones."""
         return [(own[binding], binding.parts(own[binding].matrix)) for binding in bindings]
 
-    def sums(self, bindings: Sequence[Binding], own: Tensor) -> Tensor:
-        """Return sums over whole parameters from those over this process's shards, (n, …) of n bindings."""
+    def sums(self, own: Tensor) -> Tensor:
+        """Return sums over whole parameters from those over this process's shards."""
         return own
 
     def any(self, found: Tensor) -> Tensor:

@@ -376,17 +376,10 @@ class Ranks(Distributor):
             self._max_norm = None
         return shared
 
-    def sums(self, bindings: Sequence[Binding], own: Tensor) -> Tensor:
-        """Return sums over whole parameters from those over shards, with one exchange for all bindings."""
-        sharded = [is_sharded(binding.weight) for binding in bindings]
-        if not any(sharded):
-            return own
-        total = torch.stack([of_one for of_one, each in zip(own.unbind(), sharded, strict=True) if each])
-        self._reductions.ranks.all_reduce(total, "updates").wait()
-        whole = iter(total.unbind())
-        return torch.stack(
-            [next(whole) if each else of_one for of_one, each in zip(own.unbind(), sharded, strict=True)]
-        )
+    def sums(self, own: Tensor) -> Tensor:
+        """Return sums over whole parameters from those over this rank's shards, in place."""
+        self._reductions.ranks.all_reduce(own, "updates").wait()
+        return own
 
     def any(self, found: Tensor) -> Tensor:
         """Return whether any rank found something in its gradients."""
