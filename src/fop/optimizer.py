@@ -712,8 +712,8 @@ class FOP(JoinableOptimizer, Optimizer):
         for n, binding in enumerate(bindings):
             binding.length, factor, rate, a, b = (each[n] for each in of_all)
             if binding.rows:
-                of_one, left = Sums(*(each[n] for each in sums)), None if kept is None else kept[n]
-                by_row = row_sums(of_one, weights[n], us[n][0], left)
+                left = None if kept is None else kept[n]
+                by_row = row_sums(Sums(*numbers[n].unbind()), weights[n], us[n][0], left)
                 a, b = turn(by_row, Lengths(*(each[n] for each in far)), left)
             turns[binding.weight] = a, b
             if binding.bias is not None:
