@@ -55,6 +55,20 @@ def report(asked: argparse.Namespace) -> None:
         print(f"Wrote {records.write_text(asked.paper, paper_page(asked.folders))}")
 
 
+def verify_records(asked: argparse.Namespace) -> None:
+    """Re-read records, and compare the pages made from them with what they give; exit 1 on a difference."""
+    from fop_bench.verify import verify
+
+    failed = False
+    for given in asked.folders or [Path("records")]:
+        inside = () if [*given.glob("*.json*")] else sorted(path for path in given.iterdir() if path.is_dir())
+        for line, found in map(verify, inside or [given]):
+            print(line, *found, sep="\n  ", flush=True)
+            failed = failed or bool(found)
+    if failed:
+        sys.exit(1)
+
+
 def demo(asked: argparse.Namespace) -> None:
     """Train a small CNN on digits at three batch sizes, and report on it: two minutes on two CPU cores."""
     # Before the imports, which take seconds.
@@ -256,6 +270,11 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("folders", "with JSON lines", kind=Path, nargs="+", metavar="FOLDER"),
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
+    verify_records: [
+        _option(
+            "folders", "of records, or of such folders; else records", kind=Path, nargs="*", metavar="FOLDER"
+        )
+    ],
     overhead: [
         _option("--peers", "all optimizers; else SGD, AdamW, K-FAC and FOP", action="store_true"),
         _list("--model", f"only this network; else {', '.join(steps.TASKS)}", choices=steps.MODELS),
@@ -298,7 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for function, options in OPTIONS.items():
         text = inspect.getdoc(function) or ""
-        command = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
+        command = commands.add_parser(
+            function.__name__.replace("_", "-"), help=text.splitlines()[0], description=text
+        )
         command.set_defaults(function=function)
         for name, how in options:
             command.add_argument(name, **how)

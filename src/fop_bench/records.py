@@ -47,14 +47,20 @@ def read_lines(file: Path, keys: Sequence[str], command: str = "run") -> list[Re
     return [_parsed(line, f"{file}, line {n}", keys, command) for n, line in lines if line.strip()]
 
 
-def _parsed(line: bytes, where: str, keys: Sequence[str], command: str) -> Record:
+def loads(text: bytes, where: str) -> Any:
+    """Parse strict JSON; raises ValueError, which says ``where``, if it is none."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        run: Record = json.loads(line, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); delete that line, or mend it") from error
+
+
+def _parsed(line: bytes, where: str, keys: Sequence[str], command: str) -> Record:
+    run: Record = loads(line, where)
     missing = [key for key in keys if key not in run]
     missing = missing or [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in run["environment"]]
     if missing:

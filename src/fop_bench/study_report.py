@@ -32,6 +32,11 @@ AGAINST = (
 
 def write_report(folder: Path) -> Path:
     """Write ``folder``/README.md and its plots from the JSON lines in there; return its path."""
+    return write_text(folder / "README.md", report_text(folder, draw=True))
+
+
+def report_text(folder: Path, *, draw: bool) -> str:
+    """Return what README.md says, and draw its plots if asked to."""
     runs = of_one_commit(read_runs(folder))
     parts = [
         "# Results of `fop-bench run`",
@@ -46,11 +51,11 @@ def write_report(folder: Path) -> Path:
             lines = [run for study in each for run in study.runs["run"]]
             parts += [f"## {recipe}, {task}: {lines[0]['title']}", *_how_to_repeat(lines)]
             for study in each:
-                parts += _comparison(study, folder)
+                parts += _comparison(study, folder, draw)
         if table := PAPER_TABLES.get(recipe):
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
-    return write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def _how_to_repeat(runs: list[Record]) -> list[str]:
@@ -95,7 +100,7 @@ def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
-def _comparison(study: Study, folder: Path) -> list[str]:
+def _comparison(study: Study, folder: Path, draw: bool) -> list[str]:
     parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in tables.unfair(study))]
     if study.phase("final").empty:
         parts.append("No final run yet.")
@@ -106,7 +111,7 @@ def _comparison(study: Study, folder: Path) -> list[str]:
         if table := tables.fop_table(study):
             label = study.labels["fop"]
             parts += [AGAINST if label == "FOP" else f"{AGAINST} FOP is here “{label}”.", table]
-        parts += _plots(study, folder)
+        parts += _plots(study, folder, draw)
     if options := tables.options_table(study):
         parts.append(_folded("All options of the final runs", options))
     tuning = study.phase("tuning")
@@ -118,15 +123,17 @@ def _comparison(study: Study, folder: Path) -> list[str]:
     return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tables.tuning_table(study)}")]
 
 
-def _plots(study: Study, folder: Path) -> list[str]:
+def _plots(study: Study, folder: Path, draw: bool) -> list[str]:
     stem = _stem(study)
-    plots.plot_curves(study, folder / f"{stem}-curves.png")
+    if draw:
+        plots.plot_curves(study, folder / f"{stem}-curves.png")
     parts = [
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
     if (reference := plots.speed_up_reference(study)) is not None:
-        plots.plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
+        if draw:
+            plots.plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
             f"Speed-up: the mean epochs (seconds) to the target of {study.labels[reference[1]]} at batch "
@@ -134,7 +141,8 @@ def _plots(study: Study, folder: Path) -> list[str]:
             "only if every seed reached the target.",
         ]
     if layered := plots.layered_runs(study):
-        plots.plot_layers(layered, folder / f"{stem}-layers.png")
+        if draw:
+            plots.plot_layers(layered, folder / f"{stem}-layers.png")
         note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
         parts += [f"![Layers]({stem}-layers.png)", note]
     return parts
