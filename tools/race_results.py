@@ -10,13 +10,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from fop_bench.overhead import Workload
 from fop_bench.race import at_best_rate, identity
 from fop_bench.race_tasks import TASKS
 from fop_bench.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs/results.md"]
-MARKS = re.compile(r"(<!-- table: race, made by tools/race_results.py -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKS = re.compile(r"(<!-- table: (\w+), made by tools/race_results.py -->\n).*?(<!-- /table -->)", re.DOTALL)
 TITLES = {
     "gpt-128": "GPT, 128 × 100 steps, nats a byte ↓",
     "gpt-1024": "GPT, 1,024 × 60 steps, nats a byte ↓",
@@ -65,9 +66,26 @@ def table() -> str:
     return markdown_table(["", *LABELS.values()], rows) + "\n"
 
 
+def cost_table() -> str:
+    """Return rows of workloads and columns of optimizers: steps ÷ SGD's, plain / with statistics."""
+    lines = (ROOT / "records/overhead-peers/overhead.jsonl").read_text(encoding="utf-8").splitlines()
+    labels: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in map(json.loads, lines):
+        if "error" not in row and row["optimizer"] != "sgd":
+            labels[row["optimizer"]] = row["label"]
+            medians = [statistics.median(each) for each in row["ratios_to_sgd"].values() if each]
+            cell = " / ".join(f"{each:.2f}" for each in medians)
+            found[Workload(**row["workload"]).title][row["optimizer"]] = cell
+    rows = [[title, *(cells.get(name, "–") for name in labels)] for title, cells in found.items()]
+    return markdown_table(["", *labels.values()], rows) + "\n"
+
+
 def made(page: Path) -> str:
-    """Return a page with the table between its marks."""
-    new, count = MARKS.subn(lambda match: match[1] + table() + match[2], page.read_text(encoding="utf-8"))
+    """Return a page with the tables between their marks."""
+    tables = {"race": table, "overhead": cost_table}
+    text = page.read_text(encoding="utf-8")
+    new, count = MARKS.subn(lambda match: match[1] + tables[match[2]]() + match[3], text)
     if not count:
         raise SystemExit(f"{page}: no marks for the table")
     return new

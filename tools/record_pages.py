@@ -1,6 +1,6 @@
 """What pages of this repository must say by the records that no command of fop-bench makes a page of today.
 
-`fop-bench verify-records` asks `pages`. The pages of demo, overhead-cpu, scale-cpu and step-time were made by
+`fop-bench verify-records` asks `pages`. The pages of demo, scale-cpu and step-time were made by
 commands of earlier versions, from files that today's do not read: here is what stands in their tables.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fop_bench.overhead import amortised
 from fop_bench.paper import paper_page
 from fop_bench.tables import markdown_table
 
@@ -84,27 +83,6 @@ def demo(record: Any) -> Iterator[Cells]:
         yield [*head, f"{told['reached']} of {told['runs']}", *times, told["diverged"]]
 
 
-def overhead(record: Any) -> Iterator[Cells]:
-    """One row a workload and optimizer, from the seconds of the single steps."""
-    sgd = math.nan
-    for each in record["results"]:
-        workload, samples, memory = each["workload"], each["samples"], each["memory"]
-        plain = statistics.median(samples["plain"])
-        fresh = statistics.median(samples["curvature"]) if samples["curvature"] else None
-        mean = amortised(plain, fresh, each["interval"] or 1)
-        if each["optimizer"] == "sgd":  # the first of a workload
-            sgd = mean
-        yield [
-            *(workload["model"], workload["batch_size"], "bf16" if workload["bf16"] else "float32"),
-            *(LABELS[each["optimizer"]], f"{plain * 1e3:.2f}", f"{fresh * 1e3:.2f}" if fresh else "–"),
-            *(each["interval"] or "–", f"{mean * 1e3:.2f}", f"{mean / sgd:.3f}"),
-            *(
-                f"{memory[key] / 2**20:.2f}" if memory[key] else "–"
-                for key in ("plain_bytes", "curvature_bytes")
-            ),
-        ]
-
-
 def scale(record: Any) -> Iterator[Cells]:
     """The rows of five tables: times, bytes, bytes through the loopback interface, curvature, reduces."""
 
@@ -159,4 +137,4 @@ def step_time(record: Any) -> Iterator[Cells]:
         yield [*head, *times, f"{middle:.3f} ({low:.3f} to {high:.3f})"]
 
 
-EARLIER = {"demo": demo, "overhead-cpu": overhead, "scale-cpu": scale, "step-time": step_time}
+EARLIER = {"demo": demo, "scale-cpu": scale, "step-time": step_time}
