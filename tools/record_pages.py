@@ -7,7 +7,6 @@ commands of earlier versions, from files that today's do not read: here is what 
 from __future__ import annotations
 
 import json
-import math
 import runpy
 import statistics
 from collections.abc import Iterator
