@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md between their marks, from records/race/race.jsonl."""
+"""Writes the tables of README.md and docs/results.md between their marks, from records/race and overhead-peers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from fop_bench.overhead import Workload
-from fop_bench.race import at_best_rate, identity
+from fop_bench.race import at_best_rate, sides_of
 from fop_bench.race_tasks import TASKS
 from fop_bench.tables import markdown_table
 
@@ -40,10 +39,8 @@ def table() -> str:
     """Return rows of tasks and columns of optimizers, the best of a row in bold; n where it is not 3."""
     lines = (ROOT / "records/race/race.jsonl").read_text(encoding="utf-8").splitlines()
     # The newest side of a task and optimizer: runs of other sources or options stay in the record.
-    sides: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for run in map(json.loads, lines):
-        sides[run["task"], run["variant"]][identity(run)].append(run)
-    found = {key: at_best_rate([*of.values()][-1])[2] for key, of in sides.items()}
+    sides = {(side[0]["task"], side[0]["variant"]): side for side in sides_of([*map(json.loads, lines)])}
+    found = {key: at_best_rate(side)[2] for key, side in sides.items()}
     rows = []
     for task, title in TITLES.items():
         highest, cells = TASKS[task].highest, []

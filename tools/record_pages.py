@@ -32,6 +32,9 @@ def pages(folder: Path) -> Iterator[tuple[Path, str, bool]]:
     name, notes = folder.name, folder / "README.md"
     if folder.parent != ROOT / "records":
         return
+    if name == "race" or (name.startswith("overhead-") and any(folder.glob("*.jsonl"))):
+        report = tool("report_page.py")
+        yield report["PAGE"], report["page"](), False
     if name == "race":
         results = tool("race_results.py")
         yield from ((page, results["made"](page), False) for page in results["PAGES"])

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import math
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,12 +46,16 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def report(asked: argparse.Namespace) -> None:
-    """Make README.md and its plots in every FOLDER, from the JSON lines in there alone."""
+    """Make README.md and plots in every FOLDER, or docs/report.md of a clone, from JSON lines alone."""
     from fop_bench.paper import paper_page
     from fop_bench.study_report import write_report
 
     for folder in asked.folders:
         print(f"Wrote {write_report(folder)}")
+    if not asked.folders:
+        if not (tool := Path("tools/report_page.py")).exists():
+            raise ValueError("name folders with JSON lines, or go to a clone, to make its docs/report.md")
+        runpy.run_path(str(tool))["main"]()
     if asked.paper is not None:
         print(f"Wrote {records.write_text(asked.paper, paper_page(asked.folders))}")
 
@@ -267,13 +272,11 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--out", "folder; else fop-runs/RECIPE", kind=Path),
     ],
     report: [
-        _option("folders", "with JSON lines", kind=Path, nargs="+", metavar="FOLDER"),
+        _option("folders", "with JSON lines; else this clone", kind=Path, nargs="*", metavar="FOLDER"),
         _option("--paper", "also write the paper's tables, with ours, to this Markdown file", kind=Path),
     ],
     verify_records: [
-        _option(
-            "folders", "of records, or of such folders; else records", kind=Path, nargs="*", metavar="FOLDER"
-        )
+        _option("folders", "with records; else records/*", kind=Path, nargs="*", metavar="FOLDER"),
     ],
     overhead: [
         _option("--peers", "all optimizers; else SGD, AdamW, K-FAC and FOP", action="store_true"),

@@ -350,13 +350,19 @@ NOTE = (
 )
 
 
-def overhead_table(rows: Sequence[Row]) -> str:
+def newest(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the newest row of every optimizer, by the title of the workload."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(Workload(**row["workload"]).title, {})[row["optimizer"]] = row
+    return {title: [*of.values()] for title, of in found.items()}
+
+
+def overhead_table(rows: Sequence[Row], note: str = NOTE) -> str:
     """Lay out the newest row of every workload and optimizer, and name what could not be measured."""
-    newest = {(Workload(**row["workload"]).title, row["optimizer"]): row for row in rows}
     tables = []
-    for title in dict.fromkeys(title for title, _ in newest):
-        found = [row for (of, _), row in newest.items() if of == title]
-        tables.append(section(title, NOTE, [_cells(row) for row in found if "error" not in row]))
+    for title, found in newest(rows).items():
+        tables.append(section(title, note, [_cells(row) for row in found if "error" not in row]))
         tables += [f"Not measured: {row['label']}: {row['error']}" for row in found if "error" in row]
     return "\n\n".join(filter(None, tables)) + "\n"
 

@@ -238,17 +238,22 @@ NOTE = (
 )
 
 
-def race_table(rows: Sequence[Record]) -> str:
+def sides_of(rows: Sequence[Record]) -> list[list[Record]]:
+    """Return the runs of every optimizer on every task, in the order of the first of each."""
+    sides: dict[str, list[Record]] = {}
+    for row in rows:
+        sides.setdefault(identity(row), []).append(row)
+    return [*sides.values()]
+
+
+def race_table(rows: Sequence[Record], note: str = NOTE) -> str:
     """Lay out a section a task, the best optimizer first, from the lines alone."""
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
-        sides: dict[str, list[Record]] = {}
-        for row in mine:
-            sides.setdefault(identity(row), []).append(row)
-        cells = sorted(map(_cells, sides.values()), key=lambda of: of[0])
+        cells = sorted(map(cells_of, sides_of(mine)), key=lambda of: of[0])
         machines = "; ".join(dict.fromkeys(row["machine"] for row in mine))
-        what = "{measure}; batch {batch_size}, {steps} steps. ".format(**mine[0]) + f"{machines}. {NOTE}"
+        what = "{measure}; batch {batch_size}, {steps} steps. ".format(**mine[0]) + f"{machines}. {note}"
         tables.append(section(task, what, [row for _, row in cells]))
     return "\n\n".join(tables) + "\n"
 
@@ -262,7 +267,7 @@ def at_best_rate(side: Sequence[Record]) -> tuple[Found, float | None, list[Reco
     return found, rate, [each for each in side if each["rate"] == rate]
 
 
-def _cells(side: Sequence[Record]) -> tuple[float, Record]:
+def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     """Return by what to sort, and the cells, of all runs of an optimizer on a task."""
     row, highest = side[0], TASKS[side[0]["task"]].highest
     found, rate, runs = at_best_rate(side)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _how_to_repeat(runs: list[Record]) -> list[str]:
         f"trained on {listed('{train_samples} ({phase})')} samples, judged by "
         f"{listed('{evaluated_samples} {evaluated_on} samples ({phase})')}. "
         f"Parameters: {listed('{parameters:,}')}.",
-        _environments(runs),
+        environments(runs),
     ]
     warned = Counter(" ".join(str(each).split()) for run in runs for each in run["warnings"])
     if warned:
@@ -79,7 +80,9 @@ def _how_to_repeat(runs: list[Record]) -> list[str]:
     return parts
 
 
-def _environments(runs: list[Record]) -> str:
+def environments(runs: Sequence[Record]) -> str:
+    """Return a table of where, when and from which commits runs were made."""
+
     def source(git: dict[str, Any] | None) -> str:
         if git is None:
             return "**in no checkout: unknown, with uncommitted changes for all we know**"

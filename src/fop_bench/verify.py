@@ -100,8 +100,10 @@ def _made(command: str, file: Path, rows: Sequence[Any]) -> Iterator[Page]:
 
 def _differences(page: Path, text: str, tables_only: bool) -> Iterator[str]:
     """Say where a page is not what its records give."""
-    there = _lines(page.read_text(encoding="utf-8") if page.exists() else "", tables_only)
-    made = _lines(text, tables_only)
+    if not page.exists():
+        yield f"{page} is missing"
+        return
+    there, made = (_lines(each, tables_only) for each in (page.read_text(encoding="utf-8"), text))
     matcher = SequenceMatcher(None, [line for _, line in there], [line for _, line in made], autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
         for old, new in zip_longest(there[a:b], made[c:d]) if kind != "equal" else ():

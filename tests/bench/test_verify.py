@@ -150,7 +150,7 @@ def test_a_new_record_needs_its_table_beside_it(original: Path, tmp_path: Path) 
     folder = tmp_path / "overhead-new"
     folder.mkdir()
     shutil.copy(original / "records/overhead-peers/overhead.jsonl", folder)
-    assert "overhead-new/README.md, line 0 lacks a line" in invoke("verify-records", str(folder)).output
+    assert "overhead-new/README.md is missing" in invoke("verify-records", str(folder)).output
     table = (original / "records/overhead-peers/README.md").read_text().partition("## mlp")[2]
     (folder / "overhead.md").write_text(f"## mlp{table}")
     assert invoke("verify-records", str(folder)).exit_code == 0

@@ -1,0 +1,173 @@
+"""Writes docs/report.md and its pictures, from the JSON lines in records/race and records/overhead-* alone.
+
+Then the other tables of the race: race.md and those of `tools/race_results.py`. `fop-bench report` calls it;
+`fop-bench verify-records` compares the pages with what it gives.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fop_bench import overhead, race
+from fop_bench.plots import BROWN, STYLES, save
+from fop_bench.race_tasks import TASKS
+from fop_bench.records import Record, read_lines, record_files
+from fop_bench.study_report import environments
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS, PAGE = ROOT / "records", ROOT / "docs/report.md"
+RACE = RECORDS / "race/race.jsonl"
+INTRO = f"""# The race and the cost of a step
+
+Made by `fop-bench report` from the JSON lines in [records/race](../records/race/README.md) and
+`records/overhead-*` alone; do not edit.
+
+## The race: values at the end
+
+Of every optimizer the newest runs of a task; variants, and what earlier sources of the library did, are in
+[race.md](../records/race/race.md). {race.NOTE}
+
+In the pictures a small point is a seed and a large one the mean: filled after a search of the rate, hollow at
+the default or at a rate that was given. Tables of environments count all runs, also those of the search."""
+STEPS = f"""## The cost of a step
+
+The newest record first; [overhead-cpu](../records/overhead-cpu/README.md), of an earlier format, is not here.
+{overhead.NOTE}
+
+In the pictures a small point is a round and a large one the median: filled for plain steps, hollow for those
+with statistics and inversion. What could not be measured has no point."""
+
+
+def page(pictures: Path | None = None) -> str:
+    """Return the page; draw its pictures into a folder if that is given."""
+    parts = [INTRO]
+    for task, sides in newest_sides().items():
+        picture, rows = f"report-{task}.png", [run for side in sides for run in side]
+        parts += [f"#{race.race_table(rows, note='').strip()}", *sources(rows, picture)]
+        if pictures:
+            draw_task(sides, pictures / picture)
+    parts.append(STEPS)
+    for name, rows in overhead_records().items():
+        picture = f"report-{name}.png"
+        rounds = f"Rounds: {', '.join(sorted({str(row['rounds']) for row in rows}))}."
+        table = overhead.overhead_table(rows, note=rounds).strip().replace("## ", "#### ")
+        parts += [f"### records/{name}", table, *sources(rows, picture)]
+        if pictures:
+            draw_steps(overhead.newest(rows), pictures / picture)
+    return "\n\n".join(parts).replace(" \n", "\n") + "\n"
+
+
+def newest_sides() -> dict[str, list[list[Record]]]:
+    """Return the newest runs of every optimizer by task, the best first; without variants of options."""
+    found: dict[str, dict[str, list[Record]]] = {task: {} for task in TASKS}
+    for side in race.sides_of(read_lines(RACE, race.KEYS, "race")):
+        if side[0]["variant"] == side[0]["optimizer"]:
+            found[side[0]["task"]][side[0]["optimizer"]] = side
+    best_first = {
+        task: sorted(of.values(), key=lambda side: race.cells_of(side)[0]) for task, of in found.items()
+    }
+    return {task: sides for task, sides in best_first.items() if sides}
+
+
+def overhead_records() -> dict[str, list[Record]]:
+    """Return the lines of every folder with a record of overhead, the newest first."""
+    files = {folder: record_files(folder) for folder in RECORDS.glob("overhead-*")}
+    read = {
+        folder.name: [row for file in of for row in read_lines(file, overhead.ROW_KEYS, "overhead")]
+        for folder, of in files.items()
+        if of
+    }
+    dates = {name: max(row["environment"]["date"] for row in rows) for name, rows in read.items()}
+    return {name: read[name] for name in sorted(read, key=lambda name: dates[name], reverse=True)}
+
+
+def sources(rows: Sequence[Record], picture: str) -> list[str]:
+    """Return the picture of a table, where and from what its rows were made, and by which commands."""
+    commands = sorted({str(row["environment"]["command"]) for row in rows})
+    shown = f"![The values of the table](assets/{picture})"
+    return [shown, environments(rows), "\n".join(["```", *commands, "```"])]
+
+
+# --- Pictures
+
+
+def draw_task(sides: Sequence[Sequence[Record]], path: Path) -> None:
+    """Draw values by optimizer, and over processor seconds."""
+    figure, names, measure = figure_of(2, len(sides)), [], sides[0][0]["measure"]
+    left, right = figure.subplots(1, 2)
+    for at, side in enumerate(sides):
+        found, _, runs = race.at_best_rate(side)
+        ended = [run for run in runs if not run["diverged"]]
+        look = look_of(side[0]["optimizer"], filled=len(found) > 1)
+        mark(left, [(run["value"], at) for run in ended], look, fmean)
+        mark(right, [(run["processor_seconds"], run["value"]) for run in ended], look, fmean)
+        names.append("{optimizer}: n = {n}, {diverged} diverged".format(**race.cells_of(side)[1]))
+    name_rows(left, names)
+    left.set_xlabel(measure)
+    right.set(xlabel="processor seconds of a run", ylabel=measure)
+    right.set_xlim(left=0)
+    save(figure, "{task}: batch {batch_size}, {steps} steps".format(**sides[0][0]), path)
+
+
+def draw_steps(newest: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Draw times over SGD's, a panel a workload."""
+    figure = figure_of(len(newest), max(map(len, newest.values())))
+    panels = figure.subplots(1, len(newest), squeeze=False)[0]
+    for panel, (title, rows) in zip(panels, newest.items(), strict=True):
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        for at, row in enumerate(rows):
+            for kind, ratios in row.get("ratios_to_sgd", {}).items():
+                look = look_of(row["optimizer"], filled=kind == "plain")
+                mark(panel, [(ratio, at) for ratio in ratios], look, median)
+        name_rows(panel, [row["label"] for row in rows])
+        panel.set_title(title, fontsize=10)
+    save(figure, "Time of a step over that of SGD's plain step", path)
+
+
+def figure_of(columns: int, rows: int) -> Figure:
+    """Return an empty figure for rows of points."""
+    return Figure(figsize=(4.8 * columns, 1.4 + 0.3 * rows), layout="constrained")
+
+
+def look_of(optimizer: str, *, filled: bool) -> dict[str, Any]:
+    """Return the colour of an optimizer's points, and of the inside of the large one."""
+    color = STYLES.get(optimizer.removesuffix("-default"), BROWN)["color"]
+    return {"color": color, "markerfacecolor": color if filled else "white"}
+
+
+def mark(
+    panel: Axes, points: Sequence[tuple[float, float]], look: dict[str, Any], middle: Callable[..., float]
+) -> None:
+    """Draw points small, and their middle large."""
+    panel.grid(alpha=0.25)
+    if points:
+        xs, ys = zip(*points, strict=True)
+        panel.plot(xs, ys, ".", color=look["color"], alpha=0.5)
+        panel.plot(middle(xs), middle(ys), "o", **look)
+
+
+def name_rows(panel: Axes, names: Sequence[str]) -> None:
+    """Name the rows of points, the first on top."""
+    panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+
+
+def main() -> None:
+    """Write the page with its pictures, and the other tables of the race."""
+    text = page(PAGE.parent / "assets")
+    results = runpy.run_path(str(ROOT / "tools/race_results.py"))
+    pages = {PAGE: text, RACE.with_suffix(".md"): race.race_table(read_lines(RACE, race.KEYS, "race"))}
+    for path, made in (pages | {path: results["made"](path) for path in results["PAGES"]}).items():
+        path.write_text(made, encoding="utf-8")
+        print(f"Wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
