@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md between their marks, from records/race and overhead-peers."""
+"""Writes the tables of README.md and docs/results.md, from records/race and records/overhead-peers."""
 
 from __future__ import annotations
 

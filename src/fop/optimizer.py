@@ -68,7 +68,7 @@ from fop.step_size import (
     measure,
     momentum_of,
     noise_share,
-    row_sums,
+    row_products,
     scale_updates,
     signed_rate,
     turn,
@@ -691,7 +691,10 @@ class FOP(JoinableOptimizer, Optimizer):
     ) -> dict[Tensor, tuple[Tensor | None, Tensor]]:
         """Return a and b of the step a·W - b·u of every parameter W; a is None for biases: decay alone."""
         group, rows = groups[bindings[0].weight], [binding.rows for binding in bindings]
-        numbers = measure(weights, us, updates, rows)
+        one = good.new_ones((), dtype=updates[0].length.dtype)
+        sizes_of_inputs = [one if u.input_square is None else u.input_square.to(one) for u in updates]
+        inputs = torch.stack(sizes_of_inputs)
+        numbers = measure(weights, us, updates, inputs, rows)
         if hasattr(bindings[0].weight, "to_local"):
             numbers = self._distributor.sums(numbers)
         sums = Sums(*numbers.unbind(1))
@@ -705,16 +708,17 @@ class FOP(JoinableOptimizer, Optimizer):
                 state[REFERENCE_NORM] = numbers.new_zeros(())
             held.append(state[REFERENCE_NORM])
         sizes = torch.stack([binding.sizes for binding in bindings])
-        far = lengths(sums, updates, good, torch.stack(held), sizes, group)
+        far = lengths(sums, updates, inputs, good, torch.stack(held), sizes, group)
         torch._foreach_copy_(held, list(far.reference.unbind()))
-        of_all = [v.unbind() for v in (far.share * group["lr"], far.factor, far.rate, *turn(sums, far, kept))]
+        a, b = turn(sums.own, sums.product, sums.of_weight, far, kept=kept)
+        of_all = [each.unbind() for each in (far.share * group["lr"], far.factor, far.rate, a, b)]
         turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
         for n, binding in enumerate(bindings):
             binding.length, factor, rate, a, b = (each[n] for each in of_all)
             if binding.rows:
-                left = None if kept is None else kept[n]
-                by_row = row_sums(Sums(*numbers[n].unbind()), weights[n], us[n][0], left)
-                a, b = turn(by_row, Lengths(*(each[n] for each in far)), left)
+                left, weight = None if kept is None else kept[n], weights[n].to(numbers)
+                products = row_products(weight if left is None else weight * left, us[n][0])
+                a, b = turn(*products, Lengths(*(each[n] for each in far)), kept=left)
             turns[binding.weight] = a, b
             if binding.bias is not None:
                 options = groups[binding.bias]

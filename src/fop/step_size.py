@@ -127,29 +127,27 @@ class Sums(NamedTuple):
 
 
 def measure(
-    weights: Sequence[Tensor], us: Sequence[Sequence[Tensor]], updates: Sequence[Update], rows: Sequence[int]
+    weights: Sequence[Tensor],
+    us: Sequence[Sequence[Tensor]],
+    updates: Sequence[Update],
+    inputs: Tensor,
+    rows: Sequence[int],
 ) -> Tensor:
     """Return the numbers of `Sums`, (n, 7); of shards, to be added up.
 
-    ``us`` are u, each of a weight and of its bias, if any; ``rows`` is not 0 for an embedding.
+    ``us`` are u, each of a weight and of its bias, if any; ``inputs`` the mean squares of the other inputs of
+    a bias, (n,); and ``rows`` is not 0 for an embedding.
     """
-    first = [each[0] for each in us]
+    first, zero = [each[0] for each in us], inputs.new_zeros(())
     weights = [weight.to(u.dtype) for weight, u in zip(weights, first, strict=True)]
-    of_weight = square = inner(first, first)
-    zero, none = torch.zeros_like(of_weight[0]), torch.zeros_like(of_weight[:2])
-    if with_bias := [
-        (each, update.input_square) for each, update in zip(us, updates, strict=True) if each[1:]
-    ]:
-        biases = inner([each[1] for each, _ in with_bias], [each[1] for each, _ in with_bias]).unbind()
-        squares = iter(
-            [b if size is None else b / size.to(b) for b, (_, size) in zip(biases, with_bias, strict=True)]
-        )
-        square = square + torch.stack([next(squares) if each[1:] else zero for each in us])
+    biases = [each[1] if len(each) > 1 else zero for each in us]
     by_row = [
         torch.linalg.vector_norm(u, dim=1).sum() if count else zero
         for u, count in zip(first, rows, strict=True)
     ]
-    along = torch.stack([none if update.along is None else update.along.to(zero) for update in updates])
+    along = torch.stack([zero.expand(2) if u.along is None else u.along.to(zero) for u in updates])
+    of_weight = inner(first, first)
+    square = of_weight + inner(biases, biases) / inputs
     own, product = inner(weights, weights), inner(weights, first)
     return torch.cat([torch.stack([square, own, torch.stack(by_row), product, of_weight], 1), along], 1)
 
@@ -179,6 +177,7 @@ class Lengths(NamedTuple):
 def lengths(
     sums: Sums,
     updates: Sequence[Update],
+    inputs: Tensor,
     good: Tensor,
     reference: Tensor,
     sizes: Tensor,
@@ -201,10 +200,7 @@ def lengths(
     own, square, one = sums.own.sqrt(), sums.square, torch.ones_like(sums.own[0])
     typical, entries, rows = sizes.unbind(1)
     # Where noise is not known all counts as noise.
-    inputs, noise = (
-        torch.stack([one if value is None else value.to(one) for value in values])
-        for values in ([u.input_square for u in updates], [u.noise for u in updates])
-    )
+    noise = torch.stack([one if update.noise is None else update.noise.to(one) for update in updates])
     reference = torch.where(own > 0, reference, typical / inputs.sqrt())
     signal, share, known = 1 - noise, torch.ones_like(own), all(u.noise is not None for u in updates)
     # Which schedulers of torch set.
@@ -224,7 +220,9 @@ def lengths(
     return Lengths(torch.where(moves, share, 0), factor, rate, turns, cosine, signal, reference)
 
 
-def turn(sums: Sums, lengths: Lengths, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def turn(
+    own: Tensor, product: Tensor, of_weight: Tensor, reach: Lengths, *, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a and b of the step a·W - b·u that turns weights as W - rate·u does, and changes norms less.
 
     A step across a weight lengthens it, with momentum more so: by ½ℓ² for the relative length ℓ = rate·‖u‖ /
@@ -235,15 +233,15 @@ def turn(sums: Sums, lengths: Lengths, kept: Tensor | None = None) -> tuple[Tens
     which keeps its norm.
 
     A weight that has not its reference norm yet, and one number alone, which cannot turn, move by -rate·u.
-    Broadcasts: an embedding turns by row, for which the sums are of rows. ``kept`` is what decay leaves of
-    the weights, and the sums are of that.
+    The first arguments are ‖W‖², ⟨W, u⟩ and ‖u‖². They broadcast: an embedding turns by row, with those of
+    its rows. ``kept`` is what decay leaves of the weights, and they are of that.
     """
-    rate, cosine, share = lengths.rate, lengths.cosine, lengths.signal
-    turns = lengths.turns & (sums.own > 0) & (sums.of_weight > 0)
-    own = torch.where(turns, sums.own, 1)
+    rate, cosine, share = reach.rate, reach.cosine, reach.signal
+    turns = reach.turns & (own > 0) & (of_weight > 0)
+    own = torch.where(turns, own, 1)
     # From here on in units of the weight's norm.
-    inward = torch.where(turns, rate * sums.product / own, 0)
-    length = torch.where(turns, rate.abs() * sums.of_weight.sqrt() / own.sqrt(), 0)
+    inward = torch.where(turns, rate * product / own, 0)
+    length = torch.where(turns, rate.abs() * of_weight.sqrt() / own.sqrt(), 0)
     across = (length.square() - inward.square()).clamp(min=0).sqrt()
     turning = length * (1 - cosine.square()).clamp(min=0).sqrt() / torch.where(across > 0, across, 1)
     after = (1 - 2 * inward + length.square()).clamp(min=torch.finfo(own.dtype).tiny)
@@ -255,12 +253,10 @@ def turn(sums: Sums, lengths: Lengths, kept: Tensor | None = None) -> tuple[Tens
     return a if kept is None else a * kept, b
 
 
-def row_sums(sums: Sums, weight: Tensor, u: Tensor, kept: Tensor | None = None) -> Sums:
-    """Return the ``sums`` of a weight, as `turn` needs them by row, (rows, 1)."""
-    pairs = (weight, weight), (weight, u), (u, u)
-    own, product, of_weight = ((one.to(u.dtype) * other).sum(1, keepdim=True) for one, other in pairs)
-    rows = sums._replace(own=own, product=product, of_weight=of_weight)
-    return rows if kept is None else rows.times(kept)
+def row_products(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ‖W‖², ⟨W, u⟩ and ‖u‖² of every row, (rows, 1)."""
+    own, product, square = ((a * b).sum(1, keepdim=True) for a, b in ((weight, weight), (weight, u), (u, u)))
+    return own, product, square
 
 
 def clip_coefficient(squares: Sequence[Tensor], max_norm: float) -> Tensor:

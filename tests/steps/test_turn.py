@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
-from fop.step_size import Lengths, Sums, row_sums, turn
+from fop.step_size import Lengths, row_products, turn
 from reference import turned
 
 Net = Callable[[], nn.Module]
@@ -21,12 +21,11 @@ Net = Callable[[], nn.Module]
 def step(weight: Tensor, u: Tensor, rate: float, cosine: float, signal: float, *, rows: bool = False) -> None:
     """Turn a weight in place by ``rate`` times u; ``signal`` is 1 - ν."""
     zero = weight.new_zeros(())
-    squares = u.square().sum(), weight.square().sum(), zero, (weight * u).sum(), u.square().sum()
-    sums = Sums(*squares, zero, zero)
+    whole = [weight.square().sum(), (weight * u).sum(), u.square().sum()]
     share = signal * min(1.0, math.sqrt(weight.numel()) * abs(cosine))
     scale, along, of_signal = zero + rate, zero + cosine, zero + share
     far = Lengths(zero + 1, zero + 1, scale, torch.tensor(True), along, of_signal, zero)
-    a, b = turn(row_sums(sums, weight, u) if rows else sums, far)
+    a, b = turn(*(row_products(weight, u) if rows else whole), far)
     weight.copy_(a * weight - b * u)
 
 

@@ -102,16 +102,17 @@ class ConvLayer(RowLayer):
             places.append(rows % length)
             rows = rows // length
         spots = (rows * x.stride(0))[:, None]
-        inside = torch.ones_like(spots, dtype=torch.bool)
+        inside = torch.ones_like(spots, dtype=torch.bool) if self.gaps else None
         for dim, place in enumerate(reversed(places)):
             length = x.shape[2 + dim]
-            source = self._source(dim, place[:, None])
-            seen = (source >= 0) & (source < length)
-            source = source.clamp(0, length - 1) * x.stride(2 + dim)
             # One more dimension of taps, and all of them in one.
-            spots = (spots[..., None] + source[:, None]).flatten(1)
-            inside = (inside[..., None] & seen[:, None]).flatten(1)
-        return spots, inside if self.gaps else None
+            source = self._source(dim, place[:, None])
+            if inside is not None:
+                seen = (source >= 0) & (source < length)
+                inside = (inside[..., None] & seen[:, None]).flatten(1)
+                source = source.clamp(0, length - 1)
+            spots = (spots[..., None] + source[:, None] * x.stride(2 + dim)).flatten(1)
+        return spots, inside
 
     def _source(self, dim: int, place: Tensor) -> Tensor:
         """Return where in x taps look from places in the output, in one dimension; outside for nowhere."""
