@@ -187,7 +187,7 @@ def test_what_is_imported_is_declared() -> None:
 
 # --- Commands that somebody may have written down
 
-COMMANDS = ("demo", "run", "report", "overhead", "race", "scale")
+COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "verify-records")
 SHOWN = re.compile(rf"fop[-_]bench ((?:{'|'.join(COMMANDS)})\b[^`\n\"#\\|;,()]*)")
 # A command's name in prose, and an option that the page of its record says is gone.
 NOT_TODAY = re.compile(r"--trace|STUDY|^(run|report)$")
@@ -208,8 +208,11 @@ def test_commands_of_documents_and_records_are_understood(
     assert len(commands) > 20
     understood: list[str] = []
 
+    def named(command: Callable[..., None]) -> str:
+        return command.__name__.replace("_", "-")
+
     def instead_of(command: Callable[..., None]) -> Callable[..., None]:
-        return wraps(command)(lambda asked: understood.append(command.__name__))
+        return wraps(command)(lambda asked: understood.append(named(command)))
 
     monkeypatch.setattr(cli, "OPTIONS", {instead_of(each): options for each, options in cli.OPTIONS.items()})
     monkeypatch.chdir(tmp_path)
@@ -218,4 +221,4 @@ def test_commands_of_documents_and_records_are_understood(
     for command in sorted(commands):
         told = invoke(*shlex.split(command))
         assert told.exit_code == 0, (command, told.output)
-    assert set(understood) == {*COMMANDS} == {each.__name__ for each in cli.OPTIONS}
+    assert set(understood) == {*COMMANDS} == {*map(named, cli.OPTIONS)}
