@@ -65,7 +65,8 @@ def table() -> str:
 
 def cost_table() -> str:
     """Return rows of workloads and columns of optimizers: steps ÷ SGD's, plain / with statistics."""
-    lines = (ROOT / "records/overhead-peers/overhead.jsonl").read_text(encoding="utf-8").splitlines()
+    record = ROOT / "records/overhead-peers/overhead.jsonl"
+    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
     labels: dict[str, str] = {}
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for row in map(json.loads, lines):

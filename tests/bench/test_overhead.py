@@ -100,7 +100,7 @@ def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str,
 
 def test_state_is_what_the_optimizer_holds_beside_weights_and_gradients(results: dict[str, Row]) -> None:
     parameters = 4 * 2 * 3
-    sides = [785, 512, 513, 512, 513, 10]
+    sides = [393, 393, 512, 513, 512, 513, 10]  # the first factor of side 785 is two blocks
     assert results["sgd"]["state_bytes"] == MLP_BYTES
     assert results["adamw"]["state_bytes"] == 2 * MLP_BYTES + parameters
     factors = 2 * 4 * sum(side**2 for side in sides)

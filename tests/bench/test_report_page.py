@@ -86,7 +86,7 @@ def test_values_of_the_newest_runs(clone: Path) -> None:
 
 def test_cost_of_a_step_by_record(clone: Path) -> None:
     write(clone / "records/race/race.jsonl", first("race/race.jsonl", task="digits-cnn"))
-    kfac = first("overhead-peers/overhead.jsonl", optimizer="kfac", rounds=2)
+    kfac = first("overhead-peers/before.jsonl", optimizer="kfac", rounds=2)
     later = kfac | {"environment": kfac["environment"] | {"date": "2099-01-01T00:00:00"}, "rounds": 5}
     gone = {key: kfac[key] for key in ("workload", "label", "rounds", "environment", "samples")}
     write(

@@ -63,8 +63,7 @@ def test_the_committed_records_give_the_committed_pages() -> None:
         ("cifar10-small", "records/cifar10-small/README.md", "49.69", "49.79"),
         ("cifar10-small", "docs/paper-tables.md", "paper 58", "paper 59"),
         ("demo", "records/demo/README.md", "3.0 ± 1.0", "2.0 ± 1.0"),
-        ("overhead-cpu", "records/overhead-cpu/README.md", "11.924", "10.924"),
-        ("overhead-peers", "records/overhead-peers/README.md", "(0.69–1.02)", "(0.69–1.03)"),
+        ("overhead-peers", "records/overhead-peers/before.md", "(0.69–1.02)", "(0.69–1.03)"),
         ("scale-cpu", "records/scale-cpu/README.md", "17 of 18", "18 of 18"),
         ("step-time", "records/step-time/README.md", "0.915 (0.907 to 0.979) |", "0.815 (0.907 to 0.979) |"),
         ("torch-matrix", "records/torch-matrix/README.md", "| 719 |", "| 720 |"),
@@ -111,8 +110,8 @@ def test_a_tree_of_the_library_stands_for_a_commit(change: Callable[..., str]) -
 
 
 def test_a_table_has_no_row_more_and_none_less(change: Callable[..., str]) -> None:
-    file, row = "records/overhead-peers/README.md", "| 1.00 (1.00–1.00) | – | 1.00 | 1.00 | 0.93 | 7.02 |\n"
-    assert f"{file}, line 29 has '| SGD | 9 |'; the record gives 'no such line'" in change(
+    file, row = "records/overhead-peers/before.md", "| 1.00 (1.00–1.00) | – | 1.00 | 1.00 | 0.93 | 7.02 |\n"
+    assert f"{file}, line 8 has '| SGD | 9 |'; the record gives 'no such line'" in change(
         "overhead-peers", file, row, f"{row}| SGD | 9 |\n"
     )
     said = change("demo", "records/demo/README.md", "| 64 | AdamW |", "64 AdamW")
@@ -149,9 +148,9 @@ def test_a_folder_outside_of_a_clone(tmp_path: Path) -> None:
 def test_a_new_record_needs_its_table_beside_it(original: Path, tmp_path: Path) -> None:
     folder = tmp_path / "overhead-new"
     folder.mkdir()
-    shutil.copy(original / "records/overhead-peers/overhead.jsonl", folder)
+    shutil.copy(original / "records/overhead-peers/before.jsonl", folder / "overhead.jsonl")
     assert "overhead-new/README.md is missing" in invoke("verify-records", str(folder)).output
-    table = (original / "records/overhead-peers/README.md").read_text().partition("## mlp")[2]
+    table = (original / "records/overhead-peers/before.md").read_text().partition("## mlp")[2]
     (folder / "overhead.md").write_text(f"## mlp{table}")
     assert invoke("verify-records", str(folder)).exit_code == 0
     (folder / "overhead.md").write_text(f"# Mine\n\n## mlp{table}")

@@ -211,6 +211,26 @@ def test_one_bad_layer_refuses_only_itself(where: str, value: float) -> None:
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("library", [FOP, KFAC])
+@pytest.mark.parametrize("factor", ["A", "G"])
+def test_a_factor_that_overflows_does_not_enter(library: type[FOP], factor: str) -> None:
+    """Its gradient may be finite: inputs of 1e-25 meet output gradients of 1e25."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = library(model, curvature_interval=1)
+    size = 1e-25 if factor == "G" else 1e25
+    for inputs in (1.0, size):
+        before = optimizer.state[model.weight]
+        before = {key: before[key].clone() for key in "AG" if key in before}
+        optimizer.zero_grad()
+        (model(inputs * torch.randn(8, 3)) * torch.randn(8, 2) / inputs).sum().backward()
+        assert model.weight.grad is not None and model.weight.grad.isfinite().all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step()
+    assert_equal({key: optimizer.state[model.weight][key] for key in "AG"}, before)
+
+
 def test_clip_leaves_a_refused_layer_out() -> None:
     """ν is computed over the layers that step."""
     scales = []
