@@ -90,14 +90,16 @@ def trained(
     return weights(model)
 
 
+# FOP's layers make their gradients themselves, and K-FAC watches those of autograd.
+@pytest.mark.parametrize("kind", [FOP, KFAC])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", KINDS)
-def test_form_of_inputs_outputs_and_gradients(name: str, variant: str) -> None:
+def test_form_of_inputs_outputs_and_gradients(name: str, variant: str, kind: type[FOP]) -> None:
     case, runs = KINDS[name], []
     for change, end in VARIANTS[variant]:
         torch.manual_seed(1)
         inputs = [change(case.inputs(6)[0]) for _ in range(3)]
-        runs.append(trained(lambda end=end: nn.Sequential(case.build(), end()), inputs))
+        runs.append(trained(lambda end=end: nn.Sequential(case.build(), end()), inputs, kind))
     tolerance = 1e-12 if variant == "in place" else 1e-10
     torch.testing.assert_close(*runs, rtol=tolerance, atol=tolerance)
 
