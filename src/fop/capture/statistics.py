@@ -1,4 +1,4 @@
-"""What one use of a weight adds to the curvature statistics: which rows, and whose output gradient."""
+"""What one use of a weight adds to the curvature statistics."""
 
 from __future__ import annotations
 
