@@ -38,7 +38,7 @@ In the pictures a small point is a seed and a large one the mean: filled after a
 the default or at a rate that was given. Tables of environments count all runs, also those of the search."""
 STEPS = f"""## The cost of a step
 
-The newest record first; [overhead-cpu](../records/overhead-cpu/README.md), of an earlier format, is not here.
+The newest record first.
 {overhead.NOTE}
 
 In the pictures a small point is a round and a large one the median: filled for plain steps, hollow for those
