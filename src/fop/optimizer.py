@@ -694,9 +694,13 @@ class FOP(JoinableOptimizer, Optimizer):
         one = good.new_ones((), dtype=updates[0].length.dtype)
         sizes_of_inputs = [one if u.input_square is None else u.input_square.to(one) for u in updates]
         inputs = torch.stack(sizes_of_inputs)
-        numbers = measure(weights, us, updates, inputs, rows)
         if hasattr(bindings[0].weight, "to_local"):
-            numbers = self._distributor.sums(numbers)
+            grads = [local(b.weight.grad).to(one) for b in bindings if b.weight.grad is not None]
+            along = torch.stack([inner([w.to(one) for w in weights], grads), inner(grads, grads)], 1)
+            numbers = self._distributor.sums(measure(weights, us, along, inputs, rows))
+        else:
+            along = torch.stack([update.along.to(one) for update in updates if update.along is not None])
+            numbers = measure(weights, us, along, inputs, rows)
         sums = Sums(*numbers.unbind(1))
         sums = sums if kept is None else sums.times(kept)
         held: list[Tensor] = []

@@ -36,7 +36,7 @@ class Update(NamedTuple):
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
         noise: ν ∈ [0, 1), the share of noise in the gradient; None if sub-batches are not wanted.
-        along: with ``step_length="weight"`` ⟨weight, Ga⟩ and ‖Ga‖², (2,); of this rank's shards.
+        along: with ``step_length="weight"`` ⟨weight, Ga⟩ and ‖Ga‖², (2,); not known of sharded weights.
     """
 
     matrix: Tensor
@@ -129,14 +129,14 @@ class Sums(NamedTuple):
 def measure(
     weights: Sequence[Tensor],
     us: Sequence[Sequence[Tensor]],
-    updates: Sequence[Update],
+    along: Tensor,
     inputs: Tensor,
     rows: Sequence[int],
 ) -> Tensor:
     """Return the numbers of `Sums`, (n, 7); of shards, to be added up.
 
-    ``us`` are u, each of a weight and of its bias, if any; ``inputs`` the mean squares of the other inputs of
-    a bias, (n,); and ``rows`` is not 0 for an embedding.
+    ``us`` are u, each of a weight and of its bias, if any; ``along`` has the last two numbers, (n, 2);
+    ``inputs`` are the mean squares of the other inputs of a bias, (n,); ``rows`` is not 0 for an embedding.
     """
     first, zero = [each[0] for each in us], inputs.new_zeros(())
     weights = [weight.to(u.dtype) for weight, u in zip(weights, first, strict=True)]
@@ -145,7 +145,6 @@ def measure(
         torch.linalg.vector_norm(u, dim=1).sum() if count else zero
         for u, count in zip(first, rows, strict=True)
     ]
-    along = torch.stack([zero.expand(2) if u.along is None else u.along.to(zero) for u in updates])
     of_weight = inner(first, first)
     square = of_weight + inner(biases, biases) / inputs
     own, product = inner(weights, weights), inner(weights, first)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fop.binding import Binding
 from fop.capture import is_sharded, local
-from fop.correction import inner
 from fop.distributed.buckets import joined
 from fop.distributed.distributor import Shared
 from fop.distributed.messages import NOT_THE_MEAN, Reductions, matrix_size, wire_dtype
@@ -63,12 +62,8 @@ def share_updates(
         numbers, parts = arrived[binding]
         length, square, beta, eta, rho, trusted, used, size, noise = numbers[:-2].unbind()
         flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
-        measured, along = noise if binding.corrected else None, numbers[-2:]
-        if binding in sharded:
-            weight, gradient = local(binding.weight).to(numbers), _gradient(binding.weight).to(numbers)
-            along = inner([weight, gradient], [gradient, gradient])
-        scalars = length, length, beta, eta, rho, *flags
-        update = Update(*scalars, input_square=size, noise=measured, along=along)
+        measured, scalars = noise if binding.corrected else None, (length, length, beta, eta, rho, *flags)
+        update = Update(*scalars, input_square=size, noise=measured, along=numbers[-2:])
         shared.append((update, parts))
         squares.append(square)
     return shared, squares
