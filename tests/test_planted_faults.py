@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from scripts import script
 
 # Of Python 3.11.
 tomllib: Any = pytest.importorskip("tomllib")
@@ -16,16 +16,7 @@ tomllib: Any = pytest.importorskip("tomllib")
 ROOT = Path(__file__).parents[1]
 
 
-def tool() -> Any:
-    loader = SourceFileLoader("plant_faults", str(ROOT / "tools" / "plant_faults"))
-    spec = spec_from_loader("plant_faults", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-TOOL = tool()
+TOOL = script("plant_faults")
 FAULTS = tomllib.loads((ROOT / "tools" / "faults.toml").read_text())["fault"]
 
 

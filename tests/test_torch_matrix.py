@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from typing import Any
+
+from scripts import script
 
 ROOT = Path(__file__).parents[1]
 
 
-def tool() -> Any:
-    loader = SourceFileLoader("torch_matrix", str(ROOT / "tools" / "torch_matrix"))
-    spec = spec_from_loader("torch_matrix", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-MATRIX = tool()
+MATRIX = script("torch_matrix")
 RESULTS = json.loads((MATRIX.FOLDER / "matrix.json").read_text())
 PROJECT = (ROOT / "pyproject.toml").read_text()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
-from fop_bench.overhead import Workload
-from fop_bench.race import at_best_rate, sides_of
+from fop_bench import overhead
+from fop_bench.race import KEYS, at_best_rate, sides_of
 from fop_bench.race_tasks import TASKS
+from fop_bench.records import read_lines
 from fop_bench.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +36,9 @@ LABELS = {
 
 def table() -> str:
     """Return rows of tasks and columns of optimizers, the best of a row in bold; n where it is not 3."""
-    lines = (ROOT / "records/race/race.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = read_lines(ROOT / "records/race/race.jsonl", KEYS, "race")
     # The newest side of a task and optimizer: runs of other sources or options stay in the record.
-    sides = {(side[0]["task"], side[0]["variant"]): side for side in sides_of([*map(json.loads, lines)])}
+    sides = {(side[0]["task"], side[0]["variant"]): side for side in sides_of(lines)}
     found = {key: at_best_rate(side)[2] for key, side in sides.items()}
     rows = []
     for task, title in TITLES.items():
@@ -66,15 +65,16 @@ def table() -> str:
 def cost_table() -> str:
     """Return rows of workloads and columns of optimizers: steps ÷ SGD's, plain / with statistics."""
     record = ROOT / "records/overhead-peers/overhead.jsonl"
-    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    lines = overhead.newest(read_lines(record, overhead.ROW_KEYS, "overhead")) if record.exists() else {}
     labels: dict[str, str] = {}
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in map(json.loads, lines):
-        if "error" not in row and row["optimizer"] != "sgd":
-            labels[row["optimizer"]] = row["label"]
-            medians = [statistics.median(each) for each in row["ratios_to_sgd"].values() if each]
-            cell = " / ".join(f"{each:.2f}" for each in medians)
-            found[Workload(**row["workload"]).title][row["optimizer"]] = cell
+    found: dict[str, dict[str, str]] = {}
+    for title, of_one in lines.items():
+        found[title] = {}
+        for row in of_one:
+            if "error" not in row and row["optimizer"] != "sgd":
+                labels[row["optimizer"]] = row["label"]
+                medians = [statistics.median(each) for each in row["ratios_to_sgd"].values() if each]
+                found[title][row["optimizer"]] = " / ".join(f"{each:.2f}" for each in medians)
     rows = [[title, *(cells.get(name, "–") for name in labels)] for title, cells in found.items()]
     return markdown_table(["", *labels.values()], rows) + "\n"
 
