@@ -36,9 +36,12 @@ SIDE = (
     *("task", "optimizer", "options", "batch_size", "steps", "rest", "keep_norm", "bf16"),
     *("source", "machine"),
 )
+# Since when there is more: "curve", of (step, value, processor seconds) of each evaluation.
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*SIDE, "variant", *RESULT, "environment")
 MOST_RATES = 12  # of one line search
+EVALUATIONS = 12  # of one run
+JUDGED_ON_THE_WAY = 2000  # samples; at the end all
 
 
 # --- Optimizers
@@ -145,8 +148,9 @@ class RaceRun(Run):
                 weight.mul_(norm / weight.norm())
 
         def evaluate() -> float:
+            at_end = training.progress.steps == training.steps
             finite = all(p.isfinite().all() for p in model.parameters())
-            return problem.value(model) if finite else math.nan
+            return problem.value(model, None if at_end else JUDGED_ON_THE_WAY) if finite else math.nan
 
         training = Training(
             model,
@@ -160,7 +164,7 @@ class RaceRun(Run):
             shuffle=draw,
             order=problem.order,
             loss=problem.loss,
-            by_epoch=False,
+            every=math.ceil(task.steps / EVALUATIONS),
             after_step=keep_norms,
             bf16=side["bf16"],
         )
@@ -168,11 +172,13 @@ class RaceRun(Run):
         def record(warned: list[str]) -> Record:
             now = training.progress
             ends: Record = dict.fromkeys(("value", "last_loss", "processor_seconds"))
-            if finite := bool(now.curve) and math.isfinite(now.curve[-1]["accuracy"]):
+            curve = [[at["step"], at["accuracy"], at["processor_seconds"]] for at in now.curve]
+            if not now.diverged:
                 assert now.last_loss is not None
                 ends = {"value": now.curve[-1]["accuracy"], "last_loss": now.last_loss.item()}
                 ends["processor_seconds"] = now.processor_seconds
-            return {**side, "rate": self.rate, "seed": self.seed, "diverged": not finite, **ends}
+            result = {"rate": self.rate, "seed": self.seed, "diverged": now.diverged, **ends}
+            return {**side, **result, "curve": curve}
 
         return training, record
 
@@ -234,7 +240,9 @@ def next_run(side: Record, rows: Sequence[Record], seeds: int, fixed: float | No
 NOTE = (
     "Each optimizer at its best rate for seed 0, by the same value; mean ± standard deviation over n seeds. "
     "*Tried*: the rates of seed 0, and whether the best is inside of them; – without a search. "
-    "Seconds: of a processor, one thread. Source: the tree of src/fop."
+    "Seconds: of a processor, one thread, without evaluations. *To …*: steps and seconds until an evaluation "
+    f"was that good, of which a run has {EVALUATIONS}; on the way {JUDGED_ON_THE_WAY:,} samples judge. "
+    "Source: the tree of src/fop."
 )
 
 
@@ -267,6 +275,14 @@ def at_best_rate(side: Sequence[Record]) -> tuple[Found, float | None, list[Reco
     return found, rate, [each for each in side if each["rate"] == rate]
 
 
+def reached(run: Record, target: float, highest: bool) -> tuple[int, float] | None:
+    """Return the step and the processor seconds of the first evaluation that was so good, None if none."""
+    for step, value, seconds in run.get("curve", ()):
+        if value >= target if highest else value <= target:
+            return step, seconds
+    return None
+
+
 def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     """Return by what to sort, and the cells, of all runs of an optimizer on a task."""
     row, highest = side[0], TASKS[side[0]["task"]].highest
@@ -277,6 +293,13 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     mean, digits = statistics.fmean(values or [math.nan]), 2 if highest else 4
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
+    target = TASKS[row["task"]].target
+    times = [reached(each, target, highest) for each in runs]
+    there = [each for each in times if each is not None]
+    to = "–"
+    if there:
+        to = "{:.0f}, {:.0f} s".format(*map(statistics.fmean, zip(*there, strict=True)))
+        to += "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)})"
     cells = {
         "optimizer": ", ".join([row["variant"], *how]),
         "rate": "default" if rate is None else f"{rate:g}",
@@ -284,6 +307,7 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
         **{"n": len(runs), "diverged": len(runs) - len(values)},
         "value": f"{mean:.{digits}f}{spread}" if values else "–",
         "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",
+        f"to {target:g}": to,
         "source": row["source"],
     }
     return (math.inf if not values else -mean if highest else mean), cells

@@ -34,11 +34,12 @@ class Problem:
     by_loss: bool = False  # what judges; else the accuracy
     order: Order = without_replacement
 
-    def value(self, model: nn.Module) -> float:
-        """Return the percentage of right answers of a trained network, or its loss."""
+    def value(self, model: nn.Module, most: int | None = None) -> float:
+        """Return the percentage of right answers, or the loss, on all that there is or the first ``most``."""
+        judged = min(self.judged, most or self.judged)
         if not self.by_loss:
-            return 100 * count_right(model, self.judged, self.judged_batch) / self.judged
-        inputs, targets = self.judged_batch(torch.arange(self.judged))
+            return 100 * count_right(model, judged, self.judged_batch) / judged
+        inputs, targets = self.judged_batch(torch.arange(judged))
         with torch.no_grad():
             return float(self.loss(model.eval()(inputs), targets))
 
@@ -50,6 +51,7 @@ class Task:
     load: Callable[[str | None], Problem]  # given a folder or a name on the hub for CIFAR-10
     batch_size: int
     steps: int
+    target: float  # the value to which steps and seconds are counted
     measure: str = "accuracy, %"
     highest: bool = True  # whether the highest value is the best
     rest: float = 0.01  # AdamW's rate for biases, norms, positions and embeddings
@@ -131,21 +133,23 @@ def digits(build: Callable[[], nn.Module], itself: bool = False) -> Callable[[st
 
 
 FULL = 1024  # all training digits
-_IMAGES: dict[str, Any] = {"rest": 0.03, "options": {"muon": {"momentum": 0.6}}}
-_TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "rest": 0.005}
+_IMAGES: dict[str, Any] = {"target": 60.0, "rest": 0.03, "options": {"muon": {"momentum": 0.6}}}
+_TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "target": 2.2, "rest": 0.005}
 _TEXT["options"] = {"muon": {"momentum": 0.8}}
 TASKS = {
     "cifar-500": Task(cifar, 500, 120, **_IMAGES),
     "cifar-5000": Task(cifar, 5000, 30, **_IMAGES),
+    "cifar-16384": Task(cifar, 16384, 24, **_IMAGES),
     "cifar-25000": Task(cifar, 25000, 20, **_IMAGES),
+    "cifar-50000": Task(cifar, 50000, 20, **_IMAGES),
     "gpt-128": Task(gpt, 128, 100, **_TEXT),
     "gpt-1024": Task(gpt, 1024, 60, **_TEXT),
     "digits-autoencoder": Task(
-        digits(digits_autoencoder, itself=True), FULL, 200, "training MSE", highest=False
+        digits(digits_autoencoder, itself=True), FULL, 200, 0.02, "training MSE", highest=False
     ),
-    "digits-cnn": Task(digits(digits_cnn), FULL, 40),
-    "digits-lstm": Task(digits(DigitsLSTM), 128, 200),
+    "digits-cnn": Task(digits(digits_cnn), FULL, 40, target=95.0),
+    "digits-lstm": Task(digits(DigitsLSTM), 128, 200, target=95.0),
     # Long, with little but noise in a step.
-    "digits-cnn-long": Task(digits(digits_cnn), 32, 2000),
-    "digits-mlp-long": Task(digits(partial(mlp, (64, 64, 64, 10))), 32, 2000),
+    "digits-cnn-long": Task(digits(digits_cnn), 32, 2000, target=98.0),
+    "digits-mlp-long": Task(digits(partial(mlp, (64, 64, 64, 10))), 32, 2000, target=96.0),
 }

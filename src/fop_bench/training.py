@@ -50,7 +50,8 @@ class Progress:
     last_loss: Tensor | None = None
     seconds: float = 0.0
     processor_seconds: float = 0.0
-    # By epoch: its number from 1, seconds of training since the start, accuracy, and the mean of the losses.
+    # By evaluation: number of the epoch from 1 or of the step, seconds of training since the start, accuracy,
+    # and after an epoch the mean of its losses.
     curve: list[dict[str, float]] = field(default_factory=list)
     layers: dict[str, Any] | None = None  # what `evaluate` notes of the optimizer
     diverged: bool = False  # a loss was not finite
@@ -74,9 +75,9 @@ class Training:
     steps: float = math.inf
     order: Order = without_replacement
     loss: Loss = cross_entropy
-    # Whether it evaluates after every epoch, and asks only then if the losses are finite, which a GPU must be
-    # waited for; else it evaluates at the end, and asks in every step.
-    by_epoch: bool = True
+    # Every how many steps it evaluates, and at the end; it asks in every step if the losses are finite. None:
+    # after every epoch, and it asks only then, since a GPU must be waited for.
+    every: int | None = None
     after_step: Callable[[], None] = lambda: None
     bf16: bool = False
     draw: Generator | None = None  # what `batch` draws from, if not from `shuffle`
@@ -108,9 +109,13 @@ class Training:
                 # How an optimizer that takes roots of matrices says that they are not finite any more.
                 warnings.warn(f"a step failed: {error}", stacklevel=2)
                 now.diverged = True
-            if not now.diverged and (now.steps % self.epoch_steps == 0 or now.steps == self.steps):
+            between = self.every or self.epoch_steps
+            if not now.diverged and (now.steps % between == 0 or now.steps == self.steps):
                 self.stop_clock()
-                self._close_epoch()
+                if self.every:
+                    self._note(step=now.steps)
+                else:
+                    self._close_epoch()
                 self.start_clock()
         return True
 
@@ -133,7 +138,7 @@ class Training:
         assert now.order is not None and now.losses is not None
         inputs, targets = self.batch(now.order[at * size : (at + 1) * size])
         now.last_loss = gradients(self.optimizer, self.model, inputs, targets, self.loss, self.bf16)
-        if not self.by_epoch and not now.last_loss.isfinite():
+        if self.every and not now.last_loss.isfinite():
             now.diverged = True
             return
         self.optimizer.step()
@@ -152,10 +157,17 @@ class Training:
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(loss)
-        if self.by_epoch or now.steps == self.steps:
-            times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
-            epoch = {"epoch": len(now.curve) + 1, **times, "train_loss": loss}
-            now.curve.append({**epoch, "accuracy": self.evaluate()})
+        self._note(epoch=len(now.curve) + 1, train_loss=loss)
+
+    def _note(self, **what: float) -> None:
+        """Evaluate, and add that to the curve, unless it is not finite."""
+        now = self.progress
+        times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
+        value = self.evaluate()
+        self.model.train()
+        now.diverged = not math.isfinite(value)
+        if not now.diverged:
+            now.curve.append({**what, **times, "accuracy": value})
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that another process needs to go on, the state of torch's random numbers included."""
