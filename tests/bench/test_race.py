@@ -268,7 +268,8 @@ def test_the_table_is_made_from_the_file_alone(tmp_path: Path, monkeypatch: pyte
     mean, spread = statistics.mean([70, 72, 77]), statistics.stdev([70, 72, 77])
     expected = [
         f"| fop-default, norms free | default | – | 1 | 0 | 90.00 | 0 | – | {side['source']} |",
-        f"| sgd | 0.2 | 3, inside | 3 | 0 | {mean:.2f} ± {spread:.2f} | 10 | 15, 3 s (2 of 3) | {side['source']} |",
+        f"| sgd | 0.2 | 3, inside | 3 | 0 | {mean:.2f} ± {spread:.2f} | 10 | 15, 3 s (2 of 3) | "
+        f"{side['source']} |",
     ]
     assert [line for line in table.splitlines() if line.startswith("| ")][1:] == expected
     assert side["machine"] in table
