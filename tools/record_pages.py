@@ -1,7 +1,7 @@
 """What pages of this repository must say by the records that no command of fop-bench makes a page of today.
 
-`fop-bench verify-records` asks `pages`. The pages of demo, scale-cpu and step-time were made by
-commands of earlier versions, from files that today's do not read: here is what stands in their tables.
+`fop-bench verify-records` asks `pages`. The pages of demo, scale-cpu, step-time and rebuild were
+made by commands of earlier versions, from files that today's do not read: here is what stands in their tables.
 """
 
 from __future__ import annotations
@@ -139,4 +139,11 @@ def step_time(record: Any) -> Iterator[Cells]:
         yield [*head, *times, f"{middle:.3f} ({low:.3f} to {high:.3f})"]
 
 
-EARLIER = {"demo": demo, "scale-cpu": scale, "step-time": step_time}
+def rebuild(record: Any) -> Iterator[Cells]:
+    """One row a dtype: the recorded trainings, and the tests of all that did not pass."""
+    missed = record["failures"] + record["errors"] + record["skipped"]
+    commits = [record["recorded_from"]["commit"][:7], record["commit"][:7]]
+    yield from ([dtype, *commits, count, missed] for dtype, count in record["trainings"].items())
+
+
+EARLIER = {"demo": demo, "scale-cpu": scale, "step-time": step_time, "rebuild": rebuild}
