@@ -43,7 +43,7 @@ def sides(options: Sequence[str], tasks: Sequence[str]) -> list[Record]:
     Raises ValueError for an option that has no other values here.
     """
     if unknown := [name for name in options if name not in CANDIDATES]:
-        raise ValueError(f"--option {unknown[0]} is unknown; known are {', '.join(CANDIDATES)}")
+        raise ValueError(f"--option {unknown[0]!r} is unknown; known are {', '.join(CANDIDATES)}")
     changes = [{}, *({name: value} for name in options for value in CANDIDATES[name])]
     how = {"keep_norm": True, "bf16": False}
     return [race.side_of("fop-default", task, change, **how) for task in tasks for change in changes]

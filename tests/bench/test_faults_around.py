@@ -187,7 +187,7 @@ def test_what_is_imported_is_declared() -> None:
 
 # --- Commands that somebody may have written down
 
-COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "verify-records")
+COMMANDS = ("demo", "run", "report", "overhead", "race", "scale", "defaults", "surface", "verify-records")
 SHOWN = re.compile(rf"fop[-_]bench ((?:{'|'.join(COMMANDS)})\b[^`\n\"#\\|;,()]*)")
 RECORDED = re.compile(r'"command": ("(?:[^"\\]|\\.)*")')
 # A command's name in prose, and an option that the page of its record says is gone.
