@@ -138,10 +138,7 @@ def race(asked: argparse.Namespace) -> None:
 
 
 def _race(
-    asked: argparse.Namespace,
-    sides: Sequence[records.Record],
-    rate: float | None,
-    table: Callable[[Sequence[records.Record]], str],
+    asked: argparse.Namespace, sides: list[records.Record], rate: float | None, table: Callable[..., str]
 ) -> None:
     """Make the runs that a file lacks, or none with --table, and lay out what it holds."""
     read = partial(records.read_lines, asked.out, races.KEYS, "race")
@@ -174,16 +171,15 @@ def scale(asked: argparse.Namespace) -> None:
     workload, where = steps.Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
-    record = {"environment": where | {"threads": 1}, "protocol": protocol}
+    record: records.Record = {"environment": where | {"threads": 1}, "protocol": protocol}
     if asked.predict:
         from fop_bench.prediction import PREDICTED, predict, predicted_table
 
         one = scaling.measure_scale(workload, 1, asked.rounds)
         predicted = predict(one, asked.ranks or PREDICTED, bandwidth := 1e9 * asked.bandwidth)
-        out, record = asked.out / "prediction.json", record | {"bandwidth": bandwidth, "measured": one}
-        _show_and_write(
-            predicted_table(predicted, bandwidth), records.write_json(out, record | {"results": predicted})
-        )
+        record |= {"bandwidth": bandwidth, "measured": one, "results": predicted}
+        path = records.write_json(asked.out / "prediction.json", record)
+        _show_and_write(predicted_table(predicted, bandwidth), path)
         return
     results: list[records.Record] = []
     todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
@@ -206,9 +202,11 @@ def surface(asked: argparse.Namespace) -> None:
     path = Path(asked.recipe)
     if path.suffix == ".json":
         record = records.loads(path.read_bytes(), str(path))
+        if not {"origin", "steps", "losses"} <= record.keys():
+            raise ValueError(f"{path} is no record of fop-bench surface; give one, or a recipe")
     else:
-        path, record = asked.out / "surface.json", measured(asked)
-        records.write_json(path, record)
+        record = measured(asked)
+        path = records.write_json(asked.out / "surface.json", record)
     plot_surface(record, path.with_suffix(".png"))
     _show(surface_table(record))
     print(f"The picture of {path}: {path.with_suffix('.png')}")

@@ -63,32 +63,29 @@ def read_old(path: Path) -> list[Record]:
 def defaults_table(rows: Sequence[Record]) -> str:
     """Lay out a section a task and option, the default first, from the lines alone."""
     default = FOP(nn.Linear(1, 1)).defaults
-    found: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, list[Record]]]] = {}
+    found: dict[tuple[Any, tuple[str, ...]], dict[str, list[Record]]] = {}
     for row in rows:
         changed = {k: v for k, v in row["options"].items() if k not in race.OPTIONS["fop-default"]}
-        values = ", ".join(map(str, changed.values()))
-        label = values if row["optimizer"] == "fop-default" else f"{row['optimizer']}: {values}"
-        place = found.setdefault((row["task"], row["machine"], row["source"]), {})
-        place.setdefault((*changed,), {}).setdefault(label, []).append(row)
+        label = ", ".join(map(str, changed.values()))
+        label = label if row["optimizer"] == "fop-default" else f"{row['optimizer']}: {label}"
+        place = row["task"], row["machine"], row["source"]
+        found.setdefault((place, (*changed,)), {}).setdefault(label, []).append(row)
     sections = []
-    for (task, *_), place in found.items():
-        unchanged = place.pop((), {"": []})[""]
-        for names, by_label in place.items():
-            title, every = ", ".join(names), by_label
-            if unchanged:
-                every = {f"**{default[title]}** (default)": unchanged, **by_label}
-            cells = [{title: label, **_cells(runs)} for label, runs in every.items()]
+    for (place, names), by_label in found.items():
+        if names:
+            title, unchanged = ", ".join(names), found.get((place, ()), {}).get("")
+            every = {f"**{default[title]}** (default)": unchanged} if unchanged else {}
+            cells = [{title: label, **_cells(runs)} for label, runs in (every | by_label).items()]
             note = NOTE.format(**next(iter(by_label.values()))[0])
-            sections.append(section(f"{title}: {task}", note, cells))
+            sections.append(section(f"{title}: {place[0]}", note, cells))
     return "\n\n".join(sections) + "\n"
 
 
 def _cells(runs: Sequence[Record]) -> Record:
     ended = [run for run in runs if not run["diverged"]]
-    values = pd.Series([run["value"] for run in ended], dtype=float)
-    seconds = pd.Series([run["processor_seconds"] for run in ended], dtype=float)
+    values, seconds = (
+        pd.Series([run[key] for run in ended], dtype=float) for key in ("value", "processor_seconds")
+    )
     value = plus_minus(values, 2 if "accuracy" in runs[0]["measure"] else 4)
-    return {
-        **{"n": len(ended), "diverged": len(runs) - len(ended), "value": value},
-        "seconds": "–" if seconds.isna().all() else f"{seconds.mean():.0f}",
-    }
+    ends = {"value": value, "seconds": "–" if seconds.isna().all() else f"{seconds.mean():.0f}"}
+    return {"n": len(ended), "diverged": len(runs) - len(ended), **ends}

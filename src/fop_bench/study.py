@@ -209,16 +209,10 @@ def map_table(study: Study) -> str | None:
     each = runs.groupby(["batch_size", "label", "options"], observed=True, sort=False)
     if not study.phase("tuning").empty or len(each) == len(runs.groupby(["batch_size", "label"])):
         return None
-    rows = [
-        [
-            *key,
-            len(of),
-            of["diverged"].sum(),
-            plus_minus(of["accuracy"], 2, 100),
-            plus_minus(of["train_loss"], 4),
-        ]
-        for key, of in each
-    ]
+    rows = []
+    for key, of in each:
+        ends = plus_minus(of["accuracy"], 2, 100.0), plus_minus(of["train_loss"], 4)
+        rows.append([*key, len(of), of["diverged"].sum(), *ends])
     head = ["batch", "optimizer", "options", "n", "diverged", "final accuracy %", "final train loss"]
     return markdown_table(head, rows)
 

@@ -67,15 +67,14 @@ class Point:
         return dict(zip(PARTS, (each.mean(), each[first].mean(), each[~first].mean()), strict=True))
 
 
-def single_step(point: Point, name: str, **changes: Any) -> tuple[Tensor, FOP]:
+def single_step(point: Point, name: str) -> tuple[Tensor, FOP]:
     """Take one step of `STEPS` on copies, the curvature as it is; return it, (P,), and its optimizer.
 
-    The pair of "fop" is the gradients of the two halves' losses; that of "fop_rows" each layer's gradient
-    summed over its rows of either half, as a training's one backward pass gives it. They are the same unless
-    BatchNorm ties samples together. ``changes`` are options.
+    The pair of "fop" is the gradients of the halves' losses; that of "fop_rows" each layer's gradient summed
+    over its rows of either half. They are the same unless BatchNorm ties samples together.
     """
     model, kind = deepcopy(point.model), FOP if name in ("fop", "fop_rows") else KFAC
-    optimizer = kind(model, **{**point.options, **BARE, **changes})
+    optimizer = kind(model, **{**point.options, **BARE})
     # Its step 0, for which the state has a curvature already.
     fresh = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": point.state["state"], "param_groups": fresh})

@@ -178,6 +178,8 @@ def test_command_writes_a_record_and_draws_the_same_picture_from_it(tmp_path: Pa
     path.with_suffix(".png").unlink()
     assert invoke("surface", str(path)).exit_code == 0
     assert path.with_suffix(".png").read_bytes() == picture
+    path.write_text("{}")
+    assert "surface.json is no record of fop-bench surface" in invoke("surface", str(path)).output
 
 
 @pytest.mark.parametrize(
