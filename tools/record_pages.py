@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fop_bench.paper import paper_page
+from fop_bench.surface import surface_table
 from fop_bench.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,8 @@ def pages(folder: Path) -> Iterator[tuple[Path, str, bool]]:
         yield notes, table, True
         before, _, rest = matrix["DOC"].read_text().partition(begin)
         yield matrix["DOC"], f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", False
+    elif name == "surface":
+        yield notes, "\n".join(surface_table(read(file)) for file in sorted(folder.glob("*.json"))), True
     elif name in EARLIER:
         text = notes.read_text()
         files = sorted(folder.glob("*.json"), key=lambda file: text.find(file.name))

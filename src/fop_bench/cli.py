@@ -134,8 +134,15 @@ def race(asked: argparse.Namespace) -> None:
         for task in asked.task or RACES
         for name in asked.optimizer or races.STARTS
     ]
+    _race(asked, sides, asked.rate, races.race_table)
+
+
+def _race(
+    asked: argparse.Namespace, sides: list[records.Record], rate: float | None, table: Callable[..., str]
+) -> None:
+    """Make the runs that a file lacks, or none with --table, and lay out what it holds."""
     read = partial(records.read_lines, asked.out, races.KEYS, "race")
-    plan = Plan(asked.out, lambda git: read(), partial(races.planned, sides, asked.seeds, asked.rate))
+    plan = Plan(asked.out, lambda git: read(), partial(races.planned, sides, asked.seeds, rate))
     if asked.table:  # also while another process writes the file
         left = plan.planned(read())[1]
     else:
@@ -144,16 +151,36 @@ def race(asked: argparse.Namespace) -> None:
             left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
     if not (rows := read()):
         raise ValueError(f"{asked.out} has no runs, and --limit {asked.limit:g} minutes left no time for one")
-    _show_and_write(races.race_table(rows), asked.out)
+    _show_and_write(table(rows), asked.out)
     print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
 
 
+def defaults(asked: argparse.Namespace) -> None:
+    """Train by FOP with other values of its options, one at a time, beside the defaults, or go on with it."""
+    from fop_bench import defaults as options
+
+    if asked.table and (old := options.read_old(asked.out)):
+        _show_and_write(options.defaults_table(old), asked.out)
+        return
+    sides = options.sides(asked.option or [*options.CANDIDATES], asked.task or [options.TASK])
+    _race(asked, sides, None, options.defaults_table)
+
+
 def scale(asked: argparse.Namespace) -> None:
-    """Measure SGD, K-FAC and FOP on several processes of this machine."""
+    """Measure SGD, K-FAC and FOP on several processes of this machine, or predict more ranks from one."""
     workload, where = steps.Workload(asked.model, asked.batch, bf16=False), environment(torch.device("cpu"))
     protocol = {"workload": asdict(workload), "cores": os.cpu_count() or 1, "rounds": asked.rounds}
     protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
-    record = {"environment": where | {"threads": 1}, "protocol": protocol}
+    record: records.Record = {"environment": where | {"threads": 1}, "protocol": protocol}
+    if asked.predict:
+        from fop_bench.prediction import PREDICTED, predict, predicted_table
+
+        one = scaling.measure_scale(workload, 1, asked.rounds)
+        predicted = predict(one, asked.ranks or PREDICTED, bandwidth := 1e9 * asked.bandwidth)
+        record |= {"bandwidth": bandwidth, "measured": one, "results": predicted}
+        path = records.write_json(asked.out / "prediction.json", record)
+        _show_and_write(predicted_table(predicted, bandwidth), path)
+        return
     results: list[records.Record] = []
     todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
     with _bar("scale") as on_run:
@@ -164,6 +191,25 @@ def scale(asked: argparse.Namespace) -> None:
             records.write_json(asked.out / "scale.json", record | {"results": results})
     _show(scaling.measured_tables(results))
     print(f"Wrote scale.json to {asked.out}")
+
+
+def surface(asked: argparse.Namespace) -> None:
+    """Draw the loss around a point of a training with FOP, and one step of K-FAC and of FOP from there."""
+    from fop_bench.plots import plot_surface
+    from fop_bench.surface import surface as measured
+    from fop_bench.surface import surface_table
+
+    path = Path(asked.recipe)
+    if path.suffix == ".json":
+        record = records.loads(path.read_bytes(), str(path))
+        if not {"origin", "steps", "losses"} <= record.keys():
+            raise ValueError(f"{path} is no record of fop-bench surface; give one, or a recipe")
+    else:
+        record = measured(asked)
+        path = records.write_json(asked.out / "surface.json", record)
+    plot_surface(record, path.with_suffix(".png"))
+    _show(surface_table(record))
+    print(f"The picture of {path}: {path.with_suffix('.png')}")
 
 
 # --- What they show
@@ -256,6 +302,14 @@ WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
 ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
+# Of runs of the race.
+HOW = [
+    _option("--seeds", "runs at the best rate, by seeds 0, 1, …", "3", WHOLE),
+    DATA,
+    _option("--jobs", "runs at a time, one thread each", "1", WHOLE),
+    _option("--limit", "stop after so many minutes, wherever a run is", "60", ABOVE_0),
+    _option("--table", "make no run, only the table", action="store_true", default=False),
+]
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
 OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
     demo: [_option("--out", "folder", "fop-demo", Path), DEVICE],
@@ -293,23 +347,41 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list("--optimizer", "only this one", choices=races.STARTS),
         _list("--set", "an option of an optimizer, as fop.damping=0.1; a variant with a row of its own"),
         _option("--rate", "only this learning rate, without a search", kind=ABOVE_0),
-        _option("--seeds", "runs at the best rate, by seeds 0, 1, …", "3", WHOLE),
         _option("--keep-norm", "keep the norms of convolutions", True, action=argparse.BooleanOptionalAction),
         _option(
             "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
         ),
-        DATA,
-        _option("--jobs", "runs at a time, one thread each", "1", WHOLE),
-        _option("--limit", "stop after so many minutes, wherever a run is", "60", ABOVE_0),
-        _option("--table", "make no run, only the table", action="store_true", default=False),
+        *HOW,
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],
+    defaults: [
+        _list("--option", "only this one, such as damping"),
+        _list("--task", "this one of the race; else digits-autoencoder", choices=RACES),
+        *HOW,
+        _option("--out", "file of JSON lines; the table goes beside it", "fop-defaults.jsonl", Path),
+    ],
     scale: [
-        _list("--ranks", f"processes; else {', '.join(map(str, MEASURED))}", WHOLE),
+        _list(
+            "--ranks", f"processes; else {', '.join(map(str, MEASURED))}; predicted 1, 2, 4, …, 1024", WHOLE
+        ),
+        _option("--predict", "measure one rank, and predict more", action="store_true", default=False),
+        _option("--bandwidth", "GB that a rank sends in a second, for --predict", "50", ABOVE_0),
         _option("--model", "network to step", "resnet18", choices=steps.MODELS),
         _option("--batch", "batch of every rank", "32", WHOLE),
         _option("--rounds", "turns of every optimizer", "2", WHOLE),
         _option("--out", "folder", "fop-scale", Path),
+    ],
+    surface: [
+        _option("recipe", f"{', '.join(RECIPES)}; or a record, to draw its picture again", metavar="RECIPE"),
+        DATA,
+        _option("--batch", "samples of a step; even", "1000", WHOLE, dest="batch_size"),
+        _option("--epochs", "training with FOP before the steps", "3", WHOLE),
+        _option("--lr", "learning rate at the start of the training, and of steps", "0.1", ABOVE_0),
+        _option("--damping", "λ of training and steps", "1e-4", ABOVE_0),
+        _option("--seed", "of weights, order and the choice of the batch", "1", int),
+        DEVICE,
+        _option("--grid", "points along each side", "25", WHOLE, dest="points"),
+        _option("--out", "folder", "fop-surface", Path),
     ],
 }
 

@@ -1,4 +1,4 @@
-"""Plots of the studies: curves, speed-up and the scalars of FOP's layers."""
+"""Plots of the studies, curves, speed-up and the scalars of FOP's layers; and of the loss surface."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
@@ -181,3 +181,59 @@ def plot_layers(runs: Sequence[Record], path: Path) -> None:
         bar = figure.colorbar(image, ax=list(panels[row]), extend="both" if key == "beta" else "neither")
         bar.set_label(symbol, rotation=0, labelpad=10, fontsize=12)
     save(figure, "{recipe}, {task}, {study}: FOP's layers".format(**runs[0]), path)
+
+
+# The loss surface
+
+# The step of the whole batch is broad, because FOP's often lies on it.
+ARROWS: dict[str, dict[str, Any]] = {
+    "average": {"color": STYLES["kfac"]["color"], "linestyle": "-", "linewidth": 6.5},
+    "first": {"color": STYLES["lamb"]["color"], "linestyle": "-", "linewidth": 2.2},
+    "second": {"color": STYLES["muon"]["color"], "linestyle": "-", "linewidth": 2.2},
+    "fop": {"color": STYLES["fop"]["color"], "linestyle": "-", "linewidth": 2.2},
+    "fop_rows": {"color": STYLES["fop"]["color"], "linestyle": (0, (2, 1)), "linewidth": 2.2},
+}
+PANELS = {"whole": "loss of the whole batch", "first": "of the first half", "second": "of the second half"}
+# The grey of high losses leaves the arrows their colours.
+GREYS = LinearSegmentedColormap.from_list("light greys", ["#ffffff", "#8c8c8c"])
+DOT: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "black", "markeredgecolor": "white"}
+
+
+def plot_surface(record: Record, path: Path) -> None:
+    """Draw what `surface.surface` gives, losses of the batch and its halves and the steps, as a PNG."""
+    figure = Figure(figsize=(11.5, 8.2), layout="constrained")
+    panels = figure.subplot_mosaic([["whole", "whole", "first"], ["whole", "whole", "second"]])
+    filled = {part: _draw_losses(panels[part], record, part) for part in PANELS}
+    figure.colorbar(filled["whole"], ax=panels["whole"], shrink=0.75, pad=0.02, label="loss")
+    panels["whole"].set_xlabel("along the K-FAC step of the whole batch, in units of ‖w‖ per filter")
+    panels["whole"].set_ylabel("along the difference of the halves' steps, in units of ‖w‖ per filter")
+    ends = {"the point": (record["origin"], DOT)}
+    ends |= {each["what"]: (each["losses_at_end"], ARROWS[key]) for key, each in record["steps"].items()}
+    for what, (losses, look) in ends.items():
+        loss = "not finite" if losses["whole"] is None else f"{losses['whole']:.4f}"
+        panels["whole"].plot([], [], label=f"{what}: loss {loss}", **look)
+    title = "{title}, batch {batch_size}, after {epochs} epochs of FOP".format(**record)
+    how = "learning rate {lr:g}, damping {damping:g}, seed {seed}".format(**record)
+    save(figure, f"{title}\none step each with the same curvature; {how}", path)
+
+
+def _draw_losses(panel: Axes, record: Record, part: str) -> Any:
+    """Draw the contours of the loss of a part of the batch, and the steps."""
+    losses, scale = np.array(record["losses"][part], dtype=float), 1.0 if part == "whole" else 0.55
+    if not np.isfinite(losses).any():  # one that is None is NaN, which contours leave out
+        raise ValueError("the loss is not finite anywhere on the surface; give a smaller --lr")
+    # At most 22 round levels at equal distances; the highest twentieth of the window has one colour.
+    levels = MaxNLocator(22).tick_values(np.nanmin(losses), np.nanquantile(losses, 0.95))
+    filled = panel.contourf(record["x"], record["y"], losses, levels, cmap=GREYS, extend="max")
+    lines = panel.contour(record["x"], record["y"], losses, levels, colors="#6e6e6e", linewidths=0.6)
+    panel.clabel(lines, levels[1 :: 2 if part == "whole" else 4], fontsize=7, fmt="%.3g")
+    panel.set_facecolor("#8c8c8c")  # where the loss is not finite
+    panel.set_aspect("equal")  # the axes are orthogonal and of one length: angles are true
+    panel.set_title(PANELS[part], fontsize=11)
+    for name, look in ARROWS.items():
+        width = {"linewidth": scale * look["linewidth"], "shrinkA": 0, "shrinkB": 0, "capstyle": "butt"}
+        head = {"arrowstyle": "-|>", "mutation_scale": scale * (18 + 2 * look["linewidth"])}
+        end = record["steps"][name]["x"], record["steps"][name]["y"]
+        panel.annotate("", end, (0, 0), arrowprops=look | head | width)
+    panel.plot(0, 0, markersize=8 * scale, zorder=6, **DOT)
+    return filled

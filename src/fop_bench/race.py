@@ -63,7 +63,7 @@ def make_racer(
 ) -> Optimizer:
     """Build an optimizer: ``rate`` is of weights, ``rest`` of what AdamW takes; None for its defaults."""
     if rate is None:
-        return make_peer(name.removesuffix("-default"), model, None, **options)  # type: ignore[arg-type]
+        return make_peer(name.removesuffix("-default"), model, **{"lr": None, **options})
     if name in ("muon", "kfac", "fop"):  # split by themselves
         return make_peer(name, model, rate, **{"adamw_lr": rest, **options})
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}

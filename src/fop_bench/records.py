@@ -62,7 +62,8 @@ def loads(text: bytes, where: str) -> Any:
 def _parsed(line: bytes, where: str, keys: Sequence[str], command: str) -> Record:
     run: Record = loads(line, where)
     missing = [key for key in keys if key not in run]
-    missing = missing or [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in run["environment"]]
+    if not missing and "environment" in keys:
+        missing = [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in run["environment"]]
     if missing:
         raise ValueError(
             f"{where} has no {', '.join(missing)}; it is no line of this version's fop-bench {command}"

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from fop.curvature import entry_names
-from fop_bench.overhead import Row, Trainer, Workload, amortised, measure_in_turns, prepare_pair
+from fop_bench.overhead import Row, Workload, amortised, measure_in_turns, prepare_pair
 from fop_bench.tables import section
 
 # An optimizer among several ranks: its label, and how FOP shares its work.
@@ -34,7 +35,7 @@ INTERVAL = 100  # steps for one curvature update, in means
 def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
     """Measure all optimizers on new processes of this machine; a row each, with medians and mean bytes."""
     names = ["sgd", "kfac", *(["fop"] if ranks == 1 else ["fop-compatible", "fop-lean"])]
-    by_rank = run_ranks(_measure_rank, ranks, workload, ranks, names, rounds)
+    by_rank = run_ranks(_measure_rank, ranks, workload, names, rounds)
     rows = [_evaluate(name, [samples[name] for samples in by_rank]) for name in names]
     sgd = rows[0]
     for row in rows:
@@ -43,7 +44,7 @@ def measure_scale(workload: Workload, ranks: int, rounds: int) -> list[Row]:
     return rows
 
 
-def _measure_rank(workload: Workload, ranks: int, names: Sequence[str], rounds: int) -> dict[str, Row]:
+def _measure_rank(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, Row]:
     """Return for every optimizer what its steps took, by kind of step, and the bytes of its curvature."""
     cpu = torch.device("cpu")
     pairs = {name: prepare_pair(workload, name.split("-")[0], cpu, **CONTENDERS[name][1]) for name in names}
@@ -51,16 +52,15 @@ def _measure_rank(workload: Workload, ranks: int, names: Sequence[str], rounds: 
     for name, (trainer, _) in pairs.items():
         states = trainer.optimizer.state.values()
         held = (state[key].nbytes for state in states for key in entry_names() if key in state)
-        found[name] |= {"factor_bytes": sum(held), "ddp_bytes": _ddp_bytes(trainer, ranks)}
+        found[name] |= {
+            "factor_bytes": sum(held),
+            # In lean mode DistributedDataParallel does not average the gradients of layers: no p.grad.
+            "gradient_bytes": sum(p.grad.nbytes for p in trainer.model.parameters() if p.grad is not None),
+            "buffer_bytes": sum(buffer.nbytes for buffer in trainer.model.buffers()),
+            # No public name tells them.
+            "layers": [asdict(b.curvature.size(b.name)) for b in getattr(trainer.optimizer, "_bindings", ())],
+        }
     return found
-
-
-def _ddp_bytes(trainer: Trainer, ranks: int) -> float:
-    """Compute what DistributedDataParallel sends in a step, which nobody counts: gradients and buffers."""
-    # In lean mode it does not average the gradients of layers, and there is no p.grad.
-    averaged = sum(p.grad.nbytes for p in trainer.model.parameters() if p.grad is not None)
-    buffers = sum(buffer.nbytes for buffer in trainer.model.buffers())
-    return (2 * averaged + buffers) * (ranks - 1) / ranks
 
 
 def _evaluate(name: str, samples: list[Row]) -> Row:
@@ -72,7 +72,9 @@ def _evaluate(name: str, samples: list[Row]) -> Row:
         return [statistics.median(each[kind]["seconds"]) for each in samples if each[kind]["seconds"]]
 
     plain, curvature = medians("plain"), medians("curvature")
-    ddp, sent = samples[0]["ddp_bytes"], {kind: mean(kind) for kind in ("plain", "curvature")}
+    sent = {kind: mean(kind) for kind in ("plain", "curvature")}
+    # What DistributedDataParallel sends in a step, which nobody counts.
+    ddp = (2 * samples[0]["gradient_bytes"] + samples[0]["buffer_bytes"]) * (1 - 1 / len(samples))
     of_plain, of_curvature = (sum(of_kind.values()) for of_kind in sent.values())
     return {
         **{"ranks": len(samples), "optimizer": name},

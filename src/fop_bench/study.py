@@ -203,6 +203,20 @@ def options_table(study: Study) -> str | None:
     return markdown_table(["batch", "optimizer", "all options given"], rows) if rows else None
 
 
+def map_table(study: Study) -> str | None:
+    """Return a row a combination of options of a map, as earlier versions made them; None for others."""
+    runs = study.phase("final")
+    each = runs.groupby(["batch_size", "label", "options"], observed=True, sort=False)
+    if not study.phase("tuning").empty or len(each) == len(runs.groupby(["batch_size", "label"])):
+        return None
+    rows = []
+    for key, of in each:
+        ends = plus_minus(of["accuracy"], 2, 100.0), plus_minus(of["train_loss"], 4)
+        rows.append([*key, len(of), of["diverged"].sum(), *ends])
+    head = ["batch", "optimizer", "options", "n", "diverged", "final accuracy %", "final train loss"]
+    return markdown_table(head, rows)
+
+
 # Tuning, and whether it is a fair comparison
 
 

@@ -104,6 +104,8 @@ def _folded(summary: str, content: str) -> str:
 
 
 def _comparison(study: Study, folder: Path, draw: bool) -> list[str]:
+    if table := tables.map_table(study):
+        return [f"### Study {study.name}", "Every combination of options; none is chosen.", table]
     parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in tables.unfair(study))]
     if study.phase("final").empty:
         parts.append("No final run yet.")

@@ -14,6 +14,7 @@ from command import Told
 from failing_rank import fail_on_rank_1
 from fop_bench import scale
 from fop_bench.overhead import PLAIN_STEPS
+from fop_bench.prediction import PREDICTED, predict, predicted_table
 
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
 SIDES = [393, 393, 512, 513, 512, 513, 10]  # the first factor of side 785 is two blocks
@@ -110,6 +111,69 @@ def test_ranks_share_the_curvature(results: dict[tuple[int, str], dict[str, Any]
         assert sum(each["factor_bytes"]) == whole
         assert max(each["factor_bytes"]) < 0.6 * whole
     assert results[2, "sgd"]["factor_bytes"] == [0, 0]
+
+
+# --- predicted ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predicted(results: dict[tuple[int, str], dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+    rows = predict([each for (ranks, _), each in results.items() if ranks == 1], (1, 2, 3, 1024), 50e9)
+    return {(row["ranks"], row["optimizer"]): row for row in rows}
+
+
+def test_a_prediction_for_one_rank_is_what_was_measured(
+    results: dict[tuple[int, str], dict[str, Any]], predicted: dict[tuple[int, str], dict[str, Any]]
+) -> None:
+    for name in ("sgd", "kfac", "fop"):
+        measured, here = results[1, name], predicted[1, name]
+        for kind in ("plain", "curvature"):
+            if measured[f"{kind}_seconds"]:
+                assert here["seconds"][kind] == pytest.approx(2 * measured[f"{kind}_seconds"])
+                assert here["bytes"][kind] == 0
+        assert here["factor_bytes"] == measured["factor_bytes"][0]
+    assert results[1, "kfac"]["factor_bytes"][0] > 0
+
+
+def test_predicted_bytes_and_memory_are_those_that_two_ranks_counted(
+    results: dict[tuple[int, str], dict[str, Any]], predicted: dict[tuple[int, str], dict[str, Any]]
+) -> None:
+    for name in ("sgd", "kfac", "fop-compatible", "fop-lean"):
+        counted, here = results[2, name], predicted[2, name]
+        assert here["traffic"]["wrapper"] == counted["traffic"]["wrapper"]
+        for kind in ("plain", "curvature"):
+            assert here["traffic"][kind] == pytest.approx(counted["traffic"][kind], rel=1e-9)
+        assert here["factor_bytes"] == max(counted["factor_bytes"])
+
+
+def test_a_prediction_divides_what_owners_do(
+    results: dict[tuple[int, str], dict[str, Any]], predicted: dict[tuple[int, str], dict[str, Any]]
+) -> None:
+    sgd, fop = (results[1, name]["plain_seconds"][0] for name in ("sgd", "fop"))
+    # Three products with the factors of each layer: 2·out·in·side, the first A in two blocks.
+    sizes = [(512, 785, 512 + 393), (512, 513, 512 + 513), (10, 513, 10 + 513)]
+    work = [out * columns * sides for out, columns, sides in sizes]
+    here = predicted[1024, "fop-lean"]
+    sent = 4 * (MLP + 3 * 11 + MLP + 3) * 1023 / 1024
+    assert here["owners"] == 3 and here["bytes"]["plain"] == pytest.approx(sent)
+    times = sgd + (fop - sgd) * max(work) / sum(work) + sent / 50e9, fop + sent / 50e9
+    assert here["seconds"]["plain"] == pytest.approx(times)
+    # An odd number of ranks has no two sides: Ga and Gd both travel.
+    odd = predicted[3, "fop-lean"]["traffic"]["plain"]["gradients"]
+    assert odd == pytest.approx(4 * (2 * MLP + 3 * 2) * 2 / 3)
+
+
+def test_predictions_are_written(tmp_path: Path) -> None:
+    options = ["--model", "mlp", "--batch", "2", "--rounds", "1", "--bandwidth", "10"]
+    result = invoke("--predict", "--ranks", "8", "--ranks", "48", *options, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "nobody has checked it against a cluster" in result.output
+    content = json.loads((tmp_path / "prediction.json").read_text())
+    assert content["bandwidth"] == 10e9 and content["environment"]["command"]
+    assert [row["ranks"] for row in content["results"]] == 4 * [8] + 4 * [48]
+    assert content["results"] == predict(content["measured"], (8, 48), 10e9)
+    assert (tmp_path / "prediction.md").read_text() == predicted_table(content["results"], 10e9)
+    assert PREDICTED[0] == 1 and PREDICTED[-1] == 1024 and len(PREDICTED) == 11
 
 
 # --- processes ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fop_bench.study import (
     Study,
     comparison_table,
     fop_table,
+    map_table,
     reached,
     studies,
     tuning_table,
@@ -56,6 +57,21 @@ def test_several_options_or_targets_cannot_be_one_row() -> None:
         study_of(runs).groups()
     with pytest.raises(ValueError, match="different targets"):
         studies([line("fop", [0.5]), line("fop", [0.5], seed=2, targets={"accuracy": 0.6})])
+
+
+def test_maps_of_earlier_versions_have_a_row_a_combination(tmp_path: Path) -> None:
+    runs = [
+        line("kfac", [0.1, accuracy], seed=seed, study="map", options={"lr": lr, "damping": damping})
+        for lr, damping, seed, accuracy in [(0.1, 1e-3, 1, 0.4), (0.1, 1e-3, 2, 0.6), (0.3, 1e-3, 1, 0.7)]
+    ]
+    table = by_name(map_table(study_of(runs)), "optimizer", "options")
+    assert table["K-FAC", "lr=0.1, damping=0.001"][3:] == ["2", "0", "50.00 ± 14.14", "1.5000 ± 0.1414"]
+    assert table["K-FAC", "lr=0.3, damping=0.001"][3:] == ["1", "0", "70.00", "1.3000"]
+    assert map_table(study_of(runs[:2])) is None
+    chosen = line("kfac", [0.1], seed=0, study="map", phase="tuning", options={"lr": 0.1, "damping": 1e-3})
+    assert map_table(study_of([*runs, chosen])) is None
+    write(tmp_path / "map.jsonl", runs)
+    assert map_table(study_of(runs)) in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(("processor", "second"), [("cpu", 1.0), ("cuda", 2.0)])

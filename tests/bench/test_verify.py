@@ -65,6 +65,7 @@ def test_the_committed_records_give_the_committed_pages() -> None:
         ("demo", "records/demo/README.md", "3.0 ± 1.0", "2.0 ± 1.0"),
         ("overhead-peers", "records/overhead-peers/before.md", "(0.69–1.02)", "(0.69–1.03)"),
         ("scale-cpu", "records/scale-cpu/README.md", "17 of 18", "18 of 18"),
+        ("surface", "records/surface/README.md", "1.2830", "1.2831"),
         ("step-time", "records/step-time/README.md", "0.915 (0.907 to 0.979) |", "0.815 (0.907 to 0.979) |"),
         ("torch-matrix", "records/torch-matrix/README.md", "| 719 |", "| 720 |"),
         ("torch-matrix", "docs/compatibility.md", "| 719 |", "| 720 |"),
