@@ -1,7 +1,7 @@
 """What pages of this repository must say by the records that no command of fop-bench makes a page of today.
 
-`fop-bench verify-records` asks `pages`. The pages of demo, scale-cpu, step-time and rebuild were
-made by commands of earlier versions, from files that today's do not read: here is what stands in their tables.
+`fop-bench verify-records` asks `pages`. The pages of demo, scale-cpu, step-time and rebuild were made by
+commands of earlier versions, from files that today's do not read: here is what stands in their tables.
 """
 
 from __future__ import annotations

@@ -203,9 +203,9 @@ def digits_cnn(classes: int = 10) -> nn.Sequential:
     )
 
 
-def digits_autoencoder() -> nn.Sequential:
-    """Build a network from 8×8 digits (N, 1, 8, 8) to 8 numbers and back to their pixels (N, 64)."""
-    return nn.Sequential(mlp((64, 128, 32, 8)), mlp((8, 32, 128, 64)))
+def digits_autoencoder(sizes: Sequence[int] = (128, 32, 8)) -> nn.Sequential:
+    """Build a network from 8×8 digits (N, 1, 8, 8) to as many numbers as the last size says, and back."""
+    return nn.Sequential(mlp((64, *sizes)), mlp((*reversed(sizes), 64)))
 
 
 class DigitsLSTM(nn.Module):

@@ -81,7 +81,7 @@ def of_images(train: Images, test: Images) -> Problem:
 
 
 @cache
-def gpt(data: str | None, length: int = 64) -> Problem:
+def gpt(data: str | None, length: int = 64, **sizes: int) -> Problem:
     """Load the sources of Python's standard library, of which every tenth file is held out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.rglob("*.py") if "site-packages" not in path.parts)
@@ -98,7 +98,7 @@ def gpt(data: str | None, length: int = 64) -> Problem:
 
     judged = torch.arange(0, len(held_out) - length, length)[:1024]
     return Problem(
-        lambda: small_gpt(tokens=length),
+        lambda: small_gpt(tokens=length, **sizes),
         len(train) - length,
         lambda starts, draw: windows(train, starts),
         class_loss,
@@ -136,6 +136,8 @@ FULL = 1024  # all training digits
 _IMAGES: dict[str, Any] = {"target": 60.0, "rest": 0.03, "options": {"muon": {"momentum": 0.6}}}
 _TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "target": 2.2, "rest": 0.005}
 _TEXT["options"] = {"muon": {"momentum": 0.8}}
+_GPT_2M = partial(gpt, dim=192, depth=4)  # 1.9 million parameters
+_SQUARES: dict[str, Any] = {"target": 0.02, "measure": "training MSE", "highest": False}
 TASKS = {
     "cifar-500": Task(cifar, 500, 120, **_IMAGES),
     "cifar-5000": Task(cifar, 5000, 30, **_IMAGES),
@@ -144,8 +146,13 @@ TASKS = {
     "cifar-50000": Task(cifar, 50000, 20, **_IMAGES),
     "gpt-128": Task(gpt, 128, 100, **_TEXT),
     "gpt-1024": Task(gpt, 1024, 60, **_TEXT),
-    "digits-autoencoder": Task(
-        digits(digits_autoencoder, itself=True), FULL, 200, 0.02, "training MSE", highest=False
+    "gpt-2m-128": Task(_GPT_2M, 128, 100, **_TEXT),
+    "gpt-2m-1024": Task(_GPT_2M, 1024, 60, **_TEXT),
+    "gpt-2m-4096": Task(_GPT_2M, 4096, 60, **_TEXT),
+    "digits-autoencoder": Task(digits(digits_autoencoder, itself=True), FULL, 200, **_SQUARES),
+    # The sizes of Hinton and Salakhutdinov 2006.
+    "deep-autoencoder": Task(
+        digits(partial(digits_autoencoder, (1000, 500, 250, 30)), itself=True), FULL, 200, **_SQUARES
     ),
     "digits-cnn": Task(digits(digits_cnn), FULL, 40, target=95.0),
     "digits-lstm": Task(digits(DigitsLSTM), 128, 200, target=95.0),
