@@ -27,8 +27,8 @@ AVERAGING_WEIGHT = "averaging_weight"
 NOISE = "noise"
 # As much of a gradient is taken for signal whatever its noise.
 LEAST_SIGNAL = 0.01
-# Damping that is adaptive: before any noise was measured, and at least.
-UNKNOWN_NOISE_DAMPING, LEAST_DAMPING = 1e-2, 1e-4
+# Damping that is adaptive: at least, and before any noise was measured.
+LEAST_DAMPING = 1e-2
 
 
 class Damping(NamedTuple):
@@ -139,11 +139,11 @@ class Curvature(ABC):
         The mean eigenvalue of F̂ is that of F divided by 1 - ν: each factor gets (1 - ν)^(-½) - 1 times its
         own. Where steps of all eigendirections are equally long and noise has the covariance F, as it has
         for the log-likelihood, the step with F + δI, δ in proportion to ν / (1 - ν), has the least expected
-        error. λ is from 1e-4 to 81, and 0.01 as long as no noise was measured or without sub-batches.
+        error. λ is from 0.01 to 81, and 0.01 as long as no noise was measured or without sub-batches.
         """
         value, relative = group["damping"], group["damping_kind"] == "relative"
         if value == "adaptive":
-            value, averages = UNKNOWN_NOISE_DAMPING, self.state.get(NOISE)
+            value, averages = LEAST_DAMPING, self.state.get(NOISE)
             if averages is not None and group["beta"] != 0.0 and group["sub_batches"] > 1:
                 noise, whole = averages.unbind()
                 signal = (1 - noise / whole).clamp(min=LEAST_SIGNAL)
