@@ -23,6 +23,8 @@ $(STAMP): requirements/pins.txt pyproject.toml
 # Apart, because `make demo` has no use for them.
 $(INTEGRATIONS): $(STAMP)
 	$(PIP) --quiet -c requirements/pins.txt -e '.[test-integrations]'
+	# Without torchvision, which does not import beside a torch for the CPU alone; the tests do not use it.
+	$(PIP) --quiet -c requirements/pins.txt --no-deps timm
 	touch $@
 
 $(DOCS): $(STAMP)

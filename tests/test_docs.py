@@ -54,11 +54,38 @@ def test_blocks_of_a_page_run_one_after_the_other(
             exec(compile("\n" * line + source, str(page), "exec"), names)
 
 
+DIFFS = [
+    pytest.param("".join(line[1:] for line in match[4].splitlines(True) if line[0] != "-"), id=named(page))
+    for page in PAGES
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8"))
+    if match[3] == "diff"
+]
+
+
+class NotWrapped:
+    """What a script wraps, where there are no ranks."""
+
+    def __new__(cls, model: torch.nn.Module) -> Any:
+        return model
+
+
+@pytest.mark.parametrize("source", DIFFS)
+def test_a_script_runs_after_the_change(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", NotWrapped)
+    model = torch.nn.Linear(4, 2)
+    data = [(torch.randn(6, 4), torch.arange(6) % 2)]
+    names: dict[str, Any] = {"torch": torch, "model": model, "train_loader": data, "steps": 3}
+    names |= {"criterion": torch.nn.functional.cross_entropy, "loss": model(data[0][0]).square().mean()}
+    exec(source, names)
+    assert isinstance(names["optimizer"], fop.FOP)
+
+
 def test_blocks_are_found_and_marks_are_seen() -> None:
     text = "```python\na = 1\n```\n\n<!-- not run: why -->\n```python\nb\n```\n\n"
     text += "<!-- not run: -->\n```py\nc\n```\n"
     assert blocks(text) == [(1, "a = 1\n", False), (6, "b\n", True), (11, "c\n", False)]
     assert len(WITH_CODE) > 10
+    assert len(DIFFS) == 6
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=named)
@@ -85,7 +112,6 @@ def test_pages_are_in_the_navigation() -> None:
 
 
 def hatch_build() -> ModuleType:
-    pytest.importorskip("hatchling", reason="the build's own environment has it")
     spec = spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     assert spec is not None
     assert spec.loader is not None

@@ -48,9 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": BINDING | {"options"},
     "adamw": {"capture", "step_size"},
     "amp": {"torch_internals"},
+    "presets": set(),
     "distributed": TOP,
-    "optimizer": TOP | {"state", "adamw", "amp"},
-    "__init__": {"optimizer"},
+    "optimizer": TOP | {"state", "adamw", "amp", "presets"},
+    "__init__": {"optimizer", "presets"},
 }
 
 
@@ -238,7 +239,7 @@ def test_long_files_say_why(path: Path) -> None:
 
 
 def test_package_is_public_and_typed() -> None:
-    assert set(fop.__all__) == {"FOP", "KFAC", "__version__"}
+    assert set(fop.__all__) == {"FOP", "KFAC", "__version__", "presets"}
     assert all(hasattr(fop, public) for public in fop.__all__)
     assert (SRC / "fop" / "py.typed").is_file()
     assert issubclass(KFAC, FOP)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fop import presets
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings
@@ -229,18 +229,12 @@ class FOP(JoinableOptimizer, Optimizer):
         and no factor is in blocks; it names no momentum, decay or clip: those are ours. Takes and raises what
         the class does.
         """
-        typical = {
-            "step_length": "paper",
-            "damping": 1e-4,
-            "curvature_interval": 150,
-            "statistics_rows": None,
-        }
         choices = options.pop("layer_options", None) or {}
         if isinstance(choices, Mapping):
             # First, so that every other entry overrides it.
             choices = {nn.Module: {}, **choices}
-            choices[nn.Module] = {"block_dim": sys.maxsize, **choices[nn.Module]}
-        return cls(params, lr, layer_options=choices, **{**typical, **options})
+            choices[nn.Module] = {**presets.paper["layer_options"][nn.Module], **choices[nn.Module]}
+        return cls(params, **{**presets.paper, "lr": lr, **options, "layer_options": choices})
 
     def _begin(
         self,

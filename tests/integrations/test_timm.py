@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,10 +14,18 @@ from torch import nn
 from fop import FOP
 from tiny import assert_same_weights, assert_trained, run_block, weights
 
-# Not in the pins: it needs torchvision, whose builds do not import beside a torch for the CPU alone.
-timm = pytest.importorskip("timm")
-optim = pytest.importorskip("timm.optim")
-scheduler = pytest.importorskip("timm.scheduler")
+if find_spec("timm") is None:
+    pytest.skip("needs timm: pip install --no-deps timm, as `make test-all` does", allow_module_level=True)
+
+# timm imports torchvision for readers of images and for tracing, of which nothing is used here; torchvision's
+# builds do not import beside a torch for the CPU alone. Where it is missing, its modules are mocks.
+TORCHVISION = "datasets models models.feature_extraction ops ops.misc transforms transforms.functional"
+with pytest.MonkeyPatch.context() as patch:
+    if find_spec("torchvision") is None:
+        for name in ("torchvision", *(f"torchvision.{part}" for part in TORCHVISION.split())):
+            patch.setitem(sys.modules, name, MagicMock())
+    import timm
+    from timm import optim, scheduler
 
 
 def vit() -> Any:
