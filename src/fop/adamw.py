@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fop.capture import local
-from fop.step_size import adamw_rate
+from fop.step_size import INITIAL_SIZE, adamw_rate
 
 
 def adamw_step(
@@ -25,7 +26,7 @@ def adamw_step(
     found in their parts of the gradients, too.
     """
     device = params[0].device
-    make_adamw_state(params, states)
+    make_adamw_state(params, group, states)
     weights = [local(param) for param in params]
     gradients = [
         _laid_out_as(weight, local(param.grad))
@@ -44,34 +45,48 @@ def adamw_step(
     fused = dense and device.type in ("cpu", "cuda") and not params[0].is_complex()
     if not fused and bool(refused):
         return refused
-    adamw(
-        weights,
-        gradients,
-        averages,
-        squares,
-        [],
-        [states[param]["step"] for param in params],
-        fused=fused,
-        found_inf=refused.float() if fused else None,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=adamw_rate(group),
-        weight_decay=group["weight_decay"],
-        # A square of float16 is 0 from 2e-4 down, and its root no measure of the gradient.
-        eps=max(group["eps"], 1e-8) if params[0].dtype is torch.float16 else group["eps"],
-        maximize=group["maximize"],
-    )
+    steps = [states[param]["step"] for param in params]
+    rates = [adamw_rate(group, states[param].get(INITIAL_SIZE, 0.0)) for param in params]
+    for rate in dict.fromkeys(rates):
+        alike = [n for n, each in enumerate(rates) if each == rate]
+        adamw(
+            [weights[n] for n in alike],
+            [gradients[n] for n in alike],
+            [averages[n] for n in alike],
+            [squares[n] for n in alike],
+            [],
+            [steps[n] for n in alike],
+            fused=fused,
+            found_inf=refused.float() if fused else None,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=rate,
+            weight_decay=group["weight_decay"],
+            # A square of float16 is 0 from 2e-4 down, and its root no measure of the gradient.
+            eps=max(group["eps"], 1e-8) if params[0].dtype is torch.float16 else group["eps"],
+            maximize=group["maximize"],
+        )
     return refused
 
 
-def make_adamw_state(params: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Make AdamW's state of the parameters that have none."""
+def make_adamw_state(
+    params: Sequence[Tensor], group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Make AdamW's state of the parameters of a group that have none."""
     for param in params:
-        if "exp_avg" not in states[param]:
-            states[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        state = states[param]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             for key in ("exp_avg", "exp_avg_sq"):
-                states[param][key] = torch.zeros_like(param)
+                state[key] = torch.zeros_like(param)
+        if group["step_length"] == "weight" and param.dim() > 1 and INITIAL_SIZE not in state:
+            entries = param.detach().abs()
+            total = entries.to(torch.promote_types(entries.dtype, torch.float32)).square().sum()
+            # Of all ranks, where the parameter is sharded.
+            total = total.full_tensor() if hasattr(total, "full_tensor") else total
+            size = math.sqrt(float(total) / max(1, param.numel()))
+            state[INITIAL_SIZE] = size if math.isfinite(size) else 0.0
 
 
 def _laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ class FOP(JoinableOptimizer, Optimizer):
             (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip. It is of
             ``step_length="paper"`` and does nothing otherwise.
         adamw_lr: learning rate of the AdamW path while ``lr`` has its first value; it follows every
-            schedule of ``lr`` in proportion. 0.01, or 1e-3 with the paper's steps.
+            schedule of ``lr`` in proportion. 0.03, but for a parameter of two or more dimensions at most
+            ``lr`` times the root mean square that it began with; or 1e-3 with the paper's steps.
         betas: as `torch.optim.AdamW`, for the AdamW path.
         eps: as `torch.optim.AdamW`, for the AdamW path; 1e-17, which the scale of the loss does not reach
             (1e-8 in float16), or 1e-8 with the paper's steps.
@@ -872,8 +873,9 @@ class FOP(JoinableOptimizer, Optimizer):
         for binding in self._bindings:
             make_state(binding, owned=binding in owned, groups=groups, state=self.state)
         covered = self._bindings.covered()
-        rest = [param for param in groups if param not in covered and param.requires_grad]
-        make_adamw_state(rest, self.state)
+        for group in self.param_groups:
+            rest = [param for param in group["params"] if param not in covered and param.requires_grad]
+            make_adamw_state(rest, group, self.state)
         self._places = {param: (param.device, param.dtype) for param in groups}
         self._relink()
 

@@ -53,7 +53,7 @@ BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
         "damping_kind": "relative",
         "stat_decay": 0.8,
         "curvature_interval": 1,
-        "adamw_lr": 0.01,
+        "adamw_lr": 0.03,
         "eps": 1e-17,
     },
     "paper": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from fop.curvature import (
 )
 from fop.layers import Layer
 from fop.options import DEFAULTS, check_shared, checked
-from fop.step_size import REFERENCE_NORM
+from fop.step_size import INITIAL_SIZE, REFERENCE_NORM
 
 # Options that a state_dict of an earlier version lacks, and how it was without them.
 _NEWER = {
@@ -82,6 +83,12 @@ def check_state_dict(
             if not isinstance(weight, float) or not 0 < weight <= 1:
                 raise ValueError(
                     f"the state of {label} needs a number in (0, 1] as {AVERAGING_WEIGHT!r}; got {weight!r}: "
+                    "it was not saved by FOP"
+                )
+            size = state.get(INITIAL_SIZE, 0.0)
+            if not isinstance(size, float) or not 0 <= size < math.inf:
+                raise ValueError(
+                    f"the state of {label} needs a number of at least 0 as {INITIAL_SIZE!r}; got {size!r}: "
                     "it was not saved by FOP"
                 )
             for name, shape in {**_other_entries(state, param), **curvature}.items():

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ranks import run_ranks
 from trajectories import EVERYTHING, Run, Training, plain
 
-NORMS = {"layer_options": {nn.LayerNorm: {"path": "fop"}, nn.GroupNorm: {"path": "fop"}}}
+# And a matrix of AdamW's, whose rate goes by its size.
+PATHS: dict[Any, Any] = {nn.LayerNorm: {"path": "fop"}, nn.GroupNorm: {"path": "fop"}}
+PATHS["down"] = {"path": "adamw"}
 OPTIONS: dict[str, Any] = {
     "step_length": "weight",
     "damping_kind": "relative",
@@ -19,7 +21,7 @@ OPTIONS: dict[str, Any] = {
     "lr": 0.1,
     "kl_clip": None,
     "weight_decay": 0.0,
-    **NORMS,
+    "layer_options": PATHS,
 }
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -56,7 +58,8 @@ def lengths(rank: int) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
 def test_shards_are_measured_together() -> None:
     one, other = run_ranks(lengths, 2)
     expected, moved = one["ddp"]
-    grown = {"head.weight"}  # it is still shorter than what stood for its norm
+    # It is still shorter than what stood for its norm; the other is AdamW's.
+    grown = {"head.weight", "down.weight"}
     assert all(0 < far <= 0.1 + 1e-9 for key, far in moved.items() if "weight" in key and key not in grown)
     assert moved["head.weight"] > 0.1
     for results in (one, other):

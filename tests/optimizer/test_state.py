@@ -649,6 +649,12 @@ def test_wrong_adamw_state_raises() -> None:
         state = snapshot(optimizer)
         state["state"][index][key].view(-1)[0] = nan
         check_refused(optimizer, model, state, f"{key!r} of.*not finite")
+    for size in (-1.0, nan, "1"):
+        state = snapshot(optimizer)
+        state["state"][index]["initial_size"] = size
+        check_refused(optimizer, model, state, "'initial_size'; got")
+    state = snapshot(optimizer)
+    state["state"][index]["step"][()] = nan
     # Half precision overflows there, and such a parameter stays where it is.
     state["state"][index]["exp_avg_sq"].fill_(float("inf"))
     state["state"][index]["step"].fill_(3)

@@ -118,3 +118,39 @@ def test_adamw_path_takes_any_memory_layout(layout: str) -> None:
     torch.testing.assert_close(param.detach(), twin.detach())
     if layout == "sliced":
         assert_equal(memory[:, 1::2], neighbours[:, 1::2])
+
+
+@pytest.mark.parametrize("step_length", ["weight", "paper"])
+def test_matrices_on_the_adamw_path_move_by_a_share_of_their_size(step_length: str) -> None:
+    """By ``lr`` times the root mean square that they began with, at most; vectors, and zeros, by the rate."""
+    lr, rate = 0.2, 0.03
+    sizes = {"matrix": (4, 6), "positions": (1, 3, 5), "large": (2, 2), "vector": (7,), "zeros": (3, 4)}
+    torch.manual_seed(0)
+    params = {name: nn.Parameter(torch.randn(size).double() * 0.05) for name, size in sizes.items()}
+    params["large"].data.mul_(100)
+    params["zeros"].data.zero_()
+    rms = {name: p.detach().square().mean().sqrt().item() for name, p in params.items()}
+    expected = dict.fromkeys(params, rate)
+    if step_length == "weight":
+        expected |= {name: lr * rms[name] for name in ("matrix", "positions")}
+    assert all(0 < rms[name] * lr < rate for name in ("matrix", "positions")) and rms["large"] * lr > rate
+    twins = copy.deepcopy(params)
+    optimizer = FOP(list(params.values()), lr=lr, adamw_lr=rate, step_length=step_length)
+    groups = [{"params": [twins[name]], "eps": optimizer.param_groups[0]["eps"]} for name in params]
+    adamw = torch.optim.AdamW(groups, weight_decay=0.0)
+    for step in range(6):
+        if step == 3:
+            # Resumed: the size is that of the beginning, from the state.
+            saved = optimizer.state_dict()
+            optimizer = FOP(list(params.values()), lr=lr, adamw_lr=rate, step_length=step_length)
+            optimizer.load_state_dict(saved)
+        for n, each in zip(params, adamw.param_groups, strict=True):
+            each["lr"] = expected[n] / (1 + step)
+        optimizer.param_groups[0]["lr"] = lr / (1 + step)
+        for p, q in zip(params.values(), twins.values(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        adamw.step()
+    for name, p in params.items():
+        torch.testing.assert_close(p, twins[name], rtol=1e-12, atol=1e-15)
