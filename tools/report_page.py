@@ -35,7 +35,16 @@ Of every optimizer the newest runs of a task; variants, and what earlier sources
 [race.md](../records/race/race.md). {race.NOTE}
 
 In the pictures a small point is a seed and a large one the mean: filled after a search of the rate, hollow at
-the default or at a rate that was given. Tables of environments count all runs, also those of the search."""
+the default or at a rate that was given. Lines: the mean over the seeds on the way, over steps and over
+processor seconds, of runs that noted it. Tables of environments count all runs, also those of the search."""
+TARGETS = "report-targets.png"
+TO_TARGET = f"""### Steps to a target by batch size
+
+CIFAR-10: steps and processor seconds until an evaluation reached {TASKS["cifar-500"].target:g} %,
+the mean over the seeds at the rate of the tables above; no point where a seed never did. Grey: as many fewer
+steps as the batch is larger, from the best at the smallest.
+
+![Steps and seconds to the target](assets/{TARGETS})"""
 STEPS = f"""## The cost of a step
 
 The newest record first.
@@ -53,7 +62,9 @@ def page(pictures: Path | None = None) -> str:
         parts += [f"#{race.race_table(rows, note='').strip()}", *sources(rows, picture)]
         if pictures:
             draw_task(sides, pictures / picture)
-    parts.append(STEPS)
+    parts += [TO_TARGET, STEPS]
+    if pictures:
+        draw_targets(newest_sides(), pictures / TARGETS)
     for name, rows in overhead_records().items():
         picture = f"report-{name}.png"
         rounds = f"Rounds: {', '.join(sorted({str(row['rounds']) for row in rows}))}."
@@ -99,21 +110,62 @@ def sources(rows: Sequence[Record], picture: str) -> list[str]:
 
 
 def draw_task(sides: Sequence[Sequence[Record]], path: Path) -> None:
-    """Draw values by optimizer, and over processor seconds."""
-    figure, names, measure = figure_of(2, len(sides)), [], sides[0][0]["measure"]
-    left, right = figure.subplots(1, 2)
+    """Draw values by optimizer, and over steps and processor seconds."""
+    figure, names, measure = figure_of(3, len(sides)), [], sides[0][0]["measure"]
+    left, middle, right = figure.subplots(1, 3)
     for at, side in enumerate(sides):
         found, _, runs = race.at_best_rate(side)
         ended = [run for run in runs if not run["diverged"]]
         look = look_of(side[0]["optimizer"], filled=len(found) > 1)
         mark(left, [(run["value"], at) for run in ended], look, fmean)
         mark(right, [(run["processor_seconds"], run["value"]) for run in ended], look, fmean)
+        if curves := [run["curve"] for run in ended if "curve" in run]:
+            # All have their evaluations at the same steps; the first is far from the others.
+            steps, values, seconds = (
+                [*map(fmean, zip(*each, strict=True))] for each in zip(*map(columns, curves), strict=True)
+            )
+            for panel, times in ((middle, steps), (right, seconds)):
+                panel.plot(times[1:], values[1:], color=look["color"], linewidth=1)
         names.append("{optimizer}: n = {n}, {diverged} diverged".format(**race.cells_of(side)[1]))
     name_rows(left, names)
     left.set_xlabel(measure)
-    right.set(xlabel="processor seconds of a run", ylabel=measure)
+    middle.grid(alpha=0.25)
+    middle.set(xlabel="steps", ylabel=measure)
+    right.set(xlabel="processor seconds", ylabel=measure)
     right.set_xlim(left=0)
     save(figure, "{task}: batch {batch_size}, {steps} steps".format(**sides[0][0]), path)
+
+
+def columns(curve: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Return steps, values and seconds of a curve."""
+    return tuple(zip(*curve, strict=True))
+
+
+def draw_targets(newest: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
+    """Draw the steps and the seconds to the target of CIFAR-10 over the batch size."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for task, sides in newest.items():
+        for side in sides if task.startswith("cifar-") else ():
+            todo, runs = TASKS[task], race.at_best_rate(side)[2]
+            times = [race.reached(run, todo.target, todo.highest) for run in runs]
+            there = [each for each in times if each is not None]
+            if there and len(there) == len(runs):
+                means = map(fmean, zip(*there, strict=True))
+                found.setdefault(side[0]["optimizer"], []).append((todo.batch_size, *means))
+    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    for number, panel in enumerate(figure.subplots(1, 2), start=1):
+        for optimizer, points in found.items():
+            sizes, *each = zip(*sorted(points), strict=True)
+            style = STYLES.get(optimizer.removesuffix("-default"), BROWN)
+            panel.plot(sizes, each[number - 1], marker="o", label=optimizer if number == 1 else None, **style)
+        if number == 1 and found:
+            first = min(min(points) for points in found.values())
+            sizes = sorted({point[0] for points in found.values() for point in points})
+            panel.plot(sizes, [first[1] * first[0] / size for size in sizes], color="0.7", label="ideal")
+        panel.set(xscale="log", yscale="log", xlabel="batch size")
+        panel.set_ylabel("steps" if number == 1 else "processor seconds")
+        panel.grid(alpha=0.25)
+    save(figure, f"CIFAR-10, to {TASKS['cifar-500'].target:g} %", path)
 
 
 def draw_steps(newest: Mapping[str, Sequence[Record]], path: Path) -> None:

@@ -41,7 +41,7 @@ RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processo
 KEYS = (*SIDE, "variant", *RESULT, "environment")
 MOST_RATES = 12  # of one line search
 EVALUATIONS = 12  # of one run
-JUDGED_ON_THE_WAY = 2000  # samples; at the end all
+JUDGED_ON_THE_WAY = 2000  # samples, about; at the end all
 
 
 # --- Optimizers
@@ -241,7 +241,7 @@ NOTE = (
     "Each optimizer at its best rate for seed 0, by the same value; mean ± standard deviation over n seeds. "
     "*Tried*: the rates of seed 0, and whether the best is inside of them; – without a search. "
     "Seconds: of a processor, one thread, without evaluations. *To …*: steps and seconds until an evaluation "
-    f"was that good, of which a run has {EVALUATIONS}; on the way {JUDGED_ON_THE_WAY:,} samples judge. "
+    f"was that good, of which a run has {EVALUATIONS}; on the way about {JUDGED_ON_THE_WAY:,} samples judge. "
     "Source: the tree of src/fop."
 )
 

@@ -35,11 +35,13 @@ class Problem:
     order: Order = without_replacement
 
     def value(self, model: nn.Module, most: int | None = None) -> float:
-        """Return the percentage of right answers, or the loss, on all that there is or the first ``most``."""
-        judged = min(self.judged, most or self.judged)
+        """Return the percentage of right answers, or the loss, on all samples or about ``most``."""
+        # Evenly spread: images may lie in the order of their classes.
+        chosen = torch.arange(0, self.judged, max(1, self.judged // (most or self.judged)))
         if not self.by_loss:
-            return 100 * count_right(model, judged, self.judged_batch) / judged
-        inputs, targets = self.judged_batch(torch.arange(judged))
+            right = count_right(model, len(chosen), lambda numbers: self.judged_batch(chosen[numbers]))
+            return 100 * right / len(chosen)
+        inputs, targets = self.judged_batch(chosen)
         with torch.no_grad():
             return float(self.loss(model.eval()(inputs), targets))
 

@@ -287,12 +287,29 @@ def test_a_curve_is_noted_on_the_way_and_trains_as_without(monkeypatch: pytest.M
     assert [[step for step, _, _ in row["curve"]] for row in rows] == [[9], [2, 4, 6, 8, 9]]
     _, values, seconds = zip(*rows[1]["curve"], strict=True)
     assert values[-1] == rows[1]["value"] == rows[0]["value"] and rows[0]["last_loss"] == rows[1]["last_loss"]
-    # Of 100 samples on the way, of all at the end.
-    assert all(value == round(value) for value in values[:-1]) and values[-1] != round(values[-1])
+    # Of 111 samples on the way, of all 773 at the end.
+    shares = [[value * count / 100 for value in values] for count in (111, 773)]
+    assert all(share == pytest.approx(round(share)) for share in shares[0][:-1])
+    assert shares[1][-1] == pytest.approx(round(shares[1][-1])) != pytest.approx(shares[0][-1])
     assert sorted(seconds) == list(seconds) and seconds[-1] == rows[1]["processor_seconds"]
     assert race.reached(rows[1], values[2], highest=True) in {
         (step, s) for step, v, s in rows[1]["curve"] if v >= values[2]
     }
+
+
+def test_judges_on_the_way_are_of_every_class() -> None:
+    seen = []
+    x, y = torch.randn(100, 4), torch.arange(100) // 10  # in the order of their classes
+
+    def judged(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(y[numbers])
+        return x[numbers], y[numbers]
+
+    problem = Problem(lambda: nn.Linear(4, 10), 100, lambda *which: (x, y), cross_entropy, 100, judged)
+    problem.value(problem.build(), 20)
+    problem.value(problem.build())
+    replace(problem, by_loss=True).value(problem.build(), 20)
+    assert [each.bincount().tolist() for each in seen] == [[2] * 10, [10] * 10, [2] * 10]
 
 
 # --- Fairness
