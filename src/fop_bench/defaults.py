@@ -27,7 +27,7 @@ CANDIDATES: dict[str, Sequence[Any]] = {
     "curvature_interval": (2, 10, 100),
     "sub_batches": (1, 4, 8),
     "eta": (1.0,),
-    "adamw_lr": (1e-3, 3e-3, 3e-2),
+    "adamw_lr": (1e-3, 1e-2, 1e-1),
 }
 NOTE = (
     "FOP, all other options at their defaults; mean ± standard deviation of {measure} over n seeds that did "

@@ -653,11 +653,9 @@ def test_wrong_adamw_state_raises() -> None:
         state = snapshot(optimizer)
         state["state"][index]["initial_size"] = size
         check_refused(optimizer, model, state, "'initial_size'; got")
-    state = snapshot(optimizer)
-    state["state"][index]["step"][()] = nan
     # Half precision overflows there, and such a parameter stays where it is.
+    state = snapshot(optimizer)
     state["state"][index]["exp_avg_sq"].fill_(float("inf"))
-    state["state"][index]["step"].fill_(3)
     optimizer.load_state_dict(state)
 
 
