@@ -202,7 +202,7 @@ def surface(asked: argparse.Namespace) -> None:
     path = Path(asked.recipe)
     if path.suffix == ".json":
         record = records.loads(path.read_bytes(), str(path))
-        if not {"origin", "steps", "losses"} <= record.keys():
+        if not (isinstance(record, dict) and {"origin", "steps", "losses"} <= record.keys()):
             raise ValueError(f"{path} is no record of fop-bench surface; give one, or a recipe")
     else:
         record = measured(asked)

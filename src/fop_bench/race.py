@@ -26,7 +26,7 @@ from fop_bench.execution import Begun, Run
 from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
 from fop_bench.records import Record
-from fop_bench.tables import section
+from fop_bench.tables import number, section
 from fop_bench.training import Training
 
 Found = dict[float, float | None]  # values by rate, None where a run diverged
@@ -40,7 +40,7 @@ SIDE = (
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*SIDE, "variant", *RESULT, "environment")
 MOST_RATES = 12  # of one line search
-EVALUATIONS = 12  # of one run
+EVALUATIONS = 12  # of one run, at most
 JUDGED_ON_THE_WAY = 2000  # samples, about; at the end all
 
 
@@ -241,8 +241,8 @@ NOTE = (
     "Each optimizer at its best rate for seed 0, by the same value; mean ± standard deviation over n seeds. "
     "*Tried*: the rates of seed 0, and whether the best is inside of them; – without a search. "
     "Seconds: of a processor, one thread, without evaluations. *To …*: steps and seconds until an evaluation "
-    f"was that good, of which a run has {EVALUATIONS}; on the way about {JUDGED_ON_THE_WAY:,} samples judge. "
-    "Source: the tree of src/fop."
+    f"was that good, of which a run has at most {EVALUATIONS}; on the way about "
+    f"{JUDGED_ON_THE_WAY:,} samples judge. Source: the tree of src/fop."
 )
 
 
@@ -291,7 +291,7 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     seconds = [each["processor_seconds"] for each in runs if not each["diverged"]]
     inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"
     mean, digits = statistics.fmean(values or [math.nan]), 2 if highest else 4
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {number(statistics.stdev(values), digits)}" if len(values) > 1 else ""
     how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
     target = TASKS[row["task"]].target
     times = [reached(each, target, highest) for each in runs]
@@ -305,7 +305,7 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
         "rate": "default" if rate is None else f"{rate:g}",
         "tried": f"{len(found)}, {inside}" if len(found) > 1 else "–",
         **{"n": len(runs), "diverged": len(runs) - len(values)},
-        "value": f"{mean:.{digits}f}{spread}" if values else "–",
+        "value": number(mean, digits) + spread if values else "–",
         "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",
         f"to {target:g}": to,
         "source": row["source"],

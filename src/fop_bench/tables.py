@@ -25,12 +25,17 @@ def section(title: str, note: str, rows: Sequence[Mapping[str, object]]) -> str:
     return f"## {title}\n\n{note}\n\n{table}"
 
 
+def number(value: float, digits: int) -> str:
+    """Format a number with decimals, or from a million on, as of a training gone wrong, with an exponent."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
 def plus_minus(values: pd.Series, digits: int, scale: float = 1.0) -> str:
     """Format mean ± sample standard deviation of what is not NaN: one value alone, none as a dash."""
     if values.count() == 0:
         return "–"
-    mean = f"{values.mean() * scale:.{digits}f}"
-    return mean if values.count() == 1 else f"{mean} ± {values.std() * scale:.{digits}f}"
+    mean = number(values.mean() * scale, digits)
+    return mean if values.count() == 1 else f"{mean} ± {number(values.std() * scale, digits)}"
 
 
 def compare(ours: pd.Series, theirs: pd.Series, *, low: bool) -> str | None:

@@ -150,19 +150,8 @@ def test_the_two_pairs_of_fop_differ_by_batch_norm_alone(norm: bool) -> None:
 
 
 def invoked(tmp_path: Path, *arguments: str) -> Told:
-    fixed = (
-        "--batch",
-        "512",
-        "--epochs",
-        "1",
-        "--grid",
-        "3",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "out"),
-    )
-    return invoke("surface", "digits", *fixed, *arguments)
+    fixed = ["--batch", "512", "--epochs", "1", "--grid", "3", "--device", "cpu", "--out"]
+    return invoke("surface", "digits", *fixed, str(tmp_path / "out"), *arguments)
 
 
 def test_command_writes_a_record_and_draws_the_same_picture_from_it(tmp_path: Path) -> None:
@@ -178,8 +167,9 @@ def test_command_writes_a_record_and_draws_the_same_picture_from_it(tmp_path: Pa
     path.with_suffix(".png").unlink()
     assert invoke("surface", str(path)).exit_code == 0
     assert path.with_suffix(".png").read_bytes() == picture
-    path.write_text("{}")
-    assert "surface.json is no record of fop-bench surface" in invoke("surface", str(path)).output
+    for other in ("{}", "[]"):
+        path.write_text(other)
+        assert "surface.json is no record of fop-bench surface" in invoke("surface", str(path)).output
 
 
 @pytest.mark.parametrize(
