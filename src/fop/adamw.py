@@ -46,9 +46,10 @@ def adamw_step(
     if not fused and bool(refused):
         return refused
     steps = [states[param]["step"] for param in params]
-    rates = [adamw_rate(group, states[param].get(INITIAL_SIZE, 0.0)) for param in params]
-    for rate in dict.fromkeys(rates):
-        alike = [n for n, each in enumerate(rates) if each == rate]
+    by_rate: dict[float, list[int]] = {}
+    for n, param in enumerate(params):
+        by_rate.setdefault(adamw_rate(group, states[param].get(INITIAL_SIZE, 0.0)), []).append(n)
+    for rate, alike in by_rate.items():
         adamw(
             [weights[n] for n in alike],
             [gradients[n] for n in alike],
@@ -80,7 +81,9 @@ def make_adamw_state(
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(param)
-        if group["step_length"] == "weight" and param.dim() > 1 and INITIAL_SIZE not in state:
+        # (channels, 1, 1) is no matrix but a scale of each channel, which may begin near 0.
+        matrix = sum(side > 1 for side in param.shape) > 1
+        if group["step_length"] == "weight" and matrix and INITIAL_SIZE not in state:
             entries = param.detach().abs()
             total = entries.to(torch.promote_types(entries.dtype, torch.float32)).square().sum()
             # Of all ranks, where the parameter is sharded.

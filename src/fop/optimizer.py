@@ -139,8 +139,9 @@ class FOP(JoinableOptimizer, Optimizer):
             (Ba et al. 2017), and momentum is held to it when lr rises. None for no clip. It is of
             ``step_length="paper"`` and does nothing otherwise.
         adamw_lr: learning rate of the AdamW path while ``lr`` has its first value; it follows every
-            schedule of ``lr`` in proportion. 0.03, but for a parameter of two or more dimensions at most
-            ``lr`` times the root mean square that it began with; or 1e-3 with the paper's steps.
+            schedule of ``lr`` in proportion. 0.03, but for a parameter with two or more sides above 1 at
+            most ``lr`` times the root mean square that it began with, unless that was 0; or 1e-3 with the
+            paper's steps.
         betas: as `torch.optim.AdamW`, for the AdamW path.
         eps: as `torch.optim.AdamW`, for the AdamW path; 1e-17, which the scale of the loss does not reach
             (1e-8 in float16), or 1e-8 with the paper's steps.

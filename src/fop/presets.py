@@ -1,6 +1,6 @@
 """Options for a purpose, for ``FOP`` and ``KFAC``: ``FOP(model, **presets.fine_tuning)``.
 
-Plain dicts, of what differs from the defaults for a measured reason. To change one of their options:
+Plain dicts, of what differs from the defaults for the reason below each. To change one of their options:
 ``FOP(model, **presets.fine_tuning | {"lr": 0.05})``.
 """
 

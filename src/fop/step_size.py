@@ -16,7 +16,7 @@ from fop.curvature import LEAST_SIGNAL
 
 # In the state: the norm that a weight which has been zero is taken to have, see `lengths`; 0 for others.
 REFERENCE_NORM = "reference_norm"
-# In the state: the root mean square of a matrix when AdamW first moved it; 0 if that was of zeros.
+# In the state: the root mean square of a matrix when AdamW first moved it; 0 for zeros, or if unknown.
 INITIAL_SIZE = "initial_size"
 # About how many numbers the weights have that are stepped together, unless one has more.
 TOGETHER = 2**24
@@ -286,10 +286,11 @@ def signed_rate(group: Mapping[str, Any]) -> float:
 def adamw_rate(group: Mapping[str, Any], size: float = 0.0) -> float:
     """Return the AdamW path's learning rate, which follows the schedule of ``lr``.
 
-    An entry moves by about the rate. With a ``size``, the root mean square of a parameter's entries, it is at
-    most ``lr`` times that: so far a weight moves on the FOP path, too.
+    An entry moves by about the rate. With ``step_length="weight"`` and a ``size``, the root mean square of a
+    parameter's entries, it is at most ``lr`` times that: so far a weight moves on the FOP path, too.
     """
-    if group["base_lr"] == 0:
-        return group["adamw_lr"] if group["lr"] > 0 else 0.0
-    rate: float = group["adamw_lr"] * group["lr"] / group["base_lr"]
-    return min(rate, group["lr"] * size) if size else rate
+    if group["base_lr"]:
+        rate: float = group["adamw_lr"] * group["lr"] / group["base_lr"]
+    else:
+        rate = group["adamw_lr"] if group["lr"] > 0 else 0.0
+    return min(rate, group["lr"] * size) if size and group["step_length"] == "weight" else rate

@@ -124,7 +124,8 @@ def test_adamw_path_takes_any_memory_layout(layout: str) -> None:
 def test_matrices_on_the_adamw_path_move_by_a_share_of_their_size(step_length: str) -> None:
     """By ``lr`` times the root mean square that they began with, at most; vectors, and zeros, by the rate."""
     lr, rate = 0.2, 0.03
-    sizes = {"matrix": (4, 6), "positions": (1, 3, 5), "large": (2, 2), "vector": (7,), "zeros": (3, 4)}
+    sizes = {"matrix": (4, 6), "positions": (1, 3, 5), "large": (2, 2), "zeros": (3, 4)}
+    sizes |= {"vector": (7,), "scales": (5, 1, 1)}
     torch.manual_seed(0)
     params = {name: nn.Parameter(torch.randn(size).double() * 0.05) for name, size in sizes.items()}
     params["large"].data.mul_(100)
