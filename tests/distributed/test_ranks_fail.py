@@ -257,6 +257,22 @@ def test_one_rank_is_one_process() -> None:
     torch.testing.assert_close(run_ranks(single, 1)[0], weights(model), rtol=1e-12, atol=1e-14)
 
 
+def sharded_alone(rank: int) -> list[str]:
+    said = []
+    for make in (lambda model: model, lambda model: model.parameters()):
+        model = mlp()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError) as error:
+            steps(model, FOP(make(model), **OPTIONS), rank, 0, 1)
+        said.append(str(error.value))
+    return said
+
+
+def test_shards_of_one_rank_are_refused() -> None:
+    for said in run_ranks(sharded_alone, 1)[0]:
+        assert "the weight of '0' is a DTensor" in said and "leave fully_shard out on one rank" in said
+
+
 # --- what the others say ------------------------------------------------------------------------------
 
 

@@ -59,7 +59,10 @@ class Distributor:
         self._groups: Groups = {}
 
     def prepare(self, bindings: Bindings, groups: Groups) -> Distributor:
-        """Get ready for a backward pass; return what takes this one's place once there are several ranks."""
+        """Get ready for a backward pass; return what takes this one's place once there are several ranks.
+
+        Raises RuntimeError for a weight that is sharded, as its shards are of several ranks.
+        """
         optimizer = self._optimizer() if dist.is_available() and dist.is_initialized() else None
         if optimizer is not None and several_ranks(self._options):
             # A process group has come after the optimizer.
@@ -68,6 +71,12 @@ class Distributor:
                 ranks.see(root)
             return ranks.prepare(bindings, groups)
         self._bindings, self._groups = list(bindings.by_weight.values()), groups
+        for binding in self._bindings:
+            if hasattr(binding.weight, "to_local"):
+                raise RuntimeError(
+                    f"the weight of {binding.name!r} is a DTensor, and this optimizer knows of one rank only: "
+                    "leave fully_shard out on one rank; on several leave distributed=False out"
+                )
         return self
 
     @property
