@@ -74,7 +74,7 @@ class Distributor:
         for binding in self._bindings:
             if hasattr(binding.weight, "to_local"):
                 raise RuntimeError(
-                    f"the weight of {binding.name!r} is a DTensor, and this optimizer knows of one rank only: "
+                    f"the weight of {binding.name!r} is a DTensor, and this optimizer knows one rank only: "
                     "leave fully_shard out on one rank; on several leave distributed=False out"
                 )
         return self
