@@ -40,9 +40,9 @@ processor seconds, of runs that noted it. Tables of environments count all runs,
 TARGETS = "report-targets.png"
 TO_TARGET = f"""### Steps to a target by batch size
 
-CIFAR-10: steps and processor seconds until an evaluation reached {TASKS["cifar-500"].target:g} %,
-the mean over the seeds at the rate of the tables above; no point where a seed never did. Grey: as many fewer
-steps as the batch is larger, from the best at the smallest.
+CIFAR-10: the accuracy at the end, and steps and processor seconds until an evaluation reached
+{TASKS["cifar-500"].target:g} %, the mean over the seeds at the rate of the tables above; no point where a
+seed never did. Grey: as many fewer steps as the batch is larger, from the best at the smallest.
 
 ![Steps and seconds to the target](assets/{TARGETS})"""
 STEPS = f"""## The cost of a step
@@ -142,30 +142,42 @@ def columns(curve: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
 
 
 def draw_targets(newest: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
-    """Draw the steps and the seconds to the target of CIFAR-10 over the batch size."""
-    found: dict[str, list[tuple[float, ...]]] = {}
+    """Draw the accuracy at the end, and steps and seconds to the target, of CIFAR-10 over the batch size."""
+    ends: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, ...]]] = {}
     for task, sides in newest.items():
         for side in sides if task.startswith("cifar-") else ():
-            todo, runs = TASKS[task], race.at_best_rate(side)[2]
-            times = [race.reached(run, todo.target, todo.highest) for run in runs]
-            there = [each for each in times if each is not None]
-            if there and len(there) == len(runs):
+            todo, name = TASKS[task], side[0]["optimizer"]
+            runs = [run for run in race.at_best_rate(side)[2] if not run["diverged"]]
+            if name in ("fop", "kfac") or not runs:  # variants of the default
+                continue
+            ends.setdefault(name, []).append((todo.batch_size, fmean(run["value"] for run in runs)))
+            found = [race.reached(run, todo.target, todo.highest) for run in runs]
+            there = [each for each in found if each is not None]
+            if len(there) == len(runs):
                 means = map(fmean, zip(*there, strict=True))
-                found.setdefault(side[0]["optimizer"], []).append((todo.batch_size, *means))
-    figure = Figure(figsize=(9.6, 4), layout="constrained")
-    for number, panel in enumerate(figure.subplots(1, 2), start=1):
-        for optimizer, points in found.items():
-            sizes, *each = zip(*sorted(points), strict=True)
-            style = STYLES.get(optimizer.removesuffix("-default"), BROWN)
-            panel.plot(sizes, each[number - 1], marker="o", label=optimizer if number == 1 else None, **style)
-        if number == 1 and found:
-            first = min(min(points) for points in found.values())
-            sizes = sorted({point[0] for points in found.values() for point in points})
-            panel.plot(sizes, [first[1] * first[0] / size for size in sizes], color="0.7", label="ideal")
-        panel.set(xscale="log", yscale="log", xlabel="batch size")
-        panel.set_ylabel("steps" if number == 1 else "processor seconds")
+                times.setdefault(name, []).append((todo.batch_size, *means))
+    figure, target = Figure(figsize=(12, 3.6), layout="constrained"), f"to {TASKS['cifar-500'].target:g} %"
+    panels = figure.subplots(1, 3)
+    for name, points in ends.items():
+        look = {"marker": "o", **STYLES[name.removesuffix("-default")]}
+        said = f"{name.removesuffix('-default')}, " + ("defaults" if "-default" in name else "best rate")
+        panels[0].plot(*zip(*sorted(points), strict=True), label=said, **look)
+        for at, panel in enumerate(panels[1:], start=1):
+            if name in times:
+                sizes, *each = zip(*sorted(times[name]), strict=True)
+                panel.plot(sizes, each[at - 1], **look)
+    if times:
+        first = min(min(points) for points in times.values())
+        sizes = sorted({point[0] for points in times.values() for point in points})
+        panels[1].plot(sizes, [first[1] * first[0] / size for size in sizes], color="0.7", label="ideal")
+        panels[1].set_yscale("log")
+    for panel, title in zip(
+        panels, ("accuracy at the end, %", f"steps {target}", f"processor seconds {target}"), strict=True
+    ):
+        panel.set(xscale="log", xlabel="batch size", title=title)
         panel.grid(alpha=0.25)
-    save(figure, f"CIFAR-10, to {TASKS['cifar-500'].target:g} %", path)
+    save(figure, "CIFAR-10, a network of 127,000 parameters, 120 steps at batch 500 to 20 at 25,000", path)
 
 
 def draw_steps(newest: Mapping[str, Sequence[Record]], path: Path) -> None:
