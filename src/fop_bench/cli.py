@@ -98,6 +98,7 @@ def demo(asked: argparse.Namespace) -> None:
     print("steps cost on this machine, where those of SGD and AdamW cost little for so small a model.\n")
     print(f"Wrote {page}, its plots and {lines.name}")
     print(f"The picture of it: {out / 'digits-digits-demo-curves.png'}")
+    print(f"β, η, ρ and the noise ν of FOP's layers: {out / 'digits-digits-demo-layers.png'}")
 
 
 def overhead(asked: argparse.Namespace) -> None:

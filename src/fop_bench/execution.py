@@ -26,7 +26,7 @@ from fop_bench.training import Training, count_right, messages
 
 # A killed run loses no more than this.
 SECONDS_BETWEEN_SAVES = 30.0
-SCALARS = ("beta", "eta", "rho")
+SCALARS = ("beta", "eta", "rho", "noise")
 # A training, and what makes a record of it at its end, given the warnings.
 Begun = tuple[Training, Callable[[list[str]], Record]]
 
@@ -210,7 +210,7 @@ class Description(Run):
 
 
 def _note_layers(training: Training, optimizer: FOP) -> None:
-    """Note β, η and ρ of every layer after an epoch."""
+    """Note β, η, ρ and ν of every layer after an epoch."""
     layers, now = optimizer.diagnostics().layers, training.progress
     if now.layers is None:
         now.layers = {"names": list(layers), "epochs": [], **{scalar: [] for scalar in SCALARS}}

@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
 # For variants of an optimizer: the colours that no other contender of the picture has.
 SPARE = ("lamb", "soap", "muon", "shampoo-blocks", "adamw", "sgd")
 BROWN = {"color": "#8C510A", "linestyle": "--"}
-SCALARS = {"beta": "β", "eta": "η", "rho": "ρ"}
+SCALARS = {"beta": "β", "eta": "η", "rho": "ρ", "noise": "ν"}
 NAMED_LAYERS = 40
 EPOCHS: dict[str, Any] = {"nbins": 6, "integer": True, "steps": [1, 2, 5, 10]}
 
@@ -154,13 +154,19 @@ def layered_runs(study: Study) -> list[Record]:
     return [first[size] for size in sorted({min(first), max(first)})] if first else []
 
 
+def noted(runs: Sequence[Record]) -> dict[str, str]:
+    """Return the names and symbols of what runs noted of their layers; the noise is not in older ones."""
+    return {key: symbol for key, symbol in SCALARS.items() if all(key in run["layers"] for run in runs)}
+
+
 def plot_layers(runs: Sequence[Record], path: Path) -> None:
-    """Draw β, η and ρ of every layer over the epochs, a column a run."""
+    """Draw what was `noted` of every layer over the epochs, a column a run."""
     count = max(len(run["layers"]["names"]) for run in runs)
-    size = (4.6 * len(runs) + 1.8, 3 * min(6.0, 1.2 + 0.2 * count) + 0.4)
+    scalars = noted(runs)
+    size = (4.6 * len(runs) + 1.8, len(scalars) * min(6.0, 1.2 + 0.2 * count) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(SCALARS), len(runs), squeeze=False)
-    for row, (key, symbol) in enumerate(SCALARS.items()):
+    panels = figure.subplots(len(scalars), len(runs), squeeze=False)
+    for row, (key, symbol) in enumerate(scalars.items()):
         heights = [np.array(run["layers"][key], dtype=float).T for run in runs]
         look: dict[str, Any] = {"cmap": "cividis", "norm": Normalize(0.5 if key == "eta" else 0.0, 1.0)}
         if key == "beta":
@@ -177,7 +183,7 @@ def plot_layers(runs: Sequence[Record], path: Path) -> None:
             shown = range(0, len(names), -(-len(names) // NAMED_LAYERS)) if panel is panels[row, 0] else ()
             panel.set_yticks(list(shown), [names[number] for number in shown], fontsize=7)
             panel.set_title(f"batch {run['batch_size']}, seed {run['seed']}" if row == 0 else "", fontsize=10)
-            panel.set_xlabel("epoch" if key == "rho" else "")
+            panel.set_xlabel("epoch" if row == len(scalars) - 1 else "")
         bar = figure.colorbar(image, ax=list(panels[row]), extend="both" if key == "beta" else "neither")
         bar.set_label(symbol, rotation=0, labelpad=10, fontsize=12)
     save(figure, "{recipe}, {task}, {study}: FOP's layers".format(**runs[0]), path)

@@ -148,7 +148,9 @@ def _plots(study: Study, folder: Path, draw: bool) -> list[str]:
     if layered := plots.layered_runs(study):
         if draw:
             plots.plot_layers(layered, folder / f"{stem}-layers.png")
-        note = "β, η and ρ of FOP's layers after every epoch; grey: the layer had no pair of sub-batches."
+        *symbols, last = plots.noted(layered).values()
+        of_what = f"{', '.join(symbols)} and {last} of FOP's layers"
+        note = f"{of_what} after every epoch; grey: the layer had no pair of sub-batches."
         parts += [f"![Layers]({stem}-layers.png)", note]
     return parts
 

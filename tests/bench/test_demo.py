@@ -43,6 +43,8 @@ def test_the_demo_tunes_trains_reports_and_begins_anew(
     assert "UNEQUAL" not in (out / "README.md").read_text()
     picture = np.asarray(Image.open(out / "digits-digits-demo-curves.png").convert("RGB"))
     assert f"The picture of it: {out / 'digits-digits-demo-curves.png'}" in result.output
+    assert f"the noise ν of FOP's layers: {out / 'digits-digits-demo-layers.png'}" in result.output
+    assert (out / "digits-digits-demo-layers.png").is_file()
     fop_orange = np.array([0xD5, 0x5E, 0x00])
     assert (np.abs(picture.astype(int) - fop_orange).max(axis=2) < 3).any()
 

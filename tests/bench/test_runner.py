@@ -192,12 +192,13 @@ def test_records_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if not final or record["contender"] == "sgd":
             assert layers is None
             continue
-        assert layers.keys() == {"names", "epochs", "beta", "eta", "rho"}
+        assert layers.keys() == {"names", "epochs", "beta", "eta", "rho", "noise"}
         assert layers["names"] == ["1", "6", "8"]
         assert layers["epochs"] == [1, 2]
-        for scalar in ("beta", "eta", "rho"):
+        for scalar in ("beta", "eta", "rho", "noise"):
             assert [len(epoch) for epoch in layers[scalar]] == [3, 3]
-        assert all(0 <= rho <= 1 for epoch in layers["rho"] for rho in epoch)
+        for scalar in ("rho", "noise"):
+            assert all(0 <= share <= 1 for epoch in layers[scalar] for share in epoch)
     assert not list((tmp_path / "unfinished").glob("*"))
 
 
