@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +16,12 @@ import torch
 
 import fop
 import fop.distributed
+from fop_bench import cli
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "bench/README.md"]
@@ -86,6 +95,35 @@ def test_blocks_are_found_and_marks_are_seen() -> None:
     assert blocks(text) == [(1, "a = 1\n", False), (6, "b\n", True), (11, "c\n", False)]
     assert len(WITH_CODE) > 10
     assert len(DIFFS) == 6
+
+
+SHELL = re.compile(r"^(?:\w+=\S+ )*(pip install|make|fop-bench|python|git clone|cd|export) ?(.*)$")
+
+
+def test_commands_of_shell_blocks_are_there() -> None:
+    """Blocks without a language are commands: not run, but what they name exists."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras, targets = project["optional-dependencies"], (ROOT / "Makefile").read_text(encoding="utf-8")
+    seen = Counter[str]()
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            for line in [] if block[3] else block[4].splitlines():
+                match = SHELL.match(line.partition("  #")[0].partition(" # ")[0].strip())
+                assert match, f"{page}: {line!r} is no known command; name the language of the block"
+                command, (first, *_) = match[1], [*shlex.split(match[2]), ""]
+                seen[command] += 1
+                if command == "make":
+                    assert re.search(rf"^{first}:", targets, re.MULTILINE), line
+                elif command == "python" and first != "-m":
+                    assert (ROOT / first).is_file(), line
+                elif command == "pip install":
+                    named = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", line)))
+                    assert set(named) <= extras.keys(), line
+                elif command == "fop-bench":
+                    assert first == "--help" or first in {
+                        each.__name__.replace("_", "-") for each in cli.OPTIONS
+                    }
+    assert min(seen[each] for each in ("make", "pip install", "fop-bench")) > 2
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=named)

@@ -68,6 +68,14 @@ def table() -> str:
     return markdown_table(["", *LABELS.values()], rows) + "\n"
 
 
+def row() -> str:
+    """Return one row of the table, that of batch 5,000, and of its columns those with a value."""
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table().splitlines())
+    chosen = [each for each in rows if each[0] == TITLES["cifar-5000"]]
+    there = [n for n in range(len(head)) if all(each[n] != "–" for each in chosen)]
+    return markdown_table([head[n] for n in there], [[each[n] for n in there] for each in chosen]) + "\n"
+
+
 def cost_table() -> str:
     """Return rows of workloads and columns of optimizers: steps ÷ SGD's, plain / with statistics."""
     record = ROOT / "records/overhead-peers/overhead.jsonl"
@@ -87,7 +95,7 @@ def cost_table() -> str:
 
 def made(page: Path) -> str:
     """Return a page with the tables between their marks."""
-    tables = {"race": table, "overhead": cost_table}
+    tables = {"race": table, "row": row, "overhead": cost_table}
     text = page.read_text(encoding="utf-8")
     new, count = MARKS.subn(lambda match: match[1] + tables[match[2]]() + match[3], text)
     if not count:

@@ -62,9 +62,11 @@ def page(pictures: Path | None = None) -> str:
         parts += [f"#{race.race_table(rows, note='').strip()}", *sources(rows, picture)]
         if pictures:
             draw_task(sides, pictures / picture)
-    parts += [TO_TARGET, STEPS]
-    if pictures:
-        draw_targets(newest_sides(), pictures / TARGETS)
+    if any(task.startswith("cifar-") for task in newest_sides()):
+        parts.append(TO_TARGET)
+        if pictures:
+            draw_targets(newest_sides(), pictures / TARGETS)
+    parts.append(STEPS)
     for name, rows in overhead_records().items():
         picture = f"report-{name}.png"
         rounds = f"Rounds: {', '.join(sorted({str(row['rounds']) for row in rows}))}."

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """All parameters, in the order of the groups; prints as a table, and is shown as one in a notebook."""
+    """All parameters, in the order of the groups: a table in a terminal, for `rich`, and in a notebook."""
 
     rows: list[SummaryRow]
 
@@ -52,6 +53,14 @@ class Summary:
     def _repr_html_(self) -> str:
         lines = (_html_row("th", _SUMMARY_HEAD), *(_html_row("td", cells) for cells in self._cells()))
         return f"<table>\n{chr(10).join(lines)}\n</table>\n<p>{html.escape(self._total())}</p>"
+
+    def __rich__(self) -> Any:
+        # rich asks for it: it is installed.
+        table = import_module("rich.table").Table(*_SUMMARY_HEAD, caption=self._total())
+        for cells in self._cells():
+            plain = map(import_module("rich.markup").escape, cells)
+            table.add_row(*plain, style="dim" if cells[2] == "AdamW" else None)
+        return table
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [

@@ -70,7 +70,7 @@ def test_values_of_the_newest_runs(clone: Path) -> None:
         ["sgd", "0.1", "2, at the edge", "1", "0", "50.00"],
     ]
     assert "| 50.00 |" in (clone / "records/race/race.md").read_text()
-    assert "| CNN, full batch, % ↑ | 50.0 (n = 1) |" in (clone / "README.md").read_text()
+    assert "| CNN, full batch, % ↑ | 50.0 (n = 1) |" in (clone / "docs/results.md").read_text()
     assert sgd["environment"]["git"]["commit"] in text and sgd["environment"]["command"] in text
     # Nobody may have ended.
     write(path, *(row | lost for row in new))
@@ -82,6 +82,26 @@ def test_values_of_the_newest_runs(clone: Path) -> None:
         "### digits-cnn",
         "### digits-lstm",
     ]
+
+
+def test_steps_to_a_target(clone: Path) -> None:
+    row = first("race/race.jsonl", task="cifar-500", optimizer="fop-default", seed=2)
+    assert "curve" not in row
+    runs = [
+        row | {"seed": seed, "curve": [[10, 30.0, 1.0], [30, reached, 9.0]]}
+        for seed, reached in ((0, 60.0), (1, 61.0))
+    ]
+    muon = row | {"optimizer": "muon", "variant": "muon", "rate": 0.1, "seed": 0, "curve": [[10, 59.0, 1.0]]}
+    write(clone / "records/race/race.jsonl", *runs, muon)
+    text = made(clone)
+    assert [line for line in text.splitlines() if line.startswith("### ")][1:] == [
+        "### Steps to a target by batch size"
+    ]
+    assert {each[0]: each[7] for each in rows_of(text, "cifar-500")} == {
+        "fop-default": "30, 9 s",
+        "muon": "–",
+    }
+    assert "| CIFAR-10, 5,000" not in (clone / "README.md").read_text()
 
 
 def test_cost_of_a_step_by_record(clone: Path) -> None:

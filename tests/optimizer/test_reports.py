@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from contract import ours
@@ -254,6 +256,16 @@ def test_summary_is_a_table_in_a_notebook() -> None:
     assert [row[0] for row in body] == ["a<b>&.weight", "a<b>&.bias", "norm.weight", "norm.bias"]
     assert ["".join("".join(row).split()) for row in body] == ["".join(row.split()) for row in table]
     assert total in summary._repr_html_()
+
+
+def test_summary_is_a_table_of_rich() -> None:
+    model = nn.ModuleDict({"a[bold]": nn.Linear(3, 2), "norm": nn.LayerNorm(2)})
+    summary, out = FOP(model).summary(), io.StringIO()
+    Console(file=out, width=200).print(summary)
+    shown, printed = ("".join(text.split()) for text in (out.getvalue(), str(summary)))
+    for row in summary.rows:
+        assert "".join(f"{row.name}│{'×'.join(map(str, row.shape))}│{row.path}".split()) in shown
+    assert shown.startswith("┏") and shown.endswith(printed[-25:])
 
 
 def test_summary_names_of_modules_called_one_by_one() -> None:
