@@ -1,6 +1,6 @@
 """Options for a purpose, for ``FOP`` and ``KFAC``: ``FOP(model, **presets.fine_tuning)``.
 
-Plain dicts, of what differs from the defaults for the reason below each. To change one of their options:
+Plain dicts, with the reason below each. To change one of their options:
 ``FOP(model, **presets.fine_tuning | {"lr": 0.05})``.
 """
 
@@ -31,4 +31,11 @@ fine_tuning: dict[str, Any] = {"lr": 0.02, "adamw_lr": 1e-3}
 
 Measured on two small networks with rates from 0.01 to 0.2 (records/fine-tuning): best on text, 1.664 nats a
 byte to 1.767 at 0.2, and within a point of the best on images.
+"""
+
+large_batch: dict[str, Any] = {"lr": 0.2, "adamw_lr": 0.03, "damping": "adaptive"}
+"""The options that matter with few steps of many samples, by name: today they are the defaults.
+
+Measured on CIFAR-10 (records/race): 70.8 % at batch 5,000 in 30 steps and 66.0 % at batch 25,000 in 20, where
+Muon at its best rate ends at 67.7 % and 60.2 %.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 from contract import ours
 from fop import FOP, presets
+from fop_bench.race import KEYS, at_best_rate, sides_of
+from fop_bench.records import read_lines
 from models import assert_equal, batch, mlp, train_step, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +24,8 @@ FOUND = re.findall(r'^(\w+): dict.*?^"""(.*?)"""$', SOURCE, re.MULTILINE | re.DO
 PRESETS = {name: " ".join(text.split()) for name, text in FOUND}
 
 
-def test_there_are_two() -> None:
-    assert [*PRESETS] == ["paper", "fine_tuning"]
+def test_there_are_three() -> None:
+    assert [*PRESETS] == ["paper", "fine_tuning", "large_batch"]
 
 
 @ours
@@ -74,3 +77,16 @@ def test_fine_tuning_was_measured() -> None:
     assert images[at] > max(images) - 1
     at_default = rows_of("defaults", text)[-1][rates.index(default["lr"])]
     assert f"{words[at]} nats a byte to {at_default} at {default['lr']}" in PRESETS["fine_tuning"]
+
+
+def test_large_batch_was_measured() -> None:
+    (default,) = FOP(mlp()).param_groups
+    assert {key: default[key] for key in presets.large_batch} == presets.large_batch
+    sides = [*sides_of(read_lines(ROOT / "records/race/race.jsonl", KEYS, "race"))]
+    newest = {(side[0]["task"], side[0]["variant"]): at_best_rate(side)[2] for side in sides}
+    for optimizer, text in (
+        ("fop-default", "{:.1f} % at batch 5,000 in 30 steps and {:.1f} % at batch 25,000 in 20"),
+        ("muon", "Muon at its best rate ends at {:.1f} % and {:.1f} %"),
+    ):
+        runs = [newest[task, optimizer] for task in ("cifar-5000", "cifar-25000")]
+        assert text.format(*(fmean(run["value"] for run in each) for each in runs)) in PRESETS["large_batch"]
