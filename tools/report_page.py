@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fop_bench import overhead, race
+from fop_bench.optimizers import PEERS
 from fop_bench.plots import BROWN, STYLES, save
 from fop_bench.race_tasks import TASKS
 from fop_bench.records import Record, read_lines, record_files
@@ -163,8 +164,9 @@ def draw_targets(newest: Mapping[str, Sequence[Sequence[Record]]], path: Path) -
     panels = figure.subplots(1, 3)
     for name, points in ends.items():
         look = {"marker": "o", **STYLES[name.removesuffix("-default")]}
-        said = f"{name.removesuffix('-default')}, " + ("defaults" if "-default" in name else "best rate")
-        panels[0].plot(*zip(*sorted(points), strict=True), label=said, **look)
+        label = PEERS[name.removesuffix("-default")].label
+        label += ", defaults" if name.endswith("-default") else ", best rate"
+        panels[0].plot(*zip(*sorted(points), strict=True), label=label, **look)
         for at, panel in enumerate(panels[1:], start=1):
             if name in times:
                 sizes, *each = zip(*sorted(times[name]), strict=True)
