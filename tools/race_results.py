@@ -40,14 +40,14 @@ LABELS = {
 }
 
 
-def table() -> str:
-    """Return rows of tasks and columns of optimizers, the best of a row in bold; n where it is not 3."""
+def race_rows() -> dict[str, list[str]]:
+    """Return the cells of `LABELS` by task, the best of a row in bold; n where it is not 3."""
     lines = read_lines(ROOT / "records/race/race.jsonl", KEYS, "race")
     # The newest side of a task and optimizer: runs of other sources or options stay in the record.
     sides = {(side[0]["task"], side[0]["variant"]): side for side in sides_of(lines)}
     found = {key: at_best_rate(side)[2] for key, side in sides.items()}
-    rows = []
-    for task, title in TITLES.items():
+    rows = {}
+    for task in TITLES:
         highest, cells = TASKS[task].highest, []
         runs = {name: found.get((task, name), []) for name in LABELS}
         of = {name: [run["value"] for run in each if not run["diverged"]] for name, each in runs.items()}
@@ -64,16 +64,22 @@ def table() -> str:
             text = f"**{text}**" if len(means) > 1 and text == f"{best:.{digits}f}" else text
             spread = f" ± {statistics.stdev(of[name]):.{digits}f}" if len(of[name]) > 1 else ""
             cells.append(text + spread + ("" if len(of[name]) == 3 else f" (n = {len(of[name])})"))
-        rows.append([title, *cells])
+        rows[task] = cells
+    return rows
+
+
+def table() -> str:
+    """Return rows of tasks and columns of optimizers."""
+    rows = [[TITLES[task], *cells] for task, cells in race_rows().items()]
     return markdown_table(["", *LABELS.values()], rows) + "\n"
 
 
 def row() -> str:
     """Return one row of the table, that of batch 5,000, and of its columns those with a value."""
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table().splitlines())
-    chosen = [each for each in rows if each[0] == TITLES["cifar-5000"]]
-    there = [n for n in range(len(head)) if all(each[n] != "–" for each in chosen)]
-    return markdown_table([head[n] for n in there], [[each[n] for n in there] for each in chosen]) + "\n"
+    cells = race_rows().get("cifar-5000", [])
+    there = {label: cell for label, cell in zip(LABELS.values(), cells, strict=False) if cell != "–"}
+    rows = [[TITLES["cifar-5000"], *there.values()]] if there else []
+    return markdown_table(["", *there], rows) + "\n"
 
 
 def cost_table() -> str:

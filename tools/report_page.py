@@ -57,16 +57,17 @@ with statistics and inversion. What could not be measured has no point."""
 
 def page(pictures: Path | None = None) -> str:
     """Return the page; draw its pictures into a folder if that is given."""
-    parts = [INTRO]
-    for task, sides in newest_sides().items():
+    parts, newest = [INTRO], newest_sides()
+    for task, sides in newest.items():
         picture, rows = f"report-{task}.png", [run for side in sides for run in side]
         parts += [f"#{race.race_table(rows, note='').strip()}", *sources(rows, picture)]
         if pictures:
             draw_task(sides, pictures / picture)
-    if any(task.startswith("cifar-") for task in newest_sides()):
+    cifar = {task: sides for task, sides in newest.items() if task.startswith("cifar-")}
+    if cifar:
         parts.append(TO_TARGET)
         if pictures:
-            draw_targets(newest_sides(), pictures / TARGETS)
+            draw_targets(cifar, pictures / TARGETS)
     parts.append(STEPS)
     for name, rows in overhead_records().items():
         picture = f"report-{name}.png"
@@ -124,11 +125,9 @@ def draw_task(sides: Sequence[Sequence[Record]], path: Path) -> None:
         mark(right, [(run["processor_seconds"], run["value"]) for run in ended], look, fmean)
         if curves := [run["curve"] for run in ended if "curve" in run]:
             # All have their evaluations at the same steps; the first is far from the others.
-            steps, values, seconds = (
-                [*map(fmean, zip(*each, strict=True))] for each in zip(*map(columns, curves), strict=True)
-            )
-            for panel, times in ((middle, steps), (right, seconds)):
-                panel.plot(times[1:], values[1:], color=look["color"], linewidth=1)
+            way = [[*map(fmean, zip(*at, strict=True))] for at in zip(*curves, strict=True)][1:]
+            for panel, time in ((middle, 0), (right, 2)):
+                panel.plot([at[time] for at in way], [at[1] for at in way], color=look["color"], linewidth=1)
         names.append("{optimizer}: n = {n}, {diverged} diverged".format(**race.cells_of(side)[1]))
     name_rows(left, names)
     left.set_xlabel(measure)
@@ -139,17 +138,12 @@ def draw_task(sides: Sequence[Sequence[Record]], path: Path) -> None:
     save(figure, "{task}: batch {batch_size}, {steps} steps".format(**sides[0][0]), path)
 
 
-def columns(curve: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """Return steps, values and seconds of a curve."""
-    return tuple(zip(*curve, strict=True))
-
-
-def draw_targets(newest: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
+def draw_targets(cifar: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
     """Draw the accuracy at the end, and steps and seconds to the target, of CIFAR-10 over the batch size."""
     ends: dict[str, list[tuple[float, float]]] = {}
     times: dict[str, list[tuple[float, ...]]] = {}
-    for task, sides in newest.items():
-        for side in sides if task.startswith("cifar-") else ():
+    for task, sides in cifar.items():
+        for side in sides:
             todo, name = TASKS[task], side[0]["optimizer"]
             runs = [run for run in race.at_best_rate(side)[2] if not run["diverged"]]
             if name in ("fop", "kfac") or not runs:  # variants of the default
@@ -181,7 +175,8 @@ def draw_targets(newest: Mapping[str, Sequence[Sequence[Record]]], path: Path) -
     ):
         panel.set(xscale="log", xlabel="batch size", title=title)
         panel.grid(alpha=0.25)
-    save(figure, "CIFAR-10, a network of 127,000 parameters, 120 steps at batch 500 to 20 at 25,000", path)
+    shown = " or ".join(f"{TASKS[task].steps} at batch {TASKS[task].batch_size:,}" for task in cifar)
+    save(figure, f"CIFAR-10, steps: {shown}", path)
 
 
 def draw_steps(newest: Mapping[str, Sequence[Record]], path: Path) -> None:

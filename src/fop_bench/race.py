@@ -36,7 +36,7 @@ SIDE = (
     *("task", "optimizer", "options", "batch_size", "steps", "rest", "keep_norm", "bf16"),
     *("source", "machine"),
 )
-# Since when there is more: "curve", of (step, value, processor seconds) of each evaluation.
+# Newer lines have a "curve", too: step, value and processor seconds of each evaluation.
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*SIDE, "variant", *RESULT, "environment")
 MOST_RATES = 12  # of one line search
