@@ -101,12 +101,14 @@ SHELL = re.compile(r"^(?:\w+=\S+ )*(pip install|make|fop-bench|python|git clone|
 
 
 def test_commands_of_shell_blocks_are_there() -> None:
-    """Blocks without a language are commands: not run, but what they name exists."""
+    """Blocks without a language are commands: not run, for a reason that they name; what they name exists."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras, targets = project["optional-dependencies"], (ROOT / "Makefile").read_text(encoding="utf-8")
     seen = Counter[str]()
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
-        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for block in BLOCK.finditer(text):
+            assert block[3] or MARK.search(text[: block.start()]), f"{page}: why is {block[4]!r} not run?"
             for line in [] if block[3] else block[4].splitlines():
                 match = SHELL.match(line.partition("  #")[0].partition(" # ")[0].strip())
                 assert match, f"{page}: {line!r} is no known command; name the language of the block"

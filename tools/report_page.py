@@ -107,7 +107,8 @@ def sources(rows: Sequence[Record], picture: str) -> list[str]:
     """Return the picture of a table, where and from what its rows were made, and by which commands."""
     commands = sorted({str(row["environment"]["command"]) for row in rows})
     shown = f"![The values of the table](assets/{picture})"
-    return [shown, environments(rows), "\n".join(["```", *commands, "```"])]
+    why = "<!-- not run: minutes to hours; they are what made the records -->"
+    return [shown, environments(rows), "\n".join([why, "```", *commands, "```"])]
 
 
 # --- Pictures
