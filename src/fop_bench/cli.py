@@ -129,9 +129,10 @@ def overhead(asked: argparse.Namespace) -> None:
 
 def race(asked: argparse.Namespace) -> None:
     """Search every optimizer's rate on small tasks and repeat the best by seeds, or go on with it."""
-    options, how = races.parsed_options(asked.set), {"keep_norm": asked.keep_norm, "bf16": asked.bf16}
+    options = races.parsed_options(asked.set)
+    how = {name: vars(asked)[name] for name in ("keep_norm", "bf16", "steps", "device")}
     sides = [
-        races.side_of(name, task, options.get(name, {}), **how)
+        races.side_of(name, task, options.get(name, {}), held_out=asked.held_out and "cifar" in task, **how)
         for task in asked.task or RACES
         for name in asked.optimizer or races.STARTS
     ]
@@ -147,7 +148,7 @@ def _race(
     if asked.table:  # also while another process writes the file
         left = plan.planned(read())[1]
     else:
-        where = {"data": asked.data, "device": torch.device("cpu")}
+        where = {"data": asked.data, "device": getattr(asked, "device", races.CPU)}
         with _bar("race") as on_run:
             left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
     if not (rows := read()):
@@ -279,7 +280,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # timing events are recorded on the current device
+            torch.cuda.set_device(device.index or 0)  # timing events are recorded on the current device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {reason}") from error
@@ -352,6 +353,14 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option(
             "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
         ),
+        _option(
+            "--held-out",
+            "search by training images that are held out, else by the test images",
+            True,
+            action=argparse.BooleanOptionalAction,
+        ),
+        _option("--steps", "of a run and its schedule; else the task's", kind=WHOLE),
+        _option("--device", "cpu or cuda[:N]", "cpu", _device),
         *HOW,
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def sides(options: Sequence[str], tasks: Sequence[str]) -> list[Record]:
     if unknown := [name for name in options if name not in CANDIDATES]:
         raise ValueError(f"--option {unknown[0]!r} is unknown; known are {', '.join(CANDIDATES)}")
     changes = [{}, *({name: value} for name in options for value in CANDIDATES[name])]
-    how = {"keep_norm": True, "bf16": False}
-    return [race.side_of("fop-default", task, change, **how) for task in tasks for change in changes]
+    side = partial(race.side_of, "fop-default", keep_norm=True, bf16=False)
+    return [side(task, change) for task in tasks for change in changes]
 
 
 def read_old(path: Path) -> list[Record]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fop_bench.models import GPT, ResNet, ViT, mlp, resnet18
+from fop_bench.models import GPT, ResNet, ViT, airbench, mlp, resnet18
 from fop_bench.optimizers import PEERS, Joined, Peer, class_loss, gradients, make_peer
 from fop_bench.tables import section
 
@@ -55,6 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
     "resnet18-16": (partial(ResNet, 16, (2, 2, 2, 2)), _images(3, 32, 32)),
     "vit-128": (partial(ViT, dim=128, heads=4), _images(3, 32, 32)),
     "gpt-256": (GPT, _tokens),
+    "airbench": (lambda: airbench(torch.randn(5000, 3, 2, 2), (64, 256, 256)), _images(3, 32, 32)),
 }
 # What is measured by default, and the batch size.
 TASKS = {"mlp-3072": 1024, "resnet18-16": 128, "vit-128": 128, "gpt-256": 64}
@@ -123,11 +124,14 @@ def prepare(workload: Workload, optimizer: str, device: torch.device, **options:
     """Build model, optimizer and this rank's batch, alike for all optimizers, and take the first steps."""
     build, batch = MODELS[workload.model]
     torch.manual_seed(0)
-    model, rank = build().to(device), 0
+    # As one trains on a GPU; on a CPU images are as they come.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    model, rank = build().to(device).to(memory_format=layout), 0  # type: ignore[call-overload]
     if dist.is_initialized():
         model, rank = DistributedDataParallel(model), dist.get_rank()
     torch.manual_seed(1 + rank)
     inputs, targets = (each.to(device) for each in batch(workload.batch_size))
+    inputs = inputs.to(memory_format=layout) if inputs.dim() == 4 else inputs
     if optimizer in ("kfac", "fop"):
         options["step_length"] = "weight"  # the default; in `PEERS` they have the paper's steps
     stepper = make_peer(optimizer, model, LEARNING_RATE, **options)

@@ -34,11 +34,15 @@ Found = dict[float, float | None]  # values by rate, None where a run diverged
 # What two lines must differ in to be runs of two optimizers, beside their seeds and rates.
 SIDE = (
     *("task", "optimizer", "options", "batch_size", "steps", "rest", "keep_norm", "bf16"),
-    *("source", "machine"),
+    *("source", "machine", "held_out"),
 )
-# Newer lines have a "curve", too: step, value and processor seconds of each evaluation.
+# Newer lines have "held_out", whether training samples that were held out choose the rate; "split", by what
+# this run was judged, "test" or "held-out"; "seconds" of the clock; and a "curve": of each evaluation step,
+# value, and seconds, of a processor, or on a GPU of the clock.
+OLD = {"held_out": False, "split": "test"}
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
-KEYS = (*SIDE, "variant", *RESULT, "environment")
+KEYS = (*(key for key in SIDE if key not in OLD), "variant", *RESULT, "environment")
+CPU = torch.device("cpu")
 MOST_RATES = 12  # of one line search
 EVALUATIONS = 12  # of one run, at most
 JUDGED_ON_THE_WAY = 2000  # samples, about; at the end all
@@ -102,43 +106,64 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warm, max(0.02, (steps - step) / max(1, steps - warm)))
 
 
-def side_of(name: str, task: str, options: Mapping[str, Any], *, keep_norm: bool, bf16: bool) -> Record:
-    """Return what the runs of an optimizer on a task have in common."""
+def side_of(
+    name: str,
+    task: str,
+    options: Mapping[str, Any],
+    *,
+    keep_norm: bool,
+    bf16: bool,
+    held_out: bool = False,
+    steps: int | None = None,
+    device: torch.device = CPU,
+) -> Record:
+    """Return what the runs of an optimizer on a task have in common; ``steps`` if not the task's."""
     todo = TASKS[task]
     given = {**OPTIONS.get(name, {}), **todo.options.get(name, {}), **options}
     variant = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
     return {
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
-        **{"batch_size": todo.batch_size, "steps": todo.steps, "rest": todo.rest},
-        **{"keep_norm": keep_norm, "bf16": bf16, "source": source_tree(), "machine": _machine()},
+        **{"batch_size": todo.batch_size, "steps": steps or todo.steps, "rest": todo.rest},
+        **{"keep_norm": keep_norm, "bf16": bf16, "held_out": held_out},
+        **{"source": source_tree(), "machine": _machine(device)},
     }
 
 
 @cache
-def _machine() -> str:
+def _machine(device: torch.device) -> str:
     # Python's version because its sources are a task's data.
-    device = device_name(torch.device("cpu"))
-    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 @dataclass(frozen=True)
 class RaceRun(Run):
-    """A run of an optimizer on a task, at a rate (None for its own) and from a seed."""
+    """A run of an optimizer on a task, at a rate (None for its own) and from a seed.
+
+    It is judged by the test samples, or by samples of the training that are held out.
+    """
 
     of_one_commit = False  # its side names the source of the library
     side: Record  # what `side_of` returns
     rate: float | None
     seed: int
+    split: str = "test"
 
     @property
     def title(self) -> str:
-        return "{task} · {variant}".format(**self.side) + f" · rate {self.rate} · seed {self.seed}"
+        what = "{task} · {variant} · {steps} steps".format(**self.side)
+        return f"{what} · rate {self.rate} · seed {self.seed} · {self.split}"
 
     def begin(self, data: str | None, device: torch.device) -> Begun:
         side, task = self.side, TASKS[self.side["task"]]
-        problem = task.load(data)
+        problem = task.load(data, device)
+        if self.split != "test":
+            assert problem.held_out is not None
+            problem = problem.held_out
         torch.manual_seed(self.seed)
-        model, draw = problem.build(), Generator().manual_seed(self.seed)
+        on_cpu, model, shuffle = device.type == "cpu", problem.build(), Generator().manual_seed(self.seed)
+        if not on_cpu:
+            model = model.to(memory_format=torch.channels_last).to(device)  # type: ignore[call-overload]
+        draw = shuffle if on_cpu else Generator(device).manual_seed(self.seed)
         kept = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if side["keep_norm"] else []
         norms = [weight.detach().norm() for weight in kept]
 
@@ -160,25 +185,27 @@ class RaceRun(Run):
             evaluate,
             samples=problem.samples,
             batch_size=min(task.batch_size, problem.samples),
-            steps=task.steps,
-            shuffle=draw,
+            steps=side["steps"],
+            shuffle=shuffle,
             order=problem.order,
             loss=problem.loss,
-            every=math.ceil(task.steps / EVALUATIONS),
+            every=math.ceil(side["steps"] / EVALUATIONS),
             after_step=keep_norms,
             bf16=side["bf16"],
+            draw=None if on_cpu else draw,
         )
+        clock = "processor_seconds" if on_cpu else "seconds"
 
         def record(warned: list[str]) -> Record:
             now = training.progress
-            ends: Record = dict.fromkeys(("value", "last_loss", "processor_seconds"))
-            curve = [[at["step"], at["accuracy"], at["processor_seconds"]] for at in now.curve]
+            ends: Record = dict.fromkeys(("value", "last_loss", "processor_seconds", "seconds"))
+            curve = [[at["step"], at["accuracy"], at[clock]] for at in now.curve]
             if not now.diverged:
                 assert now.last_loss is not None
                 ends = {"value": now.curve[-1]["accuracy"], "last_loss": now.last_loss.item()}
-                ends["processor_seconds"] = now.processor_seconds
+                ends |= {"processor_seconds": now.processor_seconds, "seconds": now.seconds}
             result = {"rate": self.rate, "seed": self.seed, "diverged": now.diverged, **ends}
-            return {**side, **result, "curve": curve}
+            return {**side, "split": self.split, **result, "curve": curve}
 
         return training, record
 
@@ -209,7 +236,7 @@ def best_rate(found: Found, start: float, highest: bool) -> float:
 
 def identity(row: Record) -> str:
     """Return the same text for two runs of one optimizer on one task that differ in rate and seed only."""
-    return json.dumps([row[key] for key in SIDE], sort_keys=True)
+    return json.dumps([row.get(key, OLD.get(key)) for key in SIDE], sort_keys=True)
 
 
 def planned(
@@ -227,20 +254,35 @@ def next_run(side: Record, rows: Sequence[Record], seeds: int, fixed: float | No
     if start is None:
         rate = None
     elif fixed is None:
-        found = {row["rate"]: row["value"] for row in own if row["seed"] == 0}
+        found = searched(own)
         if (new := next_rate(found, start, highest)) is not None:
-            return RaceRun(side, new, 0)
+            return RaceRun(side, new, 0, "held-out" if side["held_out"] else "test")
         rate = best_rate(found, start, highest)
-    done = {row["seed"] for row in own if row["rate"] == rate}
+    done = {row["seed"] for row in own if row["rate"] == rate and judged_by_test(row)}
     return next((RaceRun(side, rate, seed) for seed in range(seeds) if seed not in done), None)
+
+
+def judged_by_test(row: Record) -> bool:
+    """Return whether the test samples judged a run."""
+    return bool(row.get("split", OLD["split"]) == "test")
+
+
+def searched(side: Sequence[Record]) -> Found:
+    """Return the values by which a search among the runs of an optimizer on a task decides: of seed 0."""
+    return {
+        row["rate"]: row["value"]
+        for row in side
+        if row["seed"] == 0 and judged_by_test(row) is not row.get("held_out", OLD["held_out"])
+    }
 
 
 # --- Tables
 
 NOTE = (
     "Each optimizer at its best rate for seed 0, by the same value; mean ± standard deviation over n seeds. "
-    "*Tried*: the rates of seed 0, and whether the best is inside of them; – without a search. "
-    "Seconds: of a processor, one thread, without evaluations. *To …*: steps and seconds until an evaluation "
+    "*Tried*: the rates of seed 0, and whether the best is inside of them; *held out*: training samples that "
+    "were held out chose it; – without a search. Seconds, without evaluations: of a processor, one thread; "
+    "on a GPU of the clock, with other runs beside it. *To …*: steps and seconds until an evaluation "
     f"was that good, of which a run has at most {EVALUATIONS}; on the way about "
     f"{JUDGED_ON_THE_WAY:,} samples judge. Source: the tree of src/fop."
 )
@@ -257,22 +299,22 @@ def sides_of(rows: Sequence[Record]) -> list[list[Record]]:
 def race_table(rows: Sequence[Record], note: str = NOTE) -> str:
     """Lay out a section a task, the best optimizer first, from the lines alone."""
     tables = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
+    for task, steps in dict.fromkeys((row["task"], row["steps"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["steps"]) == (task, steps)]
         cells = sorted(map(cells_of, sides_of(mine)), key=lambda of: of[0])
         machines = "; ".join(dict.fromkeys(row["machine"] for row in mine))
         what = "{measure}; batch {batch_size}, {steps} steps. ".format(**mine[0]) + f"{machines}. {note}"
-        tables.append(section(task, what, [row for _, row in cells]))
+        title = task if steps == TASKS[task].steps else f"{task}, {steps} steps"
+        tables.append(section(title, what, [row for _, row in cells]))
     return "\n\n".join(tables) + "\n"
 
 
 def at_best_rate(side: Sequence[Record]) -> tuple[Found, float | None, list[Record]]:
-    """Return what seed 0 found, the best of its rates (None for the default), and all runs at that rate."""
-    row, highest = side[0], TASKS[side[0]["task"]].highest
-    found = {each["rate"]: each["value"] for each in side if each["seed"] == 0}
-    start = STARTS[row["optimizer"]]
+    """Return what seed 0 found, the best of its rates (None for the default), and the runs at that rate."""
+    start, highest = STARTS[side[0]["optimizer"]], TASKS[side[0]["task"]].highest
+    found = searched(side) or searched([row | OLD for row in side])  # of one rate there is no search
     rate = None if start is None else best_rate(found, start, highest)
-    return found, rate, [each for each in side if each["rate"] == rate]
+    return found, rate, [each for each in side if each["rate"] == rate and judged_by_test(each)]
 
 
 def reached(run: Record, target: float, highest: bool) -> tuple[int, float] | None:
@@ -288,8 +330,10 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     row, highest = side[0], TASKS[side[0]["task"]].highest
     found, rate, runs = at_best_rate(side)
     values = [each["value"] for each in runs if not each["diverged"]]
-    seconds = [each["processor_seconds"] for each in runs if not each["diverged"]]
+    clock = "seconds" if runs and runs[0]["environment"]["processor"] == "cuda" else "processor_seconds"
+    seconds = [each[clock] for each in runs if not each["diverged"]]
     inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"
+    held_out = row.get("held_out", OLD["held_out"])
     mean, digits = statistics.fmean(values or [math.nan]), 2 if highest else 4
     spread = f" ± {number(statistics.stdev(values), digits)}" if len(values) > 1 else ""
     how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
@@ -303,7 +347,7 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     cells = {
         "optimizer": ", ".join([row["variant"], *how]),
         "rate": "default" if rate is None else f"{rate:g}",
-        "tried": f"{len(found)}, {inside}" if len(found) > 1 else "–",
+        "tried": f"{len(found)}, {inside}{', held out' * held_out}" if len(found) > 1 else "–",
         **{"n": len(runs), "diverged": len(runs) - len(values)},
         "value": number(mean, digits) + spread if values else "–",
         "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",

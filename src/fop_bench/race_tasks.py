@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,14 @@ class Problem:
     judged_batch: Batch
     by_loss: bool = False  # what judges; else the accuracy
     order: Order = without_replacement
+    # The same with some of the training samples held out, to be judged by; None if nothing can be.
+    held_out: Problem | None = None
 
     def value(self, model: nn.Module, most: int | None = None) -> float:
         """Return the percentage of right answers, or the loss, on all samples or about ``most``."""
         # Evenly spread: images may lie in the order of their classes.
-        chosen = torch.arange(0, self.judged, max(1, self.judged // (most or self.judged)))
+        device = next(model.parameters()).device
+        chosen = torch.arange(0, self.judged, max(1, self.judged // (most or self.judged)), device=device)
         if not self.by_loss:
             right = count_right(model, len(chosen), lambda numbers: self.judged_batch(chosen[numbers]))
             return 100 * right / len(chosen)
@@ -50,7 +53,8 @@ class Problem:
 class Task:
     """What is trained, for how long, and by what it is judged."""
 
-    load: Callable[[str | None], Problem]  # given a folder or a name on the hub for CIFAR-10
+    # Given a folder or a name on the hub for CIFAR-10, and the device that is to hold the data.
+    load: Callable[[str | None, torch.device], Problem]
     batch_size: int
     steps: int
     target: float  # the value to which steps and seconds are counted
@@ -61,16 +65,25 @@ class Task:
 
 
 @cache
-def cifar(data: str | None) -> Problem:
-    """Load CIFAR-10 for the network of airbench."""
-    return of_images(*(load(CIFAR10, data, test=test) for test in (False, True)))
+def cifar10(data: str | None, device: torch.device) -> tuple[Images, Images]:
+    """Load the training and the test images of CIFAR-10."""
+    train, test = (load(CIFAR10, data, test=test).to(device) for test in (False, True))
+    return train, test
 
 
-def of_images(train: Images, test: Images) -> Problem:
+def cifar(data: str | None, device: torch.device, widths: Sequence[int] = (16, 64, 64)) -> Problem:
+    """Load CIFAR-10 for the network of airbench; to search by, every tenth training image is held out."""
+    train, test = cifar10(data, device)
+    tenth = torch.arange(len(train), device=device) % 10 == 0
+    searched = of_images(train[~tenth], train[tenth], widths)
+    return replace(of_images(train, test, widths), held_out=searched)
+
+
+def of_images(train: Images, test: Images, widths: Sequence[int] = (16, 64, 64)) -> Problem:
     """Return the problem of telling apart 32×32 images, with flips and shifts by two pixels."""
     normalise, augmentation = Normaliser(train.pixels), Augmentation(flip=True, shift=2)
     patches = normalise(train.pixels[:5000]).unfold(2, 2, 1).unfold(3, 2, 1)
-    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).cpu()
 
     def batch(numbers: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
         return normalise(augment(train.pixels[numbers], augmentation, draw)), train.labels[numbers]
@@ -79,26 +92,26 @@ def of_images(train: Images, test: Images) -> Problem:
         return normalise(test.pixels[numbers]), test.labels[numbers]
 
     loss = partial(class_loss, label_smoothing=0.1)
-    return Problem(lambda: airbench(patches), len(train), batch, loss, len(test), judged)
+    return Problem(lambda: airbench(patches, widths), len(train), batch, loss, len(test), judged)
 
 
 @cache
-def gpt(data: str | None, length: int = 64, **sizes: int) -> Problem:
+def gpt(data: str | None, device: torch.device, length: int = 64, **sizes: int) -> Problem:
     """Load the sources of Python's standard library, of which every tenth file is held out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.rglob("*.py") if "site-packages" not in path.parts)
 
     def joined(held_out: bool) -> Tensor:
         texts = (path.read_bytes() for n, path in enumerate(files) if (n % 10 == 0) == held_out)
-        return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).to(device)
 
-    train, held_out, window = joined(False), joined(True), torch.arange(length + 1)
+    train, held_out, window = joined(False), joined(True), torch.arange(length + 1, device=device)
 
     def windows(of: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         rows = of[starts[:, None] + window].long()
         return rows[:, :-1], rows[:, 1:]
 
-    judged = torch.arange(0, len(held_out) - length, length)[:1024]
+    judged = torch.arange(0, len(held_out) - length, length, device=device)[:1024]
     return Problem(
         lambda: small_gpt(tokens=length, **sizes),
         len(train) - length,
@@ -115,11 +128,13 @@ def _in_memory(inputs: Tensor, targets: Tensor) -> Callable[..., tuple[Tensor, T
     return lambda numbers, draw=None: (inputs[numbers], targets[numbers])
 
 
-def digits(build: Callable[[], nn.Module], itself: bool = False) -> Callable[[str | None], Problem]:
+def digits(
+    build: Callable[[], nn.Module], itself: bool = False
+) -> Callable[[str | None, torch.device], Problem]:
     """Return what loads the digits, to be told apart, or each to be its own target."""
 
-    def load_digits(data: str | None) -> Problem:
-        parts = DigitsTask().load(None)
+    def load_digits(data: str | None, device: torch.device) -> Problem:
+        parts = {name: [each.to(device) for each in part] for name, part in DigitsTask().load(None).items()}
         train, held_out = parts["final"][0], (parts["tuning"][1], parts["final"][1])
         x, of_held_out = (
             pixels.permute(0, 3, 1, 2).float() / 240  # which are 0 to 240
@@ -138,6 +153,7 @@ FULL = 1024  # all training digits
 _IMAGES: dict[str, Any] = {"target": 60.0, "rest": 0.03, "options": {"muon": {"momentum": 0.6}}}
 _TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "target": 2.2, "rest": 0.005}
 _TEXT["options"] = {"muon": {"momentum": 0.8}}
+_AIRBENCH = partial(cifar, widths=(64, 256, 256))
 _GPT_2M = partial(gpt, dim=192, depth=4)  # 1.9 million parameters
 _SQUARES: dict[str, Any] = {"target": 0.02, "measure": "training MSE", "highest": False}
 TASKS = {
@@ -146,6 +162,11 @@ TASKS = {
     "cifar-16384": Task(cifar, 16384, 24, **_IMAGES),
     "cifar-25000": Task(cifar, 25000, 20, **_IMAGES),
     "cifar-50000": Task(cifar, 50000, 20, **_IMAGES),
+    # For a GPU: the network of airbench in full (2.0 million parameters).
+    "cifar-full-2000": Task(_AIRBENCH, 2000, 200, **_IMAGES | {"target": 85.0}),
+    "cifar-full-5000": Task(_AIRBENCH, 5000, 60, **_IMAGES | {"target": 85.0}),
+    "cifar-full-16384": Task(_AIRBENCH, 16384, 30, **_IMAGES | {"target": 80.0}),
+    "cifar-full-50000": Task(_AIRBENCH, 50000, 30, **_IMAGES | {"target": 80.0}),
     "gpt-128": Task(gpt, 128, 100, **_TEXT),
     "gpt-1024": Task(gpt, 1024, 60, **_TEXT),
     "gpt-2m-128": Task(_GPT_2M, 128, 100, **_TEXT),
