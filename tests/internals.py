@@ -1,7 +1,6 @@
 """What the tests take from behind the public API: when a name moves inside `fop`, only this file changes."""
 
 import contextlib
-import operator
 from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fop.capture import functions, recorder, sub_batches
 from fop.capture.batch import Batch
-from fop.capture.sub_batches import sub_batch_entries
+from fop.capture.sub_batches import sub_batch_runs
 from fop.correction import Metric, SubBatchGradients, combine
 from fop.correction import Metric as Curvature
 from fop.curvature import Damping, refresh
@@ -46,13 +45,12 @@ def as_when_recorded() -> Iterator[None]:
     def sizes(samples: int, count: int) -> list[int]:
         return torch.tensor(ends(samples, count)).diff().tolist()  # type: ignore[no-any-return]
 
-    def entries(samples: int, count: int, rows: int, device: torch.device) -> list[slice]:
-        return [slice(rows * start, rows * end) for start, end in pairwise(ends(samples, count))]
+    def runs(samples: int, count: int, rows: int) -> list[list[slice]]:
+        return [[slice(rows * start, rows * end)] for start, end in pairwise(ends(samples, count))]
 
     with (
         mock.patch.object(sub_batches, "sub_batch_sizes", sizes),
-        mock.patch.object(recorder, "sub_batch_entries", entries),
-        mock.patch.object(recorder, "_select", operator.getitem),
+        mock.patch.object(recorder, "sub_batch_runs", runs),
         mock.patch.object(recorder.Recorder, "observe", observe),
         mock.patch.object(refresh, "GROWTH", 5),
         mock.patch.object(sampling, "MIN_ROWS", 2**62),
@@ -163,7 +161,7 @@ __all__ = [
     "kronecker_product",
     "mean_eigenvalue",
     "sampling",
-    "sub_batch_entries",
+    "sub_batch_runs",
 ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fop import FOP, KFAC
-from internals import sub_batch_entries
+from internals import sub_batch_runs
 from models import PLAIN, check_kept_pair, check_lost_pair, weights
 from reference import split
 
@@ -217,31 +217,36 @@ def test_blocks_are_split_alike(order: str) -> None:
     assert [int(ordered[part].sum()) for part in split(64)] == [16, 16]
 
 
-@pytest.mark.parametrize("order", ["in turn", "in turn, reversed"])
-def test_a_step_barely_depends_on_the_order(order: str) -> None:
+def test_a_step_depends_on_the_order_as_on_a_random_one() -> None:
     """A loss over pairs of chosen and rejected answers, with these in blocks and in turn."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     x = torch.cat([values(64, 8) + 0.5, values(64, 8, seed=1) - 0.5])
-    moves = []
-    for each in ("two blocks", order):
-        model, order_of = copy.deepcopy(base), ORDERS[each](128)
+
+    def move(order_of: Tensor) -> Tensor:
+        model = copy.deepcopy(base)
         optimizer = FOP(model, kl_clip=None, momentum=0.0)
         sign = torch.where(order_of < 64, 1.0, -1.0)
         nn.functional.softplus(-sign * model(x[order_of]).squeeze(1)).mean().backward()
         optimizer.step()
         check_kept_pair(optimizer)
         pairs = zip(model.parameters(), base.parameters(), strict=True)
-        moves.append(torch.cat([(now - was).detach().flatten() for now, was in pairs]))
-    assert float((moves[0] - moves[1]).norm() / moves[1].norm()) < 0.1
+        return torch.cat([(now - was).detach().flatten() for now, was in pairs])
+
+    by_kind = torch.stack([move(order(128)) for order in ORDERS.values()])
+    by_chance = torch.stack([move(torch.randperm(128)) for _ in range(16)])
+    spread = (by_chance - by_chance.mean(0)).norm(dim=1)
+    # With the halves one after the other, blocks are off by four times the largest.
+    assert (by_kind - by_chance.mean(0)).norm(dim=1).max() < 1.5 * spread.max()
 
 
-@pytest.mark.parametrize(("count", "samples"), [(1, 6), (2, 9), (3, 27), (4, 10), (5, 4)])
+@pytest.mark.parametrize(("count", "samples"), [(1, 6), (2, 1), (2, 9), (3, 13), (3, 27), (4, 10), (5, 4)])
 def test_every_sample_is_in_one_sub_batch(count: int, samples: int) -> None:
-    parts = sub_batch_entries(samples, count, 1, torch.device("cpu"))
-    assert sorted(torch.cat(parts).tolist()) == list(range(samples))
+    def numbers(rows: int) -> list[list[int]]:
+        every = range(samples * rows)
+        return [[n for run in own for n in every[run]] for own in sub_batch_runs(samples, count, rows)]
+
+    parts = numbers(1)
+    assert sorted(n for part in parts for n in part) == list(range(samples))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    rows = sub_batch_entries(samples, count, 3, torch.device("cpu"))
-    assert [part.tolist() for part in rows] == [
-        [3 * sample + row for sample in part.tolist() for row in range(3)] for part in parts
-    ]
+    assert numbers(3) == [[3 * sample + row for sample in part for row in range(3)] for part in parts]

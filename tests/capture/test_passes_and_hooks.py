@@ -419,12 +419,14 @@ def attending_run(between: Callable[[nn.Module, Tensor], None] | None = None) ->
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_transformations_between_steps(kind: str) -> None:
-    """They give what they give for a model without hooks, and the run does not notice them."""
+    """They give what they give for a model without hooks, up to rounding, and the run does not notice them."""
 
     def between(model: nn.Module, x: Tensor) -> None:
         plain = Attending()
         plain.load_state_dict(model.state_dict())
-        assert_equal(FUNCTIONS[kind](model, x), FUNCTIONS[kind](plain, x))
+        # Batched products of another order may have other kernels.
+        both = FUNCTIONS[kind](model, x), FUNCTIONS[kind](plain, x)
+        torch.testing.assert_close(*both, rtol=1e-12, atol=1e-14)
 
     assert_equal(attending_run(between), attending_run())
 

@@ -34,11 +34,10 @@ def unvec(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def split(samples: int) -> tuple[list[int], list[int]]:
-    """Which samples of a batch are in each of two sub-batches: n by the parity of its binary digits."""
-    parts: tuple[list[int], list[int]] = ([], [])
-    for n in range(samples):
-        parts[f"{n:b}".count("1") % 2].append(n)
-    return parts
+    """Which samples of a batch are in each of two sub-batches: the second has those in the middle."""
+    start = (samples + 1) // 2 // 2
+    middle = range(start, start + samples // 2)
+    return [n for n in range(samples) if n not in middle], [*middle]
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

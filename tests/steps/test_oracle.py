@@ -23,6 +23,8 @@ from reference.cases import CONV2D, LINEAR
 # (`test_small_damping`), which has digits to spare.
 DAMPING, DAMPING_ONE_SAMPLE = 0.1, 1.0
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# Twice cond(F̂) · 6e-8; which of the digits are right depends on the processor's kernels.
+TOLERANCE_ONE_SAMPLE = {torch.float32: 5e-5, torch.float64: 1e-10}
 PLAIN: dict[str, Any] = {
     "step_length": "paper",
     "lr": 0.5,  # large, so that rounding of the new weight itself is small beside the update
@@ -128,7 +130,7 @@ def compare(
 @pytest.mark.parametrize("case", CASES)
 def test_one_step(case: str, N: int, dtype: torch.dtype) -> None:
     model, x, y = make(case, dtype, N)
-    oracle = compare(model, [(x, y)], tolerance=TOLERANCE[dtype])
+    oracle = compare(model, [(x, y)], tolerance=(TOLERANCE if N > 1 else TOLERANCE_ONE_SAMPLE)[dtype])
     betas = [state.correction.beta for state in oracle.state.values() if state.correction]
     assert all(beta == 0.0 for beta in betas) if N == 1 else all(beta != 0.0 for beta in betas)
 

@@ -18,7 +18,7 @@ from fop.capture.batch import Batch, Layout
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
-from fop.capture.sub_batches import EMPTY, PassRecord, SplitSums, SubBatches, sub_batch_entries
+from fop.capture.sub_batches import EMPTY, PassRecord, SplitSums, SubBatches, sub_batch_runs
 from fop.layers import Layer, RowSampler, Statistics
 from fop.torch_internals import (
     current_backward_pass,
@@ -251,17 +251,17 @@ class Recorder:
             how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
             record.problem = record.problem or f"a batch of {layout.samples} {how}"
         if self.paired and self.sub_batches.split and record.problem is None:
-            entries = sub_batch_entries(layout.samples, self.sub_batches.count, layout.rows, x.device)
+            runs = sub_batch_runs(layout.samples, self.sub_batches.count, layout.rows)
             if whole:
-                gradients = _sum_of_parts(layer, x, b, entries, record.sums)
+                gradients = _sum_of_parts(layer, x, b, runs, record.sums)
                 if self.due:
                     record.sums.whole = layer.to_matrix(*gradients)
             else:
-                *first, last = entries
-                record.sums.first = [layer.gradient(_select(x, each), _select(b, each)) for each in first]
+                wanted = runs if self.due else runs[:-1]
+                parts = [reduce(torch.add, (layer.gradient(x[run], b[run]) for run in own)) for own in wanted]
+                record.sums.first = parts[: len(runs) - 1]
                 if self.due:
-                    of_last = layer.gradient(_select(x, last), _select(b, last))
-                    record.sums.whole = reduce(torch.add, record.sums.first[::-1], of_last)
+                    record.sums.whole = reduce(torch.add, parts)
         if self.due:
             if self.statistics_rows is not None and self._sampler is None:
                 self._sampler = RowSampler(self.statistics_rows, f"{self.key} {self.stream}", x.device)
@@ -334,28 +334,25 @@ class Recorder:
                 self.sub_batches.clean = gradient.count_nonzero() == 0
 
 
-def _select(x: Tensor, entries: Tensor) -> Tensor:
-    """Return entries of dim 0; the memory format stays, which decides how fast a convolution is."""
-    if x.dim() > 3 and not x.is_contiguous() and (last := x.movedim(1, -1)).is_contiguous():
-        return last.index_select(0, entries).movedim(-1, 1)
-    return x.index_select(0, entries)
-
-
 def _sum_of_parts(
-    layer: Layer, x: Tensor, b: Tensor, entries: Sequence[Tensor], sums: SplitSums
+    layer: Layer, x: Tensor, b: Tensor, runs: Sequence[Sequence[slice]], sums: SplitSums
 ) -> Gradients:
     """Return the gradients of weight and bias from those of the sub-batches; ``sums`` keeps all but one."""
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
     # In half precision the sum would round once more.
     dtype = torch.promote_types(b.dtype, torch.float32)
-    for each in entries:
-        weight, bias = layer.gradients(_select(x, each), _select(b, each), bias=layer.bias)
-        weights.append(weight.to(dtype))
-        biases.append(bias if bias is None else bias.to(dtype))
-    sums.first += [layer.to_matrix(*both) for both in zip(weights[:-1], biases[:-1], strict=True)]
-    known = [bias for bias in biases if bias is not None]
-    return reduce(torch.add, weights), reduce(torch.add, known) if known else None
+
+    def of_run(run: slice) -> Gradients:
+        weight, bias = layer.gradients(x[run], b[run], bias=layer.bias)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    parts = [reduce(_added, map(of_run, own)) for own in runs]
+    sums.first += [layer.to_matrix(*part) for part in parts[:-1]]
+    return reduce(_added, parts)
+
+
+def _added(one: Gradients, other: Gradients) -> Gradients:
+    of_bias = one[1] if one[1] is None or other[1] is None else one[1] + other[1]
+    return one[0] + other[0], of_bias
 
 
 class _Call(NamedTuple):

@@ -77,31 +77,30 @@ class PassRecord:
 
 
 @lru_cache(maxsize=256)
-def sub_batch_entries(samples: int, count: int, rows: int, device: torch.device) -> list[Tensor]:
-    """Return which entries of a dimension with ``rows`` for each of N samples the K sub-batches have.
+def sub_batch_runs(samples: int, count: int, rows: int = 1) -> list[list[slice]]:
+    """Return which runs of a dimension with ``rows`` for each of N samples the K sub-batches have.
 
-    Sample i goes where the sum of its digits in base K says (for K = 2 the Thue-Morse sequence). A batch may
-    come in blocks, as chosen before rejected answers, or with both in turn: each sub-batch has both alike.
+    Of K² runs number i goes where the sum of its digits in base K says: A B B A for K = 2. A batch may come
+    in blocks, as chosen before rejected answers, or with both in turn: each sub-batch has both alike. A run
+    is a view, and single samples would have to be copied.
     """
-    rest, power = torch.arange(samples, device=device), 1
-    place = torch.zeros_like(rest)
-    while count > 1 and power < samples:
-        place, rest, power = place + rest % count, rest // count, power * count
-    # Sorted, and cut where the sizes say: a look at the places would wait for the device.
-    entries = (place % count).repeat_interleave(rows).argsort(stable=True)
-    return list(entries.split([rows * size for size in sub_batch_sizes(samples, count)]))
+    runs: list[list[slice]] = [[] for _ in range(count)]
+    sizes, start = sub_batch_sizes(samples, count), 0
+    for turn in range(count):
+        for place in range(count):
+            k = (turn + place) % count
+            end = start + rows * (sizes[k] * (turn + 1) // count - sizes[k] * turn // count)
+            if runs[k] and runs[k][-1].stop == start:
+                start = runs[k].pop().start
+            if end > start:
+                runs[k].append(slice(start, end))
+            start = end
+    return runs
 
 
-@lru_cache(maxsize=256)
 def sub_batch_sizes(samples: int, count: int) -> list[int]:
     """Return how many of N samples each of the K sub-batches has."""
-    rounds, rest = divmod(samples, count)
-    start = _digit_sum(rounds, count) if count > 1 else 0
-    return [rounds + ((k - start) % count < rest) for k in range(count)]
-
-
-def _digit_sum(number: int, base: int) -> int:
-    return number % base + _digit_sum(number // base, base) if number else 0
+    return [samples // count + (k < samples % count) for k in range(count)]
 
 
 class SubBatches:
