@@ -391,8 +391,8 @@ class FOP(JoinableOptimizer, Optimizer):
         """Update the parameters from their gradients.
 
         A layer (or, on the AdamW path, all parameters) whose gradient is not finite is left as it is, with
-        a warning that names it; on other devices than the CPU the warning comes with the next curvature
-        update or `diagnostics()`, so that no step waits for the device.
+        a warning that names it; on other devices than the CPU the warning comes with one of the next two
+        curvature updates or `diagnostics()`, so that no step waits for the device.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -517,6 +517,7 @@ class FOP(JoinableOptimizer, Optimizer):
         own = self._distributor.owned(active)
         fallbacks = self._refresher.finish([(b.curvature, groups[b.weight]["step"]) for b in own])
         refused: list[Binding] = []
+        earlier: list[Binding] = []
         if statistics:
             estimates = []
             for binding, sums in statistics.items():
@@ -524,8 +525,9 @@ class FOP(JoinableOptimizer, Optimizer):
                     group = groups[binding.weight]
                     tensors = binding.curvature.estimate(sums, group["loss_reduction"], loss_scale)
                     estimates.append(Estimate(binding.curvature, tensors, group))
-            bad, more = self._refresher.refresh(estimates)
+            bad, before, more = self._refresher.refresh(estimates)
             fallbacks += more
+            earlier = [binding for binding in own if binding.curvature in before]
             taken = {each.curvature for each in estimates} - set(bad)
             own_outcomes = [(each, each.curvature in taken, each.curvature in bad) for each in statistics]
             for binding, was_taken, was_refused in self._distributor.outcomes(own_outcomes):
@@ -533,11 +535,12 @@ class FOP(JoinableOptimizer, Optimizer):
                     binding.schedule_refresh(groups[binding.weight])
                 if was_refused:
                     refused.append(binding)
-        if refused or fallbacks:
+        if refused or earlier or fallbacks:
             names = {binding.curvature: binding.name for binding in own}
-            warn_of_curvature(refused, [(names[c], fallback) for c, fallback in fallbacks], self._warned)
+            of_layers = [(names[c], fallback) for c, fallback in fallbacks if c in names]
+            warn_of_curvature(refused + earlier, of_layers, self._warned)
         if statistics:
-            self._refusals.report()
+            self._refusals.report(wait=False)
         return refused
 
     def _alike(

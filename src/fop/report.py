@@ -16,6 +16,7 @@ from torch import Tensor
 from fop.binding import Binding, Bindings
 from fop.curvature import Fallback
 from fop.torch_internals import outside
+from fop.transfer import Transfer
 
 _SUMMARY_HEAD = ("parameter", "shape", "path", "why", "factors", "state")
 _FALLBACKS = {
@@ -142,6 +143,7 @@ class Refusals:
     def __init__(self) -> None:
         # By device, too: the model may have moved since the last report.
         self._counts: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
+        self._sent: list[tuple[tuple[str, ...], Transfer]] = []
 
     def count(self, names: tuple[str, ...], finite: Tensor) -> None:
         """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once."""
@@ -150,11 +152,15 @@ class Refusals:
         if finite.device.type == "cpu":
             self.report()
 
-    def report(self) -> None:
-        """Warn of what was refused since the last report; waits for the device."""
-        counts, self._counts = self._counts, {}
-        for (names, _), refused in counts.items():
-            which = [name for name, count in zip(names, refused.tolist(), strict=True) if count]
+    def report(self, *, wait: bool = True) -> None:
+        """Warn of what was refused since the last report, or, not to wait, of what was before the last."""
+        sent = self._sent
+        self._sent = [(names, Transfer(count)) for (names, _), count in self._counts.items()]
+        self._counts = {}
+        if wait:
+            sent, self._sent = sent + self._sent, []
+        for names, refused in sent:
+            which = [name for name, count in zip(names, refused.read(), strict=True) if count]
             if which:
                 warnings.warn(
                     f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "

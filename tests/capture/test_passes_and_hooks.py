@@ -419,7 +419,7 @@ def attending_run(between: Callable[[nn.Module, Tensor], None] | None = None) ->
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_transformations_between_steps(kind: str) -> None:
-    """They give what they give for a model without hooks, up to rounding, and the run does not notice them."""
+    """They give what they give for a model without hooks, to rounding, and the run does not notice them."""
 
     def between(model: nn.Module, x: Tensor) -> None:
         plain = Attending()

@@ -46,7 +46,7 @@ class Curvature(ABC):
 
     Attributes:
         averages: names of the averaged statistics in the state.
-        inverses: names of what `solve` uses.
+        inverses: names of what `solve` uses; if there are matrices to invert, in their order.
         by_inversion: whether the inverse comes from `matrices` and may be computed in the background.
         pending: whether a new inverse is being computed, see `fop.curvature.refresh`.
         ready: whether there is an inverse, here or, on several ranks, at the weight's owner.
@@ -118,19 +118,36 @@ class Curvature(ABC):
         """Return the estimate of this step's statistics, one tensor for each of ``averages``."""
         return statistics.factors(reduction, loss_scale)
 
-    def update(self, estimate: Sequence[Tensor], decay: float, *, unbiased: bool = False) -> None:
+    @property
+    def known(self) -> bool:
+        """Whether an estimate was taken into the averages."""
+        return self.state.get("refreshed_at", 0) != NEVER and self.estimated
+
+    def update(
+        self,
+        estimate: Sequence[Tensor],
+        decay: float,
+        *,
+        unbiased: bool = False,
+        where: Tensor | None = None,
+    ) -> None:
         """Take an estimate into the averages.
 
         The first one is taken as it is, and goes on as if it were an average; if ``unbiased``, estimates
-        weigh 1, decay, decay², … from the newest to the first.
+        weigh 1, decay, decay², … from the newest to the first. Only ``where`` it says so, 0-dim bool, which
+        leaves averages of 0 if there were none.
         """
-        known = self.state.get("refreshed_at", 0) != NEVER and self.estimated
+        known = self.known
         if unbiased:
             before = decay * self.state.get(AVERAGING_WEIGHT, 1.0) if known else 0.0
             weight = self.state[AVERAGING_WEIGHT] = before + 1 - decay
             decay = before / weight
         for name, new in zip(self.averages, estimate, strict=True):
-            self.state[name] = torch.lerp(new, self.state[name], decay) if known else new
+            average = torch.lerp(new, self.state[name], decay) if known else new
+            if where is not None:
+                old = self.state[name] if known else torch.zeros_like(new)
+                average = torch.where(where.to(new.device), average, old)
+            self.state[name] = average
         self.derive()
 
     def damping(self, group: Mapping[str, Any]) -> Damping:

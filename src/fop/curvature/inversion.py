@@ -32,14 +32,14 @@ class Inversion:
     fallback: Fallback
 
 
-def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Inversion]:
-    """Return (M + shift·I)⁻¹ for every factor M by Cholesky, same-shape factors as one batch.
+def inverses_and_flags(
+    factors: Sequence[Tensor], shifts: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (M + shift·I)⁻¹ for every factor M by Cholesky, and whether it can be used, 0-dim bool.
 
     Factors are symmetric positive semi-definite, (groups, d, d), or diagonals, (groups, d), in float32 or
     float64; each has ``shifts`` of (groups,), or of (groups, d) for damping that is relative to the factor: a
-    factor of 0 then has the inverse 0. Fallbacks, for the matrices that fail alone: float32 → float64 → more
-    damping (times 10, at most six times) → no inverse, and the caller keeps the last good one.
-    Transfers one flag per matrix to the host, once, so it belongs in steps with a curvature update only.
+    factor of 0 then has the inverse 0. Same-shape factors are one batch. Nothing is transferred to the host.
     """
     alike: dict[tuple[torch.Size, int, torch.dtype, torch.device], list[int]] = {}
     for index, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
@@ -56,7 +56,18 @@ def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list
             # A view would keep the whole batch alive for as long as any one layer's inverse.
             inverses[i] = part.clone() if len(indices) > 1 else part
             flags[i] = ok.all().to(factors[0].device)
-    succeeded = torch.stack([flags[i] for i in range(len(factors))]).tolist() if factors else []
+    order = range(len(factors))
+    return [inverses[i] for i in order], [flags[i] for i in order]
+
+
+def damped_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Inversion]:
+    """Return what `inverses_and_flags` does, with fallbacks for the matrices that fail alone.
+
+    These are float32 → float64 → more damping (times 10, at most six times) → no inverse, and the caller
+    keeps the last good one. Transfers one flag per matrix to the host, once.
+    """
+    inverses, flags = inverses_and_flags(factors, shifts)
+    succeeded = torch.stack(flags).tolist() if flags else []
     return [
         Inversion(inverses[i], Fallback.NONE) if ok else _fall_back(factors[i], shifts[i])
         for i, ok in enumerate(succeeded)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fop.curvature.base import NEVER, Curvature, Damping
-from fop.curvature.inversion import Fallback, Inversion, damped_inverses
+from fop.curvature.base import AVERAGING_WEIGHT, NEVER, Curvature, Damping
+from fop.curvature.inversion import Fallback, Inversion, damped_inverses, inverses_and_flags
+from fop.transfer import Transfer
 
 # Every how many steps the interval between curvature updates may grow by one; see `next_refresh`.
 GROWTH = 1
@@ -36,6 +37,37 @@ class Estimate(NamedTuple):
     group: Mapping[str, Any]
 
 
+class _Attempt(NamedTuple):
+    """A refresh of one curvature of which the host does not know yet whether it succeeded.
+
+    ``known`` says whether there were averages before, ``averaging_weight`` is what they had, and ``matrices``
+    is how many were inverted.
+    """
+
+    curvature: Curvature
+    state: dict[str, Any]
+    known: bool
+    averaging_weight: float | None
+    damping: Damping
+    step: int
+    matrices: int
+
+
+def may_run_ahead(device: torch.device) -> bool:
+    """Return whether waiting for the device would leave it without work."""
+    return device.type == "cuda"
+
+
+def _finite(estimates: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Return whether all numbers of every estimate are finite, (n,)."""
+    home = estimates[0][0].device
+    largest = [
+        torch.stack([each.to(home) for each in torch._foreach_norm(of_one, torch.inf)])
+        for of_one in estimates
+    ]
+    return torch.stack([each.isfinite().all() for each in largest])
+
+
 def next_refresh(step: int, interval: int) -> int:
     """Return the step of the next curvature update after one in ``step``.
 
@@ -45,30 +77,59 @@ def next_refresh(step: int, interval: int) -> int:
     return step + max(1, min(interval, step // GROWTH))
 
 
+class Refreshed(NamedTuple):
+    """What became of estimates.
+
+    Attributes:
+        refused: curvatures whose estimates were not finite, which stay as they are.
+        earlier: those of the refresh before, if the host did not know then.
+        fallbacks: what inversions needed, of the refresh before, too.
+    """
+
+    refused: list[Curvature]
+    earlier: list[Curvature]
+    fallbacks: Fallbacks
+
+
 class Refresher:
     """Keeps inverses up to date, at once or some steps later from a thread of its own.
 
     A weight whose inverse is pending has the step from which it counts (``inverse_at``), the step of its
     factors and its damping in the state, so that a checkpoint can start the same inversion again.
+
+    On a GPU the host does not wait for what became of a refresh. What failed leaves averages or inverse as
+    they were; the next refresh finds out, and then waits itself, for fallbacks need it.
     """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         # Weak: a weight whose parameter was replaced gets another curvature.
         self._jobs: MutableMapping[Curvature, _Job] = weakref.WeakKeyDictionary()
+        # The last refresh, if nobody has waited for it; and whether anything failed in the last one known.
+        self._unread: tuple[list[_Attempt], Transfer] | None = None
+        self._failed = False
 
-    def refresh(self, estimates: Sequence[Estimate]) -> tuple[list[Curvature], Fallbacks]:
+    def refresh(self, estimates: Sequence[Estimate]) -> Refreshed:
         """Take estimates into the averages and invert these.
 
-        Returns the curvatures whose estimates were not finite, which stay as they are, and the fallbacks.
-        Transfers to the host twice (are the estimates finite, did the inversions succeed), the second time
-        not for inverses that are to come later.
+        Where the host waits, it does so twice (are the estimates finite, did the inversions succeed), the
+        second time not for inverses that are to come later.
         """
         if not estimates:
-            return [], []
-        home = estimates[0].tensors[0].device
-        checks = [[torch.isfinite(tensor).all().to(home) for tensor in each.tensors] for each in estimates]
-        finite = torch.stack([torch.stack(of_one).all() for of_one in checks]).tolist()
+            return Refreshed([], [], [])
+        earlier, fallbacks = self._read()
+        finite = _finite([each.tensors for each in estimates])
+        later = any(each.group["inverse_delay"] for each in estimates)
+        if may_run_ahead(finite.device) and not (later or self._failed):
+            self._run_ahead(estimates, finite)
+            return Refreshed([], earlier, fallbacks)
+        refused, more = self._wait(estimates, finite)
+        self._failed = bool(refused or more)
+        return Refreshed(refused, earlier, fallbacks + more)
+
+    def _wait(self, estimates: Sequence[Estimate], flags: Tensor) -> tuple[list[Curvature], Fallbacks]:
+        """Refresh all whose flag says that the estimate is finite; return the others, and fallbacks."""
+        finite = flags.tolist()
         refused: list[Curvature] = []
         fallbacks: Fallbacks = []
         due: list[tuple[Curvature, Damping, int, int]] = []
@@ -100,6 +161,61 @@ class Refresher:
         for curvature, damping, step, count in due:
             own = list(islice(inversions, count))
             fallbacks += _store(curvature, own, step, damping)
+        return refused, fallbacks
+
+    def _run_ahead(self, estimates: Sequence[Estimate], finite: Tensor) -> None:
+        """Refresh all; where an estimate or an inversion turns out to have failed, keep what was there."""
+        attempts: list[_Attempt] = []
+        matrices: list[Tensor] = []
+        shifts: list[Tensor] = []
+        for (curvature, tensors, group), fine in zip(estimates, finite.unbind(), strict=True):
+            self.finish([(curvature, None)])
+            before = curvature.state.get(AVERAGING_WEIGHT)
+            damping, known = curvature.damping(group), curvature.known
+            unbiased = group["step_length"] == "weight"
+            curvature.update(tensors, group["stat_decay"], unbiased=unbiased, where=fine)
+            of_this, added = curvature.matrices(damping)
+            attempts.append(
+                _Attempt(curvature, curvature.state, known, before, damping, group["step"], len(of_this))
+            )
+            matrices += of_this
+            shifts += added
+        with torch.profiler.record_function("fop::inversion"):
+            found = zip(*inverses_and_flags(matrices, shifts), strict=True)
+        inverted: list[Tensor] = []
+        for one in attempts:
+            own = list(islice(found, one.matrices))
+            fine = torch.stack([flag for _, flag in own]).all() if own else torch.ones_like(finite[0])
+            kept = []
+            for name, (inverse, _) in zip(one.curvature.inverses, own, strict=False):
+                old = one.state[name] if name in one.state else torch.zeros_like(inverse)
+                kept.append(Inversion(torch.where(fine.to(inverse.device), inverse, old), Fallback.NONE))
+            _store(one.curvature, kept, one.step, one.damping)
+            inverted.append(fine)
+        self._unread = attempts, Transfer(torch.stack([finite, torch.stack(inverted)], 1))
+
+    def _read(self) -> tuple[list[Curvature], Fallbacks]:
+        """Find out what failed in the last refresh, if it ran ahead: estimates, and inversions."""
+        refused: list[Curvature] = []
+        fallbacks: Fallbacks = []
+        if self._unread is None:
+            return refused, fallbacks
+        attempts, transfer = self._unread
+        self._unread = None
+        for one, (finite, inverted) in zip(attempts, transfer.read(), strict=True):
+            # Another state may have been loaded since.
+            if (finite and inverted) or one.curvature.state is not one.state:
+                continue
+            if not finite:
+                refused.append(one.curvature)
+                if one.averaging_weight is not None:
+                    one.state[AVERAGING_WEIGHT] = one.averaging_weight
+            if not inverted:
+                one.curvature.fallbacks.update([Fallback.KEPT])
+                fallbacks.append((one.curvature, Fallback.KEPT))
+            if not one.known:
+                one.state["refreshed_at"], one.curvature.ready = NEVER, False
+        self._failed = bool(refused or fallbacks)
         return refused, fallbacks
 
     def finish(self, curvatures: Iterable[tuple[Curvature, int | None]]) -> Fallbacks:
