@@ -24,6 +24,7 @@ from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from fop.report import Refusals
 from fop.step_size import scale_updates
+from fop.transfer import Transfer
 
 
 @contextlib.contextmanager
@@ -149,6 +150,7 @@ __all__ = [
     "PackedLayer",
     "Refusals",
     "RowSampler",
+    "Transfer",
     "conv",
     "damped_diagonal",
     "damped_inverses",
@@ -160,6 +162,7 @@ __all__ = [
     "kfac_direction",
     "kronecker_product",
     "mean_eigenvalue",
+    "refresh",
     "sampling",
     "sub_batch_runs",
 ]

@@ -29,11 +29,12 @@ MAX_LINES = 500
 # somebody must place.
 LOW = {"torch_internals", "correction", "layers"}
 CAPTURE = LOW | {"capture"}
-CURVATURE = {"torch_internals", "layers", "curvature"}
+CURVATURE = {"torch_internals", "transfer", "layers", "curvature"}
 BINDING = CAPTURE | CURVATURE | {"layer_options", "discovery", "recognition", "step_size", "binding"}
 TOP = BINDING | {"options", "report", "distributed"}
 MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
+    "transfer": set(),
     "correction": set(),
     "layers": {"layers"},
     "capture": CAPTURE,

@@ -186,8 +186,8 @@ def test_one_sub_batch_accumulates() -> None:
     assert_equal([*weights(model).values()], [*weights(other).values()])
 
 
-def digit_sum(number: int, base: int) -> int:
-    return 0 if number == 0 else number % base + digit_sum(number // base, base)
+# Which sub-batch the samples of a batch of 12 belong to.
+RUNS = {3: "ABCBCACCAABB", 4: "BCDACDABDABC"}
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -204,7 +204,7 @@ def test_a_batch_is_split_by_sample(count: int) -> None:
         first.step()
         second.zero_grad()
         for k in range(count):
-            part = [sample for sample in range(n) if digit_sum(sample, count) % count == k]
+            part = [sample for sample in range(n) if RUNS[count][sample] == "ABCD"[k]]
             with second.sub_batch(k):
                 (nn.functional.mse_loss(labelled(x[part]), y[part]) / count).backward()
         second.step()

@@ -110,6 +110,11 @@ def inner(Xs: Sequence[Tensor], Ys: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.dot(X.reshape(-1), Y.reshape(-1)) for X, Y in zip(Xs, Ys, strict=True)])
 
 
+def squares(Xs: Sequence[Tensor]) -> Tensor:
+    """Return ⟨X, X⟩ of each, (n,)."""
+    return torch.stack(list(torch._foreach_norm(list(Xs)))).square()
+
+
 def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor:
     """Return the quotient, and ``otherwise`` where the denominator is 0."""
     return torch.where(denominator == 0, torch.full_like(denominator, otherwise), numerator / denominator)
@@ -125,14 +130,14 @@ def orthogonal_component(
     means nothing, and that F̂⁻¹ would amplify.
     """
     s = ratio(inner(difference, fisher_average), inner(average, fisher_average), otherwise=0.0)
-    aa, dd = inner(average, average), inner(difference, difference)
+    aa, dd = squares(average), squares(difference)
     t = ratio(inner(difference, average), aa, otherwise=0.0)
     residual = torch._foreach_addcmul(difference, average, (-t).unbind())
     # A mean is off by ε times the length of its terms (the root of tr F) however much they cancel, and where
     # they do not by 0.2·√N·ε: measured are 0.7 to 14 ε up to 8,192 samples. A wider bound takes for rounding
     # what means something: β* makes up for a short G⊥, so that the step without it is another one.
     rounding = (16 * torch.finfo(s.dtype).eps) ** 2 * (1 + t * t) * (dd + aa + trace)
-    parallel = inner(residual, residual) <= rounding
+    parallel = squares(residual) <= rounding
     # A product, as a NaN must pass through: the optimizer finds a bad gradient by it.
     kept = torch.where(parallel, 0.0, torch.ones_like(s))
     difference = torch._foreach_mul(difference, kept.unbind())
@@ -187,7 +192,7 @@ def combine(
         return Directions(natural, B, B, torch.zeros_like(B), torch.zeros_like(B))
     # ⟨Ga, F·Ga⟩ is of the fourth power of the gradients: in float32 too much from 1e9 on, and too little
     # below 1e-10. With gradients in units of their length it is of the second; a power of two is exact.
-    length = inner(average, average).sqrt()
+    length = torch.stack(list(torch._foreach_norm(average)))
     unit = torch.where(length > 0, length / torch.frexp(length).mantissa, 1.0)
     average = list(torch._foreach_div(average, unit.unbind()))
     natural = [metric.solve(Ga) for metric, Ga in zip(metrics, average, strict=True)]
@@ -209,8 +214,10 @@ def combine(
     D = [inner(average, N) for N in natural_perpendicular]
     E = [[inner(G, N) for N in natural_perpendicular] for G in perpendicular]
     # ⟨Gd, F̂⁻¹·Gd⟩ of Gd = G⊥ + s·Ga.
-    squares = [E[j][j] + 2 * s * D[j] + s * s * B for j, (_, s) in enumerate(split)]
-    noise = torch.stack([torch.stack(squares).mean(0) / (2 * (len(D) + 1)) * unit * unit, B * unit * unit], 1)
+    of_contrasts = [E[j][j] + 2 * s * D[j] + s * s * B for j, (_, s) in enumerate(split)]
+    noise = torch.stack(
+        [torch.stack(of_contrasts).mean(0) / (2 * (len(D) + 1)) * unit * unit, B * unit * unit], 1
+    )
     best = [ratio(D[0], E[0][0], otherwise=0.0)] if len(D) == 1 else mixing_coefficients(D, E)
     mixing = best if beta is None else [torch.full_like(B, beta)]
     updates: Tensors = natural

@@ -1,4 +1,4 @@
-"""A step without a curvature update never waits for the device."""
+"""No step waits for the device: what it must know of the device it reads a curvature update later."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fop import FOP, KFAC
-from internals import Refusals
+from internals import Refusals, Transfer, refresh
 from models import Attentive, late, sentences
 
 
@@ -171,7 +171,7 @@ def test_further_kinds_of_layer_read_nothing(
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU there is nothing to wait for, so refusals are read and reported at once; elsewhere later."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
-    monkeypatch.setattr(Refusals, "report", lambda self: None)
+    monkeypatch.setattr(Refusals, "report", lambda self, wait=True: None)
 
 
 def check_reads_nothing(
@@ -205,7 +205,34 @@ def test_a_refusal_reads_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_a_curvature_step_does_read() -> None:
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_curvature_step_reads_nothing_either(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; what a transfer brings, an update later, is there by then."""
+    torch.manual_seed(0)
+    model, x = mixed_model(), torch.randn(6, 2, 5, 5)
+    optimizer = FOP(model, **{**OPTIONS[options], "curvature_interval": 1})
+    monkeypatch.setattr(refresh, "may_run_ahead", lambda device: True)
+
+    def read(transfer: Transfer) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return transferred(transfer)
+
+    transferred = Transfer.read
+    monkeypatch.setattr(Transfer, "read", read)
+    for _ in range(2):  # where state is made
+        optimizer.zero_grad()
+        backward(model, x)
+        optimizer.step()
+    as_on_a_device(monkeypatch)
+    for _ in range(2):
+        assert optimizer.curvature_due
+        with NoMethodReads(), NoOperatorReads():
+            optimizer.zero_grad()
+            backward(model, x)
+            optimizer.step()
+
+
+def test_a_curvature_step_that_waits_does_read() -> None:
     """The counterpart: the modes see the step of the optimizer, not only calls made in this file."""
     torch.manual_seed(0)
     model, x = mixed_model(), torch.randn(6, 2, 5, 5)
@@ -216,16 +243,57 @@ def test_a_curvature_step_does_read() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_a_step_without_curvature_never_syncs_cuda(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("interval", [1, 100])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_step_syncs_cuda(options: str, interval: int) -> None:
     torch.manual_seed(0)
     model, x = mixed_model().cuda(), torch.randn(6, 2, 5, 5, device="cuda")
-    optimizer = FOP(model, **{"curvature_interval": 100, **options})
-    until_no_curvature_is_due(model, optimizer, x)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.zero_grad()
+    optimizer = FOP(model, **{**OPTIONS[options], "curvature_interval": interval})
+    if interval > 1:
+        until_no_curvature_is_due(model, optimizer, x)
+    for _ in range(2):
         backward(model, x)
         optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model, x)
+            optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_plain_step_in_a_cuda_graph_is_the_same() -> None:
+    """Forward and backward pass and step, recorded once and replayed, against steps as they come."""
+
+    def run(graph: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x = mixed_model().cuda(), torch.randn(6, 2, 5, 5, device="cuda")
+        optimizer = FOP(model, curvature_interval=10**6)
+        until_no_curvature_is_due(model, optimizer, x)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            backward(model, x)
+            optimizer.step()
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if not graph:
+            for _ in range(5):
+                step()
+        else:
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
+                step()
+            for _ in range(5):
+                recorded.replay()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for one, two in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -338,21 +339,16 @@ def _sum_of_parts(
     layer: Layer, x: Tensor, b: Tensor, runs: Sequence[Sequence[slice]], sums: SplitSums
 ) -> Gradients:
     """Return the gradients of weight and bias from those of the sub-batches; ``sums`` keeps all but one."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     # In half precision the sum would round once more.
     dtype = torch.promote_types(b.dtype, torch.float32)
-
-    def of_run(run: slice) -> Gradients:
-        weight, bias = layer.gradients(x[run], b[run], bias=layer.bias)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    parts = [reduce(_added, map(of_run, own)) for own in runs]
-    sums.first += [layer.to_matrix(*part) for part in parts[:-1]]
-    return reduce(_added, parts)
-
-
-def _added(one: Gradients, other: Gradients) -> Gradients:
-    of_bias = one[1] if one[1] is None or other[1] is None else one[1] + other[1]
-    return one[0] + other[0], of_bias
+    for own in runs:
+        parts = [layer.gradients(x[run], b[run], bias=layer.bias) for run in own]
+        weights.append(reduce(torch.add, [weight.to(dtype) for weight, _ in parts]))
+        biases += [reduce(torch.add, [of.to(dtype) for _, of in parts if of is not None])] * layer.bias
+    sums.first += [layer.to_matrix(*both) for both in zip_longest(weights[:-1], biases[:-1])]
+    return reduce(torch.add, weights), reduce(torch.add, biases) if biases else None
 
 
 class _Call(NamedTuple):

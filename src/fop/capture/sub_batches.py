@@ -98,6 +98,7 @@ def sub_batch_runs(samples: int, count: int, rows: int = 1) -> list[list[slice]]
     return runs
 
 
+@lru_cache(maxsize=256)
 def sub_batch_sizes(samples: int, count: int) -> list[int]:
     """Return how many of N samples each of the K sub-batches has."""
     return [samples // count + (k < samples % count) for k in range(count)]

@@ -65,7 +65,7 @@ def _finite(estimates: Sequence[tuple[Tensor, ...]]) -> Tensor:
         torch.stack([each.to(home) for each in torch._foreach_norm(of_one, torch.inf)])
         for of_one in estimates
     ]
-    return torch.stack([each.isfinite().all() for each in largest])
+    return torch.stack([(each < torch.inf).all() for each in largest])
 
 
 def next_refresh(step: int, interval: int) -> int:

@@ -47,7 +47,7 @@ class LayerOptions:
 class Layer(ABC):
     """Geometry of one layer: how its inputs and output gradients become rows and gradient matrices.
 
-    It holds sizes only, never tensors or the module.
+    It holds sizes, never the module or its tensors.
 
     Attributes:
         matrix_shape: shape of the gradient matrix, (groups, out, in), with the bias as one more last column.
@@ -262,7 +262,8 @@ def add_covariance(total: Tensor, rows_RGD: Tensor, groups: int, *, ones: bool, 
 def _gram(X: Tensor) -> Tensor:
     """Return XᵀX for each of a batch of matrices; of two blocks the one below the diagonal is copied."""
     dim = X.shape[-1]
-    if dim < 2 * GRAM_BLOCK:
+    # A GPU has more time for one large product than for several small ones.
+    if dim < 2 * GRAM_BLOCK or X.is_cuda:
         return torch.bmm(X.mT, X)
     half = dim // 2
     left, right = X[..., :half], X[..., half:]

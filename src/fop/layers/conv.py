@@ -28,6 +28,8 @@ class ConvLayer(RowLayer):
         super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
         self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
+        # What `_taps` returned last, and for which input.
+        self._table: tuple[Any, tuple[Tensor, Tensor | None]] | None = None
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         # Whether taps may look where x has no entry.
         self.gaps = self.mode == "constant" and any(map(any, self.pads))
@@ -69,19 +71,22 @@ class ConvLayer(RowLayer):
     def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
         if self.mode != "constant":
             x = self._padded(x)
+        positions = prod(output[2:])
         if entries is None:
-            entries = torch.arange(x.shape[0] * prod(output[2:]), device=x.device)
+            entries = torch.arange(x.shape[0] * positions, device=x.device)
         # What rows and taps see is gathered from x as it lies in memory: (rows, channels, taps), the order of
         # weight.flatten(1). Copies of all of x, padded or with channels last, would cost far more.
         last = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
-        spots, inside = self._spots(x, output[2:], entries)
         # Of so many numbers half of the bytes are half of the time.
         short = torch.int32 if last < 2**31 else torch.int64
-        channels = torch.arange(x.shape[1], device=x.device)[:, None] * x.stride(1)
-        index = spots.to(short)[:, None] + channels.to(short)
+        taps, outside = self._taps(x, output[2:])
+        place = entries % positions
+        spots = taps.index_select(0, place) + (entries // positions * x.stride(0)).to(short)[:, None]
+        channels = torch.arange(x.shape[1], device=x.device, dtype=short)[:, None] * x.stride(1)
+        index = spots[:, None] + channels
         patches = x.as_strided((last + 1,), (1,)).index_select(0, index.flatten()).view(index.shape)
-        if inside is not None:
-            patches.masked_fill_(~inside[:, None], 0)
+        if outside is not None:
+            patches.masked_fill_(outside.index_select(0, place)[:, None], 0)
         return patches.view(len(index), self.groups, self.in_dim)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
@@ -92,27 +97,34 @@ class ConvLayer(RowLayer):
         chosen = b.flatten(2)[entries // positions, :, entries % positions]
         return chosen.reshape(-1, self.groups, self.out_dim)
 
-    def _spots(self, x: Tensor, output: torch.Size, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return where in the memory of x taps of rows look, (rows, taps), and whether there is an entry.
+    def _taps(self, x: Tensor, output: torch.Size) -> tuple[Tensor, Tensor | None]:
+        """Return where in the memory of a sample of x taps look from output positions, (positions, taps).
 
-        None where there always is one. ``output`` is the size of the output.
+        And whether there is no entry; None where there always is one. ``output`` is the size of the output.
         """
+        geometry = x.shape[2:], x.stride(), output, x.device
+        if self._table is None or self._table[0] != geometry:
+            self._table = geometry, self._make_taps(x, output)
+        return self._table[1]
+
+    def _make_taps(self, x: Tensor, output: torch.Size) -> tuple[Tensor, Tensor | None]:
+        rows = torch.arange(prod(output), device=x.device)
         places = []
         for length in reversed(output):
             places.append(rows % length)
             rows = rows // length
-        spots = (rows * x.stride(0))[:, None]
-        inside = torch.ones_like(spots, dtype=torch.bool) if self.gaps else None
+        spots = torch.zeros_like(rows)[:, None]
+        outside = torch.zeros_like(spots, dtype=torch.bool) if self.gaps else None
         for dim, place in enumerate(reversed(places)):
             length = x.shape[2 + dim]
             # One more dimension of taps, and all of them in one.
             source = self._source(dim, place[:, None])
-            if inside is not None:
-                seen = (source >= 0) & (source < length)
-                inside = (inside[..., None] & seen[:, None]).flatten(1)
+            if outside is not None:
+                unseen = (source < 0) | (source >= length)
+                outside = (outside[..., None] | unseen[:, None]).flatten(1)
                 source = source.clamp(0, length - 1)
             spots = (spots[..., None] + source[:, None] * x.stride(2 + dim)).flatten(1)
-        return spots, inside
+        return spots.to(torch.int32 if x[:1].numel() < 2**31 else torch.int64), outside
 
     def _source(self, dim: int, place: Tensor) -> Tensor:
         """Return where in x taps look from places in the output, in one dimension; outside for nowhere."""

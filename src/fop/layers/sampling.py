@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,5 +36,10 @@ class RowSampler:
         home = self._generator.device
         # One row from each of so many stretches of equal length, whole or not: every row is equally likely.
         place = torch.rand(wanted, dtype=torch.float64, device=home, generator=self._generator)
-        place += torch.arange(wanted, dtype=torch.float64, device=home)
+        place += _numbers(wanted, home)
         return place.mul_(rows / wanted).long().clamp_(max=rows - 1).to(self._device)
+
+
+@lru_cache(maxsize=64)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device)
