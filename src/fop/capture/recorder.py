@@ -346,7 +346,8 @@ def _sum_of_parts(
     for own in runs:
         parts = [layer.gradients(x[run], b[run], bias=layer.bias) for run in own]
         weights.append(reduce(torch.add, [weight.to(dtype) for weight, _ in parts]))
-        biases += [reduce(torch.add, [of.to(dtype) for _, of in parts if of is not None])] * layer.bias
+        if layer.bias:
+            biases.append(reduce(torch.add, [bias.to(dtype) for _, bias in parts if bias is not None]))
     sums.first += [layer.to_matrix(*both) for both in zip_longest(weights[:-1], biases[:-1])]
     return reduce(torch.add, weights), reduce(torch.add, biases) if biases else None
 
