@@ -19,6 +19,7 @@ MARKS = re.compile(r"(<!-- table: (\w+), made by tools/race_results.py -->\n).*?
 TITLES = {
     "gpt-128": "GPT, 128 × 100 steps, nats a byte ↓",
     "gpt-1024": "GPT, 1,024 × 60 steps, nats a byte ↓",
+    "gpt-tied-128": "GPT with a tied head, 128 × 100 steps, nats a byte ↓",
     "gpt-2m-128": "GPT of 1.9 M, 128 × 100 steps, nats a byte ↓",
     "gpt-2m-1024": "GPT of 1.9 M, 1,024 × 60 steps, nats a byte ↓",
     "gpt-2m-4096": "GPT of 1.9 M, 4,096 × 60 steps, nats a byte ↓",

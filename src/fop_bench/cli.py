@@ -26,6 +26,7 @@ from fop_bench import records
 from fop_bench import scale as scaling
 from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
+from fop_bench.race_tasks import GROUPS
 from fop_bench.race_tasks import TASKS as RACES
 from fop_bench.recipes import RECIPES
 from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
@@ -130,10 +131,11 @@ def overhead(asked: argparse.Namespace) -> None:
 def race(asked: argparse.Namespace) -> None:
     """Search every optimizer's rate on small tasks and repeat the best by seeds, or go on with it."""
     options = races.parsed_options(asked.set)
-    how = {name: vars(asked)[name] for name in ("keep_norm", "bf16", "steps", "device")}
+    how = {name: vars(asked)[name] for name in ("keep_norm", "bf16", "held_out", "steps", "device")}
+    tasks = [task for given in asked.task or RACES for task in GROUPS.get(given, [given])]
     sides = [
-        races.side_of(name, task, options.get(name, {}), held_out=asked.held_out and "cifar" in task, **how)
-        for task in asked.task or RACES
+        races.side_of(name, task, options.get(name, {}), **how)
+        for task in tasks
         for name in asked.optimizer or races.STARTS
     ]
     _race(asked, sides, asked.rate, races.race_table)
@@ -345,7 +347,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
     ],
     race: [
-        _list("--task", "only this one", choices=RACES),
+        _list("--task", f"only this one, or these: {', '.join(GROUPS)}", choices=[*RACES, *GROUPS]),
         _list("--optimizer", "only this one", choices=races.STARTS),
         _list("--set", "an option of an optimizer, as fop.damping=0.1; a variant with a row of its own"),
         _option("--rate", "only this learning rate, without a search", kind=ABOVE_0),
@@ -355,7 +357,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         ),
         _option(
             "--held-out",
-            "search by training images that are held out, else by the test images",
+            "search by training images that are held out, and not by test images",
             True,
             action=argparse.BooleanOptionalAction,
         ),

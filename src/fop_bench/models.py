@@ -168,11 +168,16 @@ class Apart(nn.Module):
         return torch.cat([part(x_NTD) for part in self.parts], dim=-1)
 
 
-def small_gpt(dim: int = 128, depth: int = 2, tokens: int = 64) -> GPT:
-    """Build a GPT with GPT-2's initial weights (0.5 million parameters by default)."""
+def small_gpt(dim: int = 128, depth: int = 2, tokens: int = 64, tied: bool = False) -> GPT:
+    """Build a GPT with GPT-2's initial weights (0.5 million parameters by default).
+
+    The head of a ``tied`` one has the weight of the embedding.
+    """
     model = GPT(dim, depth, heads=dim // 64, tokens=tokens)
     for block in model.blocks:
         block.qkv = Apart(dim)
+    if tied:
+        model.head.weight = model.embed.weight
     for name, p in model.named_parameters():
         if name.endswith("weight") and p.ndim == 2:
             last = name.endswith(("proj.weight", "mlp.2.weight"))  # of a residual branch

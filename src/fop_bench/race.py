@@ -117,14 +117,17 @@ def side_of(
     steps: int | None = None,
     device: torch.device = CPU,
 ) -> Record:
-    """Return what the runs of an optimizer on a task have in common; ``steps`` if not the task's."""
+    """Return what the runs of an optimizer on a task have in common; ``steps`` if not the task's.
+
+    Training samples are ``held_out`` where the task can do it.
+    """
     todo = TASKS[task]
     given = {**OPTIONS.get(name, {}), **todo.options.get(name, {}), **options}
     variant = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
     return {
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
         **{"batch_size": todo.batch_size, "steps": steps or todo.steps, "rest": todo.rest},
-        **{"keep_norm": keep_norm, "bf16": bf16, "held_out": held_out},
+        **{"keep_norm": keep_norm, "bf16": bf16, "held_out": held_out and todo.held_out},
         **{"source": source_tree(), "machine": _machine(device)},
     }
 

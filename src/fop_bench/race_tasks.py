@@ -39,7 +39,7 @@ class Problem:
     def value(self, model: nn.Module, most: int | None = None) -> float:
         """Return the percentage of right answers, or the loss, on all samples or about ``most``."""
         # Evenly spread: images may lie in the order of their classes.
-        device = next(model.parameters()).device
+        device = next(model.parameters(), torch.empty(0)).device
         chosen = torch.arange(0, self.judged, max(1, self.judged // (most or self.judged)), device=device)
         if not self.by_loss:
             right = count_right(model, len(chosen), lambda numbers: self.judged_batch(chosen[numbers]))
@@ -62,6 +62,7 @@ class Task:
     highest: bool = True  # whether the highest value is the best
     rest: float = 0.01  # AdamW's rate for biases, norms, positions and embeddings
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by optimizer
+    held_out: bool = False  # whether training samples can be held out
 
 
 @cache
@@ -71,6 +72,7 @@ def cifar10(data: str | None, device: torch.device) -> tuple[Images, Images]:
     return train, test
 
 
+@cache
 def cifar(data: str | None, device: torch.device, widths: Sequence[int] = (16, 64, 64)) -> Problem:
     """Load CIFAR-10 for the network of airbench; to search by, every tenth training image is held out."""
     train, test = cifar10(data, device)
@@ -96,7 +98,7 @@ def of_images(train: Images, test: Images, widths: Sequence[int] = (16, 64, 64))
 
 
 @cache
-def gpt(data: str | None, device: torch.device, length: int = 64, **sizes: int) -> Problem:
+def gpt(data: str | None, device: torch.device, length: int = 64, **how: Any) -> Problem:
     """Load the sources of Python's standard library, of which every tenth file is held out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.rglob("*.py") if "site-packages" not in path.parts)
@@ -113,7 +115,7 @@ def gpt(data: str | None, device: torch.device, length: int = 64, **sizes: int) 
 
     judged = torch.arange(0, len(held_out) - length, length, device=device)[:1024]
     return Problem(
-        lambda: small_gpt(tokens=length, **sizes),
+        lambda: small_gpt(tokens=length, **how),
         len(train) - length,
         lambda starts, draw: windows(train, starts),
         class_loss,
@@ -151,6 +153,7 @@ def digits(
 
 FULL = 1024  # all training digits
 _IMAGES: dict[str, Any] = {"target": 60.0, "rest": 0.03, "options": {"muon": {"momentum": 0.6}}}
+_IMAGES["held_out"] = True
 _TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "target": 2.2, "rest": 0.005}
 _TEXT["options"] = {"muon": {"momentum": 0.8}}
 _AIRBENCH = partial(cifar, widths=(64, 256, 256))
@@ -169,6 +172,7 @@ TASKS = {
     "cifar-full-50000": Task(_AIRBENCH, 50000, 30, **_IMAGES | {"target": 80.0}),
     "gpt-128": Task(gpt, 128, 100, **_TEXT),
     "gpt-1024": Task(gpt, 1024, 60, **_TEXT),
+    "gpt-tied-128": Task(partial(gpt, tied=True), 128, 100, **_TEXT),
     "gpt-2m-128": Task(_GPT_2M, 128, 100, **_TEXT),
     "gpt-2m-1024": Task(_GPT_2M, 1024, 60, **_TEXT),
     "gpt-2m-4096": Task(_GPT_2M, 4096, 60, **_TEXT),
@@ -182,4 +186,11 @@ TASKS = {
     # Long, with little but noise in a step.
     "digits-cnn-long": Task(digits(digits_cnn), 32, 2000, target=98.0),
     "digits-mlp-long": Task(digits(partial(mlp, (64, 64, 64, 10))), 32, 2000, target=96.0),
+}
+# Names for several tasks together.
+GROUPS = {
+    "cifar10-fast": [name for name in TASKS if name.startswith("cifar-") and "full" not in name],
+    "cifar10-full": [name for name in TASKS if name.startswith("cifar-full")],
+    "language-model": [name for name in TASKS if name.startswith("gpt")],
+    "autoencoder": [name for name in TASKS if name.endswith("autoencoder")],
 }

@@ -36,7 +36,7 @@ from fop_bench.race import (
     schedule,
     side_of,
 )
-from fop_bench.race_tasks import TASKS, Problem, Task, gpt, of_images
+from fop_bench.race_tasks import GROUPS, TASKS, Problem, Task, gpt, of_images
 from fop_bench.records import locked
 from fop_bench.training import with_replacement, without_replacement
 
@@ -149,6 +149,58 @@ def test_a_race_is_recorded_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| sgd |" in table and "| sgd, momentum=0.5 |" in table
 
 
+def test_held_out_samples_choose_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 samples ten are held out; the rates are found by those, and the test samples judge the best."""
+    x, y = torch.randn(40, 4), torch.arange(40) % 2
+    asked: list[tuple[str, int]] = []
+
+    def problem(samples: Tensor, judged: Tensor, name: str) -> Problem:
+        def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+            asked.append((name, len(numbers)))
+            return x[judged[numbers]], y[judged[numbers]]
+
+        def train(numbers: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
+            return x[samples[numbers]], y[samples[numbers]]
+
+        made = lambda: nn.Linear(4, 2)  # noqa: E731
+        return Problem(made, len(samples), train, cross_entropy, len(judged), judged_batch)
+
+    every = torch.arange(40)
+    searched = problem(every[every % 4 != 0], every[every % 4 == 0], "held-out")
+    whole = replace(problem(every, every[:20], "test"), held_out=searched)
+    task = Task(lambda data, device: whole, 40, 2, 90.0, held_out=True)
+    monkeypatch.setitem(TASKS, TASK, task)
+    out = tmp_path / "race.jsonl"
+    assert raced(out, "--optimizer", "sgd", "--seeds", "2", "--steps", "3").exit_code == 0
+    rows = lines(out)
+    assert all(row["held_out"] and row["steps"] == 3 and row["batch_size"] == 40 for row in rows)
+    *search, first, second = rows
+    assert {row["split"] for row in search} == {"held-out"} and {row["seed"] for row in search} == {0}
+    best = best_rate({row["rate"]: row["value"] for row in search}, STARTS["sgd"] or 0, True)
+    assert [(row["split"], row["rate"], row["seed"]) for row in (first, second)] == [
+        ("test", best, 0),
+        ("test", best, 1),
+    ]
+    assert {name for name, _ in asked} == {"held-out", "test"}
+    table = out.with_suffix(".md").read_text()
+    mean = statistics.fmean([first["value"], second["value"]])
+    assert f"{len(search)}, inside, held out | 2 | 0 | {mean:.2f} ±" in table and ", 3 steps" in table
+    # Else the test samples do.
+    assert raced(out, "--optimizer", "sgd", "--seeds", "1", "--no-held-out").exit_code == 0
+    assert {row["split"] for row in lines(out)[len(rows) :]} == {"test"}
+
+
+def test_groups_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GROUPS, "autoencoder", [TASK])
+    monkeypatch.setitem(TASKS, TASK, replace(TASKS[TASK], batch_size=8, steps=2))
+    out = tmp_path / "race.jsonl"
+    told = invoke(
+        "race", "--task", "autoencoder", "--optimizer", "fop-default", "--seeds", "1", "--out", str(out)
+    )
+    assert told.exit_code == 0 and [row["task"] for row in lines(out)] == [TASK]
+    assert all(name in TASKS for group in GROUPS.values() for name in group)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the libraries
 @pytest.mark.parametrize("name", STARTS)
 def test_a_run_with_a_stop_after_every_step_is_the_same(
@@ -198,7 +250,7 @@ def test_a_diverged_run_is_recorded(steps: int, tmp_path: Path, monkeypatch: pyt
     problem = Problem(
         lambda: nn.Linear(4, 8), 8, lambda *which: (x, y), cross_entropy, 8, lambda which: (x, y)
     )
-    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 8, steps, 90.0))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data, device: problem, 8, steps, 90.0))
     assert raced(out, "--optimizer", "sgd", "--rate", "1e38", "--seeds", "2").exit_code == 0
     rows = lines(out)
     assert [(row["value"], row["diverged"], row["processor_seconds"]) for row in rows] == [
@@ -209,7 +261,7 @@ def test_a_diverged_run_is_recorded(steps: int, tmp_path: Path, monkeypatch: pyt
 
 def test_a_huge_value_is_short_in_the_table() -> None:
     side = side_of("fop-default", "digits-autoencoder", {}, keep_norm=True, bf16=False)
-    run = {"rate": None, "diverged": False, "processor_seconds": 1.0}
+    run = {"rate": None, "diverged": False, "processor_seconds": 1.0, "environment": {"processor": "cpu"}}
     rows = [{**side, **run, "seed": seed, "value": value} for seed, value in enumerate((1e20, 3e20))]
     assert "| 2 | 0 | 2e+20 ± 1.41e+20 |" in race.race_table(rows)
 
@@ -345,7 +397,7 @@ def test_convolutions_keep_their_norms(name: str, keep: bool, monkeypatch: pytes
             return 1.0
 
     problem = Watched(build, 16, lambda *which: (x, y), cross_entropy, 16, lambda which: (x, y))
-    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 16, 3, 90.0))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data, device: problem, 16, 3, 90.0))
     side = side_of(name, TASK, {}, keep_norm=keep, bf16=False)
     assert train(side, STARTS[name], 0) is not None
     assert len(last) == 3
@@ -423,7 +475,7 @@ def test_every_tenth_file_is_held_out(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "other.py").write_bytes(b"\0" * 500)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    problem = gpt.__wrapped__(None, 8)
+    problem = gpt.__wrapped__(None, CPU, 8)
     draw = torch.Generator().manual_seed(0)
     x, y = problem.batch(problem.order(problem.samples, 4000, draw), draw)
     assert torch.equal(x[:, 1:], y[:, :-1])
@@ -442,7 +494,7 @@ def test_every_tenth_file_is_held_out(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("task", ["digits-autoencoder", "digits-cnn", "digits-lstm"])
 def test_digits_tasks_learn(task: str) -> None:
     side = side_of("adamw", task, {}, keep_norm=True, bf16=False)
-    before = TASKS[task].load(None)
+    before = TASKS[task].load(None, CPU)
     torch.manual_seed(0)
     untrained = before.value(before.build())
     row = train(side, 0.004, 0)
@@ -465,14 +517,14 @@ def test_a_race_takes_whole_batches_and_stops_inside_an_epoch(monkeypatch: pytes
         return x[numbers], y[numbers]
 
     problem = Problem(lambda: nn.Linear(4, 2), 10, batch, cross_entropy, 10, lambda numbers: (x, y))
-    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 4, 5, 90.0))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data, device: problem, 4, 5, 90.0))
     row = train(side_of("sgd", TASK, {}, keep_norm=True, bf16=False), 0.1, 0)
     assert row is not None and not row["diverged"]
     # The batches of three epochs, by one generator, as an endless stream of them would be.
     draw = Generator().manual_seed(0)
     expected = [part for _ in range(3) for part in torch.randperm(10, generator=draw).split(4)[:2]]
     assert len(seen) == 5 and all(map(torch.equal, seen, expected))
-    monkeypatch.setitem(TASKS, TASK, Task(lambda data: problem, 40, 1, 90.0))
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data, device: problem, 40, 1, 90.0))
     seen.clear()
     train(side_of("sgd", TASK, {}, keep_norm=True, bf16=False), 0.1, 0)
     assert [len(numbers) for numbers in seen] == [10], "a batch is at most all samples"
