@@ -7,8 +7,7 @@ import json
 import re
 import runpy
 from collections.abc import Iterator, Sequence
-from difflib import SequenceMatcher
-from itertools import zip_longest
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +103,13 @@ def _differences(page: Path, text: str, tables_only: bool) -> Iterator[str]:
         yield f"{page} is missing"
         return
     there, made = (_lines(each, tables_only) for each in (page.read_text(encoding="utf-8"), text))
-    matcher = SequenceMatcher(None, [line for _, line in there], [line for _, line in made], autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        for old, new in zip_longest(there[a:b], made[c:d]) if kind != "equal" else ():
-            number = old[0] if old else there[b - 1][0] if b else 0
-            has = f"has {old[1]!r}" if old else "lacks a line after it"
-            yield f"{page}, line {number} {has}; the record gives {new[1] if new else 'no such line'!r}"
+    what = f"rows of {page}" if tables_only else str(page)
+    if diff := [*unified_diff(there, made, what, "what its records give", n=0, lineterm="")]:
+        yield "\n  ".join(diff)
 
 
-def _lines(text: str, tables_only: bool) -> list[tuple[int, str]]:
-    """Return numbered lines; of tables, in Markdown or drawn, the rows that have a digit, spaces aside."""
-    lines = [*enumerate(text.splitlines(), start=1)]
-    rows = [(n, CELLS.sub(" | ", line).strip()) for n, line in lines if re.match(r"[|│].*\d", line)]
-    return rows if tables_only else lines
+def _lines(text: str, tables_only: bool) -> list[str]:
+    """Return lines; of tables, in Markdown or drawn, the rows that have a digit, spaces aside."""
+    if not tables_only:
+        return text.splitlines()
+    return [CELLS.sub(" | ", line).strip() for line in text.splitlines() if re.match(r"[|│].*\d", line)]

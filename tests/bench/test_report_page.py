@@ -138,4 +138,5 @@ def test_a_page_that_the_records_do_not_give_is_found(tmp_path: Path) -> None:
     page = tmp_path / "docs/report.md"
     page.write_text(page.read_text().replace("do not edit", "edit"))
     told = invoke("verify-records", str(tmp_path / "records/overhead-peers"))
-    assert "  docs/report.md, line 4 has '`records/overhead-*` alone; edit.'" in told.output
+    assert "  --- docs/report.md\n" in told.output
+    assert "  @@ -4 +4 @@\n  -`records/overhead-*` alone; edit.\n" in told.output

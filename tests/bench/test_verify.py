@@ -75,8 +75,11 @@ def test_the_committed_records_give_the_committed_pages() -> None:
 def test_a_page_that_its_record_does_not_give(
     change: Callable[..., str], original: Path, folder: str, file: str, old: str, new: str
 ) -> None:
-    number = (original / file).read_text().partition(old)[0].count("\n") + 1
-    assert f"  {file}, line {number} has " in change(folder, file, old, new)
+    before, _, after = (original / file).read_text().partition(old)
+    row = before.rpartition("\n")[2].lstrip("| ") + new + after.partition("\n")[0].rstrip("| ")
+    said = change(folder, file, old, new)
+    assert f"{file}\n  +++ what its records give\n  @@ " in said
+    assert row in said and row.replace(new, old, 1) in said
 
 
 @pytest.mark.parametrize(
@@ -112,11 +115,10 @@ def test_a_tree_of_the_library_stands_for_a_commit(change: Callable[..., str]) -
 
 def test_a_table_has_no_row_more_and_none_less(change: Callable[..., str]) -> None:
     file, row = "records/overhead-peers/before.md", "| 1.00 (1.00–1.00) | – | 1.00 | 1.00 | 0.93 | 7.02 |\n"
-    assert f"{file}, line 8 has '| SGD | 9 |'; the record gives 'no such line'" in change(
-        "overhead-peers", file, row, f"{row}| SGD | 9 |\n"
-    )
+    said = change("overhead-peers", file, row, f"{row}| SGD | 9 |\n")
+    assert "  @@ -8 +7,0 @@\n  -| SGD | 9 |\n" in said
     said = change("demo", "records/demo/README.md", "| 64 | AdamW |", "64 AdamW")
-    assert "README.md, line 7 lacks a line after it; the record gives '| 64 | AdamW |" in said
+    assert "--- rows of records/demo/README.md\n" in said and "  +| 64 | AdamW |" in said
 
 
 def test_known_differences_are_counted_and_not_named(change: Callable[..., str]) -> None:
@@ -155,7 +157,8 @@ def test_a_new_record_needs_its_table_beside_it(original: Path, tmp_path: Path) 
     (folder / "overhead.md").write_text(f"## mlp{table}")
     assert invoke("verify-records", str(folder)).exit_code == 0
     (folder / "overhead.md").write_text(f"# Mine\n\n## mlp{table}")
-    assert "overhead-new/overhead.md, line 1 has '# Mine'" in invoke("verify-records", str(folder)).output
+    assert "/overhead-new/overhead.md\n" in (said := invoke("verify-records", str(folder)).output)
+    assert "\n  -# Mine\n" in said
     (folder / "overhead.jsonl").rename(folder / "other.json")
     assert invoke("verify-records", str(folder)).exit_code == 1  # several lines are no JSON
     (folder / "other.json").write_text('{"torch": "2", "python": "3", "command": "x", "commit": "1"}')
