@@ -223,9 +223,8 @@ def test_bench_uses_the_public_library(path: Path) -> None:
     public = {f"fop.{name}" for name in fop.__all__}
     # Counts the bytes of what curvatures keep, and predicts them and what is sent.
     if path.name == "scale.py":
-        public |= {"fop.curvature", "fop.curvature.entry_names"}
-    if path.name == "prediction.py":
-        public |= {"fop.curvature", "fop.curvature.LayerSize", "fop.curvature.packed_shape"}
+        names = ("LayerSize", "entry_names", "packed_shape")
+        public |= {"fop.curvature", *(f"fop.curvature.{name}" for name in names)}
         public |= {"fop.distributed", "fop.distributed.SKETCH", "fop.distributed.make_plan"}
     assert others <= {"fop"} | public
 

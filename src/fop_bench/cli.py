@@ -177,13 +177,11 @@ def scale(asked: argparse.Namespace) -> None:
     protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
     record: records.Record = {"environment": where | {"threads": 1}, "protocol": protocol}
     if asked.predict:
-        from fop_bench.prediction import PREDICTED, predict, predicted_table
-
         one = scaling.measure_scale(workload, 1, asked.rounds)
-        predicted = predict(one, asked.ranks or PREDICTED, bandwidth := 1e9 * asked.bandwidth)
+        predicted = scaling.predict(one, asked.ranks or scaling.PREDICTED, bandwidth := 1e9 * asked.bandwidth)
         record |= {"bandwidth": bandwidth, "measured": one, "results": predicted}
         path = records.write_json(asked.out / "prediction.json", record)
-        _show_and_write(predicted_table(predicted, bandwidth), path)
+        _show_and_write(scaling.predicted_table(predicted, bandwidth), path)
         return
     results: list[records.Record] = []
     todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once

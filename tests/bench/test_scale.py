@@ -14,7 +14,7 @@ from command import Told
 from failing_rank import fail_on_rank_1
 from fop_bench import scale
 from fop_bench.overhead import PLAIN_STEPS
-from fop_bench.prediction import PREDICTED, predict, predicted_table
+from fop_bench.scale import PREDICTED, predict, predicted_table
 
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
 SIDES = [393, 393, 512, 513, 512, 513, 10]  # the first factor of side 785 is two blocks
