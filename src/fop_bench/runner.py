@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -133,9 +134,12 @@ def _end_with_parent() -> None:
 # --- The runs of a study
 
 
-@dataclass(frozen=True)
+@dataclass
 class Selection:
-    """Which runs of a recipe's study to make; an empty choice means all."""
+    """Which runs of a recipe's study to make; an empty choice becomes all.
+
+    Raises ValueError for what the recipe does not have.
+    """
 
     recipe: str
     study: str = "comparison"
@@ -143,32 +147,27 @@ class Selection:
     contenders: Sequence[str] = ()
     batch_sizes: Sequence[int] = ()
 
-    def checked(self) -> Selection:
-        """Return it with names in full; raises ValueError for what the recipe does not have."""
+    def __post_init__(self) -> None:
         plan = recipe(self.recipe)
-        study = plan.studies[_known("study", [self.study], plan.studies)[0]]
-        return Selection(
-            self.recipe,
-            self.study,
-            _known("task", self.tasks, plan.tasks),
-            _known("optimizer", self.contenders, study.contenders),
-            _known("batch size", self.batch_sizes, study.epochs),
-        )
+        _known("study", [self.study], plan.studies)
+        study = plan.studies[self.study]
+        self.tasks = _known("task", self.tasks, plan.tasks)
+        self.contenders = _known("optimizer", self.contenders, study.contenders)
+        self.batch_sizes = _known("batch size", self.batch_sizes, study.epochs)
 
 
-def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> tuple[Any, ...]:
+def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> Sequence[Any]:
     for each in chosen:
         if each not in there:
             raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
-    return tuple(each for each in there if not chosen or each in chosen)
+    return [each for each in there if not chosen or each in chosen]
 
 
 def make(chosen: Selection, *, data: str | None, out: Path, **how: Any) -> int:
     """Make the runs of a study that ``out``/STUDY.jsonl does not hold yet, as `make_runs` does.
 
-    Raises ValueError for unknown names or runs that must not be mixed.
+    Raises ValueError for runs that must not be mixed.
     """
-    chosen = chosen.checked()
     if data is not None and Path(data).is_dir():
         data = str(Path(data).resolve())  # one folder has one name
     path = out / f"{chosen.study}.jsonl"
@@ -191,43 +190,33 @@ def _records_of(chosen: Selection, path: Path, data: str | None, git: Git) -> li
 
 def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
     """Return the runs that can be made now, and the number of all that are not done, later ones included."""
-    by_key = {_key(record): record for record in done}
-    runs: list[Description | None] = []
-    for batch_size in chosen.batch_sizes:
-        for task in chosen.tasks:
-            each = [_runs(chosen, task, batch_size, name, by_key) for name in chosen.contenders]
-            # Contenders take turns, so that a slow hour slows all of them.
-            runs += [run for turn in zip(*each, strict=True) for run in turn]
-    ready = [run for run in runs if run is not None and run.key not in by_key]
-    return ready, len(ready) + runs.count(None)
-
-
-def _key(record: Record) -> str:
-    return Description(**{field.name: record[field.name] for field in fields(Description)}).key
-
-
-def _runs(
-    chosen: Selection, task: str, batch_size: int, name: str, done: Mapping[str, Record]
-) -> list[Description | None]:
-    """List all runs of a contender at one batch size; None for one whose options are not known yet."""
-    study = recipe(chosen.recipe).studies[chosen.study]
-    combinations = list(study.contenders[name].combinations())
-
-    def describe(phase: str, options: Mapping[str, Any], seed: int) -> Description:
-        place = chosen.recipe, task, chosen.study, phase, name
-        return Description(*place, options, batch_size, study.epochs[batch_size], seed)
-
-    tuning = [describe("tuning", options, TUNING_SEED) for options in combinations]
-    records = [done[run.key] for run in tuning if run.key in done]
-    if len(records) < len(tuning):
-        return [*tuning, *(None for _ in study.seeds)]
-    return [*tuning, *(describe("final", best_options(records), seed) for seed in study.seeds)]
+    study, names = recipe(chosen.recipe).studies[chosen.study], [each.name for each in fields(Description)]
+    made = {Description(**{name: record[name] for name in names}).key: record for record in done}
+    ready: list[Description] = []
+    later = 0  # final runs whose options are not known yet
+    for size, task in itertools.product(chosen.batch_sizes, chosen.tasks):
+        by_contender = []
+        for name in chosen.contenders:
+            place = chosen.recipe, task, chosen.study, "tuning", name
+            grid = study.contenders[name].combinations()
+            runs = [Description(*place, each, size, study.epochs[size], TUNING_SEED) for each in grid]
+            tuned = [made[run.key] for run in runs if run.key in made]
+            if len(tuned) < len(runs):
+                later += len(study.seeds)
+            else:
+                best = replace(runs[0], phase="final", options=best_options(tuned))
+                runs += [replace(best, seed=seed) for seed in study.seeds]
+            by_contender.append(runs)
+        # Contenders take turns, so that a slow hour slows all of them.
+        turns = itertools.chain(*itertools.zip_longest(*by_contender))
+        ready += [run for run in turns if run is not None and run.key not in made]
+    return ready, len(ready) + later
 
 
 def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
     """Choose by the mean accuracy over the epochs; if all runs diverged, the first options are taken."""
 
     def score(run: Record) -> float:
-        return -1.0 if run["diverged"] else statistics.fmean(epoch["accuracy"] for epoch in run["curve"])
+        return -1.0 if run["diverged"] else fmean(epoch["accuracy"] for epoch in run["curve"])
 
     return dict(max(tuning, key=score)["options"])

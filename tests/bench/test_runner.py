@@ -47,7 +47,7 @@ from tiny_study import (
     [(name, study) for name, plan in [*RECIPES.items(), ("tiny", TINY)] for study in plan.studies],
 )
 def test_every_contender_is_given_the_same_number_of_runs(recipe: str, study: str) -> None:
-    chosen = Selection(recipe, study).checked()
+    chosen = Selection(recipe, study)
     ready, left = planned(chosen, [])
     plan = RECIPES[recipe].studies[study]
     counts = Counter((run.phase, run.task, run.batch_size, run.contender) for run in ready)
@@ -91,7 +91,7 @@ def test_no_final_is_ready_while_a_tuning_run_is_missing(
     assert go(tmp_path) == 0
     tuning = [record for record in lines(tmp_path / "comparison.jsonl") if record["phase"] == "tuning"]
     absent = [record for record in tuning if record["contender"] == "sgd"][missing]
-    chosen = replace(Selection("tiny", "comparison", ("random",)).checked(), batch_sizes=(8,))
+    chosen = replace(Selection("tiny", "comparison", ("random",)), batch_sizes=(8,))
     ready, left = planned(chosen, [record for record in tuning if record is not absent])
     assert Counter((run.contender, run.phase) for run in ready) == {("sgd", "tuning"): 1, ("fop", "final"): 2}
     assert left == 1 + 2 + 2
