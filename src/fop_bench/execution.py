@@ -20,13 +20,13 @@ from fop import FOP
 from fop_bench.environment import Git, commit_title, machine
 from fop_bench.images import Normaliser, augment
 from fop_bench.optimizers import make_peer
-from fop_bench.recipes import Contender, Parts, recipe
+from fop_bench.recipes import Parts, recipe
 from fop_bench.records import Record, replacing
 from fop_bench.training import Training, count_right, messages
 
 # A killed run loses no more than this.
 SECONDS_BETWEEN_SAVES = 30.0
-SCALARS = ("beta", "eta", "rho", "noise")
+SCALARS = {"beta": "β", "eta": "η", "rho": "ρ", "noise": "ν"}  # what is noted of FOP's layers
 # A training, and what makes a record of it at its end, given the warnings.
 Begun = tuple[Training, Callable[[list[str]], Record]]
 
@@ -143,12 +143,9 @@ class Description(Run):
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
         return f"{self.study} · {self.task} · {self.batch_size} · {self.contender} · {options} · {self.phase}"
 
-    @property
-    def _contender(self) -> Contender:
-        return recipe(self.recipe).studies[self.study].contenders[self.contender]
-
     def begin(self, data: str | None, device: torch.device) -> Begun:
-        plan, contender, final = recipe(self.recipe), self._contender, self.phase == "final"
+        plan, final = recipe(self.recipe), self.phase == "final"
+        contender = plan.studies[self.study].contenders[self.contender]
         parts = parts_of(self.recipe, self.task, data)
         train, judged = (images.to(device) for images in parts[self.phase])
         everything = len(parts["final"][0])
@@ -210,14 +207,12 @@ class Description(Run):
 
 
 def _note_layers(training: Training, optimizer: FOP) -> None:
-    """Note β, η, ρ and ν of every layer after an epoch."""
+    """Note `SCALARS` of every layer after an epoch; None for what is not there or not finite."""
     layers, now = optimizer.diagnostics().layers, training.progress
     if now.layers is None:
         now.layers = {"names": list(layers), "epochs": [], **{scalar: [] for scalar in SCALARS}}
     now.layers["epochs"].append(len(now.curve) + 1)
     for scalar in SCALARS:
-        now.layers[scalar].append([_rounded(getattr(each, scalar)) for each in layers.values()])
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+        values = (getattr(layer, scalar) for layer in layers.values())
+        rounded = [None if v is None or not math.isfinite(v) else float(f"{v:.4g}") for v in values]
+        now.layers[scalar].append(rounded)

@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
+from fop_bench.execution import SCALARS
 from fop_bench.records import Record
 from fop_bench.study import UNITS, Study, clock, target_label
 
@@ -30,7 +31,6 @@ STYLES: dict[str, dict[str, Any]] = {
 # For variants of an optimizer: the colours that no other contender of the picture has.
 SPARE = ("lamb", "soap", "muon", "shampoo-blocks", "adamw", "sgd")
 BROWN = {"color": "#8C510A", "linestyle": "--"}
-SCALARS = {"beta": "β", "eta": "η", "rho": "ρ", "noise": "ν"}
 NAMED_LAYERS = 40
 EPOCHS: dict[str, Any] = {"nbins": 6, "integer": True, "steps": [1, 2, 5, 10]}
 

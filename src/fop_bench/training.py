@@ -112,10 +112,7 @@ class Training:
             between = self.every or self.epoch_steps
             if not now.diverged and (now.steps % between == 0 or now.steps == self.steps):
                 self.stop_clock()
-                if self.every:
-                    self._note(step=now.steps)
-                else:
-                    self._close_epoch()
+                self._evaluate()
                 self.start_clock()
         return True
 
@@ -148,26 +145,22 @@ class Training:
         now.losses = now.losses + now.last_loss  # read once an epoch: no sync in between
         now.steps += 1
 
-    def _close_epoch(self) -> None:
+    def _evaluate(self) -> None:
+        """Add an evaluation to the curve; what is not finite ends the training as diverged."""
         now = self.progress
         assert now.losses is not None
         loss = now.losses.item() / ((now.steps - 1) % self.epoch_steps + 1)
-        now.diverged = not math.isfinite(loss)
+        now.diverged = not (math.isfinite(loss) and math.isfinite(value := self.evaluate()))
+        self.model.train()
         if now.diverged:
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(loss)
-        self._note(epoch=len(now.curve) + 1, train_loss=loss)
-
-    def _note(self, **what: float) -> None:
-        """Evaluate, and add that to the curve, unless it is not finite."""
-        now = self.progress
+        at: dict[str, float] = {"epoch": len(now.curve) + 1, "train_loss": loss}
+        if self.every:
+            at = {"step": now.steps}
         times = {"seconds": now.seconds, "processor_seconds": now.processor_seconds}
-        value = self.evaluate()
-        self.model.train()
-        now.diverged = not math.isfinite(value)
-        if not now.diverged:
-            now.curve.append({**what, **times, "accuracy": value})
+        now.curve.append({**at, **times, "accuracy": value})
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that another process needs to go on, the state of torch's random numbers included."""
