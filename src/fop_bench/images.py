@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,58 +137,54 @@ def _decoded(image: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     import numpy as np
     from PIL import Image as Pillow
 
+    where = image["path"] or "an image of the data set"
     try:
         with Pillow.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
             rgb = opened.convert("RGB")
     except (Pillow.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{image['path'] or 'an image of the data set'} cannot be decoded ({error}); "
-            "download it again or remove it"
-        ) from error
+        raise ValueError(f"{where} cannot be decoded ({error}); download it again or remove it") from error
     if rgb.size != (SIDE, SIDE):
-        name, (width, height) = image["path"] or "an image of the data set", rgb.size
-        raise ValueError(f"{name} has {width}×{height} pixels, and these data sets {SIDE}×{SIDE}")
+        size = "×".join(map(str, rgb.size))
+        raise ValueError(f"{where} has {size} pixels, and these data sets {SIDE}×{SIDE}")
     return np.array(rgb)
 
 
-def by_class(labels: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield every class that there is with the numbers of its images, in their order."""
-    for label in labels.unique().tolist():
-        yield label, (labels == label).nonzero().squeeze(1)
+def of_each_class(labels: Tensor, keep: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Return what is kept of every class, given its label and the numbers of its images in their order."""
+    return torch.cat([keep(label, (labels == label).nonzero()[:, 0]) for label in labels.unique().tolist()])
+
+
+def _first(count: int, label: int, of_class: Tensor, needs: str) -> Tensor:
+    if len(of_class) < count:
+        raise ValueError(f"class {label} has {len(of_class)} images; {needs}")
+    return of_class[:count]
 
 
 def per_class(count: int, *, skip: int = 0) -> Choice:
     """Keep ``count`` images of every class, after the first ``skip``, in the order of the data set."""
 
-    def choose(labels: Tensor) -> Tensor:
-        kept = []
-        for label, of_class in by_class(labels):
-            _refuse_fewer(skip + count, label, of_class, f"{skip + count} are needed by this recipe")
-            kept.append(of_class[skip : skip + count])
-        return torch.cat(kept)
+    def keep(label: int, of_class: Tensor) -> Tensor:
+        return _first(skip + count, label, of_class, f"{skip + count} are needed by this recipe")[skip:]
 
-    return choose
+    return lambda labels: of_each_class(labels, keep)
 
 
 def long_tail(imbalance: float, largest: int, *, seed: int = 0) -> Choice:
     """Keep int(largest·imbalance^(−i/(C−1))) random images of class i of C (Cui et al. 2019)."""
-    remedy = "give the balanced data set, or one with a smaller factor"
 
     def choose(labels: Tensor) -> Tensor:
-        draw, kept = torch.Generator().manual_seed(seed), []
-        for label, of_class in by_class(labels):
-            count = int(largest * imbalance ** (-label / max(1, int(labels.max()))))
-            needs = f"an imbalance factor of {imbalance:g} needs {count}: {remedy}"
-            _refuse_fewer(count, label, of_class, needs)
-            kept.append(of_class[torch.randperm(len(of_class), generator=draw)[:count]])
-        return torch.cat(kept)
+        draw, last = torch.Generator().manual_seed(seed), int(labels.max())
+
+        def keep(label: int, of_class: Tensor) -> Tensor:
+            count = int(largest * imbalance ** (-label / max(1, last)))
+            needs = f"an imbalance factor of {imbalance:g} needs {count}: "
+            needs += "give the balanced data set, or one with a smaller factor"
+            shuffled = of_class[torch.randperm(len(of_class), generator=draw)]
+            return _first(count, label, shuffled, needs)
+
+        return of_each_class(labels, keep)
 
     return choose
-
-
-def _refuse_fewer(count: int, label: int, of_class: Tensor, needs: str) -> None:
-    if len(of_class) < count:
-        raise ValueError(f"class {label} has {len(of_class)} images; {needs}")
 
 
 # --- Augmentation, on the device that holds the batch
@@ -219,19 +215,15 @@ class Normaliser:
         self.mean, self.std = mean.float().to(pixels.device), std.float().to(pixels.device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        inputs: Tensor = (pixels.float() - mean) / std
-        return inputs.permute(0, 3, 1, 2)
+        return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
 def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor:
     """Flip and shift a batch (N, H, W, C) of pixels, by random numbers of a generator on its device."""
     if not (what.flip or what.shift):
         return pixels
-    count, height, width, _ = pixels.shape
-    device = pixels.device
-    rows = torch.arange(height, device=device).expand(count, height)
-    columns = torch.arange(width, device=device).expand(count, width)
+    (count, height, width, _), device = pixels.shape, pixels.device
+    rows, columns = (torch.arange(side, device=device).expand(count, side) for side in (height, width))
     if what.flip:
         mirrored = torch.rand(count, 1, device=device, generator=draw) < 0.5
         columns = torch.where(mirrored, width - 1 - columns, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fop_bench.images import Augmentation, Choice, Images, Source, by_class, load, long_tail, per_class
+from fop_bench.images import Augmentation, Choice, Images, Source, load, long_tail, of_each_class, per_class
 from fop_bench.models import ResNet, digits_cnn, resnet18
 from fop_bench.optimizers import PEERS
 from fop_bench.training import cosine
@@ -49,23 +49,12 @@ class ImageTask:
 
 def _last_tenth(labels: Tensor) -> Tensor:
     """Mark the last tenth of every class, at least one image where there are two."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for _, of_class in by_class(labels):
+
+    def last(_: int, of_class: Tensor) -> Tensor:
         count = min(len(of_class) - 1, max(1, round(0.1 * len(of_class))))
-        held[of_class[len(of_class) - count :]] = True
-    return held
+        return of_class[len(of_class) - count :]
 
-
-@cache
-def digits_split() -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sample numbers of the stratified train, validation and test parts (1024, 386, 387)."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    labels = load_digits().target
-    train, rest = train_test_split(range(len(labels)), train_size=1024, stratify=labels, random_state=0)
-    held_out, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=0)
-    return torch.tensor(train), torch.tensor(held_out), torch.tensor(test)
+    return torch.zeros(len(labels), dtype=torch.bool).index_fill(0, of_each_class(labels, last), True)
 
 
 @dataclass(frozen=True)
@@ -75,15 +64,19 @@ class DigitsTask:
     origin: str = "scikit-learn"
 
     def load(self, data: str | None) -> Parts:
-        """Return the three parts; raises ValueError if other data are asked for."""
+        """Return 1024, 386 and 387 digits, stratified; raises ValueError if other data are asked for."""
         from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
         if data is not None:
             raise ValueError(f"--data is {data}; the digits come with scikit-learn, leave it out")
         digits = load_digits()
         pixels = torch.tensor(digits.images * 15, dtype=torch.uint8).unsqueeze(-1)
         everything = Images(pixels, torch.tensor(digits.target), tuple(map(str, digits.target_names)))
-        train, held_out, test = (everything[part] for part in digits_split())
+        numbers, labels, split = range(len(pixels)), digits.target, partial(train_test_split, random_state=0)
+        first, rest = split(numbers, train_size=1024, stratify=labels)
+        parts = first, *split(rest, train_size=0.5, stratify=labels[rest])
+        train, held_out, test = (everything[part] for part in parts)
         return {"tuning": (train, held_out), "final": (train, test)}
 
 

@@ -19,7 +19,7 @@ from fop_bench.images import Source
 from fop_bench.optimizers import PEERS
 from fop_bench.paper import PAPER_TABLES
 from fop_bench.recipes import CIFAR10_SMALL as SMALL
-from fop_bench.recipes import RECIPES, DigitsTask, ImageTask, digits_split, recipe
+from fop_bench.recipes import RECIPES, DigitsTask, ImageTask, recipe
 
 # --- Who is compared
 
@@ -72,23 +72,18 @@ def test_without_a_mixed_in_direction_eta_is_one_so_that_eta_alone_is_kfac() -> 
 # --- Images of a task
 
 
-def test_the_digits_are_split_without_overlap_and_stratified() -> None:
-    labels = load_digits().target
-    parts = digits_split()
-    assert [len(part) for part in parts] == [1024, 386, 387]
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(labels)))
-    for part in parts:
-        shares = np.bincount(labels[part], minlength=10) / len(part)
-        assert np.abs(shares - np.bincount(labels) / len(labels)).max() < 0.005
-
-
-def test_the_digits_are_scikit_learns() -> None:
+def test_the_digits_are_scikit_learns_split_without_overlap_and_stratified() -> None:
     raw, loaded = load_digits(), DigitsTask().load(None)
     assert loaded["tuning"][0] is loaded["final"][0]
-    for images, part in zip((*loaded["tuning"], loaded["final"][1]), digits_split(), strict=True):
-        assert images.pixels.shape == (len(part), 8, 8, 1)
-        np.testing.assert_array_equal(images.pixels[..., 0].numpy(), raw.images[part] * 15)
-        assert images.labels.tolist() == raw.target[part].tolist()
+    parts = (*loaded["tuning"], loaded["final"][1])
+    assert [len(part) for part in parts] == [1024, 386, 387]
+    found = np.concatenate([np.column_stack([part.labels, part.pixels.flatten(1)]) for part in parts])
+    expected = np.column_stack([raw.target, 15 * raw.images.reshape(-1, 64)]).tolist()
+    assert sorted(found.tolist()) == sorted(expected)
+    for part in parts:
+        assert part.pixels.shape[1:] == (8, 8, 1)
+        shares = np.bincount(part.labels, minlength=10) / len(part)
+        assert np.abs(shares - np.bincount(raw.target) / len(raw.target)).max() < 0.005
     with pytest.raises(ValueError, match="--data is /tmp; the digits come with scikit-learn"):
         DigitsTask().load("/tmp")
 
