@@ -83,10 +83,9 @@ def defaults_table(rows: Sequence[Record]) -> str:
 
 
 def _cells(runs: Sequence[Record]) -> Record:
-    ended = [run for run in runs if not run["diverged"]]
-    values, seconds = (
-        pd.Series([run[key] for run in ended], dtype=float) for key in ("value", "processor_seconds")
-    )
-    value = plus_minus(values, 2 if "accuracy" in runs[0]["measure"] else 4)
-    ends = {"value": value, "seconds": "–" if seconds.isna().all() else f"{seconds.mean():.0f}"}
-    return {"n": len(ended), "diverged": len(runs) - len(ended), **ends}
+    of = pd.DataFrame(runs).astype({"value": float, "processor_seconds": float})
+    ended = of[~of["diverged"]]
+    value = plus_minus(ended["value"], 2 if "accuracy" in runs[0]["measure"] else 4)
+    seconds = ended["processor_seconds"].mean()
+    shown = "–" if pd.isna(seconds) else f"{seconds:.0f}"
+    return {"n": len(ended), "diverged": len(of) - len(ended), "value": value, "seconds": shown}

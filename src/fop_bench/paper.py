@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 
 from fop_bench.optimizers import PEERS
 from fop_bench.records import Record, of_one_commit, read_runs
-from fop_bench.study import UNITS, reached, studies
+from fop_bench.study import UNITS, reached
 from fop_bench.tables import markdown_table, plus_minus
 
 
@@ -61,8 +59,6 @@ PAPER_TABLES = {
     ),
 }
 
-NOT_RUN = "not run yet"
-
 
 def paper_page(folders: Sequence[Path]) -> str:
     """Return the paper's tables as Markdown, with what the runs in these folders say beside."""
@@ -81,21 +77,19 @@ def paper_page(folders: Sequence[Path]) -> str:
 
 def paper_section(recipe: str, runs: Sequence[Record]) -> list[str]:
     """Return the paper's table of a recipe with the runs' results, and what must be known about them."""
-    table = PAPER_TABLES[recipe]
-    place_of = "task" if table.target is None else "batch_size"
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for study in studies([run for run in runs if run["recipe"] == recipe and run["study"] == "comparison"]):
-        for (_, contender), group in study.groups().items():
-            found[contender, str(group["run"].iloc[0][place_of])].extend(group["run"])
-    shown = table.cells
-    for place in shown.index:
-        for contender in shown.columns:
-            ours = found.get((contender, str(place)))
-            said = f"ours {_measured(table, ours)}" if ours else NOT_RUN
-            shown.loc[place, contender] = f"paper {shown.loc[place, contender]} · {said}"
-    labels = {name: peer.label for name, peer in PEERS.items()}
-    shown = shown.rename(columns=labels).reset_index()
-    return [markdown_table(shown, shown.to_numpy()), _about(recipe, table, [*chain(*found.values())])]
+    table, kind = PAPER_TABLES[recipe], (recipe, "comparison", "final")
+    place = "task" if table.target is None else "batch_size"
+    final = [run for run in runs if (run["recipe"], run["study"], run["phase"]) == kind]
+    rows = []
+    for at, cells in table.cells.iterrows():
+        row = [at]
+        for contender, cell in cells.items():
+            ours = [run for run in final if (run["contender"], str(run[place])) == (contender, str(at))]
+            said = f"ours {_measured(table, ours)}" if ours else "not run yet"
+            row.append(f"paper {cell} · {said}")
+        rows.append(row)
+    head = [table.cells.index.name, *(PEERS[name].label for name in table.cells)]
+    return [markdown_table(head, rows), _about(recipe, table, final)]
 
 
 def _measured(table: PaperTable, group: Sequence[Record]) -> str:
