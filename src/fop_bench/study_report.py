@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fop_bench.records import Record, of_one_commit, read_runs, write_text
 from fop_bench.study import Study
 from fop_bench.tables import markdown_table
 
+Drawings = dict[str, Callable[[Path], None]]
 TIMES = {
     True: "Seconds are processor time of the training, without evaluation: the runs shared the machine, and "
     "with one thread this is the time on an idle one.",
@@ -33,12 +35,15 @@ AGAINST = (
 
 def write_report(folder: Path) -> Path:
     """Write ``folder``/README.md and its plots from the JSON lines in there; return its path."""
-    return write_text(folder / "README.md", report_text(folder, draw=True))
+    text, drawings = report(folder)
+    for name, draw in drawings.items():
+        draw(folder / name)
+    return write_text(folder / "README.md", text)
 
 
-def report_text(folder: Path, *, draw: bool) -> str:
-    """Return what README.md says, and draw its plots if asked to."""
-    runs = of_one_commit(read_runs(folder))
+def report(folder: Path) -> tuple[str, Drawings]:
+    """Return what README.md says, and by the name of every picture what draws it."""
+    runs, drawings = of_one_commit(read_runs(folder)), Drawings()
     parts = [
         "# Results of `fop-bench run`",
         "Made by `fop-bench report` from the JSON lines in this folder; do not edit. Every line holds its "
@@ -52,11 +57,11 @@ def report_text(folder: Path, *, draw: bool) -> str:
             lines = [run for study in each for run in study.runs["run"]]
             parts += [f"## {recipe}, {task}: {lines[0]['title']}", *_how_to_repeat(lines)]
             for study in each:
-                parts += _comparison(study, folder, draw)
+                parts += _comparison(study, drawings)
         if table := PAPER_TABLES.get(recipe):
             heading = f"## {recipe}: Table {table.number} of the paper, {table.title}"
             parts += [heading, *paper_section(recipe, runs)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n", drawings
 
 
 def _how_to_repeat(runs: list[Record]) -> list[str]:
@@ -103,7 +108,7 @@ def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
-def _comparison(study: Study, folder: Path, draw: bool) -> list[str]:
+def _comparison(study: Study, drawings: Drawings) -> list[str]:
     if table := tables.map_table(study):
         return [f"### Study {study.name}", "Every combination of options; none is chosen.", table]
     parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in tables.unfair(study))]
@@ -116,7 +121,7 @@ def _comparison(study: Study, folder: Path, draw: bool) -> list[str]:
         if table := tables.fop_table(study):
             label = study.labels["fop"]
             parts += [AGAINST if label == "FOP" else f"{AGAINST} FOP is here “{label}”.", table]
-        parts += _plots(study, folder, draw)
+        parts += _plots(study, drawings)
     if options := tables.options_table(study):
         parts.append(_folded("All options of the final runs", options))
     tuning = study.phase("tuning")
@@ -128,17 +133,15 @@ def _comparison(study: Study, folder: Path, draw: bool) -> list[str]:
     return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tables.tuning_table(study)}")]
 
 
-def _plots(study: Study, folder: Path, draw: bool) -> list[str]:
-    stem = _stem(study)
-    if draw:
-        plots.plot_curves(study, folder / f"{stem}-curves.png")
+def _plots(study: Study, drawings: Drawings) -> list[str]:
+    stem = re.sub(r"[^a-z0-9]+", "-", f"{study.recipe}-{study.task}-{study.name}".lower()).strip("-")
+    drawings[f"{stem}-curves.png"] = partial(plots.plot_curves, study)
     parts = [
         f"![Curves]({stem}-curves.png)",
         "Lines: mean over the final runs that did not diverge; bands: their range; horizontal: the targets.",
     ]
     if (reference := plots.speed_up_reference(study)) is not None:
-        if draw:
-            plots.plot_speed_up(study, reference, folder / f"{stem}-speed-up.png")
+        drawings[f"{stem}-speed-up.png"] = partial(plots.plot_speed_up, study, reference)
         parts += [
             f"![Speed-up]({stem}-speed-up.png)",
             f"Speed-up: the mean epochs (seconds) to the target of {study.labels[reference[1]]} at batch "
@@ -146,15 +149,9 @@ def _plots(study: Study, folder: Path, draw: bool) -> list[str]:
             "only if every seed reached the target.",
         ]
     if layered := plots.layered_runs(study):
-        if draw:
-            plots.plot_layers(layered, folder / f"{stem}-layers.png")
+        drawings[f"{stem}-layers.png"] = partial(plots.plot_layers, layered)
         *symbols, last = plots.noted(layered).values()
         of_what = f"{', '.join(symbols)} and {last} of FOP's layers"
         note = f"{of_what} after every epoch; grey: the layer had no pair of sub-batches."
         parts += [f"![Layers]({stem}-layers.png)", note]
     return parts
-
-
-def _stem(study: Study) -> str:
-    name = f"{study.recipe}-{study.task}-{study.name}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fop_bench import overhead, race, records
-from fop_bench.study_report import report_text
+from fop_bench.study_report import report
 
 # JSON lines by a key that no other command writes: the command, and the keys of its lines.
 LINES = {
@@ -91,7 +91,7 @@ def _made(command: str, file: Path, rows: Sequence[Any]) -> Iterator[Page]:
     if command == "race":
         yield beside, race.race_table(rows), False
     elif command == "run" and file == records.record_files(file.parent)[0]:  # of all files
-        yield notes, report_text(file.parent, draw=False), False
+        yield notes, report(file.parent)[0], False
     elif command == "overhead":
         page = beside if beside.exists() else notes
         yield page, overhead.overhead_table(rows), page == notes
