@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ EPOCHS: dict[str, Any] = {"nbins": 6, "integer": True, "steps": [1, 2, 5, 10]}
 
 def styles(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return for every contender a colour and a line: the known ones theirs, the others what is left."""
-    left = [*(STYLES[name] for name in SPARE if name not in contenders), BROWN]
-    others = [name for name in contenders if name not in STYLES]
-    known = STYLES | {name: left[number % len(left)] for number, name in enumerate(others)}
-    return {name: known[name] for name in contenders}
+    left = cycle([*(STYLES[name] for name in SPARE if name not in contenders), BROWN])
+    return {name: STYLES[name] if name in STYLES else next(left) for name in contenders}
 
 
 def save(figure: Figure, title: str, path: Path) -> None:
@@ -100,7 +99,7 @@ def plot_curves(study: Study, path: Path) -> None:
             panel.xaxis.set_major_locator(MaxNLocator(**EPOCHS))
         note = f"\ndiverged, not drawn: {', '.join(lost)}" if lost else ""
         panels[0, column].set_title(f"batch {size}{note}", fontsize=10)
-    save(figure, f"{study.recipe}, {study.task}, {study.name}: mean and range over the seeds", path)
+    save(figure, f"{study.title}: mean and range over the seeds", path)
 
 
 # Speed-up
@@ -108,12 +107,11 @@ def plot_curves(study: Study, path: Path) -> None:
 
 def speed_up_reference(study: Study) -> tuple[int, str] | None:
     """Return batch size and contender of the first that always reached all targets at the smallest size."""
-    groups = study.groups()
-    sizes = sorted({size for size, _ in groups})
-    reached = [f"{kind} epochs" for kind in study.targets]
-    known = [(sizes[0], name) for name in ("sgd", "kfac", "fop") if (sizes[0], name) in groups]
-    complete = (key for key in known if groups[key][reached].notna().all(axis=None))
-    return next(complete, None) if len(sizes) > 1 and reached else None
+    groups, reached = study.groups(), [f"{kind} epochs" for kind in study.targets]
+    sizes = {size for size, _ in groups}
+    known = [(min(sizes), name) for name in ("sgd", "kfac", "fop") if len(sizes) > 1 and reached]
+    complete = (key for key in known if key in groups and groups[key][reached].notna().all(axis=None))
+    return next(complete, None)
 
 
 def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
@@ -140,7 +138,7 @@ def plot_speed_up(study: Study, reference: tuple[int, str], path: Path) -> None:
         panels[0, column].set_title(target_label(kind, target), fontsize=10)
         panels[1, column].set_xlabel("batch size")
     over = f"speed-up over {labels[reference[1]]} at batch {reference[0]}"
-    save(figure, f"{study.recipe}, {study.task}, {study.name}: {over}", path)
+    save(figure, f"{study.title}: {over}", path)
 
 
 # Layers

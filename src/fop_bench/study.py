@@ -17,6 +17,7 @@ from fop_bench.tables import compare, markdown_table, plus_minus
 # Known contenders stand in this order, the others behind them.
 ORDER = ("sgd", "adamw", "lamb", "shampoo-blocks", "soap", "muon", "kfac", "fop")
 KEYS = ("recipe", "task", "study", "phase", "contender", "label", "batch_size", "epochs", "seed", "diverged")
+SIDE = ["batch_size", "contender"]
 UNITS = ("epochs", "seconds")
 NAN = math.nan
 
@@ -31,9 +32,9 @@ class Study:
     runs: pd.DataFrame
 
     @property
-    def where(self) -> str:
-        """Names it in an error."""
-        return f"{self.recipe}, task {self.task}, study {self.name}"
+    def title(self) -> str:
+        """Names it in errors and pictures."""
+        return f"{self.recipe}, {self.task}, {self.name}"
 
     @property
     def targets(self) -> dict[str, float]:
@@ -49,13 +50,19 @@ class Study:
         """Return the runs of a phase."""
         return self.runs[self.runs["phase"] == phase]
 
+    @property
+    def is_map(self) -> bool:
+        """Whether it has final runs of many options and no tuning, as earlier versions made them."""
+        options = self.phase("final").groupby(SIDE, observed=True)["options"].nunique()
+        return self.phase("tuning").empty and bool((options > 1).any())
+
     def groups(self) -> dict[tuple[int, str], pd.DataFrame]:
         """Return the final runs by batch size and contender; ValueError if a group has several options."""
-        found = dict(tuple(self.phase("final").groupby(["batch_size", "contender"], observed=True)))
+        found = dict(tuple(self.phase("final").groupby(SIDE, observed=True)))
         for (size, contender), group in found.items():
             if len(options := sorted(set(group["options"]))) > 1:
                 raise ValueError(
-                    f"{self.where}: {contender} at batch {size} has final runs with several options: "
+                    f"{self.title}: {contender} at batch {size} has final runs with several options: "
                     f"{'; '.join(options)}; keep those of one only"
                 )
         return found
@@ -74,7 +81,7 @@ def studies(runs: Sequence[Record]) -> list[Study]:
         targets = sorted({json.dumps(run["targets"], sort_keys=True) for run in study.runs["run"]})
         if len(targets) > 1:
             raise ValueError(
-                f"runs of {study.where} have different targets, {' and '.join(targets)}; "
+                f"runs of {study.title} have different targets, {' and '.join(targets)}; "
                 "keep those of one only"
             )
     return sorted(found, key=lambda each: (each.recipe, each.task, each.name != "comparison", each.name))
@@ -122,13 +129,13 @@ def target_label(kind: str, value: float) -> str:
 
 
 def comparison_table(study: Study) -> str:
-    """Return a row a batch size and contender; the best mean of several runs, if all have it, is bold."""
+    """Return a row a batch size, contender and options; the best mean of runs that all have it is bold."""
     head = ["batch", "optimizer", "options", "n", "diverged"]
     for kind, value in study.targets.items():
         head += [f"{target_label(kind, value)}: reached", *UNITS]
     head += ["final accuracy %", "best accuracy %", "final train loss"]
     texts, scores = [], []
-    for (size, _), group in study.groups().items():
+    for (size, *_), group in study.phase("final").groupby([*SIDE, "options"], observed=True):
         first, n = group.iloc[0], len(group)
         text: list[object] = [size, first["label"], first["options"], n, group["diverged"].sum()]
         score = {}  # by column; the lowest is the best
@@ -201,20 +208,6 @@ def options_table(study: Study) -> str | None:
             text = ", ".join(f"`{key}={value}`" for key, value in options.items()) or "–"
             rows.append([size, group["label"].iloc[0], text])
     return markdown_table(["batch", "optimizer", "all options given"], rows) if rows else None
-
-
-def map_table(study: Study) -> str | None:
-    """Return a row a combination of options of a map, as earlier versions made them; None for others."""
-    runs = study.phase("final")
-    each = runs.groupby(["batch_size", "label", "options"], observed=True, sort=False)
-    if not study.phase("tuning").empty or len(each) == len(runs.groupby(["batch_size", "label"])):
-        return None
-    rows = []
-    for key, of in each:
-        ends = plus_minus(of["accuracy"], 2, 100.0), plus_minus(of["train_loss"], 4)
-        rows.append([*key, len(of), of["diverged"].sum(), *ends])
-    head = ["batch", "optimizer", "options", "n", "diverged", "final accuracy %", "final train loss"]
-    return markdown_table(head, rows)
 
 
 # Tuning, and whether it is a fair comparison

@@ -109,8 +109,9 @@ def _folded(summary: str, content: str) -> str:
 
 
 def _comparison(study: Study, drawings: Drawings) -> list[str]:
-    if table := tables.map_table(study):
-        return [f"### Study {study.name}", "Every combination of options; none is chosen.", table]
+    if study.is_map:
+        note = "Every combination of options; none is chosen."
+        return [f"### Study {study.name}", note, tables.comparison_table(study)]
     parts = [f"### Study {study.name}", *(f"**{sentence}**" for sentence in tables.unfair(study))]
     if study.phase("final").empty:
         parts.append("No final run yet.")
@@ -127,7 +128,7 @@ def _comparison(study: Study, drawings: Drawings) -> list[str]:
     tuning = study.phase("tuning")
     if tuning.empty:
         return [*parts, "There are no tuning runs of this study."]
-    counts = sorted(set(tuning.groupby(["batch_size", "contender"], observed=True).size()))
+    counts = sorted(set(tuning.groupby(tables.SIDE, observed=True).size()))
     parts.append(f"Tuning runs of an optimizer at a batch size: {'/'.join(map(str, counts))}.")
     note = "The options with the highest mean accuracy over the epochs go into the final runs."
     return [*parts, _folded(f"All {len(tuning)} tuning runs", f"{note}\n\n{tables.tuning_table(study)}")]

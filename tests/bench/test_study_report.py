@@ -15,7 +15,6 @@ from fop_bench.study import (
     Study,
     comparison_table,
     fop_table,
-    map_table,
     reached,
     studies,
     tuning_table,
@@ -64,14 +63,17 @@ def test_maps_of_earlier_versions_have_a_row_a_combination(tmp_path: Path) -> No
         line("kfac", [0.1, accuracy], seed=seed, study="map", options={"lr": lr, "damping": damping})
         for lr, damping, seed, accuracy in [(0.1, 1e-3, 1, 0.4), (0.1, 1e-3, 2, 0.6), (0.3, 1e-3, 1, 0.7)]
     ]
-    table = by_name(map_table(study_of(runs)), "optimizer", "options")
-    assert table["K-FAC", "lr=0.1, damping=0.001"][3:] == ["2", "0", "50.00 ± 14.14", "1.5000 ± 0.1414"]
-    assert table["K-FAC", "lr=0.3, damping=0.001"][3:] == ["1", "0", "70.00", "1.3000"]
-    assert map_table(study_of(runs[:2])) is None
+    shown = comparison_table(study_of(runs))
+    two, one = (by_name(shown, "options")[f"lr={lr}, damping=0.001",] for lr in (0.1, 0.3))
+    assert [*two[3:8], *two[11:]] == [
+        *("2", "0", "1 of 2", "2.0", "2.00", "**50.00 ± 14.14**", "50.00 ± 14.14", "1.5000 ± 0.1414")
+    ]
+    assert [*one[3:6], *one[11:]] == ["1", "0", "1 of 1", "70.00", "70.00", "1.3000"]
+    assert study_of(runs).is_map and not study_of(runs[:2]).is_map
     chosen = line("kfac", [0.1], seed=0, study="map", phase="tuning", options={"lr": 0.1, "damping": 1e-3})
-    assert map_table(study_of([*runs, chosen])) is None
+    assert not study_of([*runs, chosen]).is_map
     write(tmp_path / "map.jsonl", runs)
-    assert map_table(study_of(runs)) in write_report(tmp_path).read_text()
+    assert f"none is chosen.\n\n{shown}" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(("processor", "second"), [("cpu", 1.0), ("cuda", 2.0)])
