@@ -156,7 +156,8 @@ class Description(Run):
             )
         torch.manual_seed(self.seed)
         draw = torch.Generator(device).manual_seed(self.seed)
-        model = plan.network(len(train.classes), device)
+        model = plan.model(len(train.classes)).to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         options = {**contender.options(self.batch_size), **self.options}
         optimizer = make_peer(contender.optimizer, model, **options)
         normalise = Normaliser(train.pixels)

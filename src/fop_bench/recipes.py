@@ -38,13 +38,13 @@ class ImageTask:
 
     def load(self, data: str | None) -> Parts:
         """Load the images from a folder or a name on the hub; None for ``origin``."""
-        everything = load(self.source, data, choose=self.train)
-        test = load(self.source, data, test=True, choose=self.test)
-        if self.held_out is not None:
-            held_out = load(self.source, data, choose=self.held_out)
-            return {"tuning": (everything, held_out), "final": (everything, test)}
+        part = partial(load, self.source, data)
+        everything, test = part(choose=self.train), part(choose=self.test, test=True)
         held = _last_tenth(everything.labels)
-        return {"tuning": (everything[~held], everything[held]), "final": (everything, test)}
+        tuning = everything[~held], everything[held]
+        if self.held_out is not None:
+            tuning = everything, part(choose=self.held_out)
+        return {"tuning": tuning, "final": (everything, test)}
 
 
 def _last_tenth(labels: Tensor) -> Tensor:
@@ -126,12 +126,6 @@ class Recipe:
     targets: Mapping[str, float] = field(default_factory=dict)  # what "reached" means: accuracy, train_loss
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Callable[[Optimizer, int], LRScheduler] = cosine  # given the number of all steps
-
-    def network(self, classes: int, device: torch.device) -> nn.Module:
-        """Build the network on a device, for images whose channels come last in memory."""
-        model = self.model(classes).to(device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
-        return model
 
 
 def grids(**of: Mapping[str, Sequence[Any]]) -> dict[str, Contender]:
