@@ -103,21 +103,19 @@ def _folder(folder: Path, name: str) -> Dataset:
     # Else the test part's class numbers would mean others.
     if name == "test" and (folder / "train").is_dir() and classes != classes_of(folder / "train"):
         raise FileNotFoundError(f"{part} does not hold the class folders of {folder / 'train'}")
-    files = [
-        (str(path), label)
-        for label, of_class in enumerate(classes)
-        for path in sorted((part / of_class).glob("[!.]*"))
-        if path.suffix.lower() in endings and path.is_file()
-    ]
-    if not files:
+    images, labels = list[str](), list[int]()
+    for label, of_class in enumerate(classes):
+        for path in sorted((part / of_class).glob("[!.]*")):
+            if path.suffix.lower() in endings and path.is_file():
+                images.append(str(path))
+                labels.append(label)
+    if not images:
         raise FileNotFoundError(
             f"{folder} has no images in {name}/<class>/*; unpack the data set there, one folder a class"
         )
     # `load_dataset("imagefolder")` would take a minute to list CIFAR's 60,000 files, in every process.
-    columns = dict(zip(("image", "label"), map(list, zip(*files, strict=True)), strict=True))
-    return Dataset.from_dict(
-        columns, Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
-    )
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
+    return Dataset.from_dict({"image": images, "label": labels}, features)
 
 
 def _hub(name: str, part: str) -> Dataset:

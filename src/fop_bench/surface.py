@@ -156,17 +156,8 @@ def surface(asked: Namespace) -> dict[str, Any]:
     if asked.batch_size % 2:
         raise ValueError(f"batch size {asked.batch_size} has no halves; give an even one")
     task, options = next(iter(recipe(asked.recipe).tasks)), {"lr": asked.lr, "damping": asked.damping}
-    run_of_fop = Description(
-        recipe=asked.recipe,
-        task=task,
-        study="comparison",
-        phase="final",
-        contender="fop",
-        options=options,
-        batch_size=asked.batch_size,
-        epochs=asked.epochs,
-        seed=asked.seed,
-    )
+    what = asked.recipe, task, "comparison", "final", "fop", options
+    run_of_fop = Description(*what, asked.batch_size, asked.epochs, asked.seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         training, record = run_of_fop.begin(asked.data, asked.device)
