@@ -30,21 +30,13 @@ class Study:
     task: str
     name: str
     runs: pd.DataFrame
+    targets: dict[str, float]  # what its runs are to reach: at least an accuracy, at most a train_loss
+    labels: dict[str, str]  # by contender, in the order of tables
 
     @property
     def title(self) -> str:
         """Names it in errors and pictures."""
         return f"{self.recipe}, {self.task}, {self.name}"
-
-    @property
-    def targets(self) -> dict[str, float]:
-        """What its runs are to reach: at least an ``accuracy``, at most a ``train_loss``."""
-        return dict(self.runs["run"].iloc[0]["targets"])
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Labels by contender, in the order of tables."""
-        return dict(self.runs.groupby("contender", observed=True)["label"].first())
 
     def phase(self, phase: str) -> pd.DataFrame:
         """Return the runs of a phase."""
@@ -75,14 +67,15 @@ def studies(runs: Sequence[Record]) -> list[Study]:
     table = pd.DataFrame([_row(run) for run in runs])
     others = sorted(set(table["contender"]) - set(ORDER))
     table["contender"] = pd.Categorical(table["contender"], [*ORDER, *others], ordered=True)
-    by_name = table.groupby(["recipe", "task", "study"])
-    found = [Study(recipe, task, name, each) for (recipe, task, name), each in by_name]
-    for study in found:
-        targets = sorted({json.dumps(run["targets"], sort_keys=True) for run in study.runs["run"]})
+    found = []
+    for (recipe, task, name), of in table.groupby(["recipe", "task", "study"]):
+        targets = {json.dumps(run["targets"], sort_keys=True): run["targets"] for run in of["run"]}
+        labels = dict(of.groupby("contender", observed=True)["label"].first())
+        found.append(study := Study(recipe, task, name, of, next(iter(targets.values())), labels))
         if len(targets) > 1:
+            several = " and ".join(sorted(targets))
             raise ValueError(
-                f"runs of {study.title} have different targets, {' and '.join(targets)}; "
-                "keep those of one only"
+                f"runs of {study.title} have different targets, {several}; keep those of one only"
             )
     return sorted(found, key=lambda each: (each.recipe, each.task, each.name != "comparison", each.name))
 
