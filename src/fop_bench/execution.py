@@ -68,6 +68,9 @@ class Run:
 
 def execute(run: Run, sitting: Sitting, device: torch.device) -> Record | None:
     """Make a run, or go on with it, and return its record; None if the time was over before the end."""
+    torch.set_num_threads(1)
+    # A run that goes on must not differ from one that did not stop: sums need a fixed order.
+    torch.backends.cudnn.benchmark = False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         training, record = run.begin(sitting.data, device)

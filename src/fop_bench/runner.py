@@ -71,7 +71,7 @@ def make_runs(
             while todo and len(running) < jobs and time.monotonic() < deadline:
                 run = todo.pop(0)
                 on_run(len(done), len(done) + left, run.title)
-                running[submit(_work, run, sitting, str(device))] = run
+                running[submit(execute, run, sitting, device)] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -89,13 +89,6 @@ def make_runs(
         if failure is not None:
             raise failure
         return left
-
-
-def _work(run: Run, sitting: Sitting, device: str) -> Record | None:
-    torch.set_num_threads(1)
-    # A run that goes on must not differ from one that did not stop: sums need a fixed order.
-    torch.backends.cudnn.benchmark = False
-    return execute(run, sitting, torch.device(device))
 
 
 # --- Workers
