@@ -97,7 +97,7 @@ def _measured(table: PaperTable, group: Sequence[Record]) -> str:
     lost = f", {diverged} diverged" if diverged else ""
     if table.target is None:
         errors = [1 - run["curve"][-1]["accuracy"] for run in group if not run["diverged"]]
-        return f"{plus_minus(pd.Series(errors, dtype=float), 2, scale=100.0)} (n={n}{lost})"
+        return f"{plus_minus(errors, 2, scale=100.0)} (n={n}{lost})"
     # The paper's target, whatever the recipe's own is.
     times = pd.DataFrame([reached(run, "accuracy", table.target) for run in group], columns=[*UNITS])
     count = times["epochs"].count()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pandas as pd
+from statistics import fmean, stdev, variance
 
 
 def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -30,21 +27,22 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def plus_minus(values: pd.Series, digits: int, scale: float = 1.0) -> str:
+def plus_minus(values: Iterable[float], digits: int, scale: float = 1.0) -> str:
     """Format mean ± sample standard deviation of what is not NaN: one value alone, none as a dash."""
-    if values.count() == 0:
+    known = [scale * value for value in values if not math.isnan(value)]
+    if not known:
         return "–"
-    mean = number(values.mean() * scale, digits)
-    return mean if values.count() == 1 else f"{mean} ± {number(values.std() * scale, digits)}"
+    mean = number(fmean(known), digits)
+    return mean if len(known) == 1 else f"{mean} ± {number(stdev(known), digits)}"
 
 
-def compare(ours: pd.Series, theirs: pd.Series, *, low: bool) -> str | None:
+def compare(ours: Iterable[float], theirs: Iterable[float], *, low: bool) -> str | None:
     """Compare two means, of which the higher, or with ``low`` the lower, is ahead; None for single values."""
-    counts = ours.count(), theirs.count()
-    if min(counts) < 2:
+    a, b = ([value for value in each if not math.isnan(value)] for each in (ours, theirs))
+    if min(len(a), len(b)) < 2:
         return None
-    squares = (counts[0] - 1) * ours.var() + (counts[1] - 1) * theirs.var()
-    gain = theirs.mean() - ours.mean() if low else ours.mean() - theirs.mean()
-    if abs(gain) <= math.sqrt(squares / (sum(counts) - 2)):
+    pooled = ((len(a) - 1) * variance(a) + (len(b) - 1) * variance(b)) / (len(a) + len(b) - 2)
+    gain = fmean(b) - fmean(a) if low else fmean(a) - fmean(b)
+    if abs(gain) <= math.sqrt(pooled):
         return "within the spread"
     return "ahead" if gain > 0 else "behind"

@@ -15,7 +15,7 @@ def test_mean_and_sample_deviation_of_what_is_known() -> None:
     assert plus_minus(pd.Series([math.nan, 4.0]), 1) == "4.0"
     assert plus_minus(pd.Series([0.0, 2e20]), 4) == "1e+20 ± 1.41e+20"
     assert plus_minus(pd.Series([math.nan, 0.971]), 2, scale=100) == "97.10"
-    assert plus_minus(pd.Series([math.nan]), 1) == plus_minus(pd.Series([], dtype=float), 1) == "–"
+    assert plus_minus([math.nan], 1) == plus_minus([], 1) == "–"
 
 
 def test_pooled_deviation_decides() -> None:
