@@ -9,16 +9,15 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fop import FOP
 from fop_bench.environment import Git, commit_title, machine
-from fop_bench.images import Normaliser, augment
+from fop_bench.images import Normaliser
 from fop_bench.optimizers import make_peer
 from fop_bench.recipes import Parts, recipe
 from fop_bench.records import Record, replacing
@@ -164,20 +163,14 @@ class Description(Run):
         options = {**contender.options(self.batch_size), **self.options}
         optimizer = make_peer(contender.optimizer, model, **options)
         normalise = Normaliser(train.pixels)
+        batch = partial(normalise.batch, train, what=plan.augmentation, draw=draw)
         bf16 = device.type == "cuda"
-
-        def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            pixels = augment(train.pixels[numbers], plan.augmentation, draw)
-            return normalise(pixels), train.labels[numbers]
-
-        def judged_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            return normalise(judged.pixels[numbers]), judged.labels[numbers]
 
         def evaluate() -> float:
             if contender.optimizer == "fop" and final and isinstance(optimizer, FOP):
                 _note_layers(training, optimizer)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return count_right(model, len(judged), judged_batch) / len(judged)
+                return count_right(model, len(judged), partial(normalise.batch, judged)) / len(judged)
 
         training = Training(
             model,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def long_tail(imbalance: float, largest: int, *, seed: int = 0) -> Choice:
     """Keep int(largest·imbalance^(−i/(C−1))) random images of class i of C (Cui et al. 2019)."""
 
     def choose(labels: Tensor) -> Tensor:
-        draw, last = torch.Generator().manual_seed(seed), int(labels.max())
+        draw, last = Generator().manual_seed(seed), int(labels.max())
 
         def keep(label: int, of_class: Tensor) -> Tensor:
             count = int(largest * imbalance ** (-label / max(1, last)))
@@ -196,6 +196,9 @@ class Augmentation:
     shift: int = 0  # move it by up to so many pixels either way: zero padding, then a crop of the old size
 
 
+NOTHING = Augmentation()
+
+
 class Normaliser:
     """Turns pixels (N, H, W, C) uint8 into inputs (N, C, H, W), channels last.
 
@@ -215,8 +218,14 @@ class Normaliser:
     def __call__(self, pixels: Tensor) -> Tensor:
         return ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
+    def batch(
+        self, images: Images, numbers: Tensor, what: Augmentation = NOTHING, draw: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the inputs of the images of these numbers, augmented first, and their labels."""
+        return self(augment(images.pixels[numbers], what, draw)), images.labels[numbers]
 
-def augment(pixels: Tensor, what: Augmentation, draw: torch.Generator) -> Tensor:
+
+def augment(pixels: Tensor, what: Augmentation, draw: Generator | None) -> Tensor:
     """Flip and shift a batch (N, H, W, C) of pixels, by random numbers of a generator on its device."""
     if not (what.flip or what.shift):
         return pixels
