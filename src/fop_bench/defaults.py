@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from fop import FOP
@@ -83,9 +83,8 @@ def defaults_table(rows: Sequence[Record]) -> str:
 
 
 def _cells(runs: Sequence[Record]) -> Record:
-    of = pd.DataFrame(runs).astype({"value": float, "processor_seconds": float})
-    ended = of[~of["diverged"]]
-    value = plus_minus(ended["value"], 2 if "accuracy" in runs[0]["measure"] else 4)
-    seconds = ended["processor_seconds"].mean()
-    shown = "–" if pd.isna(seconds) else f"{seconds:.0f}"
-    return {"n": len(ended), "diverged": len(of) - len(ended), "value": value, "seconds": shown}
+    ended = [run for run in runs if not run["diverged"]]
+    value = plus_minus((run["value"] for run in ended), 2 if "accuracy" in runs[0]["measure"] else 4)
+    seconds = [run["processor_seconds"] for run in ended if run["processor_seconds"] is not None]
+    shown = f"{fmean(seconds):.0f}" if seconds else "–"
+    return {"n": len(ended), "diverged": len(runs) - len(ended), "value": value, "seconds": shown}
