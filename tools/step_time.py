@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,71 +36,18 @@ TREES = ("old", "new")
 def tasks() -> dict[str, Callable[[], tuple[Any, Any, Any]]]:
     """Model, inputs and labels of each task; torch is imported by workers alone."""
     import torch  # noqa: PLC0415
-    from torch import nn  # noqa: PLC0415
 
-    class Block(nn.Module):
-        def __init__(self, width: int, new: int, stride: int) -> None:
-            super().__init__()
-            self.main = nn.Sequential(
-                nn.Conv2d(width, new, 3, stride, 1, bias=False),
-                nn.BatchNorm2d(new),
-                nn.ReLU(),
-                nn.Conv2d(new, new, 3, 1, 1, bias=False),
-                nn.BatchNorm2d(new),
-            )
-            self.side = nn.Sequential()
-            if stride > 1 or width != new:
-                self.side = nn.Sequential(nn.Conv2d(width, new, 1, stride, bias=False), nn.BatchNorm2d(new))
-
-        def forward(self, x: Any) -> Any:
-            return torch.relu(self.main(x) + self.side(x))
-
-    class ViT(nn.Module):
-        def __init__(self, width: int, depth: int) -> None:
-            super().__init__()
-            self.patches = nn.Conv2d(3, width, 4, 4)
-            self.position = nn.Parameter(0.02 * torch.randn(64, width))
-            self.blocks = nn.Sequential(
-                *(
-                    nn.TransformerEncoderLayer(
-                        width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-                    )
-                    for _ in range(depth)
-                )
-            )
-            self.norm = nn.LayerNorm(width)
-            self.head = nn.Linear(width, 10)
-
-        def forward(self, x: Any) -> Any:
-            x = self.patches(x).flatten(2).mT + self.position
-            return self.head(self.norm(self.blocks(x)).mean(1))
-
-    def mlp() -> Any:
-        return nn.Sequential(
-            nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10)
-        )
-
-    def resnet() -> Any:
-        widths = [16, 16, 16, 32, 32, 64, 64, 128, 128]
-        blocks = [Block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
-        return nn.Sequential(
-            nn.Conv2d(3, 16, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            *blocks,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(128, 10),
-        )
+    # By its path: both trees step the same networks.
+    models = runpy.run_path(str(Path(__file__).parents[1] / "src/fop_bench/models.py"))
 
     def drawn(make: Callable[[], Any], *shape: int) -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
         return make(), torch.randn(shape), torch.randint(10, (shape[0],))
 
     return {
-        "mlp": lambda: drawn(mlp, 128, 64),
-        "resnet": lambda: drawn(resnet, 128, 3, 32, 32),
-        "vit": lambda: drawn(lambda: ViT(128, 2), 64, 3, 32, 32),
+        "mlp": lambda: drawn(lambda: models["mlp"]((64, 128, 128, 10)), 128, 64),
+        "resnet": lambda: drawn(lambda: models["ResNet"](16, (2, 2, 2, 2)), 128, 3, 32, 32),
+        "vit": lambda: drawn(lambda: models["ViT"](dim=128, depth=2, heads=4), 64, 3, 32, 32),
     }
 
 
