@@ -87,20 +87,22 @@ def helmert(count: int) -> list[list[float]]:
     return rows
 
 
-def contrasts(sums: Sequence[Tensor], shares: Sequence[float], average: Tensor) -> tuple[Tensor, ...]:
+def contrasts(
+    sums: Sequence[Tensor], shares: Sequence[float], average: Tensor, scale: Tensor | float = 1.0
+) -> tuple[Tensor, ...]:
     """Return the differences of K sub-batch gradients, Gd = g1 - g2 for K = 2 (3).
 
-    ``sums`` are what the first K - 1 sub-batches gave of ``average``, Ga; the last gave the rest. ``shares``
-    of the batch are those of all K, and add up to 1.
+    ``sums``, times ``scale``, are what the first K - 1 sub-batches gave of ``average``, Ga; the last gave the
+    rest. ``shares`` of the batch are those of all K, and add up to 1.
     """
     last = shares[-1]
     result = []
     for row in helmert(len(shares)):
         rest = row[-1] / last
         weights = [h / share - rest for h, share in zip(row, shares, strict=True)][:-1]
-        total = sums[0] * weights[0]
+        total = sums[0] * (weights[0] * scale)
         for part, weight in zip(sums[1:], weights[1:], strict=True):
-            total = torch.add(total, part, alpha=weight)
+            total = total + part * (weight * scale)
         result.append(torch.add(total, average, alpha=rest))
     return tuple(result)
 
@@ -108,6 +110,14 @@ def contrasts(sums: Sequence[Tensor], shares: Sequence[float], average: Tensor) 
 def inner(Xs: Sequence[Tensor], Ys: Sequence[Tensor]) -> Tensor:
     """Return ⟨X, Y⟩ of every pair, the sum of element-wise products, (n,)."""
     return torch.stack([torch.dot(X.reshape(-1), Y.reshape(-1)) for X, Y in zip(Xs, Ys, strict=True)])
+
+
+def unless(refused: Tensor, X: Tensor) -> Tensor:
+    """Return X, and zeros if it is ``refused``, 0-dim bool; a copy only where reading that would wait."""
+    if refused.is_cpu:
+        return torch.zeros_like(X) if refused else X
+    # Not a product: 0 times NaN is NaN.
+    return torch.where(refused, 0, X)
 
 
 def squares(Xs: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings
 from fop.capture import BatchSize, Cleared, Source, local, retrace
-from fop.correction import combine, inner, squares
+from fop.correction import combine, inner, squares, unless
 from fop.curvature import NOISE, Estimate, Fallback, Refresher
 from fop.distributed import (
     Description,
@@ -641,15 +641,14 @@ class FOP(JoinableOptimizer, Optimizer):
         sharded = hasattr(bindings[0].weight, "to_local")
         mine: Callable[[Tensor], Tensor] = local if sharded else (lambda tensor: tensor)
         us: list[list[Tensor]] = []
-        for n, (binding, moves) in enumerate(zip(bindings, good.unbind(), strict=True)):
+        for n, (binding, stays) in enumerate(zip(bindings, (~good).unbind(), strict=True)):
             binding.note(updates[n])
             us.append([])
             for param, part in shared[binding][1]:
                 options, state = groups[param], self.state[param]
                 if self._kl_scale is not None:
                     part = part * self._kl_scale.to(part)
-                # Not a product: 0 times NaN is NaN.
-                u = torch.where(moves, part, 0)
+                u = unless(stays, part)
                 if options["momentum"]:
                     # That of `torch.optim.SGD`.
                     if "momentum_buffer" not in state:
@@ -657,7 +656,8 @@ class FOP(JoinableOptimizer, Optimizer):
                     buffer = mine(state["momentum_buffer"])
                     momentum = options["momentum"] if self._kl_scale is None else momentum_of(options)
                     torch.addcmul(u, buffer, chosen(momentum, 1.0)[n], out=buffer)
-                    u = u.add_(buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
+                    # Not in place: it may be a part of the gradient.
+                    u = torch.add(u, buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
                 us[-1].append(u)
         rest = 1 - group["lr"] * group["weight_decay"]
         turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}

@@ -9,7 +9,7 @@ from functools import lru_cache, reduce
 import torch
 from torch import Tensor
 
-from fop.correction import SubBatchGradients, contrasts
+from fop.correction import SubBatchGradients, contrasts, unless
 from fop.layers import Layer, Reduction, Statistics
 
 # A gradient that was scaled as a whole reproduces its scaled norms to rounding; clipping single elements or
@@ -250,19 +250,22 @@ class SubBatches:
         if self.sums.first:
             N = self._ratio_of
             shares = [size / N for size in sub_batch_sizes(N, self.count)[:-1]]
-            sums = [each.to(average.dtype) * scale for each in self.sums.first]
+            sums = [each.to(average.dtype) for each in self.sums.first]
             vetoes.append(complete)
         else:
             shares = [count / sum(counts) for count in counts[:-1]]
-            sums = [self._earlier_matrix(k) * scale for k in range(self.count - 1)]
+            sums, scale = (
+                [self._earlier_matrix(k) * scale for k in range(self.count - 1)],
+                torch.ones_like(scale),
+            )
             if self._label < len(sums):
                 sums[self._label] = sums[self._label] + average
         for veto in vetoes:
             if veto is not None:
                 trusted = trusted & veto
-        differences = contrasts(sums, [*shares, 1 - sum(shares)], average)
-        differences = tuple(torch.where(trusted, each, 0.0) for each in differences)
-        return SubBatchGradients(average, differences, trusted, _CHANGED)
+        differences = contrasts(sums, [*shares, 1 - sum(shares)], average, scale)
+        believed = tuple(unless(~trusted, each) for each in differences)
+        return SubBatchGradients(average, believed, trusted, _CHANGED)
 
     def _why_unknown(self) -> str:
         if self._reason is None and not any(self._passes):

@@ -44,5 +44,6 @@ def blocks_product(M: Tensor, V: Tensor) -> Tensor:
     """Return M V for blocks M, (groups·k, c, c), and V (groups, d, n)."""
     groups, d, n = V.shape
     count, side = len(M) // groups, M.shape[-1]
-    rows = F.pad(V, (0, 0, 0, count * side - d)).reshape(-1, side, n)
-    return torch.bmm(M, rows).reshape(groups, -1, n)[:, :d]
+    if padding := count * side - d:
+        V = F.pad(V, (0, 0, 0, padding))
+    return torch.bmm(M, V.reshape(-1, side, n)).reshape(groups, -1, n)[:, :d]
