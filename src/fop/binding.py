@@ -17,9 +17,9 @@ from fop.capture import (
     FunctionUse,
     ModelWatch,
     Recorder,
+    RunningPass,
     Seen,
     Source,
-    SubBatchLabel,
     in_place,
     local,
     parameter_of,
@@ -30,7 +30,7 @@ from fop.capture import (
 from fop.curvature import kind_of, make_curvature, next_refresh
 from fop.discovery import FoundLayer, Use, find_layers, may_be_weight
 from fop.layer_options import LayerChoices
-from fop.layers import FunctionCall, Slot
+from fop.layers import FunctionCall, Reduction, Slot
 from fop.recognition import Recogniser, warn_of_unseen
 from fop.step_size import Update
 from fop.torch_internals import runs_compiled, unwrapped
@@ -92,8 +92,13 @@ class Binding:
         recorder.due = curvature.state.get("refresh_at", 0) <= group["step"] or not curvature.ready
         recorder.counted = group["loss_reduction"] == "sum"
         recorder.count = group["sub_batches"]
-        recorder.statistics_rows = group["statistics_rows"]
+        recorder.statistics_rows, recorder.fisher = group["statistics_rows"], group["fisher"]
         recorder.key = f"{self.name} {group['step']}"
+
+    def statistics_reduction(self, group: Mapping[str, Any]) -> Reduction:
+        """Return how the loss of the statistics joins the samples; that of sampled labels is a sum."""
+        reduction: Reduction = group["loss_reduction"] if self.recorder.fisher == "empirical" else "sum"
+        return reduction
 
     def schedule_refresh(self, group: Mapping[str, Any]) -> None:
         """Note that the curvature was refreshed, when the next time is, and how far p.grad was seen."""
@@ -165,7 +170,7 @@ class Bindings:
         by_weight: what takes the FOP step.
         names: qualified names of parameters, as far as known.
         reasons: why a parameter takes AdamW, for those that do.
-        label: what the user says of running backward passes.
+        running: what is known of the running backward pass.
         searching: whether there may be parameters whose modules are not known.
         watches: what is known of the batch in forward passes of every model.
         recogniser: watches functions for weights that no module's class tells about.
@@ -179,7 +184,7 @@ class Bindings:
         self.by_weight: dict[Tensor, Binding] = {}
         self.names: dict[Tensor, str] = {}
         self.reasons: dict[Tensor, str] = {}
-        self.label = SubBatchLabel()
+        self.running = RunningPass()
         # Whether modules were looked for again in this step.
         self.searching, self._followed = True, False
         self.recogniser = Recogniser()
@@ -266,7 +271,7 @@ class Bindings:
                 binding.recorder.attach(kind(binding.recorder, use.layer, use.module, names, watch))
 
     def _bind(self, found: FoundLayer, state: State) -> Binding:
-        recorder = Recorder(found.layer, found.weight, found.bias, self.label)
+        recorder = Recorder(found.layer, found.weight, found.bias, self.running)
         # Not put into the state before it holds something: by an empty one torch.distributed.checkpoint
         # knows that it must be made.
         binding = Binding(found, recorder, state.get(found.weight, {}))

@@ -18,7 +18,16 @@ from fop import presets
 from fop.adamw import adamw_step, make_adamw_state
 from fop.amp import called_by_scaler, overflowed, unscale
 from fop.binding import Binding, Bindings
-from fop.capture import BatchSize, Cleared, Source, local, retrace
+from fop.capture import (
+    BatchSize,
+    Cleared,
+    Likelihood,
+    Source,
+    checked_dim,
+    local,
+    retrace,
+    with_sampled_labels,
+)
 from fop.correction import combine, inner, squares, unless
 from fop.curvature import NOISE, Estimate, Fallback, Refresher
 from fop.distributed import (
@@ -122,6 +131,9 @@ class FOP(JoinableOptimizer, Optimizer):
         stat_decay: weight of the old factors when new statistics come in, in [0, 1); 0.8, or 0.9 with the
             paper's steps. The average is without bias, as Adam's; with the paper's steps the first estimate
             goes on as if it were an average.
+        fisher: whose labels b in G is of. "empirical": the data's. "model": labels drawn from the model's own
+            distribution, as in K-FAC's papers, so that F is the Gauss-Newton matrix but for the noise of the
+            draws; needs `sample_labels`, and in steps with statistics one more backward pass.
         statistics_rows: how many rows (samples, tokens, positions of a convolution) the statistics are made
             from, for each dimension of a factor, or of its blocks, and 1,024 at least; drawn at random from
             all of the batch, by generators of the optimizer's own. "auto" is 2, or 16 with the paper's
@@ -188,6 +200,7 @@ class FOP(JoinableOptimizer, Optimizer):
         damping: float | Literal["adaptive"] | Schedule | None = DEFAULTS["damping"],
         damping_kind: Literal["relative", "absolute"] | None = DEFAULTS["damping_kind"],
         stat_decay: float | None = DEFAULTS["stat_decay"],
+        fisher: Literal["empirical", "model"] = DEFAULTS["fisher"],
         statistics_rows: int | Literal["auto"] | None = DEFAULTS["statistics_rows"],
         curvature_interval: int | Schedule | None = DEFAULTS["curvature_interval"],
         inverse_delay: int = DEFAULTS["inverse_delay"],
@@ -368,15 +381,50 @@ class FOP(JoinableOptimizer, Optimizer):
         if type(index) is not int or not 0 <= index < count:
             known = "0 and 1" if count == 2 else f"0 to {count - 1}"
             raise ValueError(f"sub_batch({index!r}): the sub-batches are {known}")
-        label = self._bindings.label
-        if label.index is not None:
-            raise RuntimeError(f"sub_batch({index}) inside sub_batch({label.index}); end that one first")
+        running = self._bindings.running
+        if running.sub_batch is not None:
+            now = running.sub_batch
+            raise RuntimeError(f"sub_batch({index}) inside sub_batch({now}); end that one first")
         self._distributor.use_labels()
-        label.index = index
+        running.sub_batch = index
         try:
             yield
         finally:
-            label.index = None
+            running.sub_batch = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def sample_labels(self, outputs: Tensor, likelihood: Likelihood, *, dim: int | None = None) -> Tensor:
+        """Return the model's outputs, for the loss; in the backward pass labels are drawn from them first.
+
+        With ``fisher="model"`` the statistics are of these labels, and gradients stay what they are, to the
+        last bit; otherwise nothing happens. The loss must be computed from what this returns, and be a mean
+        or a sum over rows, as the option ``loss_reduction`` says::
+
+            loss = cross_entropy(optimizer.sample_labels(model(x), "categorical"), y)
+
+        Draws are by generators of the optimizer's own, and resume bit for bit.
+
+        Args:
+            outputs: one entry for each class (logits) or feature, for every row. Leave out rows that have no
+                label, such as padding: ``logits[mask]``.
+            likelihood: "categorical": softmax of the outputs, the loss is cross-entropy. "gaussian": normal
+                distributions around the outputs, with variance 1; the loss of a row is ½·Σ (y - output)²
+                (`torch.nn.functional.mse_loss` is 2/features times that, and relative damping does not mind).
+            dim: dimension that counts the classes or features. If not given, 1 for (N, C); for outputs (N,)
+                with "gaussian" every entry is a row.
+
+        Raises:
+            ValueError: another likelihood; outputs of other shapes without ``dim``, or a ``dim`` that they do
+                not have; ``fisher="model"`` together with `fully_shard`.
+            TypeError: outputs that are no tensor of real numbers.
+        """
+        dim = checked_dim(outputs, likelihood, dim)
+        recorders = [each.recorder for each in self._bindings if each.recorder.fisher == "model"]
+        if any(recorder.sharded for recorder in recorders):
+            raise ValueError('fisher="model" does not go together with fully_shard; use fisher="empirical"')
+        if not (recorders and outputs.requires_grad):
+            return outputs
+        return with_sampled_labels(outputs, likelihood, dim, recorders, self._bindings.running)
 
     # The step
 
@@ -401,7 +449,8 @@ class FOP(JoinableOptimizer, Optimizer):
             ValueError: for sparse gradients, and for parameters replaced by others of another shape; nothing
                 has been changed then; for options that were set in ``param_groups`` and are out of range.
             TypeError: for such options of the wrong type.
-            RuntimeError: if a newer optimizer has replaced this one.
+            RuntimeError: if a newer optimizer has replaced this one; if ``fisher="model"`` and no labels were
+                sampled for a layer whose statistics are due. Nothing has been changed then.
         """
         if self._retired:
             raise RuntimeError(self._retired)
@@ -427,6 +476,8 @@ class FOP(JoinableOptimizer, Optimizer):
             if overflowed(self):
                 self._distributor.discard()
                 return loss
+        if any(group["fisher"] == "model" for group in self.param_groups):
+            self._check_labels()
         self._follow_model()
         with contextlib.ExitStack() as stack:
             for device_type in {param.device.type for param in groups}:
@@ -434,6 +485,17 @@ class FOP(JoinableOptimizer, Optimizer):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             self._step()
         return loss
+
+    def _check_labels(self) -> None:
+        for binding in self._bindings:
+            recorder = binding.recorder
+            if recorder.fisher == "model" and recorder.due and recorder.samples and not recorder.labelled:
+                raise RuntimeError(
+                    f"fisher='model', and layer {binding.name!r} has a gradient but no sampled labels; "
+                    "compute the loss from outputs = optimizer.sample_labels(outputs, ...), for each output "
+                    "of the model that has a loss (layers in activation checkpoints need "
+                    "use_reentrant=False), or give fisher='empirical', also in a parameter group"
+                )
 
     def _step(self) -> None:  # noqa: PLR0912 - the algorithm in one piece
         """Take a step of Algorithm 1; on one process this rank owns every weight."""
@@ -523,7 +585,9 @@ class FOP(JoinableOptimizer, Optimizer):
             for binding, sums in statistics.items():
                 if sums is not None:
                     group = groups[binding.weight]
-                    tensors = binding.curvature.estimate(sums, group["loss_reduction"], loss_scale)
+                    # Sampled labels know nothing of the loss scale.
+                    scale = loss_scale if binding.recorder.fisher == "empirical" else None
+                    tensors = binding.curvature.estimate(sums, binding.statistics_reduction(group), scale)
                     estimates.append(Estimate(binding.curvature, tensors, group))
             bad, before, more = self._refresher.refresh(estimates)
             fallbacks += more

@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": None,
     "damping_kind": None,
     "stat_decay": None,
+    "fisher": "empirical",
     "statistics_rows": "auto",
     "curvature_interval": None,
     "inverse_delay": 0,
@@ -74,6 +75,7 @@ _CHOICES = {
     "step_length": BY_STEP_LENGTH.keys(),
     "damping_kind": BY_DAMPING_KIND.keys(),
     "loss_reduction": ("mean", "sum"),
+    "fisher": ("empirical", "model"),
 }
 
 # Options that may be functions of the step, and those that all groups share.

@@ -31,6 +31,7 @@ _NEWER = {
     "anneal": False,
     "damping_kind": "absolute",
     "statistics_rows": None,
+    "fisher": "empirical",
 }
 _COUNTS = {"refreshed_at", "refresh_at", "inverse_at"}  # numbers of steps in the state of a weight
 

@@ -15,7 +15,8 @@ from fop.capture.hooks import (
     parts_called,
     remove_all,
 )
-from fop.capture.recorder import Cleared, Recorder, SubBatchLabel
+from fop.capture.labels import Likelihood, checked_dim, with_sampled_labels
+from fop.capture.recorder import Cleared, Recorder, RunningPass
 from fop.capture.sharded import is_sharded, local, stands_for
 
 __all__ = [
@@ -26,12 +27,14 @@ __all__ = [
     "ForwardUse",
     "FunctionUse",
     "Hook",
+    "Likelihood",
     "ModelWatch",
     "Recorder",
+    "RunningPass",
     "Seen",
     "Source",
-    "SubBatchLabel",
     "begin_watch",
+    "checked_dim",
     "end_watch",
     "in_place",
     "is_sharded",
@@ -43,4 +46,5 @@ __all__ = [
     "source_of",
     "stands_for",
     "watches",
+    "with_sampled_labels",
 ]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fop.capture.batch import Batch, Layout
 from fop.capture.hooks import Hook, ModelWatch, ModuleUse, remove_all
+from fop.capture.labels import SampledPass
 from fop.capture.sharded import is_sharded
 from fop.capture.statistics import gather_statistics
 from fop.capture.sub_batches import EMPTY, PassRecord, SplitSums, SubBatches, sub_batch_runs
@@ -41,13 +42,19 @@ _UNCLEAR = (
 
 
 @dataclass
-class SubBatchLabel:
-    """Which sub-batch the user says that backward passes make up; shared by all recorders.
+class RunningPass:
+    """What is known of the running backward pass; shared by all recorders.
 
-    ``warned`` notes whether the user was told of batches whose samples are not known.
+    Attributes:
+        sub_batch: which sub-batch the user says that it is a part of, None for no word.
+        sampled: the pass of sampled labels that runs inside it, None if none does.
+        generator: of these labels, and the backward pass that it was made for.
+        warned: whether the user was told of batches whose samples are not known.
     """
 
-    index: int | None = None
+    sub_batch: int | None = None
+    sampled: SampledPass | None = None
+    generator: tuple[int, torch.Generator] | None = None
     warned: bool = False
 
 
@@ -71,6 +78,8 @@ class Recorder:
         due: whether statistics are wanted of the coming backward pass.
         counted: whether the number of samples is wanted in every step.
         statistics_rows: rows for each dimension of a factor that statistics are made from; None for all.
+        fisher: whose labels the statistics are of, "empirical" for the data's or "model" for its own.
+        labelled: whether labels of the model's own were sampled.
         key: of the draws of these rows, another one in every step and for every weight.
         stream: of the draws, for those who share a key (ranks).
         samples: N of all passes together.
@@ -84,19 +93,20 @@ class Recorder:
         completed: called when a backward pass has given all gradients of the layer, with these by parameter.
     """
 
-    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, label: SubBatchLabel) -> None:
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, running: RunningPass) -> None:
         self.layer = layer
         self.weight = weight
         self.params = [weight] if bias is None else [weight, bias]
         self.paired, self.due, self.counted, self.count = True, True, False, 2
         self.statistics_rows: int | None = None
+        self.fisher: str = "empirical"
         self.key, self.stream = "", 0
         self.taken = self.sharded = is_sharded(weight)
         self.accumulates = False
         self.restarted = True
         self.completed: Callable[[dict[Tensor, Tensor]], None] | None = None
         self.uses: list[ModuleUse] = []
-        self._label = label
+        self._running = running
         # What the running backward passes have given so far.
         self._passes: dict[int, PassRecord] = {}
         self._handles: list[RemovableHandle] = []
@@ -111,7 +121,7 @@ class Recorder:
         self.sub_batches = SubBatches(self.layer, self.params, self.count)
         self.statistics: Statistics | None = None
         self.samples = 0
-        self.averaged = False
+        self.averaged = self.labelled = False
         self._passes.clear()
         # Which tensor p.grad was, and its version, when it was last recorded; None before.
         self._version: tuple[int, int] | None = None
@@ -203,23 +213,31 @@ class Recorder:
         outer: int = -1,
         *,
         whole: bool = False,
-    ) -> Gradients | None:
+    ) -> Gradients | tuple[None, None] | None:
         """Record one use of the weight, which ``layer`` describes, in a running backward pass.
 
         ``x`` is None if it was changed since the forward pass; ``outer`` is the backward pass that repeated
         the forward pass (reentrant checkpointing), -1 if none did. Returns the gradients of weight and bias,
-        as sums over the sub-batches, if asked for the ``whole`` and the pass was split.
+        as sums over the sub-batches, if asked for the ``whole`` and the pass was split; (None, None) in one
+        of sampled labels, which is for statistics only.
         """
+        task, sampled = current_backward_pass(), self._running.sampled
+        if sampled is None or sampled.outer == task:
+            sampled = None
+        elif self.due and self.fisher == "model":
+            # It is one more use of the weight in the pass inside which it runs.
+            task = sampled.outer
+        else:
+            return None, None
         if x is None:
             layout = Layout(0, 0, problem="its input was changed in place")
         elif x.is_nested or x.layout is not torch.strided:
             x, layout = None, Layout(0, 0, problem="its input is sparse or nested")
         else:
             layout = batch.layout(layer, x)
-            if layout.unclear and self.paired and not self._label.warned:
-                self._label.warned = True
+            if layout.unclear and self.paired and not self._running.warned:
+                self._running.warned = True
                 warnings.warn(_UNCLEAR.format(layout.problem), UserWarning, stacklevel=outside())
-        task = current_backward_pass()
         if task not in self._passes:
             # Leftovers of passes that never reached the weight, as torch.autograd.grad for its inputs.
             self._passes.clear()
@@ -229,17 +247,24 @@ class Recorder:
             self._outer = outer
             samples = layout.samples if layout.problem is None else 0
             if not self._continued and (samples or layout.problem is not None):
-                self.sub_batches.begin(samples, self._label.index)
+                self.sub_batches.begin(samples, self._running.sub_batch)
+        self.labelled |= sampled is not None
         with torch.autocast(b.device.type, enabled=False):
-            record, gradients = self._record_of(layer, x, b, layout, whole)
+            record, gradients = self._record_of(layer, x, b, layout, whole, sampled)
         if task in self._passes:
             self._passes[task].add_use(record)
         else:
             self._passes[task] = record
-        return gradients
+        return gradients if sampled is None else (None, None)
 
     def _record_of(
-        self, layer: Layer, x: Tensor | None, b: Tensor, layout: Layout, whole: bool
+        self,
+        layer: Layer,
+        x: Tensor | None,
+        b: Tensor,
+        layout: Layout,
+        whole: bool,
+        sampled: SampledPass | None,
     ) -> tuple[PassRecord, Gradients | None]:
         record = PassRecord(layout.samples, layout.problem, precise=torch.finfo(b.dtype).bits > 16)
         gradients: Gradients | None = None
@@ -251,7 +276,7 @@ class Recorder:
         if layout.samples < self.count:
             how = "has no halves" if self.count == 2 else f"cannot be split in {self.count}"
             record.problem = record.problem or f"a batch of {layout.samples} {how}"
-        if self.paired and self.sub_batches.split and record.problem is None:
+        if sampled is None and self.paired and self.sub_batches.split and record.problem is None:
             runs = sub_batch_runs(layout.samples, self.sub_batches.count, layout.rows)
             if whole:
                 gradients = _sum_of_parts(layer, x, b, runs, record.sums)
@@ -263,10 +288,13 @@ class Recorder:
                 record.sums.first = parts[: len(runs) - 1]
                 if self.due:
                     record.sums.whole = reduce(torch.add, parts)
-        if self.due:
+        if self.due and (sampled is not None) == (self.fisher == "model"):
             if self.statistics_rows is not None and self._sampler is None:
                 self._sampler = RowSampler(self.statistics_rows, f"{self.key} {self.stream}", x.device)
             record.statistics = gather_statistics(layer, x, b, layout.samples, self._sampler)
+            if sampled is not None and not self.counted:
+                # The loss is a mean over rows, and that of a sample its share of the sum.
+                record.statistics.scale(layout.samples / sampled.rows)
         return record, gradients
 
     @torch.no_grad()
@@ -381,7 +409,7 @@ class _LayerFunction(torch.autograd.Function):
         (x, weight), (of_input, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
         call: _Call = ctx.call
         recorder, layer = call.recorder(), call.layer
-        whole: Gradients | None = None
+        whole: Gradients | tuple[None, None] | None = None
         with torch.autocast(b.device.type, enabled=False):
             if recorder is not None and of_weight and not (is_vmapped(b) or is_legacy_vmapped(b)):
                 # With create_graph=True the gradients must themselves have a graph.
@@ -390,11 +418,13 @@ class _LayerFunction(torch.autograd.Function):
             single = layer.leading_dims(x) == 0
             x_N, b_N = (x[None], b[None]) if single else (x, b)
             gradient = layer.input_gradient(x_N, b_N, weight.to(b.dtype)) if of_input else None
-            if whole is None or (of_bias and whole[1] is None):
+            if (of_weight or of_bias) and (whole is None or (of_bias and whole[1] is None)):
                 # Also where the bias is not the layer's.
                 whole = layer.gradients(x_N, b_N, bias=of_bias)
         of_x = gradient[0] if gradient is not None and single else gradient
-        return of_x, whole[0] if of_weight else None, whole[1] if of_bias else None, None, None
+        weight_gradient, bias_gradient = (None, None) if whole is None else whole
+        of_params = weight_gradient if of_weight else None, bias_gradient if of_bias else None
+        return of_x, *of_params, None, None
 
 
 class _Keep(torch.autograd.Function):

@@ -267,7 +267,7 @@ class Reductions:
         found: dict[Binding, Statistics | None] = dict.fromkeys(bindings)
         for binding, part in zip(bindings, counts.split(sizes), strict=True):
             if self.owns(binding) and any(numbers := part.tolist()):
-                mean = groups[binding.weight]["loss_reduction"] == "mean"
+                mean = binding.statistics_reduction(groups[binding.weight]) == "mean"
                 message = _total(self._statistics.pop(binding)).to(wire_dtype(binding))
                 share = 1 / self.ranks.size**2 if mean else 1.0
                 found[binding] = binding.curvature.unpack(message, numbers, share)

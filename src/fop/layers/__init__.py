@@ -5,7 +5,7 @@ from fop.layers.base import Layer, LayerOptions
 from fop.layers.embedding import EmbeddingLayer
 from fop.layers.functions import FUNCTIONS, FunctionCall, function_call
 from fop.layers.registry import EXCLUDED, Slot, Unfit, describe
-from fop.layers.sampling import RowSampler
+from fop.layers.sampling import RowSampler, keyed_generator
 from fop.layers.statistics import FactorSums, Reduction, Statistics
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "Unfit",
     "describe",
     "function_call",
+    "keyed_generator",
 ]

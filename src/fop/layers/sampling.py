@@ -12,6 +12,13 @@ from torch import Tensor
 MIN_ROWS = 1024
 
 
+def keyed_generator(key: str, device: torch.device) -> torch.Generator:
+    """Return a new generator whose draws depend on ``key`` alone, for tensors on a device."""
+    # A device other than CUDA may have no float64, or no generator of its own.
+    home = device if device.type == "cuda" else torch.device("cpu")
+    return torch.Generator(home).manual_seed(random.Random(key).getrandbits(63))
+
+
 class RowSampler:
     """Draws rows for the statistics of one weight: ``per_dim`` for each dimension of a factor.
 
@@ -21,9 +28,7 @@ class RowSampler:
 
     def __init__(self, per_dim: int, key: str, device: torch.device) -> None:
         self.per_dim = per_dim
-        # A device other than CUDA may have no float64, or no generator of its own.
-        self._device, home = device, device if device.type == "cuda" else torch.device("cpu")
-        self._generator = torch.Generator(home).manual_seed(random.Random(key).getrandbits(63))
+        self._device, self._generator = device, keyed_generator(key, device)
 
     def draw(self, rows: int, dim: int, share: float = 1.0) -> Tensor | None:
         """Return which of so many rows serve a factor of ``dim`` dimensions; None for all of them.

@@ -88,6 +88,14 @@ class Statistics:
             else:
                 self.terms[key].add_batch(sums)
 
+    def scale(self, by: float) -> None:
+        """Make the statistics those of output gradients that are ``by`` times as large."""
+        for sums in self.terms.values():
+            if sums.g is None:
+                sums.a *= by
+            else:
+                sums.g *= by**2
+
     def spoil(self, norm: Tensor) -> None:
         """Make the statistics NaN if ``norm``, that of the gradient, is not finite."""
         for sums in self.terms.values():
