@@ -109,6 +109,8 @@ def contrasts(
 
 def inner(Xs: Sequence[Tensor], Ys: Sequence[Tensor]) -> Tensor:
     """Return ⟨X, Y⟩ of every pair, the sum of element-wise products, (n,)."""
+    if Xs is Ys:
+        return torch.stack(list(torch._foreach_norm(list(Xs)))).square()
     return torch.stack([torch.dot(X.reshape(-1), Y.reshape(-1)) for X, Y in zip(Xs, Ys, strict=True)])
 
 
@@ -118,11 +120,6 @@ def unless(refused: Tensor, X: Tensor) -> Tensor:
         return torch.zeros_like(X) if refused else X
     # Not a product: 0 times NaN is NaN.
     return torch.where(refused, 0, X)
-
-
-def squares(Xs: Sequence[Tensor]) -> Tensor:
-    """Return ⟨X, X⟩ of each, (n,)."""
-    return torch.stack(list(torch._foreach_norm(list(Xs)))).square()
 
 
 def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor:
@@ -140,14 +137,14 @@ def orthogonal_component(
     means nothing, and that F̂⁻¹ would amplify.
     """
     s = ratio(inner(difference, fisher_average), inner(average, fisher_average), otherwise=0.0)
-    aa, dd = squares(average), squares(difference)
+    aa, dd = inner(average, average), inner(difference, difference)
     t = ratio(inner(difference, average), aa, otherwise=0.0)
     residual = torch._foreach_addcmul(difference, average, (-t).unbind())
     # A mean is off by ε times the length of its terms (the root of tr F) however much they cancel, and where
     # they do not by 0.2·√N·ε: measured are 0.7 to 14 ε up to 8,192 samples. A wider bound takes for rounding
     # what means something: β* makes up for a short G⊥, so that the step without it is another one.
     rounding = (16 * torch.finfo(s.dtype).eps) ** 2 * (1 + t * t) * (dd + aa + trace)
-    parallel = squares(residual) <= rounding
+    parallel = inner(residual, residual) <= rounding
     # A product, as a NaN must pass through: the optimizer finds a bad gradient by it.
     kept = torch.where(parallel, 0.0, torch.ones_like(s))
     difference = torch._foreach_mul(difference, kept.unbind())

@@ -28,7 +28,7 @@ from fop.capture import (
     retrace,
     with_sampled_labels,
 )
-from fop.correction import combine, inner, squares, unless
+from fop.correction import combine, inner, unless
 from fop.curvature import NOISE, Estimate, Fallback, Refresher
 from fop.distributed import (
     Description,
@@ -657,7 +657,7 @@ class FOP(JoinableOptimizer, Optimizer):
             if by_weight and not hasattr(owners[0].weight, "to_local"):
                 parts = [b.parts(each.average)[0] for b, each in zip(owners, gradients, strict=True)]
                 weights, of_weights = [w.to(g.dtype) for w, g in parts], [g for _, g in parts]
-                along = torch.stack([inner(weights, of_weights), squares(of_weights)], 1).unbind()
+                along = torch.stack([inner(weights, of_weights), inner(of_weights, of_weights)], 1).unbind()
             scaled = alignment * float(group["lr"]) ** 2
             scalars = zip(*(v.unbind() for v in (scaled, mixing, eta_used, directions.rho)), strict=True)
             for n, (binding, (length, beta_used, eta_of, rho)) in enumerate(
@@ -759,7 +759,7 @@ class FOP(JoinableOptimizer, Optimizer):
         inputs = torch.stack(sizes_of_inputs)
         if hasattr(bindings[0].weight, "to_local"):
             grads = [local(b.weight.grad).to(one) for b in bindings if b.weight.grad is not None]
-            along = torch.stack([inner([w.to(one) for w in weights], grads), squares(grads)], 1)
+            along = torch.stack([inner([w.to(one) for w in weights], grads), inner(grads, grads)], 1)
             numbers = self._distributor.sums(measure(weights, us, along, inputs, rows))
         else:
             along = torch.stack([update.along.to(one) for update in updates if update.along is not None])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fop.correction import Directions, inner, ratio, squares
+from fop.correction import Directions, inner, ratio
 from fop.curvature import LEAST_SIGNAL
 
 # In the state: the norm that a weight which has been zero is taken to have, see `lengths`; 0 for others.
@@ -147,9 +147,9 @@ def measure(
         torch.linalg.vector_norm(u, dim=1).sum() if count else zero
         for u, count in zip(first, rows, strict=True)
     ]
-    of_weight = squares(first)
-    square = of_weight + squares(biases) / inputs
-    own, product = squares(weights), inner(weights, first)
+    of_weight = inner(first, first)
+    square = of_weight + inner(biases, biases) / inputs
+    own, product = inner(weights, weights), inner(weights, first)
     return torch.cat([torch.stack([square, own, torch.stack(by_row), product, of_weight], 1), along], 1)
 
 
