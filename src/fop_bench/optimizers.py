@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD, AdamW, Optimizer
 
 from fop import FOP, KFAC
@@ -86,7 +86,12 @@ def gradients(
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         if hasattr(optimizer, "gradients"):
             return optimizer.gradients(model, inputs, targets, loss).detach()
-        value = loss(model(inputs), targets)
+        outputs = model(inputs)
+        if optimizer.param_groups[0].get("fisher") == "model":
+            assert isinstance(optimizer, FOP)
+            likelihood = "gaussian" if loss is mse_loss else "categorical"
+            outputs = optimizer.sample_labels(outputs, likelihood, dim=-1)
+        value = loss(outputs, targets)
     value.backward()
     return value.detach()
 

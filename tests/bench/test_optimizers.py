@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -181,3 +181,19 @@ def test_an_optimizer_may_make_the_gradients_itself() -> None:
     assert expected is not None
     torch.testing.assert_close(model[1].weight.grad, 2 * expected)
     torch.testing.assert_close([once, twice], [plain.detach(), 2 * plain.detach()])
+
+
+@pytest.mark.parametrize(("loss", "classes"), [(cross_entropy, 10), (mse_loss, 64)])
+def test_labels_are_sampled_where_the_fisher_is_the_models(loss: Any, classes: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 64)
+    y = torch.arange(16) % 10 if loss is cross_entropy else x
+    factors = []
+    for fisher in ("empirical", "model"):
+        torch.manual_seed(1)
+        model = mlp((64, 8, classes))
+        optimizer = make_peer("fop", model, 0.1, step_length="weight", fisher=fisher)
+        gradients(optimizer, model, x, y, loss)
+        optimizer.step()
+        factors.append(optimizer.state[model[3].weight]["G"])
+    assert factors[0].shape == factors[1].shape and not torch.allclose(*factors)
