@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP
-from internals import Transfer, refresh
+from internals import Refusals, Transfer, refresh
 from models import assert_equal, batch, weights
 
 NAN = float("nan")
@@ -141,6 +141,24 @@ def test_a_state_that_was_loaded_since_is_not_touched() -> None:
         train(other, fresh, 3, first=3)
     assert_equal(weights(model), weights(other))
     assert not any("statistics" in message for message in said)
+
+
+def test_refusals_are_told_a_report_later_or_at_once() -> None:
+    def report(**how: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            refusals.report(**how)
+        return [str(each.message) for each in caught]
+
+    for last in ({"wait": False}, {}):
+        refusals = Refusals()
+        refusals._counts[("one", "two"), torch.device("cpu")] = torch.tensor([0, 3])
+        assert report(wait=False) == []
+        (message,) = report(**last)
+        assert "the update of two was not finite" in message
+        assert report() == []
+    refusals._counts[("one",), torch.device("cpu")] = torch.tensor([1])
+    assert len(report()) == 1
 
 
 def test_numbers_arrive_as_they_were() -> None:
