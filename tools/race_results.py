@@ -37,7 +37,7 @@ TITLES = {
 }
 LABELS = {
     **{"sgd": "SGD", "adamw": "AdamW", "soap": "SOAP", "muon": "Muon"},
-    **{"kfac-default": "K-FAC, defaults", "fop-default": "FOP, defaults"},
+    **{"kfac-default": "K-FAC, defaults", "fop-default": "FOP, defaults", "fop": "FOP, rate searched"},
 }
 
 

@@ -9,6 +9,7 @@ meets both alike. SGD is measured with them: its ratio is the error of the measu
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("mlp", "resnet", "vit")
-OPTIMIZERS = ("SGD", "KFAC", "FOP")
+# By their defaults, and with the paper's steps, which were the only ones before there was `step_length`.
+OPTIMIZERS = ("SGD", "KFAC", "FOP", "KFAC paper", "FOP paper")
 STEPS = ("plain", "statistics")
 TREES = ("old", "new")
 
@@ -62,8 +64,11 @@ def stepper(task: str, optimizer: str, step: str) -> Callable[[], float]:
     if optimizer == "SGD":
         chosen: Any = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5)
     else:
+        name, *paper = optimizer.split()
+        known = "step_length" in inspect.signature(fop.FOP).parameters
+        options = {"step_length": "paper"} if paper and known else {}
         interval = 1 if step == "statistics" else 10**6
-        chosen = getattr(fop, optimizer)(model, lr=1e-3, curvature_interval=interval)
+        chosen = getattr(fop, name)(model, lr=1e-3, curvature_interval=interval, **options)
 
     def one() -> float:
         start = time.process_time()
