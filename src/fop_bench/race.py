@@ -26,7 +26,7 @@ from fop_bench.execution import Begun, Run
 from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
 from fop_bench.records import Record
-from fop_bench.tables import number, section
+from fop_bench.tables import plus_minus, section
 from fop_bench.training import Training
 
 Found = dict[float, float | None]  # values by rate, None where a run diverged
@@ -337,8 +337,6 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     seconds = [each[clock] for each in runs if not each["diverged"]]
     inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"
     held_out = row.get("held_out", OLD["held_out"])
-    mean, digits = statistics.fmean(values or [math.nan]), 2 if highest else 4
-    spread = f" ± {number(statistics.stdev(values), digits)}" if len(values) > 1 else ""
     how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
     target = TASKS[row["task"]].target
     times = [reached(each, target, highest) for each in runs]
@@ -352,9 +350,10 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
         "rate": "default" if rate is None else f"{rate:g}",
         "tried": f"{len(found)}, {inside}{', held out' * held_out}" if len(found) > 1 else "–",
         **{"n": len(runs), "diverged": len(runs) - len(values)},
-        "value": number(mean, digits) + spread if values else "–",
+        "value": plus_minus(values, 2 if highest else 4),
         "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",
         f"to {target:g}": to,
         "source": row["source"],
     }
-    return (math.inf if not values else -mean if highest else mean), cells
+    mean = statistics.fmean(values) if values else math.inf
+    return -mean if highest and values else mean, cells

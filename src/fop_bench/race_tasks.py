@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
-from fop_bench.images import Augmentation, Images, Normaliser, augment, load
+from fop_bench.images import Augmentation, Images, Normaliser, load
 from fop_bench.models import DigitsLSTM, airbench, digits_autoencoder, digits_cnn, mlp, small_gpt
 from fop_bench.optimizers import Loss, class_loss
 from fop_bench.recipes import CIFAR10, DigitsTask
@@ -88,12 +88,9 @@ def of_images(train: Images, test: Images, widths: Sequence[int] = (16, 64, 64))
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).cpu()
 
     def batch(numbers: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
-        return normalise(augment(train.pixels[numbers], augmentation, draw)), train.labels[numbers]
+        return normalise.batch(train, numbers, augmentation, draw)
 
-    def judged(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return normalise(test.pixels[numbers]), test.labels[numbers]
-
-    loss = partial(class_loss, label_smoothing=0.1)
+    loss, judged = partial(class_loss, label_smoothing=0.1), partial(normalise.batch, test)
     return Problem(lambda: airbench(patches, widths), len(train), batch, loss, len(test), judged)
 
 

@@ -191,7 +191,7 @@ class Refresher:
                 old = one.state[name] if name in one.state else torch.zeros_like(inverse)
                 kept.append(Inversion(torch.where(fine.to(inverse.device), inverse, old), Fallback.NONE))
             _store(one.curvature, kept, one.step, one.damping)
-            inverted.append(fine)
+            inverted.append(fine.to(finite.device))
         self._unread = attempts, Transfer(torch.stack([finite, torch.stack(inverted)], 1))
 
     def _read(self) -> tuple[list[Curvature], Fallbacks]:
