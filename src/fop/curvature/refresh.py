@@ -121,8 +121,7 @@ class Refresher:
         finite = _finite([each.tensors for each in estimates])
         later = any(each.group["inverse_delay"] for each in estimates)
         if may_run_ahead(finite.device) and not (later or self._failed):
-            self._run_ahead(estimates, finite)
-            return Refreshed([], earlier, fallbacks)
+            return Refreshed([], earlier, fallbacks + self._run_ahead(estimates, finite))
         refused, more = self._wait(estimates, finite)
         self._failed = bool(refused or more)
         return Refreshed(refused, earlier, fallbacks + more)
@@ -163,13 +162,17 @@ class Refresher:
             fallbacks += _store(curvature, own, step, damping)
         return refused, fallbacks
 
-    def _run_ahead(self, estimates: Sequence[Estimate], finite: Tensor) -> None:
-        """Refresh all; where an estimate or an inversion turns out to have failed, keep what was there."""
+    def _run_ahead(self, estimates: Sequence[Estimate], finite: Tensor) -> Fallbacks:
+        """Refresh all; where an estimate or an inversion turns out to have failed, keep what was there.
+
+        Returns the fallbacks of inverses that were pending.
+        """
+        fallbacks: Fallbacks = []
         attempts: list[_Attempt] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
         for (curvature, tensors, group), fine in zip(estimates, finite.unbind(), strict=True):
-            self.finish([(curvature, None)])
+            fallbacks += self.finish([(curvature, None)])
             before = curvature.state.get(AVERAGING_WEIGHT)
             damping, known = curvature.damping(group), curvature.known
             unbiased = group["step_length"] == "weight"
@@ -193,6 +196,7 @@ class Refresher:
             _store(one.curvature, kept, one.step, one.damping)
             inverted.append(fine.to(finite.device))
         self._unread = attempts, Transfer(torch.stack([finite, torch.stack(inverted)], 1))
+        return fallbacks
 
     def _read(self) -> tuple[list[Curvature], Fallbacks]:
         """Find out what failed in the last refresh, if it ran ahead: estimates, and inversions."""
