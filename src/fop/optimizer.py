@@ -869,6 +869,11 @@ class FOP(JoinableOptimizer, Optimizer):
 
     # State
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; on a GPU it waits to know whether the last curvature update succeeded."""
+        self._refresher.settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer over the same model; continuing equals never having stopped.
 
@@ -948,6 +953,7 @@ class FOP(JoinableOptimizer, Optimizer):
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refresher.settle()
         own = {
             "layer_options": self._bindings.choices.given,
             "batch_size": self._bindings.batch_size,

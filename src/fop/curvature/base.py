@@ -134,8 +134,8 @@ class Curvature(ABC):
         """Take an estimate into the averages.
 
         The first one is taken as it is, and goes on as if it were an average; if ``unbiased``, estimates
-        weigh 1, decay, decay², … from the newest to the first. Only ``where`` it says so, 0-dim bool, which
-        leaves averages of 0 if there were none.
+        weigh 1, decay, decay², … from the newest to the first. Only ``where`` it says so, 0-dim bool, if
+        there are averages to keep.
         """
         known = self.known
         if unbiased:
@@ -145,8 +145,7 @@ class Curvature(ABC):
         for name, new in zip(self.averages, estimate, strict=True):
             average = torch.lerp(new, self.state[name], decay) if known else new
             if where is not None:
-                old = self.state[name] if known else torch.zeros_like(new)
-                average = torch.where(where.to(new.device), average, old)
+                average = torch.where(where.to(new.device), average, self.state[name])
             self.state[name] = average
         self.derive()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSet, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
@@ -40,14 +40,14 @@ class Estimate(NamedTuple):
 class _Attempt(NamedTuple):
     """A refresh of one curvature of which the host does not know yet whether it succeeded.
 
-    ``known`` says whether there were averages before, ``averaging_weight`` is what they had, and ``matrices``
-    is how many were inverted.
+    ``averaging_weight`` and ``refreshed_at`` are what the state had before, ``matrices`` is how many were
+    inverted.
     """
 
     curvature: Curvature
     state: dict[str, Any]
-    known: bool
     averaging_weight: float | None
+    refreshed_at: int
     damping: Damping
     step: int
     matrices: int
@@ -97,17 +97,21 @@ class Refresher:
     A weight whose inverse is pending has the step from which it counts (``inverse_at``), the step of its
     factors and its damping in the state, so that a checkpoint can start the same inversion again.
 
-    On a GPU the host does not wait for what became of a refresh. What failed leaves averages or inverse as
-    they were; the next refresh finds out, and then waits itself, for fallbacks need it.
+    On a GPU the host does not wait for what became of a refresh, but for the first of a weight. What failed
+    leaves averages or inverse as they were; `settle` finds out, at the next refresh at the latest. The next
+    refresh of that weight waits, for fallbacks need it.
     """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         # Weak: a weight whose parameter was replaced gets another curvature.
         self._jobs: MutableMapping[Curvature, _Job] = weakref.WeakKeyDictionary()
-        # The last refresh, if nobody has waited for it; and whether anything failed in the last one known.
+        # The last refresh, if nobody has waited for it; and what failed in it, to be told.
         self._unread: tuple[list[_Attempt], Transfer] | None = None
-        self._failed = False
+        self._refused: list[Curvature] = []
+        self._fallbacks: Fallbacks = []
+        # What failed in its own last refresh, as far as known.
+        self._failed: MutableSet[Curvature] = weakref.WeakSet()
 
     def refresh(self, estimates: Sequence[Estimate]) -> Refreshed:
         """Take estimates into the averages and invert these.
@@ -117,14 +121,22 @@ class Refresher:
         """
         if not estimates:
             return Refreshed([], [], [])
-        earlier, fallbacks = self._read()
+        self.settle()
+        earlier, self._refused = self._refused, []
+        fallbacks, self._fallbacks = self._fallbacks, []
         finite = _finite([each.tensors for each in estimates])
-        later = any(each.group["inverse_delay"] for each in estimates)
-        if may_run_ahead(finite.device) and not (later or self._failed):
+        if may_run_ahead(finite.device) and all(map(self._goes_well, estimates)):
             return Refreshed([], earlier, fallbacks + self._run_ahead(estimates, finite))
         refused, more = self._wait(estimates, finite)
-        self._failed = bool(refused or more)
+        self._failed -= {each.curvature for each in estimates}
+        self._failed |= {*refused, *(curvature for curvature, _ in more)}
         return Refreshed(refused, earlier, fallbacks + more)
+
+    def _goes_well(self, estimate: Estimate) -> bool:
+        """Return whether nothing speaks for waiting: there is something to keep if the refresh fails."""
+        curvature, _, group = estimate
+        kept = curvature.known and curvature.held
+        return kept and not group["inverse_delay"] and curvature not in self._failed
 
     def _wait(self, estimates: Sequence[Estimate], flags: Tensor) -> tuple[list[Curvature], Fallbacks]:
         """Refresh all whose flag says that the estimate is finite; return the others, and fallbacks."""
@@ -163,64 +175,58 @@ class Refresher:
         return refused, fallbacks
 
     def _run_ahead(self, estimates: Sequence[Estimate], finite: Tensor) -> Fallbacks:
-        """Refresh all; where an estimate or an inversion turns out to have failed, keep what was there.
-
-        Returns the fallbacks of inverses that were pending.
-        """
-        fallbacks: Fallbacks = []
+        """Refresh all; where an estimate or an inversion turns out to have failed, keep what was there."""
+        fallbacks = self.finish([(each.curvature, None) for each in estimates])
         attempts: list[_Attempt] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
         for (curvature, tensors, group), fine in zip(estimates, finite.unbind(), strict=True):
-            fallbacks += self.finish([(curvature, None)])
-            before = curvature.state.get(AVERAGING_WEIGHT)
-            damping, known = curvature.damping(group), curvature.known
-            unbiased = group["step_length"] == "weight"
+            before = curvature.state.get(AVERAGING_WEIGHT), curvature.state["refreshed_at"]
+            damping, unbiased = curvature.damping(group), group["step_length"] == "weight"
             curvature.update(tensors, group["stat_decay"], unbiased=unbiased, where=fine)
             of_this, added = curvature.matrices(damping)
             attempts.append(
-                _Attempt(curvature, curvature.state, known, before, damping, group["step"], len(of_this))
+                _Attempt(curvature, curvature.state, *before, damping, group["step"], len(of_this))
             )
             matrices += of_this
             shifts += added
         with torch.profiler.record_function("fop::inversion"):
             found = zip(*inverses_and_flags(matrices, shifts), strict=True)
         inverted: list[Tensor] = []
-        for one in attempts:
+        for one, of_one in zip(attempts, finite.unbind(), strict=True):
             own = list(islice(found, one.matrices))
-            fine = torch.stack([flag for _, flag in own]).all() if own else torch.ones_like(finite[0])
-            kept = []
-            for name, (inverse, _) in zip(one.curvature.inverses, own, strict=False):
-                old = one.state[name] if name in one.state else torch.zeros_like(inverse)
-                kept.append(Inversion(torch.where(fine.to(inverse.device), inverse, old), Fallback.NONE))
-            _store(one.curvature, kept, one.step, one.damping)
-            inverted.append(fine.to(finite.device))
+            fine = torch.stack([flag for _, flag in own]).all() if own else torch.ones_like(of_one)
+            # Another device may hold this layer.
+            fine = fine.to(finite.device)
+            held = {name: one.state[name] for name in one.curvature.inverses}
+            new = [Inversion(inverse, Fallback.NONE) for inverse, _ in own]
+            _store(one.curvature, new, one.step, one.damping)
+            for name, old in held.items():
+                one.state[name] = torch.where((fine & of_one).to(old.device), one.state[name], old)
+            inverted.append(fine)
         self._unread = attempts, Transfer(torch.stack([finite, torch.stack(inverted)], 1))
         return fallbacks
 
-    def _read(self) -> tuple[list[Curvature], Fallbacks]:
-        """Find out what failed in the last refresh, if it ran ahead: estimates, and inversions."""
-        refused: list[Curvature] = []
-        fallbacks: Fallbacks = []
+    def settle(self) -> None:
+        """Find out what failed in the last refresh, if it ran ahead, so that the state is true of it."""
         if self._unread is None:
-            return refused, fallbacks
+            return
         attempts, transfer = self._unread
         self._unread = None
         for one, (finite, inverted) in zip(attempts, transfer.read(), strict=True):
-            # Another state may have been loaded since.
-            if (finite and inverted) or one.curvature.state is not one.state:
+            # Another state may have been loaded since, or another rank have taken the weight.
+            current = one.curvature.state is one.state and one.curvature.estimated
+            if (finite and inverted) or not current:
                 continue
+            self._failed.add(one.curvature)
+            one.state["refreshed_at"] = one.refreshed_at
             if not finite:
-                refused.append(one.curvature)
+                self._refused.append(one.curvature)
                 if one.averaging_weight is not None:
                     one.state[AVERAGING_WEIGHT] = one.averaging_weight
             if not inverted:
                 one.curvature.fallbacks.update([Fallback.KEPT])
-                fallbacks.append((one.curvature, Fallback.KEPT))
-            if not one.known:
-                one.state["refreshed_at"], one.curvature.ready = NEVER, False
-        self._failed = bool(refused or fallbacks)
-        return refused, fallbacks
+                self._fallbacks.append((one.curvature, Fallback.KEPT))
 
     def finish(self, curvatures: Iterable[tuple[Curvature, int | None]]) -> Fallbacks:
         """Let pending inverses count from now on: those due by the step that is given, or all (None)."""
