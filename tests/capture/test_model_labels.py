@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from fop import FOP, KFAC
+from internals import LinearLayer
 from models import assert_equal, mlp, snapshot, weights
 from reference import cases
 
@@ -691,6 +692,28 @@ def test_no_rows_with_labels() -> None:
     outputs.sum().backward()
     optimizer.step()
     assert not factors(optimizer, model[2])[1].any()
+
+
+def test_the_pass_of_sampled_labels_computes_no_gradients_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> int:
+        seen.clear()
+        loss = cross_entropy(optimizer.sample_labels(model(inputs(8, 5)), "categorical"), ids(8) % 3)
+        loss.backward()
+        return sum(seen)
+
+    seen: list[int] = []
+    original = LinearLayer.gradients
+    monkeypatch.setattr(
+        LinearLayer,
+        "gradients",
+        lambda layer, x, b, *, bias: (seen.append(len(x)), original(layer, x, b, bias=bias))[1],
+    )
+    model = mlp()
+    optimizer = FOP(model, fisher="model")
+    assert any(p.dim() == 1 for p in model.parameters())
+    sampled = rows()
+    optimizer = FOP(model)
+    assert sampled == rows() > 0
 
 
 @pytest.mark.parametrize("bad", ["data", None, True])

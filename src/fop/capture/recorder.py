@@ -418,9 +418,9 @@ class _LayerFunction(torch.autograd.Function):
             single = layer.leading_dims(x) == 0
             x_N, b_N = (x[None], b[None]) if single else (x, b)
             gradient = layer.input_gradient(x_N, b_N, weight.to(b.dtype)) if of_input else None
-            if (of_weight or of_bias) and (whole is None or (of_bias and whole[1] is None)):
-                # Also where the bias is not the layer's.
-                whole = layer.gradients(x_N, b_N, bias=of_bias)
+            # Also where the bias is not the layer's. A pass of sampled labels asks for none.
+            if whole is None or (of_bias and whole[1] is None and whole[0] is not None):
+                whole = layer.gradients(x_N, b_N, bias=of_bias) if of_weight or of_bias else (None, None)
         of_x = gradient[0] if gradient is not None and single else gradient
         weight_gradient, bias_gradient = (None, None) if whole is None else whole
         of_params = weight_gradient if of_weight else None, bias_gradient if of_bias else None
