@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fop import FOP, KFAC
+from internals import ConvLayer, LayerOptions
 from models import weights
 from reference import half_squared_error
 from reference.cases import AFFINE, ATTENTION, CONV2D, CONVOLUTIONS, LINEAR, TRANSPOSED, Conv1D
@@ -268,3 +269,19 @@ def test_channels_last(
         assert kind is KFAC or not any(d.kfac_steps for d in optimizer.diagnostics().layers.values())
         runs.append(weights(model))
     torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_table_of_taps_may_be_replaced_by_another_thread() -> None:
+    class Raced(ConvLayer):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "_table" and (rival := self.__dict__.get("rival")) is not None:
+                # At once, as backward passes of other devices may.
+                super().__setattr__(name, rival)
+
+    layer = Raced(nn.Conv1d(1, 1, 2), bias=False, options=LayerOptions())
+    short, long = torch.randn(2, 1, 4), torch.randn(2, 1, 6)
+    expected = layer.input_rows(long, torch.Size([2, 1, 5]), None)
+    layer.input_rows(short, torch.Size([2, 1, 3]), None)
+    layer.rival = layer._table
+    assert torch.equal(layer.input_rows(long, torch.Size([2, 1, 5]), None), expected)

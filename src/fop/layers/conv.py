@@ -103,9 +103,11 @@ class ConvLayer(RowLayer):
         And whether there is no entry; None where there always is one. ``output`` is the size of the output.
         """
         geometry = x.shape[2:], x.stride(), output, x.device
-        if self._table is None or self._table[0] != geometry:
-            self._table = geometry, self._make_taps(x, output)
-        return self._table[1]
+        # Read once: backward passes of other devices are in other threads.
+        table = self._table
+        if table is None or table[0] != geometry:
+            table = self._table = geometry, self._make_taps(x, output)
+        return table[1]
 
     def _make_taps(self, x: Tensor, output: torch.Size) -> tuple[Tensor, Tensor | None]:
         rows = torch.arange(prod(output), device=x.device)
