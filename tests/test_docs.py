@@ -97,7 +97,7 @@ def test_blocks_are_found_and_marks_are_seen() -> None:
     assert len(DIFFS) == 6
 
 
-SHELL = re.compile(r"^(?:\w+=\S+ )*(pip install|make|fop-bench|python|git clone|cd|export) ?(.*)$")
+SHELL = re.compile(r"^(?:\w+=\S+ )*(pip install|make|fop-bench|python3?|git clone|cd|export) ?(.*)$")
 
 
 def test_commands_of_shell_blocks_are_there() -> None:
@@ -116,7 +116,7 @@ def test_commands_of_shell_blocks_are_there() -> None:
                 seen[command] += 1
                 if command == "make":
                     assert re.search(rf"^{first}:", targets, re.MULTILINE), line
-                elif command == "python" and first != "-m":
+                elif command.startswith("python") and first != "-m":
                     assert (ROOT / first).is_file(), line
                 elif command == "pip install":
                     named = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", line)))
