@@ -138,11 +138,15 @@ def race(asked: argparse.Namespace) -> None:
         for task in tasks
         for name in asked.optimizer or races.STARTS
     ]
-    _race(asked, sides, asked.rate, races.race_table)
+    _race(asked, sides, asked.rate, races.race_table, asked.device)
 
 
 def _race(
-    asked: argparse.Namespace, sides: list[records.Record], rate: float | None, table: Callable[..., str]
+    asked: argparse.Namespace,
+    sides: list[records.Record],
+    rate: float | None,
+    table: Callable[..., str],
+    device: torch.device = races.CPU,
 ) -> None:
     """Make the runs that a file lacks, or none with --table, and lay out what it holds."""
     read = partial(records.read_lines, asked.out, races.KEYS, "race")
@@ -150,7 +154,7 @@ def _race(
     if asked.table:  # also while another process writes the file
         left = plan.planned(read())[1]
     else:
-        where = {"data": asked.data, "device": getattr(asked, "device", races.CPU)}
+        where = {"data": asked.data, "device": device}
         with _bar("race") as on_run:
             left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
     if not (rows := read()):

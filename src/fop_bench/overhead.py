@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fop_bench.models import GPT, ResNet, ViT, airbench, mlp, resnet18
+from fop_bench.models import GPT, ResNet, ViT, airbench, mlp, placed, resnet18
 from fop_bench.optimizers import PEERS, Joined, Peer, class_loss, gradients, make_peer
 from fop_bench.tables import section
 
@@ -124,14 +124,13 @@ def prepare(workload: Workload, optimizer: str, device: torch.device, **options:
     """Build model, optimizer and this rank's batch, alike for all optimizers, and take the first steps."""
     build, batch = MODELS[workload.model]
     torch.manual_seed(0)
-    # As one trains on a GPU; on a CPU images are as they come.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model, rank = build().to(device).to(memory_format=layout), 0  # type: ignore[call-overload]
+    model, rank = placed(build(), device), 0
     if dist.is_initialized():
         model, rank = DistributedDataParallel(model), dist.get_rank()
     torch.manual_seed(1 + rank)
     inputs, targets = (each.to(device) for each in batch(workload.batch_size))
-    inputs = inputs.to(memory_format=layout) if inputs.dim() == 4 else inputs
+    if device.type == "cuda" and inputs.dim() == 4:  # as `placed` has the weights
+        inputs = inputs.to(memory_format=torch.channels_last)
     if optimizer in ("kfac", "fop"):
         options["step_length"] = "weight"  # the default; in `PEERS` they have the paper's steps
     stepper = make_peer(optimizer, model, LEARNING_RATE, **options)

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fop_bench.environment import device_name, source_tree
 from fop_bench.execution import Begun, Run
+from fop_bench.models import placed
 from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
 from fop_bench.records import Record
@@ -163,9 +164,8 @@ class RaceRun(Run):
             assert problem.held_out is not None
             problem = problem.held_out
         torch.manual_seed(self.seed)
-        on_cpu, model, shuffle = device.type == "cpu", problem.build(), Generator().manual_seed(self.seed)
-        if not on_cpu:
-            model = model.to(memory_format=torch.channels_last).to(device)  # type: ignore[call-overload]
+        model, shuffle = placed(problem.build(), device), Generator().manual_seed(self.seed)
+        on_cpu = device.type == "cpu"
         draw = shuffle if on_cpu else Generator(device).manual_seed(self.seed)
         kept = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if side["keep_norm"] else []
         norms = [weight.detach().norm() for weight in kept]

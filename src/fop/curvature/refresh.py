@@ -68,6 +68,15 @@ def _finite(estimates: Sequence[tuple[Tensor, ...]]) -> Tensor:
     return torch.stack([(each < torch.inf).all() for each in largest])
 
 
+def _take(estimate: Estimate, where: Tensor | None = None) -> Damping:
+    """Take an estimate into the averages, as its group says; return the damping of their inverse."""
+    curvature, tensors, group = estimate
+    # Before: adaptive damping is that of the gradients so far.
+    damping, unbiased = curvature.damping(group), group["step_length"] == "weight"
+    curvature.update(tensors, group["stat_decay"], unbiased=unbiased, where=where)
+    return damping
+
+
 def next_refresh(step: int, interval: int) -> int:
     """Return the step of the next curvature update after one in ``step``.
 
@@ -146,13 +155,13 @@ class Refresher:
         due: list[tuple[Curvature, Damping, int, int]] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
-        for (curvature, tensors, group), fine in zip(estimates, finite, strict=True):
+        for each, fine in zip(estimates, finite, strict=True):
+            curvature, group = each.curvature, each.group
             if not fine:
                 refused.append(curvature)
                 continue
             fallbacks += self.finish([(curvature, None)])
-            damping, unbiased = curvature.damping(group), group["step_length"] == "weight"
-            curvature.update(tensors, group["stat_decay"], unbiased=unbiased)
+            damping = _take(each)
             later = group["inverse_delay"] and curvature.by_inversion
             if later:
                 curvature.state |= NOTHING_PENDING
@@ -180,14 +189,12 @@ class Refresher:
         attempts: list[_Attempt] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
-        for (curvature, tensors, group), fine in zip(estimates, finite.unbind(), strict=True):
-            before = curvature.state.get(AVERAGING_WEIGHT), curvature.state["refreshed_at"]
-            damping, unbiased = curvature.damping(group), group["step_length"] == "weight"
-            curvature.update(tensors, group["stat_decay"], unbiased=unbiased, where=fine)
+        for each, fine in zip(estimates, finite.unbind(), strict=True):
+            curvature, state = each.curvature, each.curvature.state
+            before = state.get(AVERAGING_WEIGHT), state["refreshed_at"]
+            damping = _take(each, where=fine)
             of_this, added = curvature.matrices(damping)
-            attempts.append(
-                _Attempt(curvature, curvature.state, *before, damping, group["step"], len(of_this))
-            )
+            attempts.append(_Attempt(curvature, state, *before, damping, each.group["step"], len(of_this)))
             matrices += of_this
             shifts += added
         with torch.profiler.record_function("fop::inversion"):
