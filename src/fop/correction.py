@@ -147,8 +147,8 @@ def orthogonal_component(
     parallel = inner(residual, residual) <= rounding
     # A product, as a NaN must pass through: the optimizer finds a bad gradient by it.
     kept = torch.where(parallel, 0.0, torch.ones_like(s))
-    difference = torch._foreach_mul(difference, kept.unbind())
-    perpendicular = torch._foreach_addcmul(difference, average, (-kept * s).unbind())
+    perpendicular = torch._foreach_addcmul(difference, average, (-s).unbind())
+    torch._foreach_mul_(perpendicular, kept.unbind())
     return perpendicular, torch.where(parallel, t, s)
 
 
