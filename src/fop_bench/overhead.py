@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from fop_bench.models import GPT, ResNet, ViT, airbench, mlp, placed, resnet18
 from fop_bench.optimizers import PEERS, Joined, Peer, class_loss, gradients, make_peer
+from fop_bench.records import read_lines
 from fop_bench.tables import section
 
 PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
@@ -62,6 +63,7 @@ TASKS = {"mlp-3072": 1024, "resnet18-16": 128, "vit-128": 128, "gpt-256": 64}
 
 Row = dict[str, Any]
 ROW_KEYS = ("workload", "optimizer", "label", "rounds", "environment")
+read = partial(read_lines, keys=ROW_KEYS, command="overhead")  # a file's rows
 
 
 @dataclass(frozen=True)
@@ -294,12 +296,11 @@ def peak_memory(workload: Workload, device: torch.device, names: Sequence[str]) 
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         threads = torch.get_num_threads()
-        # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
-        jobs = [
-            (name, fresh.submit(_measure_memory, workload, name, PEERS[name], device, threads))
-            for name in (names[0], *names)
-        ]
-        return {name: UNKNOWN if job.exception() else job.result() for name, job in jobs}
+        jobs = {
+            name: fresh.submit(_measure_memory, workload, name, PEERS[name], device, threads)
+            for name in names
+        }
+        return {name: UNKNOWN if job.exception() else job.result() for name, job in jobs.items()}
 
 
 def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.device, threads: int) -> Row:
@@ -309,7 +310,8 @@ def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.dev
         torch.set_num_threads(threads)
         # Tensors get pages of their own, so that freed ones leave the resident set at once.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    _peak_of_step(Workload("mlp", 2, False), name, device, NEVER)  # imports its library
+    # The first step also pays for libraries and their workspaces, which stay: that is not counted.
+    _peak_of_step(workload, name, device, NEVER)
     plain = _peak_of_step(workload, name, device, NEVER)
     curvature = None if peer.interval is None else _peak_of_step(workload, name, device, 1)
     return {"plain_bytes": plain, "curvature_bytes": curvature}

@@ -34,19 +34,14 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "M
 OnRun = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A file of records, and what may stand in it."""
-
-    path: Path
-    # The file's records that matter, given the commit; raises ValueError for those that must not be added to.
-    read: Callable[[Git], list[Record]]
-    # Given these, the runs that can be made now, and the number of all that are not done.
-    planned: Callable[[Sequence[Record]], tuple[Sequence[Run], int]]
+# Given the records of a file, the runs that can be made now, and the number of all that are not done.
+Planned = Callable[[Sequence[Record]], tuple[Sequence[Run], int]]
 
 
 def make_runs(
-    plan: Plan,
+    path: Path,
+    read: Callable[[Git], list[Record]],
+    planned: Planned,
     *,
     data: str | None,
     device: torch.device,
@@ -54,19 +49,20 @@ def make_runs(
     minutes: float,
     on_run: OnRun = lambda done, planned, title: None,
 ) -> int:
-    """Make the runs of a plan that its file does not hold yet; return how many are left.
+    """Make the planned runs that a file does not hold yet; return how many are left.
 
-    After ``minutes`` every run stops where it is; calling again goes on from there. Raises BlockingIOError if
-    another process writes into the file's folder.
+    ``read`` gives the file's records that matter, given the commit, and raises ValueError for those that must
+    not be added to. After ``minutes`` every run stops where it is; calling again goes on from there. Raises
+    BlockingIOError if another process writes into the file's folder.
     """
-    path, unfinished, deadline = plan.path, plan.path.parent / "unfinished", time.monotonic() + 60 * minutes
+    unfinished, deadline = path.parent / "unfinished", time.monotonic() + 60 * minutes
     with locked(path), _workers(jobs) as submit:
         git = git_state(Path(fop.__file__))
-        done, sitting = plan.read(git), Sitting(data, unfinished, deadline, this_command(), git)
+        done, sitting = read(git), Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
         running: dict[Future[Record | None], Run] = {}
         while True:
-            ready, left = plan.planned(done)
+            ready, left = planned(done)
             todo = [run for run in ready if run not in running.values()] if failure is None else []
             while todo and len(running) < jobs and time.monotonic() < deadline:
                 run = todo.pop(0)
@@ -85,7 +81,7 @@ def make_runs(
                     append(path, record)
                     run.saved(unfinished).unlink(missing_ok=True)
                     done.append(record)
-                    on_run(len(done), len(done) + plan.planned(done)[1], run.title)
+                    on_run(len(done), len(done) + planned(done)[1], run.title)
         if failure is not None:
             raise failure
         return left
@@ -164,8 +160,8 @@ def make(chosen: Selection, *, data: str | None, out: Path, **how: Any) -> int:
     if data is not None and Path(data).is_dir():
         data = str(Path(data).resolve())  # one folder has one name
     path = out / f"{chosen.study}.jsonl"
-    plan = Plan(path, partial(_records_of, chosen, path, data), partial(planned, chosen))
-    return make_runs(plan, data=data, **how)
+    read = partial(_records_of, chosen, path, data)
+    return make_runs(path, read, partial(planned, chosen), data=data, **how)
 
 
 def _records_of(chosen: Selection, path: Path, data: str | None, git: Git) -> list[Record]:
