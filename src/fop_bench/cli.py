@@ -29,8 +29,9 @@ from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
 from fop_bench.race_tasks import GROUPS
 from fop_bench.race_tasks import TASKS as RACES
+from fop_bench.recipe_runs import Selection, make
 from fop_bench.recipes import RECIPES
-from fop_bench.runner import OnRun, Selection, make, make_runs
+from fop_bench.runner import OnRun, make_runs
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 

@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from fop_bench.execution import SCALARS
+from fop_bench.recipe_runs import SCALARS
 from fop_bench.records import Record
 from fop_bench.study import UNITS, Study, clock, target_label
 

@@ -23,11 +23,11 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fop_bench.environment import device_name, source_tree
-from fop_bench.execution import Begun, Run
 from fop_bench.models import placed
 from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
 from fop_bench.records import Record, read_lines
+from fop_bench.runner import Begun, Run
 from fop_bench.tables import plus_minus, section
 from fop_bench.training import Training
 
