@@ -76,7 +76,6 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """Names it in a table."""
         return f"{self.model}, batch {self.batch_size}, {'bf16' if self.bf16 else 'float32'}"
 
 
@@ -251,32 +250,29 @@ def measure_overhead(
     seen = measure_in_turns(pairs, rounds, time.process_time, failed)
     if broken := {"sgd", "adamw"} & {*failed}:
         raise ValueError(f"{workload.title}: the others cannot be compared with {failed[broken.pop()]}")
-
-    def row(name: str) -> Row:
+    sgd, adamw = _by_round(seen["sgd"]["plain"]["seconds"], rounds), memory["adamw"]["plain_bytes"]
+    rows = list[Row]()
+    for name in names:
+        row: Row = {"workload": asdict(workload), "optimizer": name, "label": PEERS[name].label}
+        rows.append(row)
         if name in failed:
-            return {"error": failed[name]}
+            row["error"] = failed[name]
+            continue
         samples = {kind: each["seconds"] for kind, each in seen[name].items()}
-        made = pairs[name][0].optimizer
+        plain, curvature = pairs[name]
+        made = plain.optimizer
         kind_of = type(made.parts[0] if type(made) is Joined else made)
-        adamw = memory["adamw"]["plain_bytes"]
-        return {
-            "class": f"{kind_of.__module__}.{kind_of.__qualname__}",
-            **{
-                f"{kind}_seconds": statistics.median(each) if each else None for kind, each in samples.items()
-            },
-            "ratios_to_sgd": {
-                kind: (_by_round(each, rounds) / sgd).tolist() if each else []
-                for kind, each in samples.items()
-            },
-            "memory": memory[name],
-            "memory_to_adamw": [each / adamw for each in memory[name].values() if each and adamw],
-            "state_bytes": (pairs[name][1] or pairs[name][0]).state_bytes(),
-            "samples": samples,
+        row["class"] = f"{kind_of.__module__}.{kind_of.__qualname__}"
+        for kind, seconds in samples.items():
+            row[f"{kind}_seconds"] = statistics.median(seconds) if seconds else None
+        row["ratios_to_sgd"] = {
+            kind: (_by_round(seconds, rounds) / sgd).tolist() if seconds else []
+            for kind, seconds in samples.items()
         }
-
-    sgd = _by_round(seen["sgd"]["plain"]["seconds"], rounds)
-    who = {name: {"optimizer": name, "label": PEERS[name].label} for name in names}
-    return [{"workload": asdict(workload), **who[name], **row(name)} for name in names]
+        row["memory"] = memory[name]
+        row["memory_to_adamw"] = [each / adamw for each in memory[name].values() if each and adamw]
+        row |= {"state_bytes": (curvature or plain).state_bytes(), "samples": samples}
+    return rows
 
 
 def _by_round(seconds: Sequence[float], rounds: int) -> Tensor:

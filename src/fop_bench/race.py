@@ -13,7 +13,6 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +134,10 @@ def side_of(
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
         **{"batch_size": todo.batch_size, "steps": steps or todo.steps, "rest": todo.rest},
         **{"keep_norm": keep_norm, "bf16": bf16, "held_out": held_out and todo.held_out},
-        **{"source": source_tree(), "machine": _machine(device)},
+        "source": source_tree(),
+        # Python's version because its sources are a task's data.
+        "machine": f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-
-
-@cache
-def _machine(device: torch.device) -> str:
-    # Python's version because its sources are a task's data.
-    return f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,9 @@ class Study:
 
     @property
     def title(self) -> str:
-        """Names it in errors and pictures."""
         return f"{self.recipe}, {self.task}, {self.name}"
 
     def phase(self, phase: str) -> pd.DataFrame:
-        """Return the runs of a phase."""
         return self.runs[self.runs["phase"] == phase]
 
     @property
