@@ -109,7 +109,7 @@ def overhead(asked: argparse.Namespace) -> None:
         torch.set_num_threads(1)  # so that processor seconds are those of a step
     names = asked.optimizer or (PEERS if asked.peers else steps.COMPARED)
     todo = [
-        steps.Workload(model, size, bool(asked.bf16))
+        steps.Workload(model, size, asked.bf16)
         for model in asked.model or steps.TASKS
         for size in asked.batch or [steps.TASKS.get(model, 128)]
     ]
@@ -188,9 +188,8 @@ def scale(asked: argparse.Namespace) -> None:
             on_run(at, len(todo), f"{ranks} ranks")
             results += scaling.measure_scale(workload, ranks, asked.rounds)
             # At once, so that one that fails takes no other with it.
-            records.write_json(asked.out / "scale.json", record | {"results": results})
-    _show(scaling.measured_tables(results))
-    print(f"Wrote scale.json to {asked.out}")
+            path = records.write_json(asked.out / "scale.json", record | {"results": results})
+    _show_and_write(scaling.measured_tables(results), path)
 
 
 def surface(asked: argparse.Namespace) -> None:
@@ -261,13 +260,13 @@ def _bar(title: str) -> Iterator[OnRun]:
 # --- Their options
 
 
-def _checked(kind: Callable[[str], Any], right: Callable[[Any], bool], wrong: str) -> Callable[[str], Any]:
-    """Return what turns the text of an option into its value, or refuses it."""
+def _above_0(kind: type) -> Callable[[str], Any]:
+    """Return what turns the text of an option into a number, and refuses others."""
 
     def convert(text: str) -> Any:
-        if not right(value := kind(text)):
-            raise argparse.ArgumentTypeError(wrong.format(text))
-        return value
+        if not 0 < (number := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+        return number
 
     convert.__name__ = kind.__name__
     return convert
@@ -294,7 +293,7 @@ def _option(name: str, what: str, default: Any = None, kind: Any = None, **how: 
     return name, {"help": shown, "default": default, **({"type": kind} if kind else {}), **how}
 
 
-def _flag(name: str, what: str, default: bool | None = None) -> Option:
+def _flag(name: str, what: str, default: bool) -> Option:
     return _option(name, what, default, action=argparse.BooleanOptionalAction)
 
 
@@ -302,8 +301,7 @@ def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
     return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append", **how}
 
 
-WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
-ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
+WHOLE, ABOVE_0 = _above_0(int), _above_0(float)
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
 # Of runs of the race.
@@ -342,7 +340,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list("--model", f"only this network; else {', '.join(steps.TASKS)}", choices=steps.MODELS),
         _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
         _list("--optimizer", "only this one", choices=PEERS),
-        _flag("--bf16", "autocast"),
+        _flag("--bf16", "autocast", False),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),

@@ -319,25 +319,21 @@ def _peak_of_step(workload: Workload, name: str, device: torch.device, interval:
         torch.cuda.empty_cache()
     else:
         ctypes.CDLL(None).malloc_trim(0)
-    before = _reset_peak(device)
+    before = _peak(device, reset=True)
     trainer = prepare(workload, name, device, interval=interval)
-    _reset_peak(device)
+    _peak(device, reset=True)
     trainer.step()
     return _peak(device) - before
 
 
-def _reset_peak(device: torch.device) -> int:
-    """Forget the peak so far and return the bytes in use now."""
+def _peak(device: torch.device, reset: bool = False) -> int:
+    """Return the most bytes that were in use; with ``reset`` those in use now, and the peak counts from here."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 

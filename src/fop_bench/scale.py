@@ -246,7 +246,7 @@ def measured_tables(rows: Sequence[Row]) -> str:
             sent,
         ),
     ]
-    return "\n\n".join(filter(None, tables))
+    return "\n\n".join(filter(None, tables)) + "\n"
 
 
 def predicted_table(rows: Sequence[Row], bandwidth: float) -> str:

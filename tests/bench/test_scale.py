@@ -193,7 +193,7 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ranks", "0"], "0 is less than 1"),
+        (["--ranks", "0"], "0 is not a finite number above 0"),
         (["--ranks", "two"], "invalid int value: 'two'"),
         (["--model", "alexnet"], "invalid choice: 'alexnet'"),
     ],
