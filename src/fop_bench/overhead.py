@@ -327,7 +327,7 @@ def _peak_of_step(workload: Workload, name: str, device: torch.device, interval:
 
 
 def _peak(device: torch.device, reset: bool = False) -> int:
-    """Return the most bytes that were in use; with ``reset`` those in use now, and the peak counts from here."""
+    """Return the most bytes in use since the last ``reset``, with it those in use now."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
