@@ -82,7 +82,7 @@ def demo(asked: argparse.Namespace) -> None:
     # Before the imports, which take seconds.
     print("Four optimizers on handwritten digits at three batch sizes: four learning rates of each, then")
     print("three seeds with the best. About two minutes on two quiet cores.", flush=True)
-    from fop_bench.study import comparison_table, studies, who_is_ahead
+    from fop_bench.study import comparison_table, studies
     from fop_bench.study_report import write_report
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
@@ -96,8 +96,7 @@ def demo(asked: argparse.Namespace) -> None:
     page = write_report(out)
     [study] = studies(records.read_runs(lines))
     _show(comparison_table(study))
-    print(f"\n{who_is_ahead(study)}")
-    print("Epochs say how far a step gets: K-FAC and FOP are made for few, large steps. Seconds say what")
+    print("\nEpochs say how far a step gets: K-FAC and FOP are made for few, large steps. Seconds say what")
     print("steps cost on this machine, where those of SGD and AdamW cost little for so small a model.\n")
     print(f"Wrote {page}, its plots and {lines.name}")
     print(f"The picture of it: {out / 'digits-digits-demo-curves.png'}")
