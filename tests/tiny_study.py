@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 import fop
-from fop_bench import environment, execution, runner
-from fop_bench.execution import Description, Sitting, execute
+from fop_bench import environment, recipe_runs, runner
 from fop_bench.images import Augmentation, Images
+from fop_bench.recipe_runs import Description, Selection, make
 from fop_bench.recipes import RECIPES, Contender, Parts, Recipe, Study, by_plateau
-from fop_bench.records import ENVIRONMENT_KEYS, KEYS
-from fop_bench.runner import Record, Selection, make
+from fop_bench.records import ENVIRONMENT_KEYS, KEYS, Record
+from fop_bench.runner import Sitting, execute
 
 CPU = torch.device("cpu")
 COMMIT = {"commit": "0123456789abcdef", "dirty": False}
@@ -114,9 +114,9 @@ def made_known() -> Iterator[pytest.MonkeyPatch]:
         for module in (runner, environment):
             patched.setattr(module, "git_state", lambda source: COMMIT)
         patched.setattr(Clock, "now", 0.0)
-        execution.parts_of.cache_clear()
+        recipe_runs.parts_of.cache_clear()
         yield patched
-    execution.parts_of.cache_clear()
+    recipe_runs.parts_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -215,8 +215,7 @@ def finished(described: Description, folder: Path) -> Record:
 def seconds_as_steps() -> Iterator[None]:
     """Let the time of runner and runs be the number of training steps."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in (runner, execution):
-            patched.setattr(module, "time", SimpleNamespace(monotonic=lambda: Clock.now))
+        patched.setattr(runner, "time", SimpleNamespace(monotonic=lambda: Clock.now))
         yield
 
 
@@ -224,7 +223,7 @@ def program() -> None:
     """Be `fop-bench run` with the recipe of these tests, slow steps, and a save before each of them."""
     RECIPES["tiny"] = TINY
     runner.git_state = environment.git_state = lambda source: COMMIT
-    execution.SECONDS_BETWEEN_SAVES = 0.0
+    runner.SECONDS_BETWEEN_SAVES = 0.0
     Clock.really = 0.03
     torch.set_num_threads(1)
 

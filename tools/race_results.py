@@ -8,9 +8,8 @@ import statistics
 from pathlib import Path
 
 from fop_bench import overhead
-from fop_bench.race import KEYS, at_best_rate, sides_of
+from fop_bench.race import at_best_rate, read, sides_of
 from fop_bench.race_tasks import TASKS
-from fop_bench.records import read_lines
 from fop_bench.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +42,7 @@ LABELS = {
 
 def race_rows() -> dict[str, list[str]]:
     """Return the cells of `LABELS` by task, the best of a row in bold; n where it is not 3."""
-    lines = read_lines(ROOT / "records/race/race.jsonl", KEYS, "race")
+    lines = read(ROOT / "records/race/race.jsonl")
     # The newest side of a task and optimizer: runs of other sources or options stay in the record.
     sides = {(side[0]["task"], side[0]["variant"]): side for side in sides_of(lines)}
     found = {key: at_best_rate(side)[2] for key, side in sides.items()}
@@ -86,7 +85,7 @@ def row() -> str:
 def cost_table() -> str:
     """Return rows of workloads and columns of optimizers: steps ÷ SGD's, plain / with statistics."""
     record = ROOT / "records/overhead-peers/overhead.jsonl"
-    lines = overhead.newest(read_lines(record, overhead.ROW_KEYS, "overhead")) if record.exists() else {}
+    lines = overhead.newest(overhead.read(record))
     labels: dict[str, str] = {}
     found: dict[str, dict[str, str]] = {}
     for title, of_one in lines.items():

@@ -19,7 +19,7 @@ from fop_bench import overhead, race
 from fop_bench.optimizers import PEERS
 from fop_bench.plots import BROWN, STYLES, save
 from fop_bench.race_tasks import TASKS
-from fop_bench.records import Record, read_lines, record_files
+from fop_bench.records import Record, record_files
 from fop_bench.study_report import environments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +82,7 @@ def page(pictures: Path | None = None) -> str:
 def newest_sides() -> dict[str, list[list[Record]]]:
     """Return the newest runs of every optimizer by task, the best first; without variants of options."""
     found: dict[str, dict[str, list[Record]]] = {task: {} for task in TASKS}
-    for side in race.sides_of(read_lines(RACE, race.KEYS, "race")):
+    for side in race.sides_of(race.read(RACE)):
         if side[0]["variant"] == side[0]["optimizer"]:
             found[side[0]["task"]][side[0]["optimizer"]] = side
     best_first = {
@@ -95,9 +95,7 @@ def overhead_records() -> dict[str, list[Record]]:
     """Return the lines of every folder with a record of overhead, the newest first."""
     files = {folder: record_files(folder) for folder in RECORDS.glob("overhead-*")}
     read = {
-        folder.name: [row for file in of for row in read_lines(file, overhead.ROW_KEYS, "overhead")]
-        for folder, of in files.items()
-        if of
+        folder.name: [row for file in of for row in overhead.read(file)] for folder, of in files.items() if of
     }
     dates = {name: max(row["environment"]["date"] for row in rows) for name, rows in read.items()}
     return {name: read[name] for name in sorted(read, key=lambda name: dates[name], reverse=True)}
@@ -124,7 +122,7 @@ def draw_task(sides: Sequence[Sequence[Record]], path: Path) -> None:
         look = look_of(side[0]["optimizer"], filled=len(found) > 1)
         mark(left, [(run["value"], at) for run in ended], look, fmean)
         mark(right, [(run["processor_seconds"], run["value"]) for run in ended], look, fmean)
-        if curves := [run["curve"] for run in ended if "curve" in run]:
+        if curves := [run["curve"] for run in ended if run["curve"]]:
             # All have their evaluations at the same steps; the first is far from the others.
             way = [[*map(fmean, zip(*at, strict=True))] for at in zip(*curves, strict=True)][1:]
             for panel, time in ((middle, 0), (right, 2)):
@@ -227,7 +225,7 @@ def main() -> None:
     """Write the page with its pictures, and the other tables of the race."""
     text = page(PAGE.parent / "assets")
     results = runpy.run_path(str(ROOT / "tools/race_results.py"))
-    pages = {PAGE: text, RACE.with_suffix(".md"): race.race_table(read_lines(RACE, race.KEYS, "race"))}
+    pages = {PAGE: text, RACE.with_suffix(".md"): race.race_table(race.read(RACE))}
     for path, made in (pages | {path: results["made"](path) for path in results["PAGES"]}).items():
         path.write_text(made, encoding="utf-8")
         print(f"Wrote {path.relative_to(ROOT)}")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessException
 
+from fop_bench import defaults as others
 from fop_bench import overhead as steps
 from fop_bench import race as races
 from fop_bench import records
@@ -28,8 +29,9 @@ from fop_bench.environment import environment
 from fop_bench.optimizers import PEERS, installed
 from fop_bench.race_tasks import GROUPS
 from fop_bench.race_tasks import TASKS as RACES
+from fop_bench.recipe_runs import Selection, make
 from fop_bench.recipes import RECIPES
-from fop_bench.runner import OnRun, Plan, Selection, make, make_runs
+from fop_bench.runner import OnRun, make_runs
 
 MEASURED = (1, 2, 4)  # ranks that `scale` measures by default
 
@@ -80,7 +82,7 @@ def demo(asked: argparse.Namespace) -> None:
     # Before the imports, which take seconds.
     print("Four optimizers on handwritten digits at three batch sizes: four learning rates of each, then")
     print("three seeds with the best. About two minutes on two quiet cores.", flush=True)
-    from fop_bench.study import comparison_table, studies, who_is_ahead
+    from fop_bench.study import comparison_table, studies
     from fop_bench.study_report import write_report
 
     # The tensors are tiny: a second thread gains little, and stalls once other programs want its core.
@@ -94,8 +96,7 @@ def demo(asked: argparse.Namespace) -> None:
     page = write_report(out)
     [study] = studies(records.read_runs(lines))
     _show(comparison_table(study))
-    print(f"\n{who_is_ahead(study)}")
-    print("Epochs say how far a step gets: K-FAC and FOP are made for few, large steps. Seconds say what")
+    print("\nEpochs say how far a step gets: K-FAC and FOP are made for few, large steps. Seconds say what")
     print("steps cost on this machine, where those of SGD and AdamW cost little for so small a model.\n")
     print(f"Wrote {page}, its plots and {lines.name}")
     print(f"The picture of it: {out / 'digits-digits-demo-curves.png'}")
@@ -108,13 +109,13 @@ def overhead(asked: argparse.Namespace) -> None:
         torch.set_num_threads(1)  # so that processor seconds are those of a step
     names = asked.optimizer or (PEERS if asked.peers else steps.COMPARED)
     todo = [
-        steps.Workload(model, size, bool(asked.bf16))
+        steps.Workload(model, size, asked.bf16)
         for model in asked.model or steps.TASKS
         for size in asked.batch or [steps.TASKS.get(model, 128)]
     ]
     path, where = asked.out, environment(asked.device) | {"packages": installed()}
     with records.locked(path), _bar("overhead") as on_run:
-        rows = records.read_lines(path, steps.ROW_KEYS, "overhead")
+        rows = steps.read(path)
         for there in (row["environment"] for row in rows):
             same = [(f"with {key}", there[key], where[key]) for key in ("device", "torch", "threads")]
             records.refuse_mixture(path, there, where["git"], same)
@@ -138,40 +139,33 @@ def race(asked: argparse.Namespace) -> None:
         for task in tasks
         for name in asked.optimizer or races.STARTS
     ]
-    _race(asked, sides, asked.rate, races.race_table, asked.device)
+    _race(asked, sides, asked.rate, races.race_table)
 
 
 def _race(
-    asked: argparse.Namespace,
-    sides: list[records.Record],
-    rate: float | None,
-    table: Callable[..., str],
-    device: torch.device = races.CPU,
+    asked: argparse.Namespace, sides: list[records.Record], rate: float | None, table: Callable[..., str]
 ) -> None:
     """Make the runs that a file lacks, or none with --table, and lay out what it holds."""
-    read = partial(records.read_lines, asked.out, races.KEYS, "race")
-    plan = Plan(asked.out, lambda git: read(), partial(races.planned, sides, asked.seeds, rate))
+    path, planned = asked.out, partial(races.planned, sides, asked.seeds, rate)
     if asked.table:  # also while another process writes the file
-        left = plan.planned(read())[1]
+        left = planned(races.read(path))[1]
     else:
-        where = {"data": asked.data, "device": device}
+        how = {"data": asked.data, "device": asked.device, "jobs": asked.jobs, "minutes": asked.limit}
         with _bar("race") as on_run:
-            left = make_runs(plan, jobs=asked.jobs, minutes=asked.limit, on_run=on_run, **where)
-    if not (rows := read()):
-        raise ValueError(f"{asked.out} has no runs, and --limit {asked.limit:g} minutes left no time for one")
-    _show_and_write(table(rows), asked.out)
+            left = make_runs(path, lambda git: races.read(path), planned, on_run=on_run, **how)
+    if not (rows := races.read(path)):
+        raise ValueError(f"{path} has no runs, and --limit {asked.limit:g} minutes left no time for one")
+    _show_and_write(table(rows), path)
     print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
 
 
 def defaults(asked: argparse.Namespace) -> None:
     """Train by FOP with other values of its options, one at a time, beside the defaults, or go on with it."""
-    from fop_bench import defaults as options
-
-    if asked.table and (old := options.read_old(asked.out)):
-        _show_and_write(options.defaults_table(old), asked.out)
+    if asked.table and (old := others.read_old(asked.out)):
+        _show_and_write(others.defaults_table(old), asked.out)
         return
-    sides = options.sides(asked.option or [*options.CANDIDATES], asked.task or [options.TASK])
-    _race(asked, sides, None, options.defaults_table)
+    sides = others.sides(asked.option or others.CANDIDATES, asked.task or [others.TASK], asked.device)
+    _race(asked, sides, None, others.defaults_table)
 
 
 def scale(asked: argparse.Namespace) -> None:
@@ -194,9 +188,8 @@ def scale(asked: argparse.Namespace) -> None:
             on_run(at, len(todo), f"{ranks} ranks")
             results += scaling.measure_scale(workload, ranks, asked.rounds)
             # At once, so that one that fails takes no other with it.
-            records.write_json(asked.out / "scale.json", record | {"results": results})
-    _show(scaling.measured_tables(results))
-    print(f"Wrote scale.json to {asked.out}")
+            path = records.write_json(asked.out / "scale.json", record | {"results": results})
+    _show_and_write(scaling.measured_tables(results), path)
 
 
 def surface(asked: argparse.Namespace) -> None:
@@ -267,13 +260,13 @@ def _bar(title: str) -> Iterator[OnRun]:
 # --- Their options
 
 
-def _checked(kind: Callable[[str], Any], right: Callable[[Any], bool], wrong: str) -> Callable[[str], Any]:
-    """Return what turns the text of an option into its value, or refuses it."""
+def _above_0(kind: type) -> Callable[[str], Any]:
+    """Return what turns the text of an option into a number, and refuses others."""
 
     def convert(text: str) -> Any:
-        if not right(value := kind(text)):
-            raise argparse.ArgumentTypeError(wrong.format(text))
-        return value
+        if not 0 < (number := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+        return number
 
     convert.__name__ = kind.__name__
     return convert
@@ -300,21 +293,25 @@ def _option(name: str, what: str, default: Any = None, kind: Any = None, **how: 
     return name, {"help": shown, "default": default, **({"type": kind} if kind else {}), **how}
 
 
+def _flag(name: str, what: str, default: bool) -> Option:
+    return _option(name, what, default, action=argparse.BooleanOptionalAction)
+
+
 def _list(name: str, what: str, kind: Any = str, **how: Any) -> Option:
     return name, {"help": f"{what}; may be repeated", "default": [], "type": kind, "action": "append", **how}
 
 
-WHOLE = _checked(int, lambda number: number >= 1, "{} is less than 1")
-ABOVE_0 = _checked(float, lambda number: 0 < number < math.inf, "{} is not a finite number above 0")
+WHOLE, ABOVE_0 = _above_0(int), _above_0(float)
 DEVICE = _option("--device", "cpu or cuda[:N]", "cuda" if torch.cuda.is_available() else "cpu", _device)
 DATA = _option("--data", "folder with train/<class>/* and test/<class>/*, or a name on the Hugging Face hub")
 # Of runs of the race.
 HOW = [
     _option("--seeds", "runs at the best rate, by seeds 0, 1, …", "3", WHOLE),
     DATA,
+    _option("--device", "cpu or cuda[:N]", "cpu", _device),
     _option("--jobs", "runs at a time, one thread each", "1", WHOLE),
     _option("--limit", "stop after so many minutes, wherever a run is", "60", ABOVE_0),
-    _option("--table", "make no run, only the table", action="store_true", default=False),
+    _option("--table", "make no run, only the table", action="store_true"),
 ]
 STUDIES = "; ".join(f"of {name} {', '.join(each.studies)}" for name, each in RECIPES.items())
 OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
@@ -343,7 +340,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list("--model", f"only this network; else {', '.join(steps.TASKS)}", choices=steps.MODELS),
         _list("--batch", "samples of a step; else 128, mlp-3072 1024, gpt-256 64", WHOLE),
         _list("--optimizer", "only this one", choices=PEERS),
-        _option("--bf16", "autocast", action=argparse.BooleanOptionalAction),
+        _flag("--bf16", "autocast", False),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
         _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
@@ -353,23 +350,15 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list("--optimizer", "only this one", choices=races.STARTS),
         _list("--set", "an option of an optimizer, as fop.damping=0.1; a variant with a row of its own"),
         _option("--rate", "only this learning rate, without a search", kind=ABOVE_0),
-        _option("--keep-norm", "keep the norms of convolutions", True, action=argparse.BooleanOptionalAction),
-        _option(
-            "--bf16", "autocast, where the processor has it", False, action=argparse.BooleanOptionalAction
-        ),
-        _option(
-            "--held-out",
-            "search by training images that are held out, and not by test images",
-            True,
-            action=argparse.BooleanOptionalAction,
-        ),
+        _flag("--keep-norm", "keep the norms of convolutions", True),
+        _flag("--bf16", "autocast, where the processor has it", False),
+        _flag("--held-out", "search by training images that are held out, not by test images", True),
         _option("--steps", "of a run and its schedule; else the task's", kind=WHOLE),
-        _option("--device", "cpu or cuda[:N]", "cpu", _device),
         *HOW,
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
     ],
     defaults: [
-        _list("--option", "only this one, such as damping"),
+        _list("--option", "only this one", choices=others.CANDIDATES),
         _list("--task", "this one of the race; else digits-autoencoder", choices=RACES),
         *HOW,
         _option("--out", "file of JSON lines; the table goes beside it", "fop-defaults.jsonl", Path),
@@ -378,7 +367,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _list(
             "--ranks", f"processes; else {', '.join(map(str, MEASURED))}; predicted 1, 2, 4, …, 1024", WHOLE
         ),
-        _option("--predict", "measure one rank, and predict more", action="store_true", default=False),
+        _option("--predict", "measure one rank, and predict more", action="store_true"),
         _option("--bandwidth", "GB that a rank sends in a second, for --predict", "50", ABOVE_0),
         _option("--model", "network to step", "resnet18", choices=steps.MODELS),
         _option("--batch", "batch of every rank", "32", WHOLE),

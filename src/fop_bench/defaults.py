@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
 from fop import FOP
@@ -38,15 +39,10 @@ NOTE = (
 OLD_KEYS = ("task", "optimizer", "options", "seed", "accuracy", "diverged")
 
 
-def sides(options: Sequence[str], tasks: Sequence[str]) -> list[Record]:
-    """Return what to run: on every task the defaults, and the other values of the options.
-
-    Raises ValueError for an option that has no other values here.
-    """
-    if unknown := [name for name in options if name not in CANDIDATES]:
-        raise ValueError(f"--option {unknown[0]!r} is unknown; known are {', '.join(CANDIDATES)}")
+def sides(options: Iterable[str], tasks: Sequence[str], device: torch.device) -> list[Record]:
+    """Return what to run: on every task the defaults, and the other values of the options."""
     changes = [{}, *({name: value} for name in options for value in CANDIDATES[name])]
-    side = partial(race.side_of, "fop-default", keep_norm=True, bf16=False)
+    side = partial(race.side_of, "fop-default", keep_norm=True, bf16=False, device=device)
     return [side(task, change) for task in tasks for change in changes]
 
 

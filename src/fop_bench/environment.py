@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
@@ -59,6 +60,7 @@ def git_state(source: Path) -> Git:
     return {"commit": found[0], "dirty": bool(found[1])} if found else None
 
 
+@cache
 def source_tree() -> str:
     """Name the library's source, which other commits may have too."""
     found = _git(Path(fop.__file__), ["rev-parse", "HEAD:./"], ["status", "--porcelain", "."])

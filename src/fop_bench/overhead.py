@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from fop_bench.models import GPT, ResNet, ViT, airbench, mlp, placed, resnet18
 from fop_bench.optimizers import PEERS, Joined, Peer, class_loss, gradients, make_peer
+from fop_bench.records import read_lines
 from fop_bench.tables import section
 
 PLAIN_STEPS = 3  # timed plain steps in a row at every turn of an optimizer
@@ -62,6 +63,7 @@ TASKS = {"mlp-3072": 1024, "resnet18-16": 128, "vit-128": 128, "gpt-256": 64}
 
 Row = dict[str, Any]
 ROW_KEYS = ("workload", "optimizer", "label", "rounds", "environment")
+read = partial(read_lines, keys=ROW_KEYS, command="overhead")  # a file's rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """Names it in a table."""
         return f"{self.model}, batch {self.batch_size}, {'bf16' if self.bf16 else 'float32'}"
 
 
@@ -249,32 +250,29 @@ def measure_overhead(
     seen = measure_in_turns(pairs, rounds, time.process_time, failed)
     if broken := {"sgd", "adamw"} & {*failed}:
         raise ValueError(f"{workload.title}: the others cannot be compared with {failed[broken.pop()]}")
-
-    def row(name: str) -> Row:
+    sgd, adamw = _by_round(seen["sgd"]["plain"]["seconds"], rounds), memory["adamw"]["plain_bytes"]
+    rows = list[Row]()
+    for name in names:
+        row: Row = {"workload": asdict(workload), "optimizer": name, "label": PEERS[name].label}
+        rows.append(row)
         if name in failed:
-            return {"error": failed[name]}
+            row["error"] = failed[name]
+            continue
         samples = {kind: each["seconds"] for kind, each in seen[name].items()}
-        made = pairs[name][0].optimizer
+        plain, curvature = pairs[name]
+        made = plain.optimizer
         kind_of = type(made.parts[0] if type(made) is Joined else made)
-        adamw = memory["adamw"]["plain_bytes"]
-        return {
-            "class": f"{kind_of.__module__}.{kind_of.__qualname__}",
-            **{
-                f"{kind}_seconds": statistics.median(each) if each else None for kind, each in samples.items()
-            },
-            "ratios_to_sgd": {
-                kind: (_by_round(each, rounds) / sgd).tolist() if each else []
-                for kind, each in samples.items()
-            },
-            "memory": memory[name],
-            "memory_to_adamw": [each / adamw for each in memory[name].values() if each and adamw],
-            "state_bytes": (pairs[name][1] or pairs[name][0]).state_bytes(),
-            "samples": samples,
+        row["class"] = f"{kind_of.__module__}.{kind_of.__qualname__}"
+        for kind, seconds in samples.items():
+            row[f"{kind}_seconds"] = statistics.median(seconds) if seconds else None
+        row["ratios_to_sgd"] = {
+            kind: (_by_round(seconds, rounds) / sgd).tolist() if seconds else []
+            for kind, seconds in samples.items()
         }
-
-    sgd = _by_round(seen["sgd"]["plain"]["seconds"], rounds)
-    who = {name: {"optimizer": name, "label": PEERS[name].label} for name in names}
-    return [{"workload": asdict(workload), **who[name], **row(name)} for name in names]
+        row["memory"] = memory[name]
+        row["memory_to_adamw"] = [each / adamw for each in memory[name].values() if each and adamw]
+        row |= {"state_bytes": (curvature or plain).state_bytes(), "samples": samples}
+    return rows
 
 
 def _by_round(seconds: Sequence[float], rounds: int) -> Tensor:
@@ -294,12 +292,11 @@ def peak_memory(workload: Workload, device: torch.device, names: Sequence[str]) 
     # The resident set of this process would hold what earlier measurements left behind: take a fresh one.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         threads = torch.get_num_threads()
-        # Whoever comes first also pays for libraries and their workspaces, which stay: that is not counted.
-        jobs = [
-            (name, fresh.submit(_measure_memory, workload, name, PEERS[name], device, threads))
-            for name in (names[0], *names)
-        ]
-        return {name: UNKNOWN if job.exception() else job.result() for name, job in jobs}
+        jobs = {
+            name: fresh.submit(_measure_memory, workload, name, PEERS[name], device, threads)
+            for name in names
+        }
+        return {name: UNKNOWN if job.exception() else job.result() for name, job in jobs.items()}
 
 
 def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.device, threads: int) -> Row:
@@ -309,7 +306,8 @@ def _measure_memory(workload: Workload, name: str, peer: Peer, device: torch.dev
         torch.set_num_threads(threads)
         # Tensors get pages of their own, so that freed ones leave the resident set at once.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    _peak_of_step(Workload("mlp", 2, False), name, device, NEVER)  # imports its library
+    # The first step also pays for libraries and their workspaces, which stay: that is not counted.
+    _peak_of_step(workload, name, device, NEVER)
     plain = _peak_of_step(workload, name, device, NEVER)
     curvature = None if peer.interval is None else _peak_of_step(workload, name, device, 1)
     return {"plain_bytes": plain, "curvature_bytes": curvature}
@@ -321,25 +319,21 @@ def _peak_of_step(workload: Workload, name: str, device: torch.device, interval:
         torch.cuda.empty_cache()
     else:
         ctypes.CDLL(None).malloc_trim(0)
-    before = _reset_peak(device)
+    before = _peak(device, reset=True)
     trainer = prepare(workload, name, device, interval=interval)
-    _reset_peak(device)
+    _peak(device, reset=True)
     trainer.step()
     return _peak(device) - before
 
 
-def _reset_peak(device: torch.device) -> int:
-    """Forget the peak so far and return the bytes in use now."""
+def _peak(device: torch.device, reset: bool = False) -> int:
+    """Return the most bytes in use since the last ``reset``, with it those in use now."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 

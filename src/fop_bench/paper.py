@@ -26,7 +26,6 @@ class PaperTable:
 
     @property
     def cells(self) -> pd.DataFrame:
-        """The text as a table of strings."""
         return pd.read_csv(StringIO(self.text), sep=r"\s*\|\s*", index_col=0, engine="python", dtype=str)
 
 

@@ -14,23 +14,22 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from fop_bench.execution import SCALARS
+from fop_bench.recipe_runs import SCALARS
 from fop_bench.records import Record
 from fop_bench.study import UNITS, Study, clock, target_label
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles for print in black and white.
+# Variants of an optimizer get the first that no other contender of the picture has.
 STYLES: dict[str, dict[str, Any]] = {
-    "sgd": {"color": "#7f7f7f", "linestyle": ":"},
-    "adamw": {"color": "#E69F00", "linestyle": "-."},
-    "kfac": {"color": "#56B4E9", "linestyle": "--"},
-    "fop": {"color": "#D55E00", "linestyle": "-"},
     "lamb": {"color": "#009E73", "linestyle": (0, (5, 1, 1, 1))},
     "soap": {"color": "#0072B2", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
     "muon": {"color": "#CC79A7", "linestyle": (0, (7, 2))},
     "shampoo-blocks": {"color": "#000000", "linestyle": (0, (1, 1))},
+    "adamw": {"color": "#E69F00", "linestyle": "-."},
+    "sgd": {"color": "#7f7f7f", "linestyle": ":"},
+    "kfac": {"color": "#56B4E9", "linestyle": "--"},
+    "fop": {"color": "#D55E00", "linestyle": "-"},
 }
-# For variants of an optimizer: the colours that no other contender of the picture has.
-SPARE = ("lamb", "soap", "muon", "shampoo-blocks", "adamw", "sgd")
 BROWN = {"color": "#8C510A", "linestyle": "--"}
 NAMED_LAYERS = 40
 EPOCHS: dict[str, Any] = {"nbins": 6, "integer": True, "steps": [1, 2, 5, 10]}
@@ -38,7 +37,7 @@ EPOCHS: dict[str, Any] = {"nbins": 6, "integer": True, "steps": [1, 2, 5, 10]}
 
 def styles(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return for every contender a colour and a line: the known ones theirs, the others what is left."""
-    left = cycle([*(STYLES[name] for name in SPARE if name not in contenders), BROWN])
+    left = cycle([*(look for name, look in STYLES.items() if name not in contenders), BROWN])
     return {name: STYLES[name] if name in STYLES else next(left) for name in contenders}
 
 

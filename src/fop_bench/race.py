@@ -13,7 +13,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fop_bench.environment import device_name, source_tree
-from fop_bench.execution import Begun, Run
 from fop_bench.models import placed
 from fop_bench.optimizers import Joined, make_peer
 from fop_bench.race_tasks import TASKS
-from fop_bench.records import Record
+from fop_bench.records import Record, read_lines
+from fop_bench.runner import Begun, Run
 from fop_bench.tables import plus_minus, section
 from fop_bench.training import Training
 
@@ -37,16 +37,21 @@ SIDE = (
     *("task", "optimizer", "options", "batch_size", "steps", "rest", "keep_norm", "bf16"),
     *("source", "machine", "held_out"),
 )
-# Newer lines have "held_out", whether training samples that were held out choose the rate; "split", by what
-# this run was judged, "test" or "held-out"; "seconds" of the clock; and a "curve": of each evaluation step,
-# value, and seconds, of a processor, or on a GPU of the clock.
-OLD = {"held_out": False, "split": "test"}
+# What lines of earlier versions lack: whether training samples that were held out choose the rate; by what
+# this run was judged, "test" or "held-out"; and of each evaluation step, value, and seconds, of a processor,
+# or on a GPU of the clock.
+OLD: Record = {"held_out": False, "split": "test", "curve": []}
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*(key for key in SIDE if key not in OLD), "variant", *RESULT, "environment")
 CPU = torch.device("cpu")
 MOST_RATES = 12  # of one line search
 EVALUATIONS = 12  # of one run, at most
 JUDGED_ON_THE_WAY = 2000  # samples, about; at the end all
+
+
+def read(path: Path) -> list[Record]:
+    """Read a file's lines, those of earlier versions, too."""
+    return [OLD | row for row in read_lines(path, KEYS, "race")]
 
 
 # --- Optimizers
@@ -129,14 +134,10 @@ def side_of(
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
         **{"batch_size": todo.batch_size, "steps": steps or todo.steps, "rest": todo.rest},
         **{"keep_norm": keep_norm, "bf16": bf16, "held_out": held_out and todo.held_out},
-        **{"source": source_tree(), "machine": _machine(device)},
+        "source": source_tree(),
+        # Python's version because its sources are a task's data.
+        "machine": f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-
-
-@cache
-def _machine(device: torch.device) -> str:
-    # Python's version because its sources are a task's data.
-    return f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def best_rate(found: Found, start: float, highest: bool) -> float:
 
 def identity(row: Record) -> str:
     """Return the same text for two runs of one optimizer on one task that differ in rate and seed only."""
-    return json.dumps([row.get(key, OLD.get(key)) for key in SIDE], sort_keys=True)
+    return json.dumps([row[key] for key in SIDE], sort_keys=True)
 
 
 def planned(
@@ -261,13 +262,8 @@ def next_run(side: Record, rows: Sequence[Record], seeds: int, fixed: float | No
         if (new := next_rate(found, start, highest)) is not None:
             return RaceRun(side, new, 0, "held-out" if side["held_out"] else "test")
         rate = best_rate(found, start, highest)
-    done = {row["seed"] for row in own if row["rate"] == rate and judged_by_test(row)}
+    done = {row["seed"] for row in own if row["rate"] == rate and row["split"] == "test"}
     return next((RaceRun(side, rate, seed) for seed in range(seeds) if seed not in done), None)
-
-
-def judged_by_test(row: Record) -> bool:
-    """Return whether the test samples judged a run."""
-    return bool(row.get("split", OLD["split"]) == "test")
 
 
 def searched(side: Sequence[Record]) -> Found:
@@ -275,7 +271,7 @@ def searched(side: Sequence[Record]) -> Found:
     return {
         row["rate"]: row["value"]
         for row in side
-        if row["seed"] == 0 and judged_by_test(row) is not row.get("held_out", OLD["held_out"])
+        if row["seed"] == 0 and (row["split"] == "held-out") == row["held_out"]
     }
 
 
@@ -317,12 +313,12 @@ def at_best_rate(side: Sequence[Record]) -> tuple[Found, float | None, list[Reco
     start, highest = STARTS[side[0]["optimizer"]], TASKS[side[0]["task"]].highest
     found = searched(side) or searched([row | OLD for row in side])  # of one rate there is no search
     rate = None if start is None else best_rate(found, start, highest)
-    return found, rate, [each for each in side if each["rate"] == rate and judged_by_test(each)]
+    return found, rate, [each for each in side if each["rate"] == rate and each["split"] == "test"]
 
 
 def reached(run: Record, target: float, highest: bool) -> tuple[int, float] | None:
     """Return the step and the processor seconds of the first evaluation that was so good, None if none."""
-    for step, value, seconds in run.get("curve", ()):
+    for step, value, seconds in run["curve"]:
         if value >= target if highest else value <= target:
             return step, seconds
     return None
@@ -336,7 +332,6 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     clock = "seconds" if runs and runs[0]["environment"]["processor"] == "cuda" else "processor_seconds"
     seconds = [each[clock] for each in runs if not each["diverged"]]
     inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"
-    held_out = row.get("held_out", OLD["held_out"])
     how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
     target = TASKS[row["task"]].target
     times = [reached(each, target, highest) for each in runs]
@@ -348,7 +343,7 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     cells = {
         "optimizer": ", ".join([row["variant"], *how]),
         "rate": "default" if rate is None else f"{rate:g}",
-        "tried": f"{len(found)}, {inside}{', held out' * held_out}" if len(found) > 1 else "–",
+        "tried": f"{len(found)}, {inside}{', held out' * row['held_out']}" if len(found) > 1 else "–",
         **{"n": len(runs), "diverged": len(runs) - len(values)},
         "value": plus_minus(values, 2 if highest else 4),
         "seconds": f"{statistics.fmean(seconds):.0f}" if seconds else "–",

@@ -33,7 +33,6 @@ class ImageTask:
 
     @property
     def origin(self) -> str:
-        """The data set's name on the hub."""
         return self.source.hub
 
     def load(self, data: str | None) -> Parts:
@@ -92,15 +91,12 @@ class Contender:
 
     @property
     def title(self) -> str:
-        """The label in tables."""
         return self.label or PEERS[self.optimizer].label
 
     def options(self, batch_size: int) -> dict[str, Any]:
-        """Return the fixed options at a batch size."""
         return {key: each(batch_size) if callable(each) else each for key, each in self.fixed.items()}
 
     def combinations(self) -> Iterator[dict[str, Any]]:
-        """Yield every combination of the grid."""
         for values in itertools.product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
 

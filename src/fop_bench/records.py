@@ -43,8 +43,18 @@ def record_files(folder: Path) -> list[Path]:
 
 def read_lines(file: Path, keys: Sequence[str], command: str = "run") -> list[Record]:
     """Read a command's JSON lines, none if there is no file; ValueError if one is broken or lacks a key."""
-    lines = enumerate(file.read_bytes().split(b"\n") if file.exists() else (), start=1)
-    return [_parsed(line, f"{file}, line {n}", keys, command) for n, line in lines if line.strip()]
+    rows = []
+    for n, line in enumerate(file.read_bytes().split(b"\n") if file.exists() else (), start=1):
+        if line.strip():
+            row = loads(line, where := f"{file}, line {n}")
+            missing = [key for key in keys if key not in row]
+            if not missing and "environment" in keys:
+                missing = [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in row["environment"]]
+            if missing:
+                what = f"{', '.join(missing)}; it is no line of this version's fop-bench {command}"
+                raise ValueError(f"{where} has no {what}")
+            rows.append(row)
+    return rows
 
 
 def loads(text: bytes, where: str) -> Any:
@@ -57,18 +67,6 @@ def loads(text: bytes, where: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); delete that line, or mend it") from error
-
-
-def _parsed(line: bytes, where: str, keys: Sequence[str], command: str) -> Record:
-    run: Record = loads(line, where)
-    missing = [key for key in keys if key not in run]
-    if not missing and "environment" in keys:
-        missing = [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in run["environment"]]
-    if missing:
-        raise ValueError(
-            f"{where} has no {', '.join(missing)}; it is no line of this version's fop-bench {command}"
-        )
-    return run
 
 
 # --- What may stand together

@@ -1,52 +1,137 @@
-"""Makes runs in any number of sittings, one JSON line a run; and which runs a recipe's study has."""
+"""Makes runs in any number of sittings, one JSON line a run: `fop-bench run`'s, and those of the race."""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import json
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
 import fop
-from fop_bench.environment import Git, git_state, this_command
-from fop_bench.execution import Description, Run, Sitting, execute
-from fop_bench.recipes import recipe
-from fop_bench.records import Record, append, locked, read_runs, refuse_mixture
+from fop_bench.environment import Git, commit_title, git_state, machine, this_command
+from fop_bench.records import Record, append, locked, replacing
+from fop_bench.training import Training, messages
 
-TUNING_SEED = 0
+# A killed run loses no more than this.
+SECONDS_BETWEEN_SAVES = 30.0
 # glibc gives the pages of large tensors back to the kernel and asks for new ones, which takes up to half of
 # the time of a large step on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
-
 # Told how many runs are done, how many are planned, and what starts next.
 OnRun = Callable[[int, int, str], None]
+# A training, and what makes a record of it at its end, given the warnings.
+Begun = tuple[Training, Callable[[list[str]], Record]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A file of records, and what may stand in it."""
+class Sitting:
+    """What the runs of one command have in common."""
 
-    path: Path
-    # The file's records that matter, given the commit; raises ValueError for those that must not be added to.
-    read: Callable[[Git], list[Record]]
-    # Given these, the runs that can be made now, and the number of all that are not done.
-    planned: Callable[[Sequence[Record]], tuple[Sequence[Run], int]]
+    data: str | None  # folder or hub name; None for the run's own
+    folder: Path  # for the states of unfinished runs
+    deadline: float  # by `time.monotonic`, the same clock in all processes of a machine
+    command: str  # what repeats it
+    git: Git  # the commit that it began with
+
+
+class Run:
+    """One run, as the runner makes it; its fields tell it from all others."""
+
+    of_one_commit = True  # whether it goes on only at the commit that it began with
+
+    @property
+    def title(self) -> str:
+        """What a progress bar shows."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        """The same for two runs only if they are the same run."""
+        return json.dumps(vars(self), sort_keys=True)
+
+    def saved(self, folder: Path) -> Path:
+        """Return where its state is, in a folder."""
+        return folder / f"{hashlib.sha256(self.key.encode()).hexdigest()[:16]}.pt"
+
+    def begin(self, data: str | None, device: torch.device) -> Begun:
+        """Load data, build network and optimizer; raises ValueError for a batch that cannot be."""
+        raise NotImplementedError
+
+
+def execute(run: Run, sitting: Sitting, device: torch.device) -> Record | None:
+    """Make a run, or go on with it, and return its record; None if the time was over before the end."""
+    torch.set_num_threads(1)
+    # A run that goes on must not differ from one that did not stop: sums need a fixed order.
+    torch.backends.cudnn.benchmark = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training, record = run.begin(sitting.data, device)
+        saved, git = run.saved(sitting.folder), sitting.git if run.of_one_commit else None
+        earlier = _resume(training, saved, git)
+        last = time.monotonic()
+
+        def warned() -> list[str]:
+            return list(dict.fromkeys(earlier + messages(caught)))
+
+        def stop() -> bool:
+            nonlocal last
+            now = time.monotonic()
+            over = now >= sitting.deadline
+            if over or now - last >= SECONDS_BETWEEN_SAVES:
+                training.stop_clock()  # the time that this takes does not count
+                state = {"training": training.state_dict(), "git": git, "warnings": warned()}
+                with replacing(saved) as unfinished:
+                    torch.save(state, unfinished)
+                training.start_clock()
+                last = now
+            return over
+
+        if not training.run(stop):
+            return None
+        where = machine(device) | {"command": sitting.command, "git": sitting.git}
+        return record(warned()) | {"environment": where}
+
+
+def _resume(training: Training, saved: Path, git: Git) -> list[str]:
+    """Go on from the saved state, if there is one, and return the warnings up to there."""
+    if not saved.exists():
+        return []
+    try:
+        state = torch.load(saved, weights_only=True)
+    except Exception as error:
+        message = f"{saved} is not a saved run ({error}); delete it to start that run again"
+        raise ValueError(message) from error
+    if state["git"] != git:
+        raise ValueError(
+            f"{saved} is half a run of {commit_title(state['git'])}, and this is {commit_title(git)}; check "
+            "that commit out to go on, or delete the file to start that run again"
+        )
+    training.load_state_dict(state["training"])
+    return state["warnings"]
+
+
+# --- Many runs
+
+# Given the records of a file, the runs that can be made now, and the number of all that are not done.
+Planned = Callable[[Sequence[Record]], tuple[Sequence[Run], int]]
 
 
 def make_runs(
-    plan: Plan,
+    path: Path,
+    read: Callable[[Git], list[Record]],
+    planned: Planned,
     *,
     data: str | None,
     device: torch.device,
@@ -54,19 +139,20 @@ def make_runs(
     minutes: float,
     on_run: OnRun = lambda done, planned, title: None,
 ) -> int:
-    """Make the runs of a plan that its file does not hold yet; return how many are left.
+    """Make the planned runs that a file does not hold yet; return how many are left.
 
-    After ``minutes`` every run stops where it is; calling again goes on from there. Raises BlockingIOError if
-    another process writes into the file's folder.
+    ``read`` gives the file's records that matter, given the commit, and raises ValueError for those that must
+    not be added to. After ``minutes`` every run stops where it is; calling again goes on from there. Raises
+    BlockingIOError if another process writes into the file's folder.
     """
-    path, unfinished, deadline = plan.path, plan.path.parent / "unfinished", time.monotonic() + 60 * minutes
+    unfinished, deadline = path.parent / "unfinished", time.monotonic() + 60 * minutes
     with locked(path), _workers(jobs) as submit:
         git = git_state(Path(fop.__file__))
-        done, sitting = plan.read(git), Sitting(data, unfinished, deadline, this_command(), git)
+        done, sitting = read(git), Sitting(data, unfinished, deadline, this_command(), git)
         failure: Exception | None = None
         running: dict[Future[Record | None], Run] = {}
         while True:
-            ready, left = plan.planned(done)
+            ready, left = planned(done)
             todo = [run for run in ready if run not in running.values()] if failure is None else []
             while todo and len(running) < jobs and time.monotonic() < deadline:
                 run = todo.pop(0)
@@ -85,7 +171,7 @@ def make_runs(
                     append(path, record)
                     run.saved(unfinished).unlink(missing_ok=True)
                     done.append(record)
-                    on_run(len(done), len(done) + plan.planned(done)[1], run.title)
+                    on_run(len(done), len(done) + planned(done)[1], run.title)
         if failure is not None:
             raise failure
         return left
@@ -122,94 +208,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     thread = threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True)
     thread.start()
-
-
-# --- The runs of a study
-
-
-@dataclass
-class Selection:
-    """Which runs of a recipe's study to make; an empty choice becomes all.
-
-    Raises ValueError for what the recipe does not have.
-    """
-
-    recipe: str
-    study: str = "comparison"
-    tasks: Sequence[str] = ()
-    contenders: Sequence[str] = ()
-    batch_sizes: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        plan = recipe(self.recipe)
-        _known("study", [self.study], plan.studies)
-        study = plan.studies[self.study]
-        self.tasks = _known("task", self.tasks, plan.tasks)
-        self.contenders = _known("optimizer", self.contenders, study.contenders)
-        self.batch_sizes = _known("batch size", self.batch_sizes, study.epochs)
-
-
-def _known(what: str, chosen: Sequence[Any], there: Iterable[Any]) -> Sequence[Any]:
-    for each in chosen:
-        if each not in there:
-            raise ValueError(f"unknown {what} {each!r}; known are {', '.join(map(str, there))}")
-    return [each for each in there if not chosen or each in chosen]
-
-
-def make(chosen: Selection, *, data: str | None, out: Path, **how: Any) -> int:
-    """Make the runs of a study that ``out``/STUDY.jsonl does not hold yet, as `make_runs` does.
-
-    Raises ValueError for runs that must not be mixed.
-    """
-    if data is not None and Path(data).is_dir():
-        data = str(Path(data).resolve())  # one folder has one name
-    path = out / f"{chosen.study}.jsonl"
-    plan = Plan(path, partial(_records_of, chosen, path, data), partial(planned, chosen))
-    return make_runs(plan, data=data, **how)
-
-
-def _records_of(chosen: Selection, path: Path, data: str | None, git: Git) -> list[Record]:
-    """Return the file's records of these runs; raises ValueError for any of another commit or data."""
-    plan, mine = recipe(chosen.recipe), []
-    for record in read_runs(path) if path.exists() else []:
-        pairs: list[tuple[str, Any, Any]] = []
-        if record["recipe"] == chosen.recipe and record["task"] in chosen.tasks:
-            pairs += [("on", record["data"], data or plan.tasks[record["task"]].origin)]
-            if record["contender"] in chosen.contenders and record["batch_size"] in chosen.batch_sizes:
-                mine.append(record)
-        refuse_mixture(path, record["environment"], git, pairs)
-    return mine
-
-
-def planned(chosen: Selection, done: Sequence[Record]) -> tuple[list[Description], int]:
-    """Return the runs that can be made now, and the number of all that are not done, later ones included."""
-    study, names = recipe(chosen.recipe).studies[chosen.study], [each.name for each in fields(Description)]
-    made = {Description(**{name: record[name] for name in names}).key: record for record in done}
-    ready: list[Description] = []
-    later = 0  # final runs whose options are not known yet
-    for size, task in itertools.product(chosen.batch_sizes, chosen.tasks):
-        by_contender = []
-        for name in chosen.contenders:
-            place = chosen.recipe, task, chosen.study, "tuning", name
-            grid = study.contenders[name].combinations()
-            runs = [Description(*place, each, size, study.epochs[size], TUNING_SEED) for each in grid]
-            tuned = [made[run.key] for run in runs if run.key in made]
-            if len(tuned) < len(runs):
-                later += len(study.seeds)
-            else:
-                best = replace(runs[0], phase="final", options=best_options(tuned))
-                runs += [replace(best, seed=seed) for seed in study.seeds]
-            by_contender.append(runs)
-        # Contenders take turns, so that a slow hour slows all of them.
-        turns = itertools.chain(*itertools.zip_longest(*by_contender))
-        ready += [run for run in turns if run is not None and run.key not in made]
-    return ready, len(ready) + later
-
-
-def best_options(tuning: Sequence[Record]) -> Mapping[str, Any]:
-    """Choose by the mean accuracy over the epochs; if all runs diverged, the first options are taken."""
-
-    def score(run: Record) -> float:
-        return -1.0 if run["diverged"] else fmean(epoch["accuracy"] for epoch in run["curve"])
-
-    return dict(max(tuning, key=score)["options"])

@@ -216,29 +216,26 @@ NOTE = (
 
 
 def measured_tables(rows: Sequence[Row]) -> str:
-    """Return the tables of time, bytes and curvature as Markdown."""
-    times, sent, held = list[Row](), list[Row](), list[Row]()
+    """Return the tables of time, with the memory of curvature, and of bytes as Markdown."""
+    times, sent = list[Row](), list[Row]()
     for row in rows:
         who: Row = {"ranks": row["ranks"], "optimizer": CONTENDERS[row["optimizer"]][0]}
         slowest = {f"{kind} ms": row[f"{kind}_seconds"] for kind in KINDS}
         slowest["amortised ms"] = [row["amortised_seconds"]]
         shown = {kind: f"{max(each) * 1e3:.1f}" if each else "–" for kind, each in slowest.items()}
-        times.append(who | shown | {"×SGD": f"{row['ratio_to_sgd']:.2f}"})
+        held = ", ".join(f"{count / 1e6:.1f}" for count in row["factor_bytes"])
+        times.append(who | shown | {"×SGD": f"{row['ratio_to_sgd']:.2f}", "factors MB": held})
         if row["ranks"] > 1:
             counted = row["traffic"]["plain"] | row["traffic"]["curvature"]
             parts = {"DDP": row["traffic"]["wrapper"], **{what: counted.get(what, 0.0) for what in SENT}}
             parts["amortised"] = row["amortised_bytes"]
             megabytes = {what: f"{count / 1e6:.3f}" for what, count in parts.items()}
             sent.append(who | megabytes | {"×DDP": f"{row['ratio_to_ddp']:.3f}"})
-        if row["curvature_seconds"]:
-            of_ranks = row["factor_bytes"]
-            per_rank = ", ".join(f"{count / 1e6:.1f}" for count in of_ranks)
-            held.append(who | {"MB per rank": per_rank, "sum": f"{sum(of_ranks) / 1e6:.3f}"})
     tables = [
         section(
             "Time of a step",
             f"Medians of the slowest rank; amortised: one curvature step in {INTERVAL}; ×SGD: amortised "
-            "over SGD's on as many ranks.",
+            "over SGD's on as many ranks; factors: with inverses, in the state of rank 0, 1, …",
             times,
         ),
         section(
@@ -248,9 +245,8 @@ def measured_tables(rows: Sequence[Row]) -> str:
             "over plain DistributedDataParallel.",
             sent,
         ),
-        section("Factors and inverses", "MB in the state of rank 0, 1, …", held),
     ]
-    return "\n\n".join(filter(None, tables))
+    return "\n\n".join(filter(None, tables)) + "\n"
 
 
 def predicted_table(rows: Sequence[Row], bandwidth: float) -> str:

@@ -35,11 +35,9 @@ class Study:
 
     @property
     def title(self) -> str:
-        """Names it in errors and pictures."""
         return f"{self.recipe}, {self.task}, {self.name}"
 
     def phase(self, phase: str) -> pd.DataFrame:
-        """Return the runs of a phase."""
         return self.runs[self.runs["phase"] == phase]
 
     @property
@@ -172,25 +170,6 @@ def _ratio(ours: pd.Series, theirs: pd.Series) -> str:
     # The two vary independently of each other, by seeds of their own.
     error = ratio * math.hypot(theirs.std() / theirs.mean(), ours.std() / ours.mean())
     return f"{ratio:.2f} ± {error:.2f}, {compare(ours, theirs, low=True)}"
-
-
-def who_is_ahead(study: Study) -> str:
-    """Say it in words: in epochs and seconds to the accuracy, and in the final one, at every batch size."""
-    said = []
-    for size, runs in study.phase("final").groupby("batch_size"):
-        parts = []
-        for column, what, number in (
-            ("accuracy epochs", "fewest epochs", "{:.3g}"),
-            ("accuracy seconds", "fewest seconds", "{:.3g}"),
-            ("accuracy", "highest final accuracy", "{:.1%}"),
-        ):
-            means = runs.groupby("label", sort=False)[column].agg(lambda seeds: seeds.mean(skipna=False))
-            if means.notna().any():
-                best = means.max() if column == "accuracy" else means.min()
-                names = " and ".join(means.index[means == best])
-                parts.append(f"{what} {names} ({number.format(best)})")
-        said.append(f"At batch {size}: {'; '.join(parts)}.")
-    return "\n".join(said)
 
 
 def options_table(study: Study) -> str | None:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fop import FOP, KFAC
 from fop_bench.environment import environment
-from fop_bench.execution import Description
+from fop_bench.recipe_runs import Description
 from fop_bench.recipes import recipe
 from fop_bench.tables import markdown_table
 from fop_bench.training import messages

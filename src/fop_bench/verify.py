@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from fop_bench import overhead, race, records
 from fop_bench.study_report import report
 
-# JSON lines by a key that no other command writes: the command, and the keys of its lines.
-LINES = {
-    **{"variant": ("race", race.KEYS), "recipe": ("run", records.KEYS)},
-    "workload": ("overhead", overhead.ROW_KEYS),
+# JSON lines by a key that no other command writes: the command, and what reads its lines.
+LINES: dict[str, tuple[str, Callable[[Path], list[records.Record]]]] = {
+    "variant": ("race", race.read),
+    "recipe": ("run", records.read_runs),
+    "workload": ("overhead", overhead.read),
 }
 # What every record names, in whichever of its parts.
 NEEDED = ("torch", "python", "command", "commit")
@@ -60,10 +61,9 @@ def _read(file: Path) -> tuple[str, list[tuple[str, Any]]]:
     """Return the command that wrote a file ("" if unknown), and its records, each with its place."""
     if file.suffix == ".jsonl":
         head = file.read_text(encoding="utf-8").partition("\n")[0]
-        for key, (command, keys) in LINES.items():
+        for key, (command, read) in LINES.items():
             if f'"{key}": ' in head:
-                rows = records.read_lines(file, keys, command)
-                return command, [(f"{file}, line {n}", row) for n, row in enumerate(rows, start=1)]
+                return command, [(f"{file}, line {n}", row) for n, row in enumerate(read(file), start=1)]
         raise ValueError(f"{file}, line 1 is no line of fop-bench run, overhead or race")
     if file.suffix == ".gz":  # a trace of a profiler
         records.loads(gzip.decompress(file.read_bytes()), str(file))

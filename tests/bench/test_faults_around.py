@@ -19,7 +19,7 @@ import pytest
 
 import fop_bench
 from command import invoke
-from fop_bench import cli, execution
+from fop_bench import cli, runner
 from fop_bench.records import read_runs, write_json
 from study_records import line, write
 from tiny_study import (
@@ -83,7 +83,7 @@ def test_a_state_that_does_not_fit_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = finished(final_of("fop"), tmp_path / "a")
-    monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_SAVES", 0.0)
     with room(1000), pytest.raises(OSError, match=r"cannot write .*/b/\w+\.pt, which stays as it was"):
         sat(final_of("fop"), tmp_path / "b")
     assert list((tmp_path / "b").iterdir()) == []

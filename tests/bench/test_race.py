@@ -20,8 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from command import Told, invoke
 from fop import FOP
-from fop_bench import execution, race, runner
-from fop_bench.execution import Sitting, execute
+from fop_bench import race, runner
 from fop_bench.images import Images
 from fop_bench.models import DigitsLSTM, Whitening, digits_autoencoder, digits_cnn, small_gpt
 from fop_bench.race import (
@@ -38,6 +37,7 @@ from fop_bench.race import (
 )
 from fop_bench.race_tasks import GROUPS, TASKS, Problem, Task, gpt, of_images
 from fop_bench.records import locked
+from fop_bench.runner import Sitting, execute
 from fop_bench.training import with_replacement, without_replacement
 
 SEARCHED = [name for name, start in STARTS.items() if start is not None]
@@ -214,7 +214,7 @@ def test_a_run_with_a_stop_after_every_step_is_the_same(
     row, sittings = None, 0
     while row is None:
         ticks, sittings = itertools.count(), sittings + 1
-        monkeypatch.setattr(execution, "time", SimpleNamespace(monotonic=ticks.__next__))
+        monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=ticks.__next__))
         # Each sitting at a commit of its own: the library's source is a part of the run.
         here = Sitting(None, tmp_path, 2, "", {"commit": str(next(git)), "dirty": False})
         row = execute(run, here, CPU)
@@ -262,7 +262,9 @@ def test_a_diverged_run_is_recorded(steps: int, tmp_path: Path, monkeypatch: pyt
 def test_a_huge_value_is_short_in_the_table() -> None:
     side = side_of("fop-default", "digits-autoencoder", {}, keep_norm=True, bf16=False)
     run = {"rate": None, "diverged": False, "processor_seconds": 1.0, "environment": {"processor": "cpu"}}
-    rows = [{**side, **run, "seed": seed, "value": value} for seed, value in enumerate((1e20, 3e20))]
+    rows = [
+        {**race.OLD, **side, **run, "seed": seed, "value": value} for seed, value in enumerate((1e20, 3e20))
+    ]
     assert "| 2 | 0 | 2e+20 ± 1.41e+20 |" in race.race_table(rows)
 
 

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import fop
-from fop_bench import execution, runner
+from fop_bench import recipe_runs, runner
 from fop_bench.environment import git_state
-from fop_bench.execution import Description
 from fop_bench.optimizers import PEERS, Peer
+from fop_bench.recipe_runs import Description, Selection, best_options, planned
 from fop_bench.recipes import RECIPES, Study
-from fop_bench.records import ENVIRONMENT_KEYS, KEYS, read_runs
-from fop_bench.runner import Record, Selection, best_options, planned
+from fop_bench.records import ENVIRONMENT_KEYS, KEYS, Record, read_runs
 from tiny_study import (
     CONTENDERS,
     HELD_OUT,
@@ -224,7 +223,7 @@ def test_a_layer_without_a_finite_scalar_is_noted_as_null(
             return replace(told, layers={n: replace(d, rho=math.nan) for n, d in told.layers.items()})
 
     monkeypatch.setitem(PEERS, "fop", Peer("FOP", Broken))
-    monkeypatch.setattr(execution, "FOP", Broken)
+    monkeypatch.setattr(recipe_runs, "FOP", Broken)
     assert finished(final_of("fop"), tmp_path)["layers"]["rho"] == [[None] * 3] * 3
 
 

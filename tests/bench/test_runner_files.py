@@ -16,7 +16,7 @@ import pytest
 import command
 from fop_bench import environment, runner
 from fop_bench.recipes import RECIPES
-from fop_bench.runner import Record
+from fop_bench.records import Record
 from tiny_study import (
     COMMIT,
     STEPS,

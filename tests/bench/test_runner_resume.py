@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 import tiny_study
-from fop_bench import execution, runner, training
-from fop_bench.execution import Description
+from fop_bench import runner, training
 from fop_bench.optimizers import PEERS, Peer
-from fop_bench.runner import Record
+from fop_bench.recipe_runs import Description
+from fop_bench.records import Record
 from tiny_study import (
     CONTENDERS,
     STEPS,
@@ -59,7 +59,7 @@ class Ticks:
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch, kill_at: float = math.inf) -> None:
-    monkeypatch.setattr(execution, "time", Ticks(kill_at))
+    monkeypatch.setattr(runner, "time", Ticks(kill_at))
 
 
 # The first look is before the first step, the next ones are before each of them.
@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_from_what_was_saved_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
     expected = finished(final_of("fop"), tmp_path / "a")
-    monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_SAVES", 1)
     saved = tmp_path / "b"
     ticking(monkeypatch, kill_at)
     with pytest.raises(KeyboardInterrupt):
@@ -142,14 +142,14 @@ def test_seconds_are_those_of_all_sittings_without_saving(
     assert seconds(finished(final_of("sgd"), tmp_path / "a")) == SECONDS
     assert seconds(in_sittings(final_of("sgd"), tmp_path / "b", monkeypatch)[0]) == SECONDS
     monkeypatch.setattr(torch, "save", slow_save)
-    monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_SAVES", 1)
     ticking(monkeypatch)
     assert seconds(finished(final_of("sgd"), tmp_path / "c")) == SECONDS
 
 
 def test_a_killed_run_keeps_the_seconds_of_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_now", lambda device: Clock.now)
-    monkeypatch.setattr(execution, "SECONDS_BETWEEN_SAVES", 1)
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_SAVES", 1)
     ticking(monkeypatch, kill_at=4)
     with pytest.raises(KeyboardInterrupt):
         sat(final_of("sgd"), tmp_path / "b")
@@ -258,7 +258,7 @@ def killed(out: Path, place: str, due: int) -> None:
     child = os.fork()
     if child == 0:
         try:
-            execution.SECONDS_BETWEEN_SAVES = 0.0
+            runner.SECONDS_BETWEEN_SAVES = 0.0
             setattr(owner, name, last)
             go(out)
         finally:

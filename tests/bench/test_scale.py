@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 2 is measured once.
     result = invoke("--ranks", "1", "--ranks", "2", "--ranks", "2", *options)
     assert result.exit_code == 0, result.output
-    for title in ("Time of a step", "Bytes that a rank sends", "Factors and inverses"):
+    for title in ("Time of a step", "Bytes that a rank sends", "factors MB"):
         assert title in result.output
     return out
 
@@ -193,7 +193,7 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ranks", "0"], "0 is less than 1"),
+        (["--ranks", "0"], "0 is not a finite number above 0"),
         (["--ranks", "two"], "invalid int value: 'two'"),
         (["--model", "alexnet"], "invalid choice: 'alexnet'"),
     ],

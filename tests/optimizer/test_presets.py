@@ -13,8 +13,7 @@ from torch import nn
 
 from contract import ours
 from fop import FOP, presets
-from fop_bench.race import KEYS, at_best_rate, sides_of
-from fop_bench.records import read_lines
+from fop_bench.race import at_best_rate, read, sides_of
 from models import assert_equal, batch, mlp, train_step, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +81,7 @@ def test_fine_tuning_was_measured() -> None:
 def test_large_batch_was_measured() -> None:
     (default,) = FOP(mlp()).param_groups
     assert {key: default[key] for key in presets.large_batch} == presets.large_batch
-    sides = [*sides_of(read_lines(ROOT / "records/race/race.jsonl", KEYS, "race"))]
+    sides = [*sides_of(read(ROOT / "records/race/race.jsonl"))]
     newest = {(side[0]["task"], side[0]["variant"]): at_best_rate(side)[2] for side in sides}
     for optimizer, text in (
         ("fop-default", "{:.1f} % at batch 5,000 in 30 steps and {:.1f} % at batch 25,000 in 20"),
