@@ -324,3 +324,18 @@ def test_host_read_finder() -> None:
 @pytest.mark.parametrize("file", EQUATIONS)
 def test_equations_read_nothing_back(file: str) -> None:
     assert list(host_reads((SRC / "fop" / file).read_text())) == []
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (SRC.parent / "docs/architecture.md").read_text()
+    table = page.partition("## Where to change what")[2].partition("\n## ")[0]
+    named = [
+        each for line in table.splitlines() for each in re.findall(r"`([^`]+)`", line.partition(" | ")[2])
+    ]
+    sources = "\n".join(file.read_text() for file in LIBRARY + BENCH)
+    assert len(named) > 50
+    for each in named:
+        if re.search(r"\.(py|md)$|/", each):
+            assert any((home / each).exists() for home in (SRC / "fop", SRC, SRC.parent)), each
+        else:
+            assert re.search(rf"\b{re.escape(each.rpartition('.')[2])}\b", sources), each
