@@ -95,8 +95,13 @@ class Scaled(nn.Module):
         return self.factor * x
 
 
-def airbench(patches: Tensor, widths: Sequence[int] = (16, 64, 64), classes: int = 10) -> nn.Sequential:
-    """Build the network of airbench94 for 32×32 images, narrower (Jordan 2024; 127,000 parameters)."""
+def airbench(
+    patches: Tensor, widths: Sequence[int] = (16, 64, 64), logits: float = 1 / 9, classes: int = 10
+) -> nn.Sequential:
+    """Build the network of airbench94 for 32×32 images, narrower (Jordan 2024; 127,000 parameters).
+
+    Its logits are what the last layer gives times ``logits``.
+    """
     layers: list[nn.Module] = [Whitening(patches), nn.GELU()]
     for inputs, width in pairwise((2 * patches[0].numel(), *widths)):
         for number in range(2):
@@ -105,7 +110,7 @@ def airbench(patches: Tensor, widths: Sequence[int] = (16, 64, 64), classes: int
             layers.append(nn.Conv2d(width if number else inputs, width, 3, padding=1, bias=False))
             layers += [norm, nn.GELU()] if number else [nn.MaxPool2d(2), norm, nn.GELU()]
     head = nn.Linear(widths[-1], classes, bias=False)
-    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), head, Scaled(1 / 9))
+    return nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten(), head, Scaled(logits))
 
 
 # --- Transformers
