@@ -154,8 +154,8 @@ _IMAGES["held_out"] = True
 _TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "target": 2.2, "rest": 0.005}
 _TEXT["options"] = {"muon": {"momentum": 0.8}}
 _AIRBENCH = partial(cifar, widths=(64, 256, 256))
-# Of a ninth, as airbench94 has them, logits cannot grow enough in so few steps, neither by shares of a weight's
-# norm nor by Muon's. With halves both end highest (records/race).
+# Of a ninth, as airbench94 has them, logits cannot grow enough in so few steps, by FOP's or by Muon's. With
+# halves both end highest (records/race).
 _HALF = partial(cifar, logits=1 / 2)
 _GPT_2M = partial(gpt, dim=192, depth=4)  # 1.9 million parameters
 _SQUARES: dict[str, Any] = {"target": 0.02, "measure": "training MSE", "highest": False}
