@@ -39,11 +39,13 @@ In the pictures a small point is a seed and a large one the mean: filled after a
 the default or at a rate that was given. Lines: the mean over the seeds on the way, over steps and over
 processor seconds, of runs that noted it. Tables of environments count all runs, also those of the search."""
 TARGETS = "report-targets.png"
+SMALLEST = "cifar-half-500"  # batch
 TO_TARGET = f"""### Steps to a target by batch size
 
 CIFAR-10: the accuracy at the end, and steps and processor seconds until an evaluation reached
-{TASKS["cifar-500"].target:g} %, the mean over the seeds at the rate of the tables above; no point where a
-seed never did. Grey: as many fewer steps as the batch is larger, from the best at the smallest.
+{TASKS[SMALLEST].target:g} %, the mean over the seeds at the rate of the tables above; no point where a
+seed never did. Grey: as many fewer steps as the batch is larger, from the best at the smallest. The noise
+share ν that FOP measures is the mean over the layers and the evaluations of a run.
 
 ![Steps and seconds to the target](assets/{TARGETS})"""
 STEPS = f"""## The cost of a step
@@ -63,7 +65,7 @@ def page(pictures: Path | None = None) -> str:
         parts += [f"#{race.race_table(rows, note='').strip()}", *sources(rows, picture)]
         if pictures:
             draw_task(sides, pictures / picture)
-    cifar = {task: sides for task, sides in newest.items() if task.startswith("cifar-")}
+    cifar = {task: sides for task, sides in newest.items() if task.startswith("cifar-half")}
     if cifar:
         parts.append(TO_TARGET)
         if pictures:
@@ -138,7 +140,8 @@ def draw_task(sides: Sequence[Sequence[Record]], path: Path) -> None:
 
 
 def draw_targets(cifar: Mapping[str, Sequence[Sequence[Record]]], path: Path) -> None:
-    """Draw the accuracy at the end, and steps and seconds to the target, of CIFAR-10 over the batch size."""
+    """Draw accuracy, steps and seconds to the target, and noise, of CIFAR-10 over the batch size."""
+    noise: dict[str, list[tuple[float, float]]] = {}
     ends: dict[str, list[tuple[float, float]]] = {}
     times: dict[str, list[tuple[float, ...]]] = {}
     for task, sides in cifar.items():
@@ -148,19 +151,26 @@ def draw_targets(cifar: Mapping[str, Sequence[Sequence[Record]]], path: Path) ->
             if name in ("fop", "kfac") or not runs:  # variants of the default
                 continue
             ends.setdefault(name, []).append((todo.batch_size, fmean(run["value"] for run in runs)))
+            if shares := [share for run in runs for share in run["noise"]]:
+                noise.setdefault(name, []).append((todo.batch_size, fmean(shares)))
             found = [race.reached(run, todo.target, todo.highest) for run in runs]
             there = [each for each in found if each is not None]
             if len(there) == len(runs):
                 means = map(fmean, zip(*there, strict=True))
                 times.setdefault(name, []).append((todo.batch_size, *means))
-    figure, target = Figure(figsize=(12, 3.6), layout="constrained"), f"to {TASKS['cifar-500'].target:g} %"
-    panels = figure.subplots(1, 3)
+    figure, target = (
+        Figure(figsize=(15, 3.6), layout="constrained"),
+        f"to {TASKS[SMALLEST].target:g} %",
+    )
+    panels = figure.subplots(1, 4)
     for name, points in ends.items():
         look = {"marker": "o", **STYLES[name.removesuffix("-default")]}
         label = PEERS[name.removesuffix("-default")].label
         label += ", defaults" if name.endswith("-default") else ", best rate"
         panels[0].plot(*zip(*sorted(points), strict=True), label=label, **look)
-        for at, panel in enumerate(panels[1:], start=1):
+        if name in noise:
+            panels[3].plot(*zip(*sorted(noise[name]), strict=True), **look)
+        for at, panel in enumerate(panels[1:3], start=1):
             if name in times:
                 sizes, *each = zip(*sorted(times[name]), strict=True)
                 panel.plot(sizes, each[at - 1], **look)
@@ -169,9 +179,8 @@ def draw_targets(cifar: Mapping[str, Sequence[Sequence[Record]]], path: Path) ->
         sizes = sorted({point[0] for points in times.values() for point in points})
         panels[1].plot(sizes, [first[1] * first[0] / size for size in sizes], color="0.7", label="ideal")
         panels[1].set_yscale("log")
-    for panel, title in zip(
-        panels, ("accuracy at the end, %", f"steps {target}", f"processor seconds {target}"), strict=True
-    ):
+    titles = "accuracy at the end, %", f"steps {target}", f"processor seconds {target}", "noise share ν"
+    for panel, title in zip(panels, titles, strict=True):
         panel.set(xscale="log", xlabel="batch size", title=title)
         panel.grid(alpha=0.25)
     shown = " or ".join(f"{TASKS[task].steps} at batch {TASKS[task].batch_size:,}" for task in cifar)

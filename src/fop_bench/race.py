@@ -21,6 +21,7 @@ from torch import Generator, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fop import FOP
 from fop_bench.environment import device_name, source_tree
 from fop_bench.models import placed
 from fop_bench.optimizers import Joined, make_peer
@@ -39,8 +40,8 @@ SIDE = (
 )
 # What lines of earlier versions lack: whether training samples that were held out choose the rate; by what
 # this run was judged, "test" or "held-out"; and of each evaluation step, value, and seconds, of a processor,
-# or on a GPU of the clock.
-OLD: Record = {"held_out": False, "split": "test", "curve": []}
+# or on a GPU of the clock; of FOP also the noise share of then, the mean over the layers.
+OLD: Record = {"held_out": False, "split": "test", "curve": [], "noise": []}
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*(key for key in SIDE if key not in OLD), "variant", *RESULT, "environment")
 CPU = torch.device("cpu")
@@ -179,11 +180,15 @@ class RaceRun(Run):
         def evaluate() -> float:
             at_end = training.progress.steps == training.steps
             finite = all(p.isfinite().all() for p in model.parameters())
+            now = training.progress
+            now.layers = now.layers or {"noise": []}
+            now.layers["noise"] += noise_shares(optimizer)
             return problem.value(model, None if at_end else JUDGED_ON_THE_WAY) if finite else math.nan
 
+        optimizer = make_racer(side["optimizer"], model, self.rate, task.rest, side["options"])
         training = Training(
             model,
-            make_racer(side["optimizer"], model, self.rate, task.rest, side["options"]),
+            optimizer,
             lambda optimizer, steps: LambdaLR(optimizer, lambda step: schedule(step, steps)),
             lambda numbers: problem.batch(numbers, draw),
             evaluate,
@@ -209,9 +214,18 @@ class RaceRun(Run):
                 ends = {"value": now.curve[-1]["accuracy"], "last_loss": now.last_loss.item()}
                 ends |= {"processor_seconds": now.processor_seconds, "seconds": now.seconds}
             result = {"rate": self.rate, "seed": self.seed, "diverged": now.diverged, **ends}
-            return {**side, "split": self.split, **result, "curve": curve}
+            noise = (now.layers or OLD)["noise"]
+            return {**side, "split": self.split, **result, "curve": curve, "noise": noise}
 
         return training, record
+
+
+def noise_shares(optimizer: Optimizer) -> list[float]:
+    """Return the noise share of now, the mean over the layers, in a list; nothing where it is not known."""
+    if not isinstance(optimizer, FOP):
+        return []
+    shares = [each.noise for each in optimizer.diagnostics().layers.values() if each.noise is not None]
+    return [statistics.fmean(shares)] if shares else []
 
 
 def next_rate(found: Found, start: float, highest: bool) -> float | None:
