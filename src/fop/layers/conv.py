@@ -69,11 +69,12 @@ class ConvLayer(RowLayer):
         return prod(b.shape[2:])
 
     def input_rows(self, x: Tensor, output: torch.Size, entries: Tensor | None) -> Tensor:
+        return self._all_patches(x, output) if entries is None else self._patches(x, output, entries)
+
+    def _patches(self, x: Tensor, output: torch.Size, entries: Tensor) -> Tensor:
         if self.mode != "constant":
             x = self._padded(x)
         positions = prod(output[2:])
-        if entries is None:
-            entries = torch.arange(x.shape[0] * positions, device=x.device)
         # What rows and taps see is gathered from x as it lies in memory: (rows, channels, taps), the order of
         # weight.flatten(1). Copies of all of x, padded or with channels last, would cost far more.
         last = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
@@ -88,6 +89,14 @@ class ConvLayer(RowLayer):
         if outside is not None:
             patches.masked_fill_(outside.index_select(0, place)[:, None], 0)
         return patches.view(len(index), self.groups, self.in_dim)
+
+    def _all_patches(self, x: Tensor, output: torch.Size) -> Tensor:
+        x = self._padded(x)
+        geometry = zip(self.kernel, self.stride, self.dilation, strict=True)
+        for dim, (size, step, dilation) in enumerate(geometry, start=2):
+            x = x.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
+        # (N, channels, *output, *kernel)
+        return x.movedim(1, 1 + self.spatial).reshape(-1, self.groups, self.in_dim)
 
     def output_rows(self, b: Tensor, entries: Tensor | None) -> Tensor:
         if entries is None:
@@ -157,6 +166,9 @@ class TransposedConvLayer(ConvLayer):
             out - (size - 1) * s + 2 * before - d * (k - 1) - 1
             for size, out, (k, s, d, (before, _)) in zip(x.shape[2:], b.shape[2:], geometry, strict=True)
         )
+
+    def _all_patches(self, x: Tensor, output: torch.Size) -> Tensor:
+        return self._patches(x, output, torch.arange(len(x) * prod(output[2:]), device=x.device))
 
     def _source(self, dim: int, place: Tensor) -> Tensor:
         taps = torch.arange(self.kernel[dim], device=place.device)
