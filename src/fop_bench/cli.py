@@ -6,6 +6,7 @@ import argparse
 import inspect
 import math
 import os
+import re
 import runpy
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessException
 
-from fop_bench import defaults as others
+from fop_bench import defaults as candidates
 from fop_bench import overhead as steps
 from fop_bench import race as races
 from fop_bench import records
@@ -69,6 +70,8 @@ def verify_records(asked: argparse.Namespace) -> None:
 
     failed = False
     for given in asked.folders or [Path("records")]:
+        if not given.is_dir():
+            raise ValueError(f"{given} is no folder; give folders with records, or go to a clone")
         inside = () if [*given.glob("*.json*")] else sorted(path for path in given.iterdir() if path.is_dir())
         for line, found in map(verify, inside or [given]):
             print(line, *found, sep="\n  ", flush=True)
@@ -89,7 +92,8 @@ def demo(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     chosen, out = Selection("digits", "demo"), asked.out
     lines = out / f"{chosen.study}.jsonl"
-    lines.unlink(missing_ok=True)
+    with records.locked(lines):  # another process may be writing them
+        lines.unlink(missing_ok=True)
     with _bar("demo") as on_run:
         make(chosen, data=None, device=asked.device, out=out, jobs=1, minutes=600.0, on_run=on_run)
     print("Drawing the plots", flush=True)
@@ -153,19 +157,25 @@ def _race(
         how = {"data": asked.data, "device": asked.device, "jobs": asked.jobs, "minutes": asked.limit}
         with _bar("race") as on_run:
             left = make_runs(path, lambda git: races.read(path), planned, on_run=on_run, **how)
-    if not (rows := races.read(path)):
-        raise ValueError(f"{path} has no runs, and --limit {asked.limit:g} minutes left no time for one")
+    rows = races.read(path)
+    if asked.table and not rows:
+        raise ValueError(f"{path} has no runs; make some without --table")
+    if not rows:
+        why = f"--limit {asked.limit:g} minutes left no time to end one; the same command goes on"
+        raise ValueError(f"{path} has no runs, and {why}")
     _show_and_write(table(rows), path)
     print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
 
 
 def defaults(asked: argparse.Namespace) -> None:
     """Train by FOP with other values of its options, one at a time, beside the defaults, or go on with it."""
-    if asked.table and (old := others.read_old(asked.out)):
-        _show_and_write(others.defaults_table(old), asked.out)
+    if asked.table and (old := candidates.read_old(asked.out)):
+        _show_and_write(candidates.defaults_table(old), asked.out)
         return
-    sides = others.sides(asked.option or others.CANDIDATES, asked.task or [others.TASK], asked.device)
-    _race(asked, sides, None, others.defaults_table)
+    sides = candidates.sides(
+        asked.option or candidates.CANDIDATES, asked.task or [candidates.TASK], asked.device
+    )
+    _race(asked, sides, None, candidates.defaults_table)
 
 
 def scale(asked: argparse.Namespace) -> None:
@@ -175,20 +185,22 @@ def scale(asked: argparse.Namespace) -> None:
     protocol["plain_steps_a_round"] = steps.PLAIN_STEPS
     record: records.Record = {"environment": where | {"threads": 1}, "protocol": protocol}
     if asked.predict:
-        one = scaling.measure_scale(workload, 1, asked.rounds)
-        predicted = scaling.predict(one, asked.ranks or scaling.PREDICTED, bandwidth := 1e9 * asked.bandwidth)
-        record |= {"bandwidth": bandwidth, "measured": one, "results": predicted}
-        path = records.write_json(asked.out / "prediction.json", record)
+        path, bandwidth = asked.out / "prediction.json", 1e9 * asked.bandwidth
+        with records.locked(path):
+            one = scaling.measure_scale(workload, 1, asked.rounds)
+            predicted = scaling.predict(one, asked.ranks or scaling.PREDICTED, bandwidth)
+            record |= {"bandwidth": bandwidth, "measured": one, "results": predicted}
+            records.write_json(path, record)
         _show_and_write(scaling.predicted_table(predicted, bandwidth), path)
         return
-    results: list[records.Record] = []
+    path, results = asked.out / "scale.json", list[records.Record]()
     todo = dict.fromkeys(asked.ranks or MEASURED)  # a number that is given twice is measured once
-    with _bar("scale") as on_run:
+    with records.locked(path), _bar("scale") as on_run:
         for at, ranks in enumerate(todo):
             on_run(at, len(todo), f"{ranks} ranks")
             results += scaling.measure_scale(workload, ranks, asked.rounds)
             # At once, so that one that fails takes no other with it.
-            path = records.write_json(asked.out / "scale.json", record | {"results": results})
+            records.write_json(path, record | {"results": results})
     _show_and_write(scaling.measured_tables(results), path)
 
 
@@ -261,18 +273,32 @@ def _bar(title: str) -> Iterator[OnRun]:
 
 
 def _above_0(kind: type) -> Callable[[str], Any]:
-    """Return what turns the text of an option into a number, and refuses others."""
+    """Return what turns the text of an option into a number, and refuses candidates."""
 
     def convert(text: str) -> Any:
-        if not 0 < (number := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            which = "whole" if kind is int else "finite"
+            raise argparse.ArgumentTypeError(f"{text} is not a {which} number above 0")
         return number
 
-    convert.__name__ = kind.__name__
     return convert
 
 
+def _json_lines(text: str) -> Path:
+    """Refuse a file that the table, or what is written on the way, would take the place of."""
+    path = Path(text)
+    if path.suffix in (".md", ".unfinished") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file of JSON lines; give one, such as runs.jsonl")
+    return path
+
+
 def _device(name: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda nor cuda:N; give one of these")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -280,7 +306,7 @@ def _device(name: str) -> torch.device:
             torch.cuda.set_device(device.index or 0)  # timing events are recorded on the current device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {reason}") from error
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {reason}; give cpu") from error
     return device
 
 
@@ -343,7 +369,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _flag("--bf16", "autocast", False),
         DEVICE,
         _option("--rounds", "turns of every optimizer", "10", WHOLE),
-        _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", Path),
+        _option("--out", "file of JSON lines; the tables go beside it", "fop-overhead.jsonl", _json_lines),
     ],
     race: [
         _list("--task", f"only this one, or these: {', '.join(GROUPS)}", choices=[*RACES, *GROUPS]),
@@ -355,13 +381,13 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _flag("--held-out", "search by training images that are held out, not by test images", True),
         _option("--steps", "of a run and its schedule; else the task's", kind=WHOLE),
         *HOW,
-        _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", Path),
+        _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", _json_lines),
     ],
     defaults: [
-        _list("--option", "only this one", choices=others.CANDIDATES),
+        _list("--option", "only this one", choices=candidates.CANDIDATES),
         _list("--task", "this one of the race; else digits-autoencoder", choices=RACES),
         *HOW,
-        _option("--out", "file of JSON lines; the table goes beside it", "fop-defaults.jsonl", Path),
+        _option("--out", "file of JSON lines; the table goes beside it", "fop-defaults.jsonl", _json_lines),
     ],
     scale: [
         _list(
@@ -415,3 +441,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; no finished run is lost")

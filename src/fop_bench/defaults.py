@@ -48,8 +48,8 @@ def sides(options: Iterable[str], tasks: Sequence[str], device: torch.device) ->
 
 def read_old(path: Path) -> list[Record]:
     """Return the lines that an earlier version wrote, with the keys of today's; none of another file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = read_lines(path, OLD_KEYS, "defaults") if '"accuracy": ' in text.partition("\n")[0] else []
+    head = path.read_bytes().partition(b"\n")[0] if path.exists() else b""
+    rows = read_lines(path, OLD_KEYS, "defaults") if b'"accuracy": ' in head else []
     for row in rows:
         where, accuracy = row["environment"], row["accuracy"]
         row |= {"measure": "accuracy, %", "value": None if accuracy is None else 100 * accuracy}

@@ -52,7 +52,14 @@ JUDGED_ON_THE_WAY = 2000  # samples, about; at the end all
 
 def read(path: Path) -> list[Record]:
     """Read a file's lines, those of earlier versions, too."""
-    return [OLD | row for row in read_lines(path, KEYS, "race")]
+    rows = [OLD | row for row in read_lines(path, KEYS, "race")]
+    for key, known in (("task", [*TASKS]), ("optimizer", [*STARTS])):
+        if others := [row[key] for row in rows if row[key] not in known]:
+            raise ValueError(
+                f"{path} has a line of {key} {others[0]!r}; known are {', '.join(known)}; delete that line, "
+                "or check out the commit that wrote it"
+            )
+    return rows
 
 
 # --- Optimizers
@@ -185,7 +192,10 @@ class RaceRun(Run):
             now.layers["noise"] += noise_shares(optimizer)
             return problem.value(model, None if at_end else JUDGED_ON_THE_WAY) if finite else math.nan
 
-        optimizer = make_racer(side["optimizer"], model, self.rate, task.rest, side["options"])
+        try:
+            optimizer = make_racer(side["optimizer"], model, self.rate, task.rest, side["options"])
+        except TypeError as error:  # of an option that it does not have, or of a value
+            raise ValueError(f"{side['variant']}: {error}; give another --set") from error
         training = Training(
             model,
             optimizer,
@@ -326,6 +336,9 @@ def at_best_rate(side: Sequence[Record]) -> tuple[Found, float | None, list[Reco
     """Return what seed 0 found, the best of its rates (None for the default), and the runs at that rate."""
     start, highest = STARTS[side[0]["optimizer"]], TASKS[side[0]["task"]].highest
     found = searched(side) or searched([row | OLD for row in side])  # of one rate there is no search
+    if start is not None and not found:
+        who = "{variant} on {task}".format(**side[0])
+        raise ValueError(f"{who} has no run of seed 0, which chooses the rate; make it, or delete its lines")
     rate = None if start is None else best_rate(found, start, highest)
     return found, rate, [each for each in side if each["rate"] == rate and each["split"] == "test"]
 

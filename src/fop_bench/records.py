@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,18 @@ def read_lines(file: Path, keys: Sequence[str], command: str = "run") -> list[Re
     for n, line in enumerate(file.read_bytes().split(b"\n") if file.exists() else (), start=1):
         if line.strip():
             row = loads(line, where := f"{file}, line {n}")
-            missing = [key for key in keys if key not in row]
+            missing = _missing(row, keys)
             if not missing and "environment" in keys:
-                missing = [f"environment.{key}" for key in ENVIRONMENT_KEYS if key not in row["environment"]]
+                missing = [f"environment.{key}" for key in _missing(row["environment"], ENVIRONMENT_KEYS)]
             if missing:
                 what = f"{', '.join(missing)}; it is no line of this version's fop-bench {command}"
                 raise ValueError(f"{where} has no {what}")
             rows.append(row)
     return rows
+
+
+def _missing(part: Any, keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if not isinstance(part, dict) or key not in part]
 
 
 def loads(text: bytes, where: str) -> Any:
@@ -115,8 +119,14 @@ def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing runs into the same folder."""
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        if not os.access(path.parent, os.W_OK):  # told before the first run, not after it
+            os.close(folder)
+            raise PermissionError("it is not writable")
+    except OSError as error:
+        raise OSError(f"cannot write into {path.parent}: {error}; give another --out") from error
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
@@ -158,5 +168,6 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     # torch.save makes a RuntimeError of a full disk.
     except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise OSError(f"cannot write {path}, which stays as it was: {error}") from error

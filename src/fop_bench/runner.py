@@ -46,6 +46,14 @@ class Sitting:
     git: Git  # the commit that it began with
 
 
+# What a run goes on with as it began, and how an error names it.
+NAMED: dict[str, Callable[[Any], str]] = {
+    "git": commit_title,
+    "data": lambda data: f"data {data}" if data else "its own data",
+    "processor": str,
+}
+
+
 class Run:
     """One run, as the runner makes it; its fields tell it from all others."""
 
@@ -79,7 +87,8 @@ def execute(run: Run, sitting: Sitting, device: torch.device) -> Record | None:
         warnings.simplefilter("always")
         training, record = run.begin(sitting.data, device)
         saved, git = run.saved(sitting.folder), sitting.git if run.of_one_commit else None
-        earlier = _resume(training, saved, git)
+        begun = {"git": git, "data": sitting.data, "processor": device.type}
+        earlier = _resume(training, saved, begun)
         last = time.monotonic()
 
         def warned() -> list[str]:
@@ -91,7 +100,7 @@ def execute(run: Run, sitting: Sitting, device: torch.device) -> Record | None:
             over = now >= sitting.deadline
             if over or now - last >= SECONDS_BETWEEN_SAVES:
                 training.stop_clock()  # the time that this takes does not count
-                state = {"training": training.state_dict(), "git": git, "warnings": warned()}
+                state = {"training": training.state_dict(), **begun, "warnings": warned()}
                 with replacing(saved) as unfinished:
                     torch.save(state, unfinished)
                 training.start_clock()
@@ -104,22 +113,30 @@ def execute(run: Run, sitting: Sitting, device: torch.device) -> Record | None:
         return record(warned()) | {"environment": where}
 
 
-def _resume(training: Training, saved: Path, git: Git) -> list[str]:
-    """Go on from the saved state, if there is one, and return the warnings up to there."""
+def _resume(training: Training, saved: Path, begun: dict[str, Any]) -> list[str]:
+    """Go on from the saved state, if there is one, and return the warnings up to there.
+
+    ``begun`` says at which commit, on which data and processor this would be.
+    """
     if not saved.exists():
         return []
     try:
         state = torch.load(saved, weights_only=True)
+        earlier = begun | {key: state[key] for key in begun if key == "git" or key in state}
+        if earlier == begun:
+            training.load_state_dict(state["training"])
+            return state["warnings"]
     except Exception as error:
         message = f"{saved} is not a saved run ({error}); delete it to start that run again"
         raise ValueError(message) from error
-    if state["git"] != git:
-        raise ValueError(
-            f"{saved} is half a run of {commit_title(state['git'])}, and this is {commit_title(git)}; check "
-            "that commit out to go on, or delete the file to start that run again"
-        )
-    training.load_state_dict(state["training"])
-    return state["warnings"]
+    theirs, ours = (
+        ", ".join(name(of[key]) for key, name in NAMED.items() if earlier[key] != begun[key])
+        for of in (earlier, begun)
+    )
+    raise ValueError(
+        f"{saved} is half a run of {theirs}, and this is {ours}; go on as it began, or delete the file to "
+        "start that run again"
+    )
 
 
 # --- Many runs

@@ -156,6 +156,8 @@ def surface(asked: Namespace) -> dict[str, Any]:
     """Train to the point, take the steps, measure the loss on the plane; return all that the plot needs."""
     if asked.batch_size % 2:
         raise ValueError(f"batch size {asked.batch_size} has no halves; give an even one")
+    if asked.points < 2:
+        raise ValueError(f"--grid {asked.points} is no plane; give 2 or more points along each side")
     task, options = next(iter(recipe(asked.recipe).tasks)), {"lr": asked.lr, "damping": asked.damping}
     what = asked.recipe, task, "comparison", "final", "fop", options
     run_of_fop = Description(*what, asked.batch_size, asked.epochs, asked.seed)

@@ -47,9 +47,9 @@ def verify(folder: Path) -> tuple[str, list[str]]:
             found.append(f"{folder} has no {'page that is made from its data' if files else 'data'}")
     except ValueError as error:  # a file that cannot be read, which it names
         found.append(str(error))
-    except TypeError:  # null for a number
+    except (TypeError, KeyError) as error:  # null for a number, which was found above, or a text
         if not found:
-            raise
+            found.append(f"{folder} holds a value that is not of its kind, or lacks one: {error!r}")
     found = [each.replace(f"{root}/", "") for each in found]
     new = [each for each in found if each not in own.get("KNOWN", ())]
     known = f" ({len(found) - len(new)} known)" if len(new) < len(found) else ""
@@ -60,9 +60,9 @@ def verify(folder: Path) -> tuple[str, list[str]]:
 def _read(file: Path) -> tuple[str, list[tuple[str, Any]]]:
     """Return the command that wrote a file ("" if unknown), and its records, each with its place."""
     if file.suffix == ".jsonl":
-        head = file.read_text(encoding="utf-8").partition("\n")[0]
+        head = file.read_bytes().partition(b"\n")[0]
         for key, (command, read) in LINES.items():
-            if f'"{key}": ' in head:
+            if f'"{key}": '.encode() in head:
                 return command, [(f"{file}, line {n}", row) for n, row in enumerate(read(file), start=1)]
         raise ValueError(f"{file}, line 1 is no line of fop-bench run, overhead or race")
     if file.suffix == ".gz":  # a trace of a profiler

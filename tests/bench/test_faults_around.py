@@ -79,6 +79,12 @@ def test_a_record_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["overhead.json"]
 
 
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=rf"cannot write {tmp_path}/file/x.json, which stays as it was"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
 def test_a_state_that_does_not_fit_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import statistics
 import sysconfig
 from collections.abc import Callable
@@ -276,11 +277,53 @@ def test_a_huge_value_is_short_in_the_table() -> None:
         (("--set", "nobody.damping=1"), "is not NAME.OPTION=VALUE"),
         (("--task", "chess"), "invalid choice: 'chess'"),
         (("--optimizer", "nobody"), "invalid choice: 'nobody'"),
+        (("--optimizer", "fop", "--set", "fop.nosuch=1"), "nosuch=1: FOP has no option 'nosuch'"),
+        (
+            ("--optimizer", "fop", "--set", "fop.damping=high"),
+            "in [0, inf) or 'adaptive'; give another --set",
+        ),
+        (("--table",), "race.jsonl has no runs; make some without --table"),
     ],
 )
 def test_what_is_not_there_is_refused(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     told = raced(tmp_path / "race.jsonl", *arguments)
     assert told.exit_code != 0 and said in told.output
+
+
+@pytest.mark.parametrize("name", ["race.md", "race.unfinished", ""])
+def test_a_record_is_no_file_that_the_command_replaces(tmp_path: Path, name: str) -> None:
+    told = raced(tmp_path / name, "--optimizer", "fop-default", "--seeds", "1")
+    assert told.exit_code == 2 and "is no file of JSON lines; give one, such as runs.jsonl" in told.output
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_in_place_of_the_folder_is_an_error_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told = raced(tmp_path / "file" / "race.jsonl")
+    assert told.exit_code == 1
+    assert f"Error: cannot write into {tmp_path / 'file'}: " in told.output and "another --out" in told.output
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named_before_the_first_run(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    told = raced(tmp_path / "race.jsonl")
+    assert told.exit_code == 1 and f"Error: cannot write into {tmp_path}: it is not writable" in told.output
+
+
+def test_lines_that_no_table_can_be_made_of_are_named(tmp_path: Path) -> None:
+    out = tmp_path / "race.jsonl"
+    assert raced(out, "--optimizer", "sgd", "--rate", "0.1", "--steps", "1", "--seeds", "1").exit_code == 0
+    line = out.read_text()
+    for part, other, said in (
+        (f'"task": "{TASK}"', '"task": "chess"', f"{out} has a line of task 'chess'; known are cifar-500"),
+        ('"optimizer": "sgd"', '"optimizer": "nobody"', f"{out} has a line of optimizer 'nobody'; known are"),
+        ('"seed": 0', '"seed": 7', f"sgd on {TASK} has no run of seed 0, which chooses the rate"),
+    ):
+        assert part in line
+        out.write_text(line.replace(part, other))
+        told = raced(out, "--table")
+        assert told.exit_code == 1 and f"Error: {said}" in told.output
 
 
 def test_options_are_numbers_words_and_none() -> None:

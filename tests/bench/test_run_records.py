@@ -31,6 +31,15 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     del run["environment"]["git"]
     with pytest.raises(ValueError, match=r"no environment\.git"):
         read_runs(write(tmp_path / "a.jsonl", [run]))
+    with pytest.raises(ValueError, match=r"no environment\.device"):
+        read_runs(write(tmp_path / "a.jsonl", [run | {"environment": None}]))
+
+
+@pytest.mark.parametrize("text", ["5", "null", "[]", '"recipe"'])
+def test_a_line_that_is_no_record_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"line 1 has no recipe, title.*no line of this version"):
+        read_runs(tmp_path)
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import command
 from fop_bench import environment, runner
@@ -140,6 +141,38 @@ def test_an_unfinished_run_of_another_commit_does_not_go_on(
         go(tmp_path)
 
 
+def test_an_unfinished_run_on_other_data_does_not_go_on(tmp_path: Path) -> None:
+    with seconds_as_steps():
+        go(tmp_path, minutes=1 / 60)
+    [saved] = (tmp_path / "unfinished").glob("*.pt")
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match=f"{saved} is half a run of its own data, and this is data other/im"):
+        go(tmp_path, data="other/images")
+    assert saved.read_bytes() == before
+    assert go(tmp_path) == 0
+
+
+def test_an_unfinished_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    with seconds_as_steps():
+        go(tmp_path, minutes=1 / 60)
+    [saved] = (tmp_path / "unfinished").glob("*.pt")
+    state = torch.load(saved, weights_only=True)
+    torch.save({key: state[key] for key in ("training", "git", "warnings")}, saved)
+    with seconds_as_steps():
+        go(tmp_path, minutes=(2 * STEPS - 1) / 60)
+    assert len(lines(tmp_path / "comparison.jsonl")) == 1, "it did not begin anew"
+
+
+@pytest.mark.parametrize("state", [{"git": COMMIT, "training": {}}, {"training": 1}, [1], "text"])
+def test_what_is_no_saved_run_is_named(tmp_path: Path, state: Any) -> None:
+    with seconds_as_steps():
+        go(tmp_path, minutes=1 / 60)
+    [saved] = (tmp_path / "unfinished").glob("*.pt")
+    torch.save(state, saved)
+    with pytest.raises(ValueError, match=f"{saved} is not a saved run .*delete it to start that run again"):
+        go(tmp_path)
+
+
 def test_records_name_the_commit_that_the_command_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +203,11 @@ def test_records_name_the_commit_that_the_command_began_with(
             (("--minutes", wrong), 2, f"argument --minutes: {wrong} is not a finite")
             for wrong in ("-1", "nan", "inf")
         ),
-        (("--minutes", "x"), 2, "argument --minutes: invalid"),
+        (("--minutes", "x"), 2, "argument --minutes: x is not a finite number above 0"),
+        (("--jobs", "1.5"), 2, "argument --jobs: 1.5 is not a whole number above 0"),
+        (("--device", "toaster"), 2, "argument --device: 'toaster' is neither cpu nor cuda nor cuda:N"),
+        (("--device", "meta"), 2, "argument --device: 'meta' is neither cpu nor cuda nor cuda:N"),
+        (("--device", "cuda:99"), 2, "argument --device: 'cuda:99' cannot be used here"),
     ],
 )
 def test_what_cannot_be_is_named_and_nothing_is_written(
@@ -217,6 +254,21 @@ def failed(error: Exception) -> Future[Record | None]:
     future: Future[Record | None] = Future()
     future.set_exception(error)
     return future
+
+
+def test_an_interrupt_is_a_message_and_the_lines_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = started(tmp_path)
+    before = path.read_bytes()
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "execute", interrupted)
+    told = invoke(tmp_path)
+    assert told.exit_code == 1 and "Interrupted; no finished run is lost" in told.output
+    assert path.read_bytes() == before
 
 
 def test_the_death_of_a_worker_is_an_error_with_advice(

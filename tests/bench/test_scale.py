@@ -193,8 +193,8 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ranks", "0"], "0 is not a finite number above 0"),
-        (["--ranks", "two"], "invalid int value: 'two'"),
+        (["--ranks", "0"], "0 is not a whole number above 0"),
+        (["--ranks", "two"], "two is not a whole number above 0"),
         (["--model", "alexnet"], "invalid choice: 'alexnet'"),
     ],
 )
@@ -203,6 +203,16 @@ def test_bad_options(arguments: list[str], said: str, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert said in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "measure_scale", None)
+    (tmp_path / "file").write_text("")
+    for how in ((), ("--predict",)):
+        told = invoke(*how, "--out", str(tmp_path / "file"))
+        assert told.exit_code == 1 and f"Error: cannot write into {tmp_path / 'file'}: " in told.output
 
 
 def test_a_failure_is_a_message_not_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

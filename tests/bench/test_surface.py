@@ -177,6 +177,7 @@ def test_command_writes_a_record_and_draws_the_same_picture_from_it(tmp_path: Pa
     [
         (("--batch", "7"), "batch size 7 has no halves"),
         (("--batch", "5000"), "batch size 5000 is larger than the 1024 training images"),
+        (("--grid", "1"), "--grid 1 is no plane; give 2 or more"),
         (("--lr", "1e30"), "--lr"),
     ],
 )

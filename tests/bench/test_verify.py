@@ -106,6 +106,11 @@ def test_a_line_that_is_no_record(change: Callable[..., str], old: str, new: str
     assert f"  records/race/race.jsonl, {what}" in change("race", "records/race/race.jsonl", old, new)
 
 
+def test_a_value_of_another_kind_is_a_difference(change: Callable[..., str]) -> None:
+    said = change("race", "records/race/race.jsonl", '"value": 1.6819642782211304', '"value": "high"')
+    assert "records/race holds a value that is not of its kind, or lacks one: TypeError(" in said
+
+
 def test_a_tree_of_the_library_stands_for_a_commit(change: Callable[..., str]) -> None:
     assert (
         "\n"
@@ -165,3 +170,8 @@ def test_a_new_record_needs_its_table_beside_it(original: Path, tmp_path: Path) 
     assert (
         "overhead-new has no page that is made from its data" in invoke("verify-records", str(folder)).output
     )
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    told = invoke("verify-records", str(tmp_path / "nowhere"))
+    assert told.exit_code == 1 and f"Error: {tmp_path / 'nowhere'} is no folder; give folders" in told.output
