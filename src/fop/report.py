@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fop.binding import Binding, Bindings
 from fop.curvature import Fallback
+from fop.step_size import UNMEASURED
 from fop.torch_internals import outside
 from fop.transfer import Transfer
 
@@ -86,7 +87,7 @@ class LayerDiagnostics:
         eta: step scale η used; 1 for a K-FAC step, None before the first.
         rho: ρ ∈ [0, 1], None before the first step.
         noise: ν ∈ [0, 0.99], the share of noise in ‖gradient‖² in the metric of the inverse, averaged over
-            about ten steps; None if no sub-batches were seen.
+            about ten steps; None if none was measured, without sub-batches.
         length: ‖update‖ ÷ ‖weight‖, an embedding's by the rows that moved; None with ``step_length="paper"``.
         damping_A: share of the damping in the mean eigenvalue of A + πγI, in [0, 1]; None where another rank
             owns the layer.
@@ -251,7 +252,7 @@ def diagnose(
             of_step.get("beta"),
             of_step.get("eta"),
             of_step.get("rho"),
-            of_step.get("noise"),
+            None if of_step.get("noise") == UNMEASURED else of_step.get("noise"),
             of_step.get("length"),
             share_A,
             share_G,

@@ -22,6 +22,8 @@ INITIAL_SIZE = "initial_size"
 TOGETHER = 2**24
 # Of the averages of noise and gradient from one step to the next.
 NOISE_DECAY = 0.9
+# ν before any noise was measured, as in batches of one sample: all counts as noise.
+UNMEASURED = 1.0
 
 
 class Update(NamedTuple):
@@ -37,7 +39,8 @@ class Update(NamedTuple):
         reason: why there were none, or why they are not believed.
         used: 0-dim bool, false for a weight that no rank has used, which stays as it is; None for true.
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
-        noise: ν ∈ [0, 1), the share of noise in the gradient; None if sub-batches are not wanted.
+        noise: ν ∈ [0, 0.99], the share of noise in the gradient, or `UNMEASURED`; None if sub-batches are
+            not wanted.
         along: with ``step_length="weight"`` ⟨weight, Ga⟩ and ‖Ga‖², (2,); not known of sharded weights.
     """
 
@@ -77,7 +80,7 @@ def noise_share(before: Tensor, norms: Tensor | None, trusted: Tensor | None) ->
 
     Both are averaged over about ten steps, and then divided; returned are ν, (n,), and the averages, (n, 2),
     which were ``before``. What is not finite or not ``trusted`` does not count, nor a step without
-    sub-batches (None); 0 as long as nothing did.
+    sub-batches (None). As long as nothing did ν is `UNMEASURED`.
     """
     averages = before
     if norms is not None:
@@ -86,7 +89,7 @@ def noise_share(before: Tensor, norms: Tensor | None, trusted: Tensor | None) ->
             good = good & trusted
         averages = torch.where(good[:, None], torch.lerp(norms, before, NOISE_DECAY), before)
     noise, whole = averages.unbind(1)
-    return torch.where(whole > 0, noise / whole, 0).clamp_(0, 1 - LEAST_SIGNAL), averages
+    return torch.where(whole > 0, (noise / whole).clamp(0, 1 - LEAST_SIGNAL), UNMEASURED), averages
 
 
 def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
@@ -207,7 +210,8 @@ def lengths(
     # Which schedulers of torch set.
     anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
     if anneal and known:
-        share = signal / (signal + (1 - signal) * (1 - group["momentum"]) / (1 + group["momentum"]))
+        least = signal.clamp(min=LEAST_SIGNAL)
+        share = least / (least + (1 - least) * (1 - group["momentum"]) / (1 + group["momentum"]))
     # Momentum alone does not move a weight: however small it is, it would be stretched.
     moves = (square > 0) & (torch.stack([u.length.to(one) for u in updates]) != 0) & good
     norm = torch.where(moves, square, 1).sqrt()

@@ -316,7 +316,7 @@ def test_lines_that_no_table_can_be_made_of_are_named(tmp_path: Path) -> None:
     assert raced(out, "--optimizer", "sgd", "--rate", "0.1", "--steps", "1", "--seeds", "1").exit_code == 0
     line = out.read_text()
     for part, other, said in (
-        (f'"task": "{TASK}"', '"task": "chess"', f"{out} has a line of task 'chess'; known are cifar-500"),
+        (f'"task": "{TASK}"', '"task": "chess"', f"{out} has a line of task 'chess'; known are cifar-half-500"),
         ('"optimizer": "sgd"', '"optimizer": "nobody"', f"{out} has a line of optimizer 'nobody'; known are"),
         ('"seed": 0', '"seed": 7', f"sgd on {TASK} has no run of seed 0, which chooses the rate"),
     ):

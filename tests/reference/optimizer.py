@@ -72,7 +72,7 @@ class LayerState:
         noise, whole = (
             sum(w * each[i] for w, each in zip(weights, self.noises, strict=True)) for i in (0, 1)
         )
-        return min(0.99, noise / whole) if whole > 0 else 0.0
+        return min(0.99, noise / whole) if whole > 0 else 1.0  # all counts as noise
 
 
 class ReferenceFOP:
@@ -157,7 +157,7 @@ class ReferenceFOP:
     def _damping(self, state: LayerState) -> float:
         if self.damping != "adaptive":
             return float(self.damping)
-        if not state.noises:
+        if state.noise_share == 1.0:  # none was measured
             return 0.01
         # The mean eigenvalue of F̂ is that of F over 1 - ν; each factor's grows by the root.
         return max(math.sqrt(1 / (1 - state.noise_share)) - 1, 0.01) ** 2
@@ -183,7 +183,7 @@ class ReferenceFOP:
             step = step * max(norm, state.reference) / (step / state.sizes).norm()
             if self.anneal:
                 # An average with weights μ^k has (1 - μ)/(1 + μ) of the variance of one.
-                noise = state.noise_share
+                noise = 0.0 if self.beta == 0 else min(0.99, state.noise_share)
                 step = step * (1 - noise) / (1 - noise + noise * (1 - self.momentum) / (1 + self.momentum))
         changes = [self.lr * change for change in from_matrix(layer, step)]
         with torch.no_grad():

@@ -96,7 +96,7 @@ def test_what_is_not_believed_does_not_count() -> None:
         assert torch.equal(after[0], averages[0]) and not torch.equal(after[1], averages[1])
     share, after = noise_share(averages, None, None)
     assert share[0] == 0.25 and torch.equal(after, averages)
-    assert not noise_share(torch.zeros(1, 2), None, None)[0]
+    assert noise_share(torch.zeros(1, 2), None, None)[0] == 1  # all counts as noise
 
 
 # --- What follows from it
@@ -125,6 +125,26 @@ def test_damping_is_the_share_that_fits_the_noise() -> None:
         # (1 + root)² = 1 / (1 - ν); the damping's share in a mean eigenvalue is root / (1 + root).
         root = max(1 / math.sqrt(1 - layer.noise) - 1, 0.01)
         assert layer.damping_G == pytest.approx(root / (1 + root), rel=1e-9)
+
+
+@pytest.mark.parametrize("anneal", [False, True])
+def test_where_none_was_measured_all_counts_as_noise(anneal: bool) -> None:
+    """A batch of 1 has no halves: K-FAC's step, and as short as noise alone if lengths are annealed."""
+    models = [net(), net()]
+    fop, kfac = FOP(models[0], anneal=anneal), KFAC(models[1])
+    x = torch.randn(1, 6, dtype=torch.float64)
+    for model, optimizer in zip(models, (fop, kfac), strict=True):
+        model(x).square().mean().backward()
+        optimizer.step()
+    before = [p.detach() for p in net().parameters()]
+    ours, theirs = ([p.detach() - q for p, q in zip(m.parameters(), before, strict=True)] for m in models)
+    share = 0.01 / (0.01 + 0.99 * (1 - MOMENTUM) / (1 + MOMENTUM)) if anneal else 1.0
+    for mine, its in zip(ours, theirs, strict=True):
+        if anneal and mine.dim() > 1:
+            assert float(mine.norm()) == pytest.approx(share * float(its.norm()), rel=0.1)
+        elif not anneal:
+            assert torch.equal(mine, its)
+    assert all(layer.noise is None for layer in fop.diagnostics().layers.values())
 
 
 def test_without_noise_or_sub_batches_damping_is_as_before_any_was_measured() -> None:
