@@ -114,8 +114,9 @@ class FOP(JoinableOptimizer, Optimizer):
         anneal: whether the length of a layer's steps falls with the share of signal in them, as the
             sub-batches show it, down to 1/25 of lr. "auto": unless a scheduler of `torch.optim.lr_scheduler`
             sets the rate, which then says how the length falls. ``ReduceLROnPlateau`` does not count, nor do
-            rates written into ``param_groups``: give False if these fall to 0. No effect without sub-batches
-            (`KFAC`) and with the paper's steps.
+            rates written into ``param_groups``: give False if these fall to 0. A layer of which no noise was
+            measured, as in batches of one sample, counts as all noise. No effect without sub-batches (`KFAC`)
+            and with the paper's steps.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.

@@ -138,6 +138,9 @@ def race(asked: argparse.Namespace) -> None:
     options = races.parsed_options(asked.set)
     how = {name: vars(asked)[name] for name in ("keep_norm", "bf16", "held_out", "steps", "device")}
     tasks = [task for given in asked.task or RACES for task in GROUPS.get(given, [given])]
+    for name in asked.optimizer or ():
+        if asked.rate is not None and races.STARTS[name] is None:
+            raise ValueError(f"{name} keeps its rate; with --rate give {name.removesuffix('-default')}")
     sides = [
         races.side_of(name, task, options.get(name, {}), **how)
         for task in tasks
@@ -164,7 +167,8 @@ def _race(
         why = f"--limit {asked.limit:g} minutes left no time to end one; the same command goes on"
         raise ValueError(f"{path} has no runs, and {why}")
     _show_and_write(table(rows), path)
-    print(f"{left} optimizers are not done; the same command goes on" if left else "all is done")
+    on = "without --table this command goes on" if asked.table else "the same command goes on"
+    print(f"{left} optimizers are not done; {on}" if left else "all is done")
 
 
 def defaults(asked: argparse.Namespace) -> None:

@@ -282,6 +282,7 @@ def test_a_huge_value_is_short_in_the_table() -> None:
             ("--optimizer", "fop", "--set", "fop.damping=high"),
             "in [0, inf) or 'adaptive'; give another --set",
         ),
+        (("--optimizer", "fop-default", "--rate", "0.1"), "keeps its rate; with --rate give fop"),
         (("--table",), "race.jsonl has no runs; make some without --table"),
     ],
 )
@@ -316,7 +317,7 @@ def test_lines_that_no_table_can_be_made_of_are_named(tmp_path: Path) -> None:
     assert raced(out, "--optimizer", "sgd", "--rate", "0.1", "--steps", "1", "--seeds", "1").exit_code == 0
     line = out.read_text()
     for part, other, said in (
-        (f'"task": "{TASK}"', '"task": "chess"', f"{out} has a line of task 'chess'; known are cifar-half-500"),
+        (f'"task": "{TASK}"', '"task": "chess"', f"{out} has a line of task 'chess'; known are cifar-half"),
         ('"optimizer": "sgd"', '"optimizer": "nobody"', f"{out} has a line of optimizer 'nobody'; known are"),
         ('"seed": 0', '"seed": 7', f"sgd on {TASK} has no run of seed 0, which chooses the rate"),
     ):
