@@ -124,8 +124,8 @@ class FOP(JoinableOptimizer, Optimizer):
             use their own learning rate in place of lr.
         damping: λ; "adaptive" if relative, 1e-3 if absolute. Adaptive damping follows ν, the share of noise
             in each layer's gradient, which the sub-batches show: sqrt(λ) = (1 - ν)^(-½) - 1, with λ from
-            0.01 to 81; λ is 0.01 before any noise was measured, and without sub-batches. May be a function
-            of the step.
+            0.01 to 81; λ is 0.01 before any noise was measured, and without sub-batches. In the first steps
+            ν counts for less. May be a function of the step.
         damping_kind: "relative": sqrt(damping) times its mean eigenvalue is added to the diagonal of A and of
             G (the bias' entry of A, whose units are others, counts by itself). "absolute", with the paper's
             steps: the paper's γ = sqrt(damping), split between A and G by π.

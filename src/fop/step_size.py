@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fop.correction import Directions, inner, ratio
-from fop.curvature import LEAST_SIGNAL
+from fop.curvature import LEAST_SIGNAL, NOISE_DECAY
 
 # In the state: the norm that a weight which has been zero is taken to have, see `lengths`; 0 for others.
 REFERENCE_NORM = "reference_norm"
@@ -20,8 +20,6 @@ REFERENCE_NORM = "reference_norm"
 INITIAL_SIZE = "initial_size"
 # About how many numbers the weights have that are stepped together, unless one has more.
 TOGETHER = 2**24
-# Of the averages of noise and gradient from one step to the next.
-NOISE_DECAY = 0.9
 # ν before any noise was measured, as in batches of one sample: all counts as noise.
 UNMEASURED = 1.0
 

@@ -101,7 +101,7 @@ class ReferenceFOP:
         self.damping, self.stat_decay, self.beta, self.eta = damping, stat_decay, beta, eta
         self.kl_clip, self.anneal = kl_clip, anneal
         self.by_weight, self.relative = step_length == "weight", damping_kind == "relative"
-        self.kl_scale = 1.0
+        self.kl_scale, self.steps = 1.0, 0
         self.state = {name: LayerState() for name in layers_of(self.model)}
 
     def step(self, x: Tensor, y: Tensor, loss_fn: LossFn) -> None:
@@ -114,6 +114,7 @@ class ReferenceFOP:
         self.kl_scale = self._kl_scale(sum(float(d @ vec(Ga[name])) for name, d in directions.items()))
         for name, d in directions.items():
             self._apply(name, unvec(self.kl_scale * d, like=Ga[name]), Ga[name])
+        self.steps += 1
 
     def _direction(self, name: str, block: Block, Ga: Tensor) -> Tensor:
         state, N = self.state[name], len(block.samples)
@@ -159,8 +160,9 @@ class ReferenceFOP:
             return float(self.damping)
         if state.noise_share == 1.0:  # none was measured
             return 0.01
+        share = (1 - 0.9**self.steps) * state.noise_share
         # The mean eigenvalue of F̂ is that of F over 1 - ν; each factor's grows by the root.
-        return max(math.sqrt(1 / (1 - state.noise_share)) - 1, 0.01) ** 2
+        return max(math.sqrt(1 / (1 - share)) - 1, 0.1) ** 2
 
     def _kl_scale(self, product: float) -> float:
         """ν, from the sum over all layers of ⟨direction, gradient⟩."""

@@ -122,8 +122,9 @@ def test_damping_is_the_share_that_fits_the_noise() -> None:
     train(optimizer, model, 6)
     for layer in optimizer.diagnostics().layers.values():
         assert layer.noise is not None and 0 < layer.noise < 1
-        # (1 + root)² = 1 / (1 - ν); the damping's share in a mean eigenvalue is root / (1 + root).
-        root = max(1 / math.sqrt(1 - layer.noise) - 1, 0.01)
+        # What six steps know; the damping's share in a mean eigenvalue is root / (1 + root).
+        share = (1 - 0.9**6) * layer.noise
+        root = max(1 / math.sqrt(1 - share) - 1, 0.1)
         assert layer.damping_G == pytest.approx(root / (1 + root), rel=1e-9)
 
 

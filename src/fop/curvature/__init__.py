@@ -1,6 +1,6 @@
 """One object owns a weight's curvature: statistics, averages, damped inverse, products, state and cost."""
 
-from fop.curvature.base import AVERAGING_WEIGHT, LEAST_SIGNAL, NEVER, NOISE, Curvature, Damping
+from fop.curvature.base import AVERAGING_WEIGHT, LEAST_SIGNAL, NEVER, NOISE, NOISE_DECAY, Curvature, Damping
 from fop.curvature.cost import LayerSize
 from fop.curvature.inversion import Fallback
 from fop.curvature.kronecker import KroneckerCurvature
@@ -14,6 +14,7 @@ __all__ = [
     "LEAST_SIGNAL",
     "NEVER",
     "NOISE",
+    "NOISE_DECAY",
     "NOTHING_PENDING",
     "Curvature",
     "Damping",

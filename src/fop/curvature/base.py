@@ -25,6 +25,8 @@ NEVER = -1
 AVERAGING_WEIGHT = "averaging_weight"
 # In the state: averages over steps of the squared norms of noise and gradient, (2,), see `fop.step_size`.
 NOISE = "noise"
+# Of these averages from one step to the next.
+NOISE_DECAY = 0.9
 # As much of a gradient is taken for signal whatever its noise.
 LEAST_SIGNAL = 0.01
 # Damping that is adaptive: at least, and before any noise was measured.
@@ -156,14 +158,18 @@ class Curvature(ABC):
         own. Where steps of all eigendirections are equally long and noise has the covariance F, as it has
         for the log-likelihood, the step with F + δI, δ in proportion to ν / (1 - ν), has the least expected
         error. λ is from 0.01 to 81, and 0.01 as long as no noise was measured or without sub-batches.
+
+        After n steps ν counts by 1 - 0.9ⁿ. At the start a gradient is small and nearly all noise, and after a
+        few steps no longer; what heavy damping costs until then a short training does not make up for.
         """
         value, relative = group["damping"], group["damping_kind"] == "relative"
         if value == "adaptive":
             value, averages = LEAST_DAMPING, self.state.get(NOISE)
             if averages is not None and group["beta"] != 0.0 and group["sub_batches"] > 1:
                 noise, whole = averages.unbind()
-                signal = (1 - noise / whole).clamp(min=LEAST_SIGNAL)
-                root = (signal.rsqrt() - 1).clamp(min=LEAST_DAMPING**0.5)
+                known = 1 - NOISE_DECAY ** group["step"]
+                share = known * (noise / whole).clamp(max=1 - LEAST_SIGNAL)
+                root = ((1 - share).rsqrt() - 1).clamp(min=LEAST_DAMPING**0.5)
                 value = torch.where(whole > 0, root.square(), value)
         return Damping(value, relative)
 
