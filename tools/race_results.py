@@ -39,6 +39,7 @@ TITLES = {
     "digits-cnn-long": "CNN, 32 × 2,000 steps, % ↑",
     "digits-mlp-long": "MLP, 32 × 2,000 steps, % ↑",
 }
+SHOWN = ["gpt-128", "cifar-half-5000"]  # in README.md
 LABELS = {
     **{"sgd": "SGD", "adamw": "AdamW", "soap": "SOAP", "muon": "Muon"},
     **{"kfac-default": "K-FAC, defaults", "fop-default": "FOP, defaults", "fop": "FOP, rate searched"},
@@ -80,11 +81,12 @@ def table() -> str:
 
 
 def row() -> str:
-    """Return one row of the table, that of batch 5,000, and of its columns those with a value."""
-    cells = race_rows().get("cifar-5000", [])
-    there = {label: cell for label, cell in zip(LABELS.values(), cells, strict=False) if cell != "–"}
-    rows = [[TITLES["cifar-5000"], *there.values()]] if there else []
-    return markdown_table(["", *there], rows) + "\n"
+    """Return the rows of the table that README.md shows, and of its columns those with a value in each."""
+    found = race_rows()
+    tasks = [task for task in SHOWN if task in found]
+    columns = [at for at in range(len(LABELS)) if all(found[task][at] != "–" for task in tasks)]
+    rows = [[TITLES[task], *(found[task][at] for at in columns)] for task in tasks]
+    return markdown_table(["", *([*LABELS.values()][at] for at in columns)], rows) + "\n"
 
 
 def cost_table() -> str:
