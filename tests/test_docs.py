@@ -163,5 +163,5 @@ def hatch_build() -> ModuleType:
 def test_the_index_gets_a_readme_without_relative_links() -> None:
     text = hatch_build().absolute((ROOT / "README.md").read_text(encoding="utf-8"))
     assert LINK.findall(BLOCK.sub("", text)) == []
-    assert "](https://github.com/fop-optim/fop-optim/raw/main/docs/assets/report-targets.png)" in text
+    assert "](https://github.com/fop-optim/fop-optim/raw/main/docs/assets/report-gpt-128.png)" in text
     assert "](https://github.com/fop-optim/fop-optim/blob/main/docs/faq.md)" in text

@@ -50,7 +50,11 @@ def race_rows() -> dict[str, list[str]]:
     """Return the cells of `LABELS` by task, the best of a row in bold; n where it is not 3."""
     lines = read(ROOT / "records/race/race.jsonl")
     # The newest side of a task and optimizer: runs of other sources or options stay in the record.
-    sides = {(side[0]["task"], side[0]["variant"]): side for side in sides_of(lines)}
+    sides = {
+        (side[0]["task"], side[0]["variant"]): side
+        for side in sides_of(lines)
+        if side[0]["steps"] == TASKS[side[0]["task"]].steps
+    }
     found = {key: at_best_rate(side)[2] for key, side in sides.items()}
     rows = {}
     for task in TITLES:
@@ -85,7 +89,7 @@ def row() -> str:
     found = race_rows()
     tasks = [task for task in SHOWN if task in found]
     columns = [at for at in range(len(LABELS)) if all(found[task][at] != "–" for task in tasks)]
-    rows = [[TITLES[task], *(found[task][at] for at in columns)] for task in tasks]
+    rows = [[TITLES[task], *(found[task][at].replace("**", "") for at in columns)] for task in tasks]
     return markdown_table(["", *([*LABELS.values()][at] for at in columns)], rows) + "\n"
 
 

@@ -82,11 +82,15 @@ def page(pictures: Path | None = None) -> str:
 
 
 def newest_sides() -> dict[str, list[list[Record]]]:
-    """Return the newest runs of every optimizer by task, the best first; without variants of options."""
+    """Return the newest runs of every optimizer by task, the best first.
+
+    Without variants of options, and without those of another number of steps than the task's.
+    """
     found: dict[str, dict[str, list[Record]]] = {task: {} for task in TASKS}
     for side in race.sides_of(race.read(RACE)):
-        if side[0]["variant"] == side[0]["optimizer"]:
-            found[side[0]["task"]][side[0]["optimizer"]] = side
+        task, optimizer = side[0]["task"], side[0]["optimizer"]
+        if side[0]["variant"] == optimizer and side[0]["steps"] == TASKS[task].steps:
+            found[task][optimizer] = side
     best_first = {
         task: sorted(of.values(), key=lambda side: race.cells_of(side)[0]) for task, of in found.items()
     }
