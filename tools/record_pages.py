@@ -56,6 +56,9 @@ def pages(folder: Path) -> Iterator[tuple[Path, str, bool]]:
         yield matrix["DOC"], f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", False
     elif name == "surface":
         yield notes, "\n".join(surface_table(read(file)) for file in sorted(folder.glob("*.json"))), True
+    elif name == "step-profile":
+        table = tool("profile_step.py")["table"]
+        yield notes, "\n".join(table(read(file)["shares"]) for file in sorted(folder.glob("*.json"))), True
     elif name in EARLIER:
         text = notes.read_text()
         files = sorted(folder.glob("*.json"), key=lambda file: text.find(file.name))
