@@ -87,6 +87,7 @@ def test_values_of_the_newest_runs(clone: Path) -> None:
 def test_steps_to_a_target(clone: Path) -> None:
     row = first("race/race.jsonl", task="cifar-500", optimizer="fop-default", seed=2)
     assert "curve" not in row
+    row["task"] = "cifar-half-500"
     runs = [
         row | {"seed": seed, "curve": [[10, 30.0, 1.0], [30, reached, 9.0]]}
         for seed, reached in ((0, 60.0), (1, 61.0))
@@ -97,7 +98,7 @@ def test_steps_to_a_target(clone: Path) -> None:
     assert [line for line in text.splitlines() if line.startswith("### ")][1:] == [
         "### Steps to a target by batch size"
     ]
-    assert {each[0]: each[7] for each in rows_of(text, "cifar-500")} == {
+    assert {each[0]: each[7] for each in rows_of(text, "cifar-half-500")} == {
         "fop-default": "30, 9 s",
         "muon": "–",
     }
