@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from fop.layers.linear import LinearLayer
 from fop.optimizer import FOP
 from fop_bench.environment import environment
 from fop_bench.overhead import MODELS, Trainer, Workload, prepare_pair
+from fop_bench.records import write_json
 from fop_bench.tables import markdown_table
 
 # What is timed: (where, name of the function, the part it is counted to).
@@ -136,10 +136,9 @@ def main() -> None:
     found = profile(workload, asked.rounds)
     print(f"{workload.title}; shares of SGD's step, medians over {asked.rounds} rounds\n\n{table(found)}")
     if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
         about = environment(torch.device("cpu"))
         record = {"workload": workload.title, "rounds": asked.rounds, "shares": found, "environment": about}
-        asked.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(asked.output, record)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from fop_bench import overhead
-from fop_bench.race import at_best_rate, read, sides_of
+from fop_bench.race import at_best_rate, newest, read
 from fop_bench.race_tasks import TASKS
 from fop_bench.tables import markdown_table
 
@@ -49,13 +49,8 @@ LABELS = {
 def race_rows() -> dict[str, list[str]]:
     """Return the cells of `LABELS` by task, the best of a row in bold; n where it is not 3."""
     lines = read(ROOT / "records/race/race.jsonl")
-    # The newest side of a task and optimizer: runs of other sources or options stay in the record.
-    sides = {
-        (side[0]["task"], side[0]["variant"]): side
-        for side in sides_of(lines)
-        if side[0]["steps"] == TASKS[side[0]["task"]].steps
-    }
-    found = {key: at_best_rate(side)[2] for key, side in sides.items()}
+    # Runs of other sources, options or numbers of steps stay in the record.
+    found = {key: at_best_rate(side)[2] for key, side in newest(lines).items()}
     rows = {}
     for task in TITLES:
         highest, cells = TASKS[task].highest, []

@@ -87,10 +87,9 @@ def newest_sides() -> dict[str, list[list[Record]]]:
     Without variants of options, and without those of another number of steps than the task's.
     """
     found: dict[str, dict[str, list[Record]]] = {task: {} for task in TASKS}
-    for side in race.sides_of(race.read(RACE)):
-        task, optimizer = side[0]["task"], side[0]["optimizer"]
-        if side[0]["variant"] == optimizer and side[0]["steps"] == TASKS[task].steps:
-            found[task][optimizer] = side
+    for (task, variant), side in race.newest(race.read(RACE)).items():
+        if variant == side[0]["optimizer"]:
+            found[task][variant] = side
     best_first = {
         task: sorted(of.values(), key=lambda side: race.cells_of(side)[0]) for task, of in found.items()
     }
@@ -162,11 +161,8 @@ def draw_targets(cifar: Mapping[str, Sequence[Sequence[Record]]], path: Path) ->
             if len(there) == len(runs):
                 means = map(fmean, zip(*there, strict=True))
                 times.setdefault(name, []).append((todo.batch_size, *means))
-    figure, target = (
-        Figure(figsize=(15, 3.6), layout="constrained"),
-        f"to {TASKS[SMALLEST].target:g} %",
-    )
-    panels = figure.subplots(1, 4)
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    panels, target = figure.subplots(1, 4), f"to {TASKS[SMALLEST].target:g} %"
     for name, points in ends.items():
         look = {"marker": "o", **STYLES[name.removesuffix("-default")]}
         label = PEERS[name.removesuffix("-default")].label

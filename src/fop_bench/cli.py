@@ -277,7 +277,7 @@ def _bar(title: str) -> Iterator[OnRun]:
 
 
 def _above_0(kind: type) -> Callable[[str], Any]:
-    """Return what turns the text of an option into a number, and refuses candidates."""
+    """Return what turns the text of an option into a number, and refuses others."""
 
     def convert(text: str) -> Any:
         try:

@@ -319,6 +319,15 @@ def sides_of(rows: Sequence[Record]) -> list[list[Record]]:
     return [*sides.values()]
 
 
+def newest(rows: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Return the newest runs by task and variant, of as many steps as the task has."""
+    return {
+        (side[0]["task"], side[0]["variant"]): side
+        for side in sides_of(rows)
+        if side[0]["steps"] == TASKS[side[0]["task"]].steps
+    }
+
+
 def race_table(rows: Sequence[Record], note: str = NOTE) -> str:
     """Lay out a section a task, the best optimizer first, from the lines alone."""
     tables = []

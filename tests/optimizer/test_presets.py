@@ -13,7 +13,7 @@ from torch import nn
 
 from contract import ours
 from fop import FOP, presets
-from fop_bench.race import at_best_rate, read, sides_of
+from fop_bench.race import at_best_rate, newest, read
 from models import assert_equal, batch, mlp, train_step, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,10 +81,7 @@ def test_fine_tuning_was_measured() -> None:
 def test_large_batch_was_measured() -> None:
     (default,) = FOP(mlp()).param_groups
     assert {key: default[key] for key in presets.large_batch} == presets.large_batch
-    sides = [*sides_of(read(ROOT / "records/race/race.jsonl"))]
-    newest = {
-        (side[0]["task"], side[0]["steps"], side[0]["variant"]): at_best_rate(side)[2] for side in sides
-    }
+    sides = newest(read(ROOT / "records/race/race.jsonl"))
     for optimizer, text in (
         (
             "fop-default",
@@ -92,6 +89,6 @@ def test_large_batch_was_measured() -> None:
         ),
         ("muon", "Muon at its best rate ends at {:.1f} % and {:.2f} nats"),
     ):
-        runs = [newest[(*task, optimizer)] for task in (("cifar-half-5000", 30), ("gpt-1024", 60))]
+        runs = [at_best_rate(sides[task, optimizer])[2] for task in ("cifar-half-5000", "gpt-1024")]
         said = text.format(*(fmean(run["value"] for run in each) for each in runs))
         assert said in PRESETS["large_batch"].replace("\n", " ")
