@@ -17,6 +17,7 @@ from fop_bench.records import locked, read_runs
 NAMES = ("sgd", "adamw", "kfac", "fop")
 
 
+@pytest.mark.slow
 def test_the_demo_tunes_trains_reports_and_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

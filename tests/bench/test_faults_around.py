@@ -131,6 +131,7 @@ def test_help_needs_no_extra() -> None:
     assert "cifar10-small comparison, ablation" in " ".join(told.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packages", "arguments", "missing"),
     [

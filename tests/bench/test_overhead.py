@@ -62,6 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     return {each["optimizer"]: each for each in rows}
 
 
+@pytest.mark.slow
 def test_numbers_follow_from_the_timed_steps(results: dict[str, Row]) -> None:
     assert list(results) == [*COMPARED]
     sgd = results["sgd"]["samples"]["plain"]
@@ -80,6 +81,7 @@ def test_numbers_follow_from_the_timed_steps(results: dict[str, Row]) -> None:
     assert results["sgd"]["ratios_to_sgd"]["plain"] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from /proc")
 def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str, Row]) -> None:
     memory = {name: each["memory"] for name, each in results.items()}
@@ -98,6 +100,7 @@ def test_peak_memory_holds_at_least_the_state_that_must_exist(results: dict[str,
         assert each["memory_to_adamw"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_state_is_what_the_optimizer_holds_beside_weights_and_gradients(results: dict[str, Row]) -> None:
     parameters = 4 * 2 * 3
     sides = [393, 393, 512, 513, 512, 513, 10]  # the first factor of side 785 is two blocks
@@ -247,6 +250,7 @@ def test_a_record_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert "line 1 is not JSON" in told.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from /proc")
 def test_memory_of_a_peer_that_only_a_script_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEERS, "mine", Peer("Mine", slow, "every"))

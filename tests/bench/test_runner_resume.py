@@ -300,6 +300,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 # One start alone: it imports everything three times, in the command and in both of its workers.
+@pytest.mark.slow
 @pytest.mark.timeout(3 * PATIENCE)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_a_killed_command_leaves_no_worker_and_nothing_is_lost(tmp_path: Path, whole: list[Record]) -> None:

@@ -16,6 +16,9 @@ from fop_bench import scale
 from fop_bench.overhead import PLAIN_STEPS
 from fop_bench.scale import PREDICTED, predict, predicted_table
 
+# Every measurement starts processes of its own.
+pytestmark = pytest.mark.slow
+
 MLP = 784 * 512 + 512 * 512 + 512 * 10 + 512 + 512 + 10
 SIDES = [393, 393, 512, 513, 512, 513, 10]  # the first factor of side 785 is two blocks
 

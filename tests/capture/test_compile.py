@@ -94,6 +94,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.core
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's own backend needs g++")
 def test_code_that_torch_compiles_itself() -> None:
     """The default backend; its sums may have another order."""

@@ -69,7 +69,7 @@ def by_make_fx(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return make_fx(lambda x: model(x))(x)  # type: ignore[no-any-return]
 
 
-WAYS = (by_jit, by_trace_graph, by_export, by_strict_export, by_make_fx)
+WAYS = (by_jit, by_trace_graph, by_export, by_make_fx, by_strict_export)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], tuple[Tensor, Tensor]]]] = {
     "mlp": (mlp, batch),
     "convolutions": (conv_net, lambda n, seed: batch(n, seed, (2, 5, 6))),
@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], tuple[Tens
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS[:-1], pytest.param(WAYS[-1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("given", ["model", "parameters", "parameters, model called before"])
 def test_recorded_while_it_trains(way: Any, kind: str, given: str) -> None:
     """In the middle of a step, too: between backward pass and step, and before the first step."""

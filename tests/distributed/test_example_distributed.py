@@ -109,6 +109,7 @@ def test_killed_on_two_ranks_and_resumed_on_three(tmp_path: Path) -> None:
     assert (went_on - kept).norm() < 0.6 * (kept - start).norm()
 
 
+@pytest.mark.slow
 def test_killed_while_saving(trained: Path, tmp_path: Path) -> None:
     """Half a checkpoint is left of epoch 4, and half a name: on one process it goes on from epoch 3."""
     folder = tmp_path / "checkpoints"
