@@ -8,7 +8,7 @@ import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,9 @@ class FOP(JoinableOptimizer, Optimizer):
             float8 parameters that are not frozen.
     """
 
+    # Options that are no choice.
+    _fixed: ClassVar[dict[str, Any]] = {}
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler then leaves unscaling, and skipping of bad steps, to `step`, and tells the loss scale. To
@@ -321,6 +324,7 @@ class FOP(JoinableOptimizer, Optimizer):
             raise RuntimeError(self._retired)
         names, first = self._bindings.names, self.param_groups[0] if self.param_groups else None
         group, schedules = checked_group(param_group, names, self.defaults, first)
+        self._check_fixed(group, "a parameter group")
         check_parameters(group["params"], names, set(self._parameters()))
         super().add_param_group(group)
         own = {name: each for name, each in self._default_schedules.items() if name not in param_group}
@@ -337,6 +341,13 @@ class FOP(JoinableOptimizer, Optimizer):
                 raise
             self._prepare()
             self._take_over()
+
+    def _check_fixed(self, options: Mapping[str, Any], place: str) -> None:
+        """Raise ValueError for an option that is another than that of this class of optimizers."""
+        for name, value in self._fixed.items():
+            if options.get(name, value) != value:
+                kind, other = type(self).__name__, options[name]
+                raise ValueError(f"{kind} has {name}={value}, and {place} has {name}={other!r}; use FOP")
 
     def _adopt(self, root: nn.Module) -> None:
         groups = self._groups()
@@ -848,7 +859,7 @@ class FOP(JoinableOptimizer, Optimizer):
         return summarise(self._groups(), self._bindings, self.state)
 
     def diagnostics(self) -> Diagnostics:
-        """Return β, η, ρ, noise, length, damping, age and fallbacks of every layer as of the last step.
+        """Return β, η, ρ, noise, length, damping, age and fallbacks of every layer as of its last step.
 
         Nothing is transferred from the device before this is called.
         """
@@ -888,6 +899,8 @@ class FOP(JoinableOptimizer, Optimizer):
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             layers = {weight: binding.layer for weight, binding in self._bindings.by_weight.items()}
             loaded.append(check_state_dict(saved, self.param_groups, layers))
+            for group in loaded[0]["param_groups"]:
+                self._check_fixed(group, "the state_dict")
             return loaded[0]
 
         # Names, which torch itself keeps since 2.6, and the mark of a scheduler that was made before loading.
@@ -985,11 +998,14 @@ class FOP(JoinableOptimizer, Optimizer):
 class KFAC(FOP):
     """K-FAC: `FOP` with ``beta=0.0`` and ``eta=1.0``, so that no second gradient is computed.
 
-    It takes every other argument of `FOP`, and raises as `FOP` does; TypeError for ``beta`` and ``eta``.
+    It takes every other argument of `FOP`, and raises as `FOP` does; TypeError for ``beta`` and ``eta``, and
+    ValueError where a parameter group or a loaded state has others.
     """
 
+    _fixed: ClassVar[dict[str, Any]] = {"beta": 0.0, "eta": 1.0}
+
     def __init__(self, params: ParamsLike, lr: float | None = DEFAULTS["lr"], **options: Any) -> None:
-        fixed = sorted({"beta", "eta"} & options.keys())
-        if fixed:
-            raise TypeError(f"KFAC has beta=0.0 and eta=1.0; got {', '.join(fixed)}. Use FOP to set them.")
-        super().__init__(params, lr, beta=0.0, eta=1.0, **options)
+        given = sorted(self._fixed.keys() & options.keys())
+        if given:
+            raise TypeError(f"KFAC has beta=0.0 and eta=1.0; got {', '.join(given)}. Use FOP to set them.")
+        super().__init__(params, lr, **self._fixed, **options)

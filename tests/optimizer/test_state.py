@@ -682,6 +682,28 @@ def test_refused_state_after_a_user_hook() -> None:
     check_refused(optimizer, model, snapshot(optimizer), "parameter group 0 of the state_dict: lr=nan")
 
 
+def test_kfac_stays_kfac() -> None:
+    """Whoever loads FOP's state into K-FAC, or gives a group its options, would train by FOP unknowingly."""
+    model = mlp()
+    optimizer = KFAC(model)
+    train_step(model, optimizer, *batch())
+    before = snapshot(optimizer)
+    with pytest.raises(
+        ValueError, match=r"KFAC has beta=0\.0, and the state_dict has beta='adaptive'; use FOP"
+    ):
+        optimizer.load_state_dict(FOP(mlp()).state_dict())
+    with pytest.raises(ValueError, match=r"KFAC has eta=1\.0, and a parameter group has eta=0\.5; use FOP"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "eta": 0.5})
+    with pytest.raises(ValueError, match=r"KFAC has beta=0\.0, and a parameter group has beta=0\.1; use FOP"):
+        KFAC([{"params": mlp().parameters(), "beta": 0.1}])
+    assert_equal(snapshot(optimizer), before)
+    KFAC(mlp()).load_state_dict(optimizer.state_dict())
+    # The other way round the options come with the state, as all do.
+    corrected = FOP(mlp())
+    corrected.load_state_dict(optimizer.state_dict())
+    assert corrected.param_groups[0]["beta"] == 0.0
+
+
 @pytest.mark.parametrize("wrong", [None, [], "state", 3])
 def test_something_else_than_a_state_dict(wrong: Any) -> None:
     _, optimizer = trained(FOP)
