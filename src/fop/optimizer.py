@@ -67,16 +67,19 @@ from fop.state import (
     restore_precision,
 )
 from fop.step_size import (
+    REACH,
     REFERENCE_NORM,
     TOGETHER,
     Lengths,
     Sums,
     Update,
+    after_overshoot,
     kl_scale,
     lengths,
     measure,
     momentum_of,
     noise_share,
+    noises,
     row_products,
     scale_updates,
     signed_rate,
@@ -667,9 +670,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 noise = share.unbind()
             along: Sequence[Tensor | None] = [None] * len(owners)
             if by_weight and not hasattr(owners[0].weight, "to_local"):
-                parts = [b.parts(each.average)[0] for b, each in zip(owners, gradients, strict=True)]
-                weights, of_weights = [w.to(g.dtype) for w, g in parts], [g for _, g in parts]
-                along = torch.stack([inner(weights, of_weights), inner(of_weights, of_weights)], 1).unbind()
+                parts = [b.parts(each.average) for b, each in zip(owners, gradients, strict=True)]
+                along = torch.cat([self._along(parts), alignment[:, None]], 1).unbind()
             scaled = alignment * float(group["lr"]) ** 2
             scalars = zip(*(v.unbind() for v in (scaled, mixing, eta_used, directions.rho)), strict=True)
             for n, (binding, (length, beta_used, eta_of, rho)) in enumerate(
@@ -691,6 +693,22 @@ class FOP(JoinableOptimizer, Optimizer):
                     along=along[n],
                 )
         return updates
+
+    def _along(self, gradients: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+        """Return ⟨weight, Ga⟩, ‖Ga‖², and ⟨momentum, Ga⟩ of weight and bias, (n, 3).
+
+        ``gradients`` are (parameter, gradient) of each weight and of its bias, if any.
+        """
+        weights = [local(of_one[0][0]).to(of_one[0][1].dtype) for of_one in gradients]
+        of_weights = [of_one[0][1] for of_one in gradients]
+        past = []
+        for of_one in gradients:
+            held = [(self.state.get(param, {}).get("momentum_buffer"), g) for param, g in of_one]
+            known = [(local(v).to(g.dtype), g) for v, g in held if v is not None]
+            # Two lists, of weight and bias.
+            past.append(inner(*zip(*known, strict=True)).sum() if known else of_weights[0].new_zeros(()))
+        squares = inner(of_weights, of_weights)
+        return torch.stack([inner(weights, of_weights), squares, torch.stack(past)], 1)
 
     def _move(
         self,
@@ -716,6 +734,11 @@ class FOP(JoinableOptimizer, Optimizer):
         # This rank's part, where parameters are sharded.
         sharded = hasattr(bindings[0].weight, "to_local")
         mine: Callable[[Tensor], Tensor] = local if sharded else (lambda tensor: tensor)
+        by_weight, kept = group["step_length"] == "weight", like.new_ones(len(bindings))
+        if by_weight:
+            along = self._slopes(bindings, shared, updates)
+            kept, radius = self._after_overshoot(bindings, along, updates, good, group)
+        momenta = functools.cache(lambda momentum: torch.where(good, kept * momentum, 1).unbind())
         us: list[list[Tensor]] = []
         for n, (binding, stays) in enumerate(zip(bindings, (~good).unbind(), strict=True)):
             binding.note(updates[n])
@@ -731,16 +754,16 @@ class FOP(JoinableOptimizer, Optimizer):
                         state["momentum_buffer"] = torch.zeros_like(param, dtype=u.dtype)
                     buffer = mine(state["momentum_buffer"])
                     momentum = options["momentum"] if self._kl_scale is None else momentum_of(options)
-                    torch.addcmul(u, buffer, chosen(momentum, 1.0)[n], out=buffer)
+                    torch.addcmul(u, buffer, momenta(momentum)[n], out=buffer)
                     # Not in place: it may be a part of the gradient.
                     u = torch.add(u, buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
                 us[-1].append(u)
-        rest = 1 - group["lr"] * group["weight_decay"]
         turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
-        if group["step_length"] == "weight":
-            kept = torch.stack(chosen(rest, 1.0)) if group["weight_decay"] else None
+        if by_weight:
+            rest = 1 - group["lr"] * group["weight_decay"]
+            left = torch.stack(chosen(rest, 1.0)) if group["weight_decay"] else None
             weights = [mine(binding.weight) for binding in bindings]
-            turns = self._turns(bindings, weights, us, updates, good, kept, groups)
+            turns = self._turns(bindings, weights, us, updates, along, radius, good, left, groups)
         for n, binding in enumerate(bindings):
             for (param, _), u in zip(shared[binding][1], us[n], strict=True):
                 options = groups[param]
@@ -754,12 +777,47 @@ class FOP(JoinableOptimizer, Optimizer):
                 if moved is not weight:
                     weight.copy_(moved)
 
+    def _slopes(
+        self, bindings: list[Binding], shared: Mapping[Binding, Shared], updates: list[Update]
+    ) -> Tensor:
+        """Return `Update.along` of weights, (n, 4), of sharded ones from all ranks."""
+        if not hasattr(bindings[0].weight, "to_local"):
+            return torch.stack([update.along for update in updates if update.along is not None])
+        parts = [shared[binding][1] for binding in bindings]
+        gradients = [[(p, local(p.grad).to(d)) for p, d in of_one if p.grad is not None] for of_one in parts]
+        ahead = [
+            inner([d for _, d in of_one], [g for _, g in its]).sum()
+            for of_one, its in zip(parts, gradients, strict=True)
+        ]
+        return self._distributor.sums(torch.cat([self._along(gradients), torch.stack(ahead)[:, None]], 1))
+
+    def _after_overshoot(
+        self,
+        bindings: list[Binding],
+        along: Tensor,
+        updates: list[Update],
+        good: Tensor,
+        group: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return by what the momenta of weights are multiplied, and their lengths, (n,) both."""
+        held: list[Tensor] = []
+        for binding in bindings:
+            state = self.state[binding.weight]
+            if REACH not in state:
+                state[REACH] = torch.stack([along.new_zeros(()), along.new_ones(())])
+            held.append(state[REACH])
+        kept, now = after_overshoot(torch.stack(held), along, noises(updates, along), group["momentum"], good)
+        torch._foreach_copy_(held, list(now.unbind()))
+        return kept, now[:, 1]
+
     def _turns(
         self,
         bindings: list[Binding],
         weights: list[Tensor],
         us: list[list[Tensor]],
         updates: list[Update],
+        along: Tensor,
+        radius: Tensor,
         good: Tensor,
         kept: Tensor | None,
         groups: dict[Tensor, dict[str, Any]],
@@ -769,14 +827,10 @@ class FOP(JoinableOptimizer, Optimizer):
         one = good.new_ones((), dtype=updates[0].length.dtype)
         sizes_of_inputs = [one if u.input_square is None else u.input_square.to(one) for u in updates]
         inputs = torch.stack(sizes_of_inputs)
+        numbers = measure(weights, us, inputs, rows)
         if hasattr(bindings[0].weight, "to_local"):
-            grads = [local(b.weight.grad).to(one) for b in bindings if b.weight.grad is not None]
-            along = torch.stack([inner([w.to(one) for w in weights], grads), inner(grads, grads)], 1)
-            numbers = self._distributor.sums(measure(weights, us, along, inputs, rows))
-        else:
-            along = torch.stack([update.along.to(one) for update in updates if update.along is not None])
-            numbers = measure(weights, us, along, inputs, rows)
-        sums = Sums(*numbers.unbind(1))
+            numbers = self._distributor.sums(numbers)
+        sums = Sums(*numbers.unbind(1), *along[:, :2].unbind(1))
         sums = sums if kept is None else sums.times(kept)
         held: list[Tensor] = []
         for binding in bindings:
@@ -787,7 +841,7 @@ class FOP(JoinableOptimizer, Optimizer):
                 state[REFERENCE_NORM] = numbers.new_zeros(())
             held.append(state[REFERENCE_NORM])
         sizes = torch.stack([binding.sizes for binding in bindings])
-        far = lengths(sums, updates, inputs, good, torch.stack(held), sizes, group)
+        far = lengths(sums, updates, inputs, good, torch.stack(held), radius, sizes, group)
         torch._foreach_copy_(held, list(far.reference.unbind()))
         a, b = turn(sums.own, sums.product, sums.of_weight, far, kept=kept)
         of_all = [each.unbind() for each in (far.share * group["lr"], far.factor, far.rate, a, b)]

@@ -22,7 +22,7 @@ from fop.curvature import (
 )
 from fop.layers import Layer
 from fop.options import DEFAULTS, check_shared, checked
-from fop.step_size import INITIAL_SIZE, REFERENCE_NORM
+from fop.step_size import INITIAL_SIZE, REACH, REFERENCE_NORM
 
 # Options that a state_dict of an earlier version lacks, and how it was without them.
 _NEWER = {
@@ -126,8 +126,7 @@ def _other_entries(state: Mapping[str, Any], param: Tensor) -> dict[str, tuple[i
     if "momentum_buffer" in state:
         entries["momentum_buffer"] = shape
     entries |= {name: () for name in ("complete", REFERENCE_NORM) if name in state}
-    if NOISE in state:
-        entries[NOISE] = (2,)
+    entries |= {name: (2,) for name in (NOISE, REACH) if name in state}
     if state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
         entries |= {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
     return entries
@@ -204,7 +203,9 @@ def make_state(
     if owned:
         own[NOISE] = torch.zeros(2, dtype=_dtype(NOISE, weight, weight), device=device)
     if groups[weight]["step_length"] == "weight":
-        own[REFERENCE_NORM] = torch.zeros((), dtype=_dtype(REFERENCE_NORM, weight, weight), device=device)
+        dtype = _dtype(REFERENCE_NORM, weight, weight)
+        own[REFERENCE_NORM] = torch.zeros((), dtype=dtype, device=device)
+        own[REACH] = torch.tensor([0.0, 1.0], dtype=dtype, device=device)
         if owned:
             own[AVERAGING_WEIGHT] = 1.0
     enter_state(binding, state)
@@ -230,5 +231,6 @@ def _dtype(name: str, value: Tensor, param: Tensor) -> torch.dtype:
     # Others may keep counts and masks in the state.
     if name == "step" or not (value.is_floating_point() or value.is_complex()):
         return value.dtype
-    ours = name in ("momentum_buffer", REFERENCE_NORM, NOISE, "inverse_damping") or name in entry_names()
+    kept = "momentum_buffer", REFERENCE_NORM, REACH, NOISE, "inverse_damping"
+    ours = name in kept or name in entry_names()
     return torch.promote_types(param.dtype, torch.float32) if ours else param.dtype

@@ -16,6 +16,12 @@ from fop.curvature import LEAST_SIGNAL, NOISE_DECAY
 
 # In the state: the norm that a weight which has been zero is taken to have, see `lengths`; 0 for others.
 REFERENCE_NORM = "reference_norm"
+# In the state: the slope of the loss along the momentum, ⟨v, Ga⟩, as of the last step, and by which share of
+# its length a weight moves since steps have gone too far, (2,), see `after_overshoot`.
+REACH = "reach"
+# How many times a slope must have been turned round for a step to have gone too far; what is then left of the
+# length, and by what that grows again in every step.
+TURNED, SHORTER, LONGER = 2.0, 0.5, 1.02
 # In the state: the root mean square of a matrix when AdamW first moved it; 0 for zeros, or if unknown.
 INITIAL_SIZE = "initial_size"
 # About how many numbers the weights have that are stepped together, unless one has more.
@@ -39,7 +45,8 @@ class Update(NamedTuple):
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
         noise: ν ∈ [0, 0.99], the share of noise in the gradient, or `UNMEASURED`; None if sub-batches are
             not wanted.
-        along: with ``step_length="weight"`` ⟨weight, Ga⟩ and ‖Ga‖², (2,); not known of sharded weights.
+        along: with ``step_length="weight"`` ⟨weight, Ga⟩, ‖Ga‖², ⟨momentum, Ga⟩ and ⟨update, Ga⟩, (4,); not
+            known of sharded weights. The last two are of the bias, too.
     """
 
     matrix: Tensor
@@ -90,6 +97,12 @@ def noise_share(before: Tensor, norms: Tensor | None, trusted: Tensor | None) ->
     return torch.where(whole > 0, (noise / whole).clamp(0, 1 - LEAST_SIGNAL), UNMEASURED), averages
 
 
+def noises(updates: Sequence[Update], like: Tensor) -> Tensor:
+    """Return ν of weights, (n,); where it is not known all counts as noise."""
+    one = like.new_ones(())
+    return torch.stack([one if update.noise is None else update.noise.to(one) for update in updates])
+
+
 def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
     """Return the scale of all updates, min(1, sqrt(κ / Σ lr²·⟨update, gradient⟩)) (Ba et al. 2017).
 
@@ -98,6 +111,26 @@ def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
     total = torch.where(torch.isfinite(lengths), lengths, 0).sum()
     # A total of 0 or less (possible with fixed beta) means that there is nothing to clip.
     return torch.where(total > kl_clip, (kl_clip / total).sqrt(), 1)
+
+
+def after_overshoot(
+    before: Tensor, along: Tensor, noise: Tensor, momentum: float, good: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return by what the momenta of n weights are multiplied, (n,), and their `REACH` from now on, (n, 2).
+
+    A step that went too far turns round the slope of the loss along it. Where ⟨v, Ga⟩ of the momentum v is
+    below 0, and below -2 times what it was one step before, v becomes ν·v (O'Donoghue & Candès 2015 take 0,
+    wherever it is below 0), and the weight moves by 2^(ν - 1) of its length, which grows again by 2 % a step.
+    F̂⁻¹ makes directions smaller where gradients are larger, so that momentum would carry weights on while
+    the loss grows. Only weights that are ``good`` take the step.
+    """
+    slope, radius = before.unbind(1)
+    _, _, past, ahead = along.unbind(1)
+    too_far = past < -TURNED * slope.clamp(min=0)
+    kept = torch.where(too_far, noise, 1)
+    shorter, longer = radius * SHORTER ** (1 - noise), (radius * LONGER).clamp(max=1)
+    now = torch.stack([momentum * kept * past + ahead, torch.where(too_far, shorter, longer)], 1)
+    return kept, torch.where(good[:, None], now, before)
 
 
 class Sums(NamedTuple):
@@ -130,16 +163,12 @@ class Sums(NamedTuple):
 
 
 def measure(
-    weights: Sequence[Tensor],
-    us: Sequence[Sequence[Tensor]],
-    along: Tensor,
-    inputs: Tensor,
-    rows: Sequence[int],
+    weights: Sequence[Tensor], us: Sequence[Sequence[Tensor]], inputs: Tensor, rows: Sequence[int]
 ) -> Tensor:
-    """Return the numbers of `Sums`, (n, 7); of shards, to be added up.
+    """Return the first five numbers of `Sums`, (n, 5); of shards, to be added up.
 
-    ``us`` are u, each of a weight and of its bias, if any; ``along`` has the last two numbers, (n, 2);
-    ``inputs`` are the mean squares of the other inputs of a bias, (n,); ``rows`` is not 0 for an embedding.
+    ``us`` are u, each of a weight and of its bias, if any; ``inputs`` are the mean squares of the other
+    inputs of a bias, (n,); ``rows`` is not 0 for an embedding.
     """
     first, zero = [each[0] for each in us], inputs.new_zeros(())
     weights = [weight.to(u.dtype) for weight, u in zip(weights, first, strict=True)]
@@ -151,7 +180,7 @@ def measure(
     of_weight = inner(first, first)
     square = of_weight + inner(biases, biases) / inputs
     own, product = inner(weights, weights), inner(weights, first)
-    return torch.cat([torch.stack([square, own, torch.stack(by_row), product, of_weight], 1), along], 1)
+    return torch.stack([square, own, torch.stack(by_row), product, of_weight], 1)
 
 
 class Lengths(NamedTuple):
@@ -182,12 +211,15 @@ def lengths(
     inputs: Tensor,
     good: Tensor,
     reference: Tensor,
+    radius: Tensor,
     sizes: Tensor,
     group: Mapping[str, Any],
 ) -> Lengths:
     """Return how far weights of a parameter group move: those that are ``good`` by s·lr·‖weight‖.
 
-    s is 1, or, if the length is annealed at the momentum μ, the share of signal in the average of updates
+    s is ``radius`` (`after_overshoot`), (n,), times what follows.
+
+    That is 1, or, if the length is annealed at the momentum μ, the share of signal in the average of updates
     that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its
     noise. (That is heavy ball's; it is taken with Nesterov momentum, too.) At a rate that stays, steps of
     full length would in the end be noise, and lengthen the weight. Where nothing moves s is 0.
@@ -201,15 +233,14 @@ def lengths(
     """
     own, square, one = sums.own.sqrt(), sums.square, torch.ones_like(sums.own[0])
     typical, entries, rows = sizes.unbind(1)
-    # Where noise is not known all counts as noise.
-    noise = torch.stack([one if update.noise is None else update.noise.to(one) for update in updates])
+    noise = noises(updates, one)
     reference = torch.where(own > 0, reference, typical / inputs.sqrt())
-    signal, share, known = 1 - noise, torch.ones_like(own), all(u.noise is not None for u in updates)
+    signal, share, known = 1 - noise, radius, all(u.noise is not None for u in updates)
     # Which schedulers of torch set.
     anneal = "initial_lr" not in group if group["anneal"] == "auto" else group["anneal"]
     if anneal and known:
         least = signal.clamp(min=LEAST_SIGNAL)
-        share = least / (least + (1 - least) * (1 - group["momentum"]) / (1 + group["momentum"]))
+        share = radius * least / (least + (1 - least) * (1 - group["momentum"]) / (1 + group["momentum"]))
     # Momentum alone does not move a weight: however small it is, it would be stretched.
     moves = (square > 0) & (torch.stack([u.length.to(one) for u in updates]) != 0) & good
     norm = torch.where(moves, square, 1).sqrt()

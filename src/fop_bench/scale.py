@@ -35,7 +35,7 @@ KINDS = ("plain", "curvature")  # of steps
 INTERVAL = 100  # steps for one curvature update, in means
 PREDICTED = tuple(2**n for n in range(11))  # ranks, by default
 BYTES = 4  # of an element: gradients, updates and factors travel and stay in float32
-SCALARS = 11  # numbers that go with the update of a layer
+SCALARS = 13  # numbers that go with the update of a layer
 
 
 def contenders(ranks: int) -> list[str]:

@@ -73,8 +73,8 @@ def test_times_follow_from_the_samples(results: dict[tuple[int, str], dict[str, 
 
 def test_bytes_are_those_of_the_sizes(results: dict[tuple[int, str], dict[str, Any]]) -> None:
     """Of each message: an element has 4 bytes, and of two ranks each sends half of what is exchanged."""
-    # 11 numbers go with the update of each of the three layers; a triangle is sent as ⌈d/2⌉ rows of d + 1.
-    updates, factors = 4 * (MLP + 3 * 11) / 2, 4 * sum((side + 1) // 2 * (side + 1) for side in SIDES) / 2
+    # 13 numbers go with the update of each of the three layers; a triangle is sent as ⌈d/2⌉ rows of d + 1.
+    updates, factors = 4 * (MLP + 3 * 13) / 2, 4 * sum((side + 1) // 2 * (side + 1) for side in SIDES) / 2
     # Numbers of samples and rows in float64, and what became of each layer.
     control = 2 * (8 * 3 * 2 + 4 * 3) / 2
     # With each gradient a sketch of 127 numbers and whether there is a pair, or how many ranks use the layer.

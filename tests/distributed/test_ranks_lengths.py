@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,11 +37,11 @@ def whole(param: Tensor) -> Tensor:
     return full.detach().clone()
 
 
-def lengths(rank: int) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
-    """Of every way, the parameters after some steps, and how far each moved in the last, by its norm."""
+def lengths(rank: int, **more: Any) -> dict[str, tuple[dict[str, Tensor], dict[str, float], list[float]]]:
+    """Of every way, the parameters after some steps, how far each moved last, by its norm, and reaches."""
     found = {}
     for name, (wrap, options) in WAYS.items():
-        training = Training(EVERYTHING, {**OPTIONS, **options}, wrap=wrap, ranks=2)
+        training = Training(EVERYTHING, {**OPTIONS, **more, **options}, wrap=wrap, ranks=2)
         run = Run(training, rank)
         # A weight without norm, too.
         with torch.no_grad():
@@ -50,14 +51,15 @@ def lengths(rank: int) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
             plain(run, step)
         after = {key: whole(p) for key, p in run.inner.named_parameters()}
         moved = {key: float((after[key] - old).norm() / old.norm()) for key, old in before.items()}
-        found[name] = after, moved
+        reaches = [float(state["reach"][1]) for state in run.optimizer.state.values() if "reach" in state]
+        found[name] = after, moved, reaches
     return found
 
 
 @pytest.mark.slow
 def test_shards_are_measured_together() -> None:
     one, other = run_ranks(lengths, 2)
-    expected, moved = one["ddp"]
+    expected, moved, _ = one["ddp"]
     # It is still shorter than what stood for its norm; the other is AdamW's.
     grown = {"head.weight", "down.weight"}
     assert all(0 < far <= 0.1 + 1e-9 for key, far in moved.items() if "weight" in key and key not in grown)
@@ -66,3 +68,15 @@ def test_shards_are_measured_together() -> None:
         for way in WAYS:
             for key, value in results[way][0].items():
                 torch.testing.assert_close(value, expected[key], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_steps_that_go_too_far_are_seen_by_all() -> None:
+    one, other = run_ranks(partial(lengths, lr=4.0, momentum=0.9), 2)
+    expected, _, reaches = one["ddp"]
+    assert min(reaches) < 1
+    for results in (one, other):
+        for way in WAYS:
+            assert results[way][2] == pytest.approx(reaches)
+            for key, value in results[way][0].items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-8)

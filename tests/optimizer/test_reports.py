@@ -91,8 +91,9 @@ def test_summary_shows_the_factors_that_are_held() -> None:
         groups, dim_A, _ = state["A"].shape
         shown = [int(number) for number in re.findall(r"\d+", rows[name].factors)]
         assert shown == [groups] * (groups > 1) + [dim_A, state["G"].shape[-1]]
-        # A, G, both inverses, the momentum, the noise and the norm that stands for one of 0, in float64
-        elements = 2 * groups * (dim_A**2 + state["G"].shape[-1] ** 2) + param.numel() + 3
+        # A, G, both inverses, the momentum, the noise, the reach, and the norm that stands for one of 0, in
+        # float64
+        elements = 2 * groups * (dim_A**2 + state["G"].shape[-1] ** 2) + param.numel() + 5
         # and one bool: whether p.grad was all that the hooks saw
         assert rows[name].bytes == 8 * elements + 1
 

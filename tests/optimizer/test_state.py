@@ -584,7 +584,7 @@ EDITS: dict[str, Callable[[State], Any]] = {
     "kl_clip-of-the-paper": group(kl_clip=1e-2),
     **{f"averaging_weight-{value}": entry(averaging_weight=value) for value in (0.0, 1.5, nan, "1")},
     **{f"{key}-with-nan": spoiled(key, nan)
-       for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer", "reference_norm")},
+       for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer", "reference_norm", "reach")},
     "A_inv-infinite": spoiled("A_inv", float("inf")),
 }  # fmt: skip
 # What an optimizer of bare parameters can tell before the first forward pass.

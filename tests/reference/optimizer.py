@@ -60,6 +60,8 @@ class LayerState:
     G: Tensor | None = None
     estimates: list[dict[str, Tensor]] = field(default_factory=list)
     buffer: Tensor | None = None
+    slope: float = 0.0  # ⟨buffer, Ga⟩ of the last step
+    radius: float = 1.0  # by which share of its length the layer moves
     sizes: Tensor | None = None
     reference: float = 0.0  # the norm that stands for that of a weight which was 0
     # ⟨Gd/2, F̂⁻¹ Gd/2⟩ and ⟨Ga, F̂⁻¹ Ga⟩ of every step that had two sub-batches, the newest first
@@ -170,19 +172,32 @@ class ReferenceFOP:
             return 1.0
         return min(1.0, math.sqrt(self.kl_clip / (self.lr**2 * product)))
 
+    def _look_back(self, state: LayerState, slope: float) -> None:
+        """Start momentum anew, and move less far, where the last step went too far."""
+        # Without sub-batches all counts as noise.
+        noise = 1.0 if self.beta == 0 else state.noise_share
+        if slope < 0 and slope < -2 * state.slope:
+            assert state.buffer is not None
+            state.buffer, state.radius = noise * state.buffer, state.radius * 0.5 ** (1 - noise)
+        else:
+            state.radius = min(1.0, 1.02 * state.radius)
+
     def _apply(self, name: str, direction: Tensor, Ga: Tensor) -> None:
         layer, state = layers_of(self.model)[name], self.state[name]
         with torch.no_grad():
             for p in layer.parameters():
                 p.mul_(1 - self.lr * self.weight_decay)
+        if self.by_weight and self.momentum and state.buffer is not None:
+            self._look_back(state, float((state.buffer * Ga).sum()))
         step, state.buffer = momentum_step(direction, state.buffer, self.momentum, self.nesterov)
+        state.slope = float((state.buffer * Ga).sum())
         if self.by_weight:
             assert state.sizes is not None
             norm = float(layer.weight.detach().norm())
             if norm == 0:
                 # All outputs of size 1: (out, in) weights times inputs of the size of the bias'.
                 state.reference = math.sqrt(len(layer.weight)) / float(state.sizes[0, 0, -1])
-            step = step * max(norm, state.reference) / (step / state.sizes).norm()
+            step = step * state.radius * max(norm, state.reference) / (step / state.sizes).norm()
             if self.anneal:
                 # An average with weights μ^k has (1 - μ)/(1 + μ) of the variance of one.
                 noise = 0.0 if self.beta == 0 else min(0.99, state.noise_share)

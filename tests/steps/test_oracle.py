@@ -244,6 +244,19 @@ def test_ten_steps_with_damping_and_length_by_noise(
 
 
 @dtypes
+@pytest.mark.parametrize("library", [FOP, KFAC])
+@pytest.mark.parametrize("case", ["linear-3d-no-bias", "conv-linear", "conv-groups", "mlp"])
+def test_steps_that_go_too_far(case: str, library: type[FOP], dtype: torch.dtype) -> None:
+    """At such a rate the loss rises; without noise to know, K-FAC does not look back."""
+    model, _, _ = make(case, dtype, N=1)
+    batches = [make(case, dtype, 6, seed=i)[1:] for i in range(8)]
+    options: dict[str, Any] = {**BY_WEIGHT, "damping": "adaptive", "stat_decay": 0.8}
+    options |= {"lr": 4.0, "momentum": 0.9, "nesterov": True}
+    oracle = compare(model, batches, tolerance=100 * TOLERANCE[dtype], library=library, **options)
+    assert (min(state.radius for state in oracle.state.values()) < 1.0) is (library is FOP)
+
+
+@dtypes
 @pytest.mark.parametrize("anneal", [False, True])
 def test_batches_of_one_sample_before_any_noise_was_measured(anneal: bool, dtype: torch.dtype) -> None:
     model, _, _ = make("linear-3d-no-bias", dtype, N=1)

@@ -19,7 +19,7 @@ from fop.step_size import Update, clip_coefficient
 Packets: TypeAlias = Mapping[Binding, tuple[Tensor, Tensor]]
 # What arrives: the numbers, and for each parameter this rank's part of the update.
 _Arrived: TypeAlias = dict[Binding, tuple[Tensor, list[tuple[Tensor, Tensor]]]]
-_COUNT = 11
+_COUNT = 13
 
 
 def gather_gradients(reductions: Reductions, bindings: Sequence[Binding]) -> dict[Binding, Tensor]:
@@ -60,23 +60,23 @@ def share_updates(
     squares: list[Tensor] = []
     for binding in bindings:
         numbers, parts = arrived[binding]
-        length, square, beta, eta, rho, trusted, used, size, noise = numbers[:-2].unbind()
+        length, square, beta, eta, rho, trusted, used, size, noise = numbers[:-4].unbind()
         flags = trusted > 0.5, NOT_THE_MEAN, used > 0.5
         measured, scalars = noise if binding.corrected else None, (length, length, beta, eta, rho, *flags)
-        update = Update(*scalars, input_square=size, noise=measured, along=numbers[-2:])
+        update = Update(*scalars, input_square=size, noise=measured, along=numbers[-4:])
         shared.append((update, parts))
         squares.append(square)
     return shared, squares
 
 
 def _numbers(update: Update, square: Tensor) -> Tensor:
-    """Return the scalars of an update, and the squared norm of Ga, (11,); flags as 0 or 1."""
+    """Return the scalars of an update, and the squared norm of Ga, (13,); flags as 0 or 1."""
     length, trusted, used = update.length, update.trusted, update.used
     assert used is not None
     flag = torch.zeros_like(length) if trusted is None else trusted.to(length.dtype)
     size = torch.ones_like(length) if update.input_square is None else update.input_square.to(length)
     noise = torch.zeros_like(length) if update.noise is None else update.noise.to(length)
-    along = length.new_zeros(2) if update.along is None else update.along.to(length)
+    along = length.new_zeros(4) if update.along is None else update.along.to(length)
     scalars = length, square, update.beta, update.eta, update.rho
     return torch.cat([torch.stack([*scalars, flag, used.to(length.dtype), size, noise]), along])
 
@@ -144,11 +144,16 @@ def clip_shared(
     """
     squares = [*squares, *(gradient.square().sum().to(squares[0]) for gradient in rest)]
     coefficient = clip_coefficient(squares, max_norm)
+    # Of `Update.along`, which is linear and quadratic in gradients.
+    along = torch.stack([coefficient, coefficient**2, coefficient, coefficient**2])
     for gradient in rest:
         gradient.mul_(coefficient.to(gradient))
     return [
         (
-            update._replace(length=update.length * coefficient**2),
+            update._replace(
+                length=update.length * coefficient**2,
+                along=None if update.along is None else update.along * along.to(update.along),
+            ),
             [(param, part * coefficient.to(part)) for param, part in parts],
         )
         for update, parts in shared

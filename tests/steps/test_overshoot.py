@@ -1,0 +1,67 @@
+"""Where a step went too far momentum is dropped and the next ones are shorter, as much as is signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fop import FOP
+from fop.step_size import after_overshoot
+
+
+def looked_back(slope: float, radius: float, past: float, noise: float, *, good: bool = True) -> list[float]:
+    """Return by what momentum is multiplied, and slope and radius; momentum 0.6, ⟨update, Ga⟩ = 5."""
+    before = torch.tensor([[slope, radius]], dtype=torch.float64)
+    along = torch.tensor([[0.0, 0.0, past, 5.0]], dtype=torch.float64)
+    kept, now = after_overshoot(before, along, before.new_full((1,), noise), 0.6, torch.tensor([good]))
+    return [float(kept), *now[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((0.0, 1.0, 0.0, 0.3), [1.0, 5.0, 1.0]),  # the first step
+        ((4.0, 1.0, 3.0, 0.3), [1.0, 6.8, 1.0]),
+        ((4.0, 0.5, -8.0, 0.0), [1.0, 0.2, 0.51]),  # turned round, and no more than twice
+        ((4.0, 0.5, -8.1, 0.0), [0.0, 5.0, 0.25]),
+        ((4.0, 0.5, -8.1, 0.25), [0.25, 5.0 - 0.6 * 0.25 * 8.1, 0.5 * 2**-0.75]),
+        ((4.0, 0.5, -8.1, 1.0), [1.0, 5.0 - 0.6 * 8.1, 0.5]),  # all is noise
+        ((-4.0, 0.5, -1.0, 0.0), [0.0, 5.0, 0.25]),  # momentum still goes up
+        ((-4.0, 0.5, 1.0, 0.0), [1.0, 5.6, 0.51]),
+    ],
+)
+def test_one_step_back(given: Sequence[float], expected: Sequence[float]) -> None:
+    assert looked_back(*given) == pytest.approx(expected, rel=1e-12)
+
+
+def test_weights_that_stay_remember_what_they_did() -> None:
+    assert looked_back(4.0, 0.5, -100.0, 0.0, good=False)[1:] == [4.0, 0.5]
+
+
+def deep(depth: int, activation: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    hidden = [part for _ in range(depth) for part in (nn.Linear(16, 16), activation())]
+    return nn.Sequential(*hidden, nn.Linear(16, 3))
+
+
+def targets(x: Tensor) -> Tensor:
+    return torch.sin(x[:, :3] + x[:, 3:6])
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU])
+def test_a_deep_network_without_normalisation_does_not_run_away(activation: type[nn.Module]) -> None:
+    """Every layer of 13 moves by a fifth: without a look back the loss is 1e10 and more after 60 steps."""
+    model = deep(12, activation)
+    optimizer, losses = FOP(model), []
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - targets(x)).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    assert max(losses) < 100 * losses[0]
+    assert min(losses[-10:]) < losses[0]
