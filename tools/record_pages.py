@@ -59,6 +59,9 @@ def pages(folder: Path) -> Iterator[tuple[Path, str, bool]]:
     elif name == "step-profile":
         table = tool("profile_step.py")["table"]
         yield notes, "\n".join(table(read(file)["shares"]) for file in sorted(folder.glob("*.json"))), True
+    elif name == "no-schedule":
+        table, files = tool("no_schedule.py")["table"], ("now.json", "before.json")
+        yield notes, "\n".join(table(read(folder / file)) for file in files), True
     elif name in EARLIER:
         text = notes.read_text()
         files = sorted(folder.glob("*.json"), key=lambda file: text.find(file.name))
