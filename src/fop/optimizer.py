@@ -121,7 +121,8 @@ class FOP(JoinableOptimizer, Optimizer):
             measured, as in batches of one sample, counts as all noise. No effect without sub-batches (`KFAC`)
             and with the paper's steps.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
-            its length is set; 0.6, or 0.5 with the paper's steps.
+            its length is set; 0.6, or 0.5 with the paper's steps. Where it shows that a step went too far it
+            is dropped, and the length halved, which grows back (docs/method.md); not with the paper's steps.
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
         weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
             use their own learning rate in place of lr.
