@@ -136,7 +136,8 @@ def overhead(asked: argparse.Namespace) -> None:
 def race(asked: argparse.Namespace) -> None:
     """Search every optimizer's rate on small tasks and repeat the best by seeds, or go on with it."""
     options = races.parsed_options(asked.set)
-    how = {name: vars(asked)[name] for name in ("keep_norm", "bf16", "held_out", "steps", "device")}
+    names = "keep_norm", "bf16", "held_out", "test_flip", "steps", "device"
+    how = {name: vars(asked)[name] for name in names}
     tasks = [task for given in asked.task or RACES for task in GROUPS.get(given, [given])]
     for name in asked.optimizer or ():
         if asked.rate is not None and races.STARTS[name] is None:
@@ -383,6 +384,7 @@ OPTIONS: dict[Callable[[argparse.Namespace], None], list[Option]] = {
         _flag("--keep-norm", "keep the norms of convolutions", True),
         _flag("--bf16", "autocast, where the processor has it", False),
         _flag("--held-out", "search by training images that are held out, not by test images", True),
+        _flag("--test-flip", "judge images with their mirror images", False),
         _option("--steps", "of a run and its schedule; else the task's", kind=WHOLE),
         *HOW,
         _option("--out", "file of JSON lines; the table goes beside it", "fop-race.jsonl", _json_lines),

@@ -25,7 +25,7 @@ from fop import FOP
 from fop_bench.environment import device_name, source_tree
 from fop_bench.models import placed
 from fop_bench.optimizers import Joined, make_peer
-from fop_bench.race_tasks import TASKS
+from fop_bench.race_tasks import TASKS, WithMirrorImage
 from fop_bench.records import Record, read_lines
 from fop_bench.runner import Begun, Run
 from fop_bench.tables import plus_minus, section
@@ -36,12 +36,13 @@ Found = dict[float, float | None]  # values by rate, None where a run diverged
 # What two lines must differ in to be runs of two optimizers, beside their seeds and rates.
 SIDE = (
     *("task", "optimizer", "options", "batch_size", "steps", "rest", "keep_norm", "bf16"),
-    *("source", "machine", "held_out"),
+    *("source", "machine", "held_out", "test_flip"),
 )
 # What lines of earlier versions lack: whether training samples that were held out choose the rate; by what
-# this run was judged, "test" or "held-out"; and of each evaluation step, value, and seconds, of a processor,
-# or on a GPU of the clock; of FOP also the noise share of then, the mean over the layers.
-OLD: Record = {"held_out": False, "split": "test", "curve": [], "noise": []}
+# this run was judged, "test" or "held-out", and whether with mirror images; and of each evaluation step,
+# value, and seconds, of a processor, or on a GPU of the clock; of FOP also the noise share of then, the mean
+# over the layers.
+OLD: Record = {"held_out": False, "test_flip": False, "split": "test", "curve": [], "noise": []}
 RESULT = ("rate", "seed", "measure", "value", "last_loss", "diverged", "processor_seconds")
 KEYS = (*(key for key in SIDE if key not in OLD), "variant", *RESULT, "environment")
 CPU = torch.device("cpu")
@@ -128,12 +129,14 @@ def side_of(
     keep_norm: bool,
     bf16: bool,
     held_out: bool = False,
+    test_flip: bool = False,
     steps: int | None = None,
     device: torch.device = CPU,
 ) -> Record:
     """Return what the runs of an optimizer on a task have in common; ``steps`` if not the task's.
 
-    Training samples are ``held_out`` where the task can do it.
+    Training samples are ``held_out``, and images judged with their mirror images (``test_flip``), where the
+    task can do it.
     """
     todo = TASKS[task]
     given = {**OPTIONS.get(name, {}), **todo.options.get(name, {}), **options}
@@ -142,6 +145,7 @@ def side_of(
         **{"task": task, "optimizer": name, "variant": variant, "options": given, "measure": todo.measure},
         **{"batch_size": todo.batch_size, "steps": steps or todo.steps, "rest": todo.rest},
         **{"keep_norm": keep_norm, "bf16": bf16, "held_out": held_out and todo.held_out},
+        "test_flip": test_flip and todo.mirrored,
         "source": source_tree(),
         # Python's version because its sources are a task's data.
         "machine": f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -190,7 +194,8 @@ class RaceRun(Run):
             now = training.progress
             now.layers = now.layers or {"noise": []}
             now.layers["noise"] += noise_shares(optimizer)
-            return problem.value(model, None if at_end else JUDGED_ON_THE_WAY) if finite else math.nan
+            judged = WithMirrorImage(model) if side["test_flip"] else model
+            return problem.value(judged, None if at_end else JUDGED_ON_THE_WAY) if finite else math.nan
 
         try:
             optimizer = make_racer(side["optimizer"], model, self.rate, task.rest, side["options"])
@@ -368,7 +373,8 @@ def cells_of(side: Sequence[Record]) -> tuple[float, Record]:
     clock = "seconds" if runs and runs[0]["environment"]["processor"] == "cuda" else "processor_seconds"
     seconds = [each[clock] for each in runs if not each["diverged"]]
     inside = "inside" if rate and {2 * rate, rate / 2} <= found.keys() else "at the edge"
-    how = [each for each, is_so in (("bf16", row["bf16"]), ("norms free", not row["keep_norm"])) if is_so]
+    ways = ("bf16", row["bf16"]), ("norms free", not row["keep_norm"]), ("test flip", row["test_flip"])
+    how = [each for each, is_so in ways if is_so]
     target = TASKS[row["task"]].target
     times = [reached(each, target, highest) for each in runs]
     there = [each for each in times if each is not None]

@@ -49,6 +49,18 @@ class Problem:
             return float(self.loss(model.eval()(inputs), targets))
 
 
+class WithMirrorImage(nn.Module):
+    """Adds up what a model says of images, (N, C, H, W), and of their mirror images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        both: Tensor = self.model(x) + self.model(x.flip(-1))
+        return both
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained, for how long, and by what it is judged."""
@@ -63,6 +75,7 @@ class Task:
     rest: float = 0.01  # AdamW's rate for biases, norms, positions and embeddings
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by optimizer
     held_out: bool = False  # whether training samples can be held out
+    mirrored: bool = False  # whether the mirror image of an input is as good
 
 
 @cache
@@ -150,7 +163,7 @@ def digits(
 
 FULL = 1024  # all training digits
 _IMAGES: dict[str, Any] = {"target": 60.0, "rest": 0.03, "options": {"muon": {"momentum": 0.6}}}
-_IMAGES["held_out"] = True
+_IMAGES |= {"held_out": True, "mirrored": True}
 _TEXT: dict[str, Any] = {"measure": "nats a byte", "highest": False, "target": 2.2, "rest": 0.005}
 _TEXT["options"] = {"muon": {"momentum": 0.8}}
 _AIRBENCH = partial(cifar, widths=(64, 256, 256))

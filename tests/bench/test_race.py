@@ -150,6 +150,34 @@ def test_a_race_is_recorded_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| sgd |" in table and "| sgd, momentum=0.5 |" in table
 
 
+def test_images_are_judged_with_their_mirror_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that looks at the left half alone finds what is there, and only so what is on the right."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.eye(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([0.4 + 0 * x[:, 0, 0, 0], x[:, 0, 0, 0]], 1) @ self.scale
+
+    x, y = torch.zeros(4, 1, 1, 2), torch.tensor([0, 1, 1, 0])
+    x[1, ..., 0] = x[2, ..., 1] = 1.0
+
+    def batch(numbers: Tensor, draw: Generator | None = None) -> tuple[Tensor, Tensor]:
+        return x[numbers], y[numbers]
+
+    problem = Problem(Left, 4, batch, lambda outputs, targets: 0 * outputs.sum(), 4, batch)
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data, device: problem, 4, 1, 90.0, mirrored=True))
+    out = tmp_path / "race.jsonl"
+    for flag in ("--no-test-flip", "--test-flip"):
+        assert raced(out, "--optimizer", "sgd", "--seeds", "1", "--rate", "0.1", flag).exit_code == 0
+    assert [(row["test_flip"], row["value"]) for row in lines(out)] == [(False, 75.0), (True, 100.0)]
+    assert "test flip" in out.with_suffix(".md").read_text()
+    monkeypatch.setitem(TASKS, TASK, Task(lambda data, device: problem, 4, 1, 90.0))
+    assert not side_of("sgd", TASK, {}, keep_norm=True, bf16=False, test_flip=True)["test_flip"]
+
+
 def test_held_out_samples_choose_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 samples ten are held out; the rates are found by those, and the test samples judge the best."""
     x, y = torch.randn(40, 4), torch.arange(40) % 2
