@@ -156,10 +156,13 @@ def test_images_are_judged_with_their_mirror_images(tmp_path: Path, monkeypatch:
     class Left(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.scale = nn.Parameter(torch.eye(2))
+            self.last = nn.Linear(2, 2)
+            nn.init.eye_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([0.4 + 0 * x[:, 0, 0, 0], x[:, 0, 0, 0]], 1) @ self.scale
+            left: Tensor = self.last(torch.stack([0.4 + 0 * x[:, 0, 0, 0], x[:, 0, 0, 0]], 1))
+            return left
 
     x, y = torch.zeros(4, 1, 1, 2), torch.tensor([0, 1, 1, 0])
     x[1, ..., 0] = x[2, ..., 1] = 1.0
