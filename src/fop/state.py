@@ -147,6 +147,10 @@ def _check_entry(state: Mapping[str, Any], name: str, shape: tuple[int, ...], la
         raise ValueError(
             f"{name!r} of {label} is not finite in the state_dict; load one from before training diverged"
         )
+    if name == REACH and not 0 < (share := float(value[1])) <= 1:
+        raise ValueError(
+            f"the second number of {name!r} of {label} must be in (0, 1]; got {share}: it was not saved by FOP"
+        )
 
 
 def restore_precision(

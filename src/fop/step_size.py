@@ -20,8 +20,8 @@ REFERENCE_NORM = "reference_norm"
 # its length a weight moves since steps have gone too far, (2,), see `after_overshoot`.
 REACH = "reach"
 # How many times a slope must have been turned round for a step to have gone too far; what is then left of the
-# length, and by what that grows again in every step.
-TURNED, SHORTER, LONGER = 2.0, 0.5, 1.02
+# length, by what that grows again in every step, and the least.
+TURNED, SHORTER, LONGER, LEAST_REACH = 2.0, 0.5, 1.02, 0.01
 # In the state: the root mean square of a matrix when AdamW first moved it; 0 for zeros, or if unknown.
 INITIAL_SIZE = "initial_size"
 # About how many numbers the weights have that are stepped together, unless one has more.
@@ -120,7 +120,8 @@ def after_overshoot(
 
     A step that went too far turns round the slope of the loss along it. Where ⟨v, Ga⟩ of the momentum v is
     below 0, and below -2 times what it was one step before, v becomes ν·v (O'Donoghue & Candès 2015 take 0,
-    wherever it is below 0), and the weight moves by 2^(ν - 1) of its length, which grows again by 2 % a step.
+    wherever it is below 0), and the weight moves by 2^(ν - 1) of its length, which grows again by 2 % a step;
+    by a hundredth at least.
     F̂⁻¹ makes directions smaller where gradients are larger, so that momentum would carry weights on while
     the loss grows. Only weights that are ``good`` take the step.
     """
@@ -128,8 +129,8 @@ def after_overshoot(
     _, _, past, ahead = along.unbind(1)
     too_far = past < -TURNED * slope.clamp(min=0)
     kept = torch.where(too_far, noise, 1)
-    shorter, longer = radius * SHORTER ** (1 - noise), (radius * LONGER).clamp(max=1)
-    now = torch.stack([momentum * kept * past + ahead, torch.where(too_far, shorter, longer)], 1)
+    radius = (radius * torch.where(too_far, SHORTER ** (1 - noise), LONGER)).clamp(LEAST_REACH, 1)
+    now = torch.stack([momentum * kept * past + ahead, radius], 1)
     return kept, torch.where(good[:, None], now, before)
 
 

@@ -585,6 +585,7 @@ EDITS: dict[str, Callable[[State], Any]] = {
     **{f"averaging_weight-{value}": entry(averaging_weight=value) for value in (0.0, 1.5, nan, "1")},
     **{f"{key}-with-nan": spoiled(key, nan)
        for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer", "reference_norm", "reach")},
+    "reach-of-0": lambda s: s["state"][0]["reach"].zero_(),
     "A_inv-infinite": spoiled("A_inv", float("inf")),
 }  # fmt: skip
 # What an optimizer of bare parameters can tell before the first forward pass.

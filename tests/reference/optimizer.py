@@ -178,7 +178,8 @@ class ReferenceFOP:
         noise = 1.0 if self.beta == 0 else state.noise_share
         if slope < 0 and slope < -2 * state.slope:
             assert state.buffer is not None
-            state.buffer, state.radius = noise * state.buffer, state.radius * 0.5 ** (1 - noise)
+            state.buffer = noise * state.buffer
+            state.radius = max(0.01, state.radius * 0.5 ** (1 - noise))
         else:
             state.radius = min(1.0, 1.02 * state.radius)
 

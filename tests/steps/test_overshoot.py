@@ -31,6 +31,7 @@ def looked_back(slope: float, radius: float, past: float, noise: float, *, good:
         ((4.0, 0.5, -8.1, 1.0), [1.0, 5.0 - 0.6 * 8.1, 0.5]),  # all is noise
         ((-4.0, 0.5, -1.0, 0.0), [0.0, 5.0, 0.25]),  # momentum still goes up
         ((-4.0, 0.5, 1.0, 0.0), [1.0, 5.6, 0.51]),
+        ((4.0, 0.015, -8.1, 0.0), [0.0, 5.0, 0.01]),
     ],
 )
 def test_one_step_back(given: Sequence[float], expected: Sequence[float]) -> None:
