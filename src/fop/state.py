@@ -149,7 +149,7 @@ def _check_entry(state: Mapping[str, Any], name: str, shape: tuple[int, ...], la
         )
     if name == REACH and not 0 < (share := float(value[1])) <= 1:
         raise ValueError(
-            f"the second number of {name!r} of {label} must be in (0, 1]; got {share}: it was not saved by FOP"
+            f"the second number of {name!r} of {label} must be in (0, 1]; got {share}: not saved by FOP"
         )
 
 
