@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, nargs="*", default=[], help="files to print the tables of")
     given = parser.parse_args()
+    if given.output is None and not given.table:
+        parser.error("give --output FILE, or --table FILE … to print tables")
     for file in given.table:
         print(table(json.loads(file.read_text())))
     if given.output is not None:

@@ -28,7 +28,7 @@ from fop.capture import (
     retrace,
     with_sampled_labels,
 )
-from fop.correction import combine, inner, unless
+from fop.correction import combine, inner, ratio, unless
 from fop.curvature import NOISE, Estimate, Fallback, Refresher
 from fop.distributed import (
     Description,
@@ -111,9 +111,10 @@ class FOP(JoinableOptimizer, Optimizer):
             ``step_length="paper"`` η0, times the preconditioned update. None, as for every option whose
             default is None: 0.2, or 0.05 with the paper's steps.
         step_length: "weight": ‖update of a layer‖ = lr·‖its weight‖, whatever the units of loss, inputs and
-            weights. A step turns the weight; its norm follows the gradient, and stays where the loss does not
-            depend on it (docs/method.md). A weight that starts at 0 moves by lr in the metric of F̂ at first,
-            and an embedding by as much as its rows take part. "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
+            weights, and less after steps that went too far. A step turns the weight; its norm follows the
+            gradient, and stays where the loss does not depend on it (docs/method.md). A weight that starts at
+            0 moves by lr in the metric of F̂ at first, and an embedding by as much as its rows take part.
+            "paper": η0·η*·F̂⁻¹·Gc (18), under the KL clip.
         anneal: whether the length of a layer's steps falls with the share of signal in them, as the
             sub-batches show it, down to 1/25 of lr. "auto": unless a scheduler of `torch.optim.lr_scheduler`
             sets the rate, which then says how the length falls. ``ReduceLROnPlateau`` does not count, nor do
@@ -122,7 +123,8 @@ class FOP(JoinableOptimizer, Optimizer):
             and with the paper's steps.
         momentum: heavy-ball momentum on the preconditioned update, as `torch.optim.SGD` applies it, before
             its length is set; 0.6, or 0.5 with the paper's steps. Where it shows that a step went too far it
-            is dropped, and the length halved, which grows back (docs/method.md); not with the paper's steps.
+            is dropped, and the length halved, which grows back: as much as is signal, so without sub-batches
+            (`KFAC`) not at all, nor with the paper's steps (docs/method.md).
         nesterov: Nesterov momentum, as in `torch.optim.SGD`; True, or False with the paper's steps.
         weight_decay: decoupled, p ← p·(1 - lr·weight_decay), on all parameters; those on the AdamW path
             use their own learning rate in place of lr.
@@ -472,6 +474,8 @@ class FOP(JoinableOptimizer, Optimizer):
             raise RuntimeError(self._retired)
         if [*map(_options_of, self.param_groups)] != self._checked:
             recheck(self.param_groups, self._checked)
+            for group in self.param_groups:
+                self._check_fixed(group, "a parameter group")
             self._checked = [*map(_options_of, self.param_groups)]
         loss = None
         if closure is not None:
@@ -670,9 +674,11 @@ class FOP(JoinableOptimizer, Optimizer):
                 torch._foreach_copy_(held, list(averages.unbind()))
                 noise = share.unbind()
             along: Sequence[Tensor | None] = [None] * len(owners)
-            if by_weight and not hasattr(owners[0].weight, "to_local"):
+            if by_weight:
                 parts = [b.parts(each.average) for b, each in zip(owners, gradients, strict=True)]
-                along = torch.cat([self._along(parts), alignment[:, None]], 1).unbind()
+                sharded = hasattr(owners[0].weight, "to_local")
+                known = alignment.new_zeros(len(owners), 3) if sharded else self._along(parts)
+                along = torch.cat([known, alignment[:, None]], 1).unbind()
             scaled = alignment * float(group["lr"]) ** 2
             scalars = zip(*(v.unbind() for v in (scaled, mixing, eta_used, directions.rho)), strict=True)
             for n, (binding, (length, beta_used, eta_of, rho)) in enumerate(
@@ -782,15 +788,20 @@ class FOP(JoinableOptimizer, Optimizer):
         self, bindings: list[Binding], shared: Mapping[Binding, Shared], updates: list[Update]
     ) -> Tensor:
         """Return `Update.along` of weights, (n, 4), of sharded ones from all ranks."""
+        along = torch.stack([update.along for update in updates if update.along is not None])
         if not hasattr(bindings[0].weight, "to_local"):
-            return torch.stack([update.along for update in updates if update.along is not None])
+            return along
         parts = [shared[binding][1] for binding in bindings]
         gradients = [[(p, local(p.grad).to(d)) for p, d in of_one if p.grad is not None] for of_one in parts]
         ahead = [
             inner([d for _, d in of_one], [g for _, g in its]).sum()
             for of_one, its in zip(parts, gradients, strict=True)
         ]
-        return self._distributor.sums(torch.cat([self._along(gradients), torch.stack(ahead)[:, None]], 1))
+        found = self._distributor.sums(torch.cat([self._along(gradients), torch.stack(ahead)[:, None]], 1))
+        # p.grad may be a sum over samples, and not be clipped yet: ⟨update, Ga⟩ tells what Ga is of it.
+        own, square, past, of_grads = found.unbind(1)
+        of_Ga = along[:, 3].to(found)
+        return torch.stack([own, square, past * ratio(of_Ga, of_grads, otherwise=1.0), of_Ga], 1)
 
     def _after_overshoot(
         self,
@@ -800,7 +811,7 @@ class FOP(JoinableOptimizer, Optimizer):
         good: Tensor,
         group: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Return by what the momenta of weights are multiplied, and their lengths, (n,) both."""
+        """Return by what the momenta of weights are multiplied, and the radii, (n,) both."""
         held: list[Tensor] = []
         for binding in bindings:
             state = self.state[binding.weight]

@@ -16,12 +16,13 @@ from fop.curvature import LEAST_SIGNAL, NOISE_DECAY
 
 # In the state: the norm that a weight which has been zero is taken to have, see `lengths`; 0 for others.
 REFERENCE_NORM = "reference_norm"
-# In the state: the slope of the loss along the momentum, ⟨v, Ga⟩, as of the last step, and by which share of
-# its length a weight moves since steps have gone too far, (2,), see `after_overshoot`.
+# In the state: the slope of the loss along the momentum, ⟨v, Ga⟩ of the last step (a bias counts with the
+# weight's momentum), and the radius, by which share of its length a weight moves since steps have gone too
+# far, (2,), see `after_overshoot`.
 REACH = "reach"
 # How many times a slope must have been turned round for a step to have gone too far; what is then left of the
 # length, by what that grows again in every step, and the least.
-TURNED, SHORTER, LONGER, LEAST_REACH = 2.0, 0.5, 1.02, 0.01
+TURNED, SHORTER, LONGER, LEAST_RADIUS = 2.0, 0.5, 1.02, 0.05
 # In the state: the root mean square of a matrix when AdamW first moved it; 0 for zeros, or if unknown.
 INITIAL_SIZE = "initial_size"
 # About how many numbers the weights have that are stepped together, unless one has more.
@@ -45,8 +46,8 @@ class Update(NamedTuple):
         input_square: with ``step_length="weight"`` the mean square of the inputs of a weight with a bias.
         noise: ν ∈ [0, 0.99], the share of noise in the gradient, or `UNMEASURED`; None if sub-batches are
             not wanted.
-        along: with ``step_length="weight"`` ⟨weight, Ga⟩, ‖Ga‖², ⟨momentum, Ga⟩ and ⟨update, Ga⟩, (4,); not
-            known of sharded weights. The last two are of the bias, too.
+        along: with ``step_length="weight"`` ⟨weight, Ga⟩, ‖Ga‖², ⟨momentum, Ga⟩ and ⟨update, Ga⟩, (4,); of
+            sharded weights the last alone, else 0. The last two are of the bias, too.
     """
 
     matrix: Tensor
@@ -121,7 +122,7 @@ def after_overshoot(
     A step that went too far turns round the slope of the loss along it. Where ⟨v, Ga⟩ of the momentum v is
     below 0, and below -2 times what it was one step before, v becomes ν·v (O'Donoghue & Candès 2015 take 0,
     wherever it is below 0), and the weight moves by 2^(ν - 1) of its length, which grows again by 2 % a step;
-    by a hundredth at least.
+    by a twentieth at least.
     F̂⁻¹ makes directions smaller where gradients are larger, so that momentum would carry weights on while
     the loss grows. Only weights that are ``good`` take the step.
     """
@@ -129,9 +130,9 @@ def after_overshoot(
     _, _, past, ahead = along.unbind(1)
     too_far = past < -TURNED * slope.clamp(min=0)
     kept = torch.where(too_far, noise, 1)
-    radius = (radius * torch.where(too_far, SHORTER ** (1 - noise), LONGER)).clamp(LEAST_REACH, 1)
+    radius = (radius * torch.where(too_far, SHORTER ** (1 - noise), LONGER)).clamp(LEAST_RADIUS, 1)
     now = torch.stack([momentum * kept * past + ahead, radius], 1)
-    return kept, torch.where(good[:, None], now, before)
+    return kept, torch.where((good & torch.isfinite(now[:, 0]))[:, None], now, before)
 
 
 class Sums(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ranks import run_ranks
-from trajectories import EVERYTHING, Run, Training, plain
+from trajectories import EVERYTHING, Run, Training
 
 # And a matrix of AdamW's, whose rate goes by its size.
 PATHS: dict[Any, Any] = {nn.LayerNorm: {"path": "fop"}, nn.GroupNorm: {"path": "fop"}}
@@ -48,7 +48,11 @@ def lengths(rank: int, **more: Any) -> dict[str, tuple[dict[str, Tensor], dict[s
             next(p for key, p in run.inner.named_parameters() if key.endswith("head.weight")).zero_()
         for step in range(STEPS):
             before = {key: whole(p) for key, p in run.inner.named_parameters()}
-            plain(run, step)
+            samples = 8 if more.get("loss_reduction") == "sum" and step % 2 else 4
+            run.optimizer.zero_grad()
+            factor = samples if more.get("loss_reduction") == "sum" else 1
+            (factor * run.loss(run.batch(step, 0, samples))).backward()
+            run.optimizer.step()
         after = {key: whole(p) for key, p in run.inner.named_parameters()}
         moved = {key: float((after[key] - old).norm() / old.norm()) for key, old in before.items()}
         reaches = [float(state["reach"][1]) for state in run.optimizer.state.values() if "reach" in state]
@@ -71,8 +75,9 @@ def test_shards_are_measured_together() -> None:
 
 
 @pytest.mark.slow
-def test_steps_that_go_too_far_are_seen_by_all() -> None:
-    one, other = run_ranks(partial(lengths, lr=4.0, momentum=0.9), 2)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_steps_that_go_too_far_are_seen_by_all(reduction: str) -> None:
+    one, other = run_ranks(partial(lengths, lr=4.0, momentum=0.9, loss_reduction=reduction), 2)
     expected, _, reaches = one["ddp"]
     assert min(reaches) < 1
     for results in (one, other):

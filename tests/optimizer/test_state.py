@@ -585,7 +585,8 @@ EDITS: dict[str, Callable[[State], Any]] = {
     **{f"averaging_weight-{value}": entry(averaging_weight=value) for value in (0.0, 1.5, nan, "1")},
     **{f"{key}-with-nan": spoiled(key, nan)
        for key in ("A", "G", "A_inv", "G_inv", "momentum_buffer", "reference_norm", "reach")},
-    "reach-of-0": lambda s: s["state"][0]["reach"].zero_(),
+    **{f"reach-of-{radius}": lambda s, radius=radius: s["state"][0]["reach"][1:].fill_(radius)
+       for radius in (0, -1, 5)},
     "A_inv-infinite": spoiled("A_inv", float("inf")),
 }  # fmt: skip
 # What an optimizer of bare parameters can tell before the first forward pass.
@@ -698,6 +699,10 @@ def test_kfac_stays_kfac() -> None:
     with pytest.raises(ValueError, match=r"KFAC has beta=0\.0, and a parameter group has beta=0\.1; use FOP"):
         KFAC([{"params": mlp().parameters(), "beta": 0.1}])
     assert_equal(snapshot(optimizer), before)
+    optimizer.param_groups[0]["beta"] = "adaptive"
+    with pytest.raises(ValueError, match="KFAC has beta"):
+        train_step(model, optimizer, *batch())
+    optimizer.param_groups[0]["beta"] = 0.0
     KFAC(mlp()).load_state_dict(optimizer.state_dict())
     # The other way round the options come with the state, as all do.
     corrected = FOP(mlp())

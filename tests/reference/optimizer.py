@@ -179,7 +179,7 @@ class ReferenceFOP:
         if slope < 0 and slope < -2 * state.slope:
             assert state.buffer is not None
             state.buffer = noise * state.buffer
-            state.radius = max(0.01, state.radius * 0.5 ** (1 - noise))
+            state.radius = max(0.05, state.radius * 0.5 ** (1 - noise))
         else:
             state.radius = min(1.0, 1.02 * state.radius)
 
