@@ -319,6 +319,7 @@ def test_two_thousand_interrupted_steps() -> None:
     assert end < math.log(WORDS) / 2 < start
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*not finite:RuntimeWarning")
 def test_harmless_interruptions_leave_no_trace() -> None:
     """Resuming, evaluating, copying, skipped steps: bit for bit the run without them."""

@@ -20,7 +20,8 @@ import fop
 from fop import FOP
 
 SOURCE = Path(fop.__file__).parent
-MAX_FILES, MAX_FUNCTIONS = 12, 70
+# Two more than the design has, for the look at the last step: docs/architecture.md, Decisions.
+MAX_FILES, MAX_FUNCTIONS = 12, 72
 
 
 @dataclass(frozen=True)

@@ -67,19 +67,18 @@ from fop.state import (
     restore_precision,
 )
 from fop.step_size import (
-    REACH,
     REFERENCE_NORM,
     TOGETHER,
     Lengths,
     Sums,
     Update,
     after_overshoot,
+    along_gradients,
     kl_scale,
     lengths,
     measure,
     momentum_of,
     noise_share,
-    noises,
     row_products,
     scale_updates,
     signed_rate,
@@ -675,10 +674,14 @@ class FOP(JoinableOptimizer, Optimizer):
                 noise = share.unbind()
             along: Sequence[Tensor | None] = [None] * len(owners)
             if by_weight:
-                parts = [b.parts(each.average) for b, each in zip(owners, gradients, strict=True)]
-                sharded = hasattr(owners[0].weight, "to_local")
-                known = alignment.new_zeros(len(owners), 3) if sharded else self._along(parts)
-                along = torch.cat([known, alignment[:, None]], 1).unbind()
+                sharded, slopes = (
+                    hasattr(owners[0].weight, "to_local"),
+                    [alignment.new_zeros(len(owners))] * 3,
+                )
+                if not sharded:
+                    parts = [b.parts(each.average) for b, each in zip(owners, gradients, strict=True)]
+                    slopes = along_gradients(parts, self.state)
+                along = torch.stack([*slopes, alignment], 1).unbind()
             scaled = alignment * float(group["lr"]) ** 2
             scalars = zip(*(v.unbind() for v in (scaled, mixing, eta_used, directions.rho)), strict=True)
             for n, (binding, (length, beta_used, eta_of, rho)) in enumerate(
@@ -700,22 +703,6 @@ class FOP(JoinableOptimizer, Optimizer):
                     along=along[n],
                 )
         return updates
-
-    def _along(self, gradients: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
-        """Return ⟨weight, Ga⟩, ‖Ga‖², and ⟨momentum, Ga⟩ of weight and bias, (n, 3).
-
-        ``gradients`` are (parameter, gradient) of each weight and of its bias, if any.
-        """
-        weights = [local(of_one[0][0]).to(of_one[0][1].dtype) for of_one in gradients]
-        of_weights = [of_one[0][1] for of_one in gradients]
-        past = []
-        for of_one in gradients:
-            held = [(self.state.get(param, {}).get("momentum_buffer"), g) for param, g in of_one]
-            known = [(local(v).to(g.dtype), g) for v, g in held if v is not None]
-            # Two lists, of weight and bias.
-            past.append(inner(*zip(*known, strict=True)).sum() if known else of_weights[0].new_zeros(()))
-        squares = inner(of_weights, of_weights)
-        return torch.stack([inner(weights, of_weights), squares, torch.stack(past)], 1)
 
     def _move(
         self,
@@ -743,8 +730,13 @@ class FOP(JoinableOptimizer, Optimizer):
         mine: Callable[[Tensor], Tensor] = local if sharded else (lambda tensor: tensor)
         by_weight, kept = group["step_length"] == "weight", like.new_ones(len(bindings))
         if by_weight:
-            along = self._slopes(bindings, shared, updates)
-            kept, radius = self._after_overshoot(bindings, along, updates, good, group)
+            along = torch.stack([update.along for update in updates if update.along is not None])
+            along = self._slopes(bindings, shared, updates) if sharded else along
+            # Where noise is not known all counts as noise.
+            one = along.new_ones(())
+            noise = torch.stack([one if u.noise is None else u.noise.to(one) for u in updates])
+            states = [self.state[binding.weight] for binding in bindings]
+            kept, radius = after_overshoot(states, along, noise, group["momentum"], good)
         momenta = functools.cache(lambda momentum: torch.where(good, kept * momentum, 1).unbind())
         us: list[list[Tensor]] = []
         for n, (binding, stays) in enumerate(zip(bindings, (~good).unbind(), strict=True)):
@@ -770,7 +762,7 @@ class FOP(JoinableOptimizer, Optimizer):
             rest = 1 - group["lr"] * group["weight_decay"]
             left = torch.stack(chosen(rest, 1.0)) if group["weight_decay"] else None
             weights = [mine(binding.weight) for binding in bindings]
-            turns = self._turns(bindings, weights, us, updates, along, radius, good, left, groups)
+            turns = self._turns(bindings, weights, us, updates, along, noise, radius, good, left, groups)
         for n, binding in enumerate(bindings):
             for (param, _), u in zip(shared[binding][1], us[n], strict=True):
                 options = groups[param]
@@ -787,40 +779,19 @@ class FOP(JoinableOptimizer, Optimizer):
     def _slopes(
         self, bindings: list[Binding], shared: Mapping[Binding, Shared], updates: list[Update]
     ) -> Tensor:
-        """Return `Update.along` of weights, (n, 4), of sharded ones from all ranks."""
-        along = torch.stack([update.along for update in updates if update.along is not None])
-        if not hasattr(bindings[0].weight, "to_local"):
-            return along
+        """Return `Update.along` of sharded weights, (n, 4), from all ranks."""
         parts = [shared[binding][1] for binding in bindings]
         gradients = [[(p, local(p.grad).to(d)) for p, d in of_one if p.grad is not None] for of_one in parts]
         ahead = [
             inner([d for _, d in of_one], [g for _, g in its]).sum()
             for of_one, its in zip(parts, gradients, strict=True)
         ]
-        found = self._distributor.sums(torch.cat([self._along(gradients), torch.stack(ahead)[:, None]], 1))
+        slopes = along_gradients(gradients, self.state, local)
+        found = self._distributor.sums(torch.stack([*slopes, torch.stack(ahead)], 1))
         # p.grad may be a sum over samples, and not be clipped yet: ⟨update, Ga⟩ tells what Ga is of it.
         own, square, past, of_grads = found.unbind(1)
-        of_Ga = along[:, 3].to(found)
+        of_Ga = torch.stack([update.along[3] for update in updates if update.along is not None]).to(found)
         return torch.stack([own, square, past * ratio(of_Ga, of_grads, otherwise=1.0), of_Ga], 1)
-
-    def _after_overshoot(
-        self,
-        bindings: list[Binding],
-        along: Tensor,
-        updates: list[Update],
-        good: Tensor,
-        group: Mapping[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        """Return by what the momenta of weights are multiplied, and the radii, (n,) both."""
-        held: list[Tensor] = []
-        for binding in bindings:
-            state = self.state[binding.weight]
-            if REACH not in state:
-                state[REACH] = torch.stack([along.new_zeros(()), along.new_ones(())])
-            held.append(state[REACH])
-        kept, now = after_overshoot(torch.stack(held), along, noises(updates, along), group["momentum"], good)
-        torch._foreach_copy_(held, list(now.unbind()))
-        return kept, now[:, 1]
 
     def _turns(
         self,
@@ -829,6 +800,7 @@ class FOP(JoinableOptimizer, Optimizer):
         us: list[list[Tensor]],
         updates: list[Update],
         along: Tensor,
+        noise: Tensor,
         radius: Tensor,
         good: Tensor,
         kept: Tensor | None,
@@ -853,7 +825,7 @@ class FOP(JoinableOptimizer, Optimizer):
                 state[REFERENCE_NORM] = numbers.new_zeros(())
             held.append(state[REFERENCE_NORM])
         sizes = torch.stack([binding.sizes for binding in bindings])
-        far = lengths(sums, updates, inputs, good, torch.stack(held), radius, sizes, group)
+        far = lengths(sums, updates, inputs, good, torch.stack(held), noise, radius, sizes, group)
         torch._foreach_copy_(held, list(far.reference.unbind()))
         a, b = turn(sums.own, sums.product, sums.of_weight, far, kept=kept)
         of_all = [each.unbind() for each in (far.share * group["lr"], far.factor, far.rate, a, b)]

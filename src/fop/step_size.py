@@ -5,7 +5,7 @@ Its direction is of `fop.correction`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,10 +98,24 @@ def noise_share(before: Tensor, norms: Tensor | None, trusted: Tensor | None) ->
     return torch.where(whole > 0, (noise / whole).clamp(0, 1 - LEAST_SIGNAL), UNMEASURED), averages
 
 
-def noises(updates: Sequence[Update], like: Tensor) -> Tensor:
-    """Return ν of weights, (n,); where it is not known all counts as noise."""
-    one = like.new_ones(())
-    return torch.stack([one if update.noise is None else update.noise.to(one) for update in updates])
+def along_gradients(
+    gradients: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    mine: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> list[Tensor]:
+    """Return ⟨weight, Ga⟩, ‖Ga‖², and ⟨momentum, Ga⟩ of weight and bias, (n,) each.
+
+    ``gradients`` are (parameter, gradient) of each weight and of its bias, if any; ``mine`` returns this
+    rank's part of a tensor.
+    """
+    of_weights, past = [of_one[0][1] for of_one in gradients], []
+    weights = [mine(of_one[0][0]).to(of_one[0][1].dtype) for of_one in gradients]
+    for of_one in gradients:
+        held = [(states.get(param, {}).get("momentum_buffer"), g) for param, g in of_one]
+        known = [(mine(v).to(g.dtype), g) for v, g in held if v is not None]
+        # Two lists, of weight and bias.
+        past.append(inner(*zip(*known, strict=True)).sum() if known else of_weights[0].new_zeros(()))
+    return [inner(weights, of_weights), inner(of_weights, of_weights), torch.stack(past)]
 
 
 def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
@@ -115,9 +129,11 @@ def kl_scale(lengths: Tensor, kl_clip: float) -> Tensor:
 
 
 def after_overshoot(
-    before: Tensor, along: Tensor, noise: Tensor, momentum: float, good: Tensor
+    states: Sequence[dict[str, Any]], along: Tensor, noise: Tensor, momentum: float, good: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return by what the momenta of n weights are multiplied, (n,), and their `REACH` from now on, (n, 2).
+    """Return by what the momenta of n weights are multiplied, and their radii, (n,) both.
+
+    Slope and radius are kept in the weights' ``states``; ``along`` is `Update.along`, (n, 4).
 
     A step that went too far turns round the slope of the loss along it. Where ⟨v, Ga⟩ of the momentum v is
     below 0, and below -2 times what it was one step before, v becomes ν·v (O'Donoghue & Candès 2015 take 0,
@@ -126,13 +142,20 @@ def after_overshoot(
     F̂⁻¹ makes directions smaller where gradients are larger, so that momentum would carry weights on while
     the loss grows. Only weights that are ``good`` take the step.
     """
+    for state in states:
+        if REACH not in state:
+            state[REACH] = torch.stack([along.new_zeros(()), along.new_ones(())])
+    held = [state[REACH] for state in states]
+    before = torch.stack(held)
     slope, radius = before.unbind(1)
     _, _, past, ahead = along.unbind(1)
     too_far = past < -TURNED * slope.clamp(min=0)
     kept = torch.where(too_far, noise, 1)
     radius = (radius * torch.where(too_far, SHORTER ** (1 - noise), LONGER)).clamp(LEAST_RADIUS, 1)
     now = torch.stack([momentum * kept * past + ahead, radius], 1)
-    return kept, torch.where((good & torch.isfinite(now[:, 0]))[:, None], now, before)
+    now = torch.where((good & torch.isfinite(now[:, 0]))[:, None], now, before)
+    torch._foreach_copy_(held, list(now.unbind()))
+    return kept, now[:, 1]
 
 
 class Sums(NamedTuple):
@@ -213,13 +236,14 @@ def lengths(
     inputs: Tensor,
     good: Tensor,
     reference: Tensor,
+    noise: Tensor,
     radius: Tensor,
     sizes: Tensor,
     group: Mapping[str, Any],
 ) -> Lengths:
     """Return how far weights of a parameter group move: those that are ``good`` by s·lr·‖weight‖.
 
-    s is ``radius`` (`after_overshoot`), (n,), times what follows.
+    s is ``radius`` (`after_overshoot`), times what follows from the ``noise`` ν, (n,) both.
 
     That is 1, or, if the length is annealed at the momentum μ, the share of signal in the average of updates
     that momentum makes: its squared norm has all of an update's signal, 1 - ν, and (1 - μ)/(1 + μ) of its
@@ -235,7 +259,6 @@ def lengths(
     """
     own, square, one = sums.own.sqrt(), sums.square, torch.ones_like(sums.own[0])
     typical, entries, rows = sizes.unbind(1)
-    noise = noises(updates, one)
     reference = torch.where(own > 0, reference, typical / inputs.sqrt())
     signal, share, known = 1 - noise, radius, all(u.noise is not None for u in updates)
     # Which schedulers of torch set.

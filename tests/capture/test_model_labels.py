@@ -137,6 +137,7 @@ def expectation(name: str) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_mean_of_drawn_factors_is_the_expectation_over_all_labels(name: str) -> None:
     """Within three standard errors, for every layer; A does not depend on labels."""

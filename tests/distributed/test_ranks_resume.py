@@ -85,7 +85,7 @@ def segment(rank: int, ranks: int, folder: str, first: int, wrap: str, options: 
     [
         pytest.param("ddp", {}, id="ddp"),
         pytest.param("ddp", {"momentum": 0.0, "inverse_delay": 2}, id="ddp-later", marks=pytest.mark.slow),
-        pytest.param("fsdp", {}, id="fsdp"),
+        pytest.param("fsdp", {}, id="fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_on_other_numbers_of_ranks(tmp_path: Path, wrap: str, options: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ def test_statistics_in_bfloat16_change_little() -> None:
     assert 1e-3 < max((first[key] - value).norm() / value.norm() for key, value in expected.items()) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), [(2, "sum-lean"), (4, "groups-lean")])
 def test_lean_sends_no_more_than_plain_data_parallel(ranks: int, name: str) -> None:
     """2 n (W-1)/W bytes for n bytes of gradient, as an all-reduce, without the factors."""

@@ -11,15 +11,16 @@ from torch import nn
 
 import fop.optimizer
 from fop import FOP
-from fop.step_size import after_overshoot
+from fop.step_size import REACH, after_overshoot
 
 
 def looked_back(slope: float, radius: float, past: float, noise: float, *, good: bool = True) -> list[float]:
     """Return by what momentum is multiplied, and slope and radius; momentum 0.6, ⟨update, Ga⟩ = 5."""
-    before = torch.tensor([[slope, radius]], dtype=torch.float64)
+    state = {REACH: torch.tensor([slope, radius], dtype=torch.float64)}
     along = torch.tensor([[0.0, 0.0, past, 5.0]], dtype=torch.float64)
-    kept, now = after_overshoot(before, along, before.new_full((1,), noise), 0.6, torch.tensor([good]))
-    return [float(kept), *now[0].tolist()]
+    kept, now = after_overshoot([state], along, along.new_full((1,), noise), 0.6, torch.tensor([good]))
+    assert now.tolist() == state[REACH][1:].tolist()
+    return [float(kept), *state[REACH].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def losses(look_back: bool, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
     y = torch.sin(x[:, :3] + x[:, 3:6])
     if not look_back:
-        untouched = lambda before, *rest: (torch.ones(len(before)), before)  # noqa: E731
+        untouched = lambda states, *rest: (torch.ones(len(states)),) * 2  # noqa: E731
         monkeypatch.setattr(fop.optimizer, "after_overshoot", untouched)
     optimizer, found = FOP(model), []
     for _ in range(60):

@@ -96,6 +96,7 @@ def test_weights_before_a_normalisation_keep_their_norm_and_others_do_not(optimi
     assert head > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [normalised, plain])
 def test_noise_does_not_lengthen_weights(build: Net) -> None:
     """Steps that are added make one 65 times as long, and all before a normalisation more than 200 times."""
