@@ -157,7 +157,7 @@ def test_a_prediction_divides_what_owners_do(
     sizes = [(512, 785, 512 + 393), (512, 513, 512 + 513), (10, 513, 10 + 513)]
     work = [out * columns * sides for out, columns, sides in sizes]
     here = predicted[1024, "fop-lean"]
-    sent = 4 * (MLP + 3 * 11 + MLP + 3) * 1023 / 1024
+    sent = 4 * (MLP + 3 * 13 + MLP + 3) * 1023 / 1024
     assert here["owners"] == 3 and here["bytes"]["plain"] == pytest.approx(sent)
     times = sgd + (fop - sgd) * max(work) / sum(work) + sent / 50e9, fop + sent / 50e9
     assert here["seconds"]["plain"] == pytest.approx(times)
