@@ -674,11 +674,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 noise = share.unbind()
             along: Sequence[Tensor | None] = [None] * len(owners)
             if by_weight:
-                sharded, slopes = (
-                    hasattr(owners[0].weight, "to_local"),
-                    [alignment.new_zeros(len(owners))] * 3,
-                )
-                if not sharded:
+                slopes = [torch.zeros_like(alignment)] * 3
+                if not hasattr(owners[0].weight, "to_local"):
                     parts = [b.parts(each.average) for b, each in zip(owners, gradients, strict=True)]
                     slopes = along_gradients(parts, self.state)
                 along = torch.stack([*slopes, alignment], 1).unbind()
@@ -731,7 +728,7 @@ class FOP(JoinableOptimizer, Optimizer):
         by_weight, kept = group["step_length"] == "weight", like.new_ones(len(bindings))
         if by_weight:
             along = torch.stack([update.along for update in updates if update.along is not None])
-            along = self._slopes(bindings, shared, updates) if sharded else along
+            along = self._slopes(bindings, shared, along) if sharded else along
             # Where noise is not known all counts as noise.
             one = along.new_ones(())
             noise = torch.stack([one if u.noise is None else u.noise.to(one) for u in updates])
@@ -776,10 +773,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 if moved is not weight:
                     weight.copy_(moved)
 
-    def _slopes(
-        self, bindings: list[Binding], shared: Mapping[Binding, Shared], updates: list[Update]
-    ) -> Tensor:
-        """Return `Update.along` of sharded weights, (n, 4), from all ranks."""
+    def _slopes(self, bindings: list[Binding], shared: Mapping[Binding, Shared], along: Tensor) -> Tensor:
+        """Return `Update.along` of sharded weights, (n, 4), from all ranks; its last is in ``along``."""
         parts = [shared[binding][1] for binding in bindings]
         gradients = [[(p, local(p.grad).to(d)) for p, d in of_one if p.grad is not None] for of_one in parts]
         ahead = [
@@ -790,7 +785,7 @@ class FOP(JoinableOptimizer, Optimizer):
         found = self._distributor.sums(torch.stack([*slopes, torch.stack(ahead)], 1))
         # p.grad may be a sum over samples, and not be clipped yet: ⟨update, Ga⟩ tells what Ga is of it.
         own, square, past, of_grads = found.unbind(1)
-        of_Ga = torch.stack([update.along[3] for update in updates if update.along is not None]).to(found)
+        of_Ga = along[:, 3].to(found)
         return torch.stack([own, square, past * ratio(of_Ga, of_grads, otherwise=1.0), of_Ga], 1)
 
     def _turns(
