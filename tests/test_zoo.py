@@ -113,6 +113,7 @@ def assert_finite(tensors: Iterable[Tensor]) -> None:
     assert all(tensor.isfinite().all() for tensor in tensors)
 
 
+@pytest.mark.slow
 @every_model
 def test_trains(name: str) -> None:
     outcome = trained(name)

@@ -114,14 +114,6 @@ def inner(Xs: Sequence[Tensor], Ys: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.dot(X.reshape(-1), Y.reshape(-1)) for X, Y in zip(Xs, Ys, strict=True)])
 
 
-def unless(refused: Tensor, X: Tensor) -> Tensor:
-    """Return X, and zeros if it is ``refused``, 0-dim bool; a copy only where reading that would wait."""
-    if refused.is_cpu:
-        return torch.zeros_like(X) if refused else X
-    # Not a product: 0 times NaN is NaN.
-    return torch.where(refused, 0, X)
-
-
 def ratio(numerator: Tensor, denominator: Tensor, *, otherwise: float) -> Tensor:
     """Return the quotient, and ``otherwise`` where the denominator is 0."""
     return torch.where(denominator == 0, torch.full_like(denominator, otherwise), numerator / denominator)

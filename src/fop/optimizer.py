@@ -28,7 +28,7 @@ from fop.capture import (
     retrace,
     with_sampled_labels,
 )
-from fop.correction import combine, inner, ratio, unless
+from fop.correction import combine, inner, ratio
 from fop.curvature import NOISE, Estimate, Fallback, Refresher
 from fop.distributed import (
     Description,
@@ -649,7 +649,7 @@ class FOP(JoinableOptimizer, Optimizer):
         beta, eta = (None if group[name] == "adaptive" else float(group[name]) for name in ("beta", "eta"))
         by_weight = group["step_length"] == "weight"
         updates: dict[Binding, Update] = {}
-        found = {binding: self._distributor.gradients(binding) for binding in bindings}
+        found = dict(zip(bindings, self._distributor.gradients(bindings), strict=True))
         for corrected in (True, False):
             owners = [
                 each for each, (gradients, _) in found.items() if bool(gradients.contrasts) is corrected
@@ -736,14 +736,15 @@ class FOP(JoinableOptimizer, Optimizer):
             kept, radius = after_overshoot(states, along, noise, group["momentum"], good)
         momenta = functools.cache(lambda momentum: torch.where(good, kept * momentum, 1).unbind())
         us: list[list[Tensor]] = []
-        for n, (binding, stays) in enumerate(zip(bindings, (~good).unbind(), strict=True)):
+        for n, (binding, moves) in enumerate(zip(bindings, good.unbind(), strict=True)):
             binding.note(updates[n])
             us.append([])
             for param, part in shared[binding][1]:
                 options, state = groups[param], self.state[param]
                 if self._kl_scale is not None:
                     part = part * self._kl_scale.to(part)
-                u = unless(stays, part)
+                # Not a product: 0 times NaN is NaN.
+                u = torch.where(moves, part, 0)
                 if options["momentum"]:
                     # That of `torch.optim.SGD`.
                     if "momentum_buffer" not in state:

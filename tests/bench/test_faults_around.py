@@ -125,6 +125,7 @@ def without(packages: str, *arguments: str) -> tuple[int, str]:
 ALL = "datasets matplotlib numpy pandas PIL pytorch_optimizer rich sklearn"
 
 
+@pytest.mark.slow
 def test_help_needs_no_extra() -> None:
     code, told = without(ALL, "run", "--help")
     assert code == 0, told

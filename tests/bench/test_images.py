@@ -162,6 +162,7 @@ def test_what_cannot_be_decoded_is_named(folder: Path, content: bytes) -> None:
     assert loaded.labels.tolist() == [0, 0, 1, 1, 2, 2], "what is not chosen is not decoded"
 
 
+@pytest.mark.slow
 def test_every_cut_and_every_changed_byte_gives_an_image_or_the_error(tmp_path: Path) -> None:
     (tmp_path / "train" / "only").mkdir(parents=True)
     path = tmp_path / "train" / "only" / "0.png"

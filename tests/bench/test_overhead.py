@@ -271,6 +271,7 @@ def test_turns_begin_with_another_every_time() -> None:
     assert list(in_turns("abc", 4)) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
+@pytest.mark.slow
 def test_a_step_of_the_wrong_kind_is_not_measured() -> None:
     for interval, due in ((NEVER, False), (1, True)):
         trainer = prepare(SMALL, "fop", CPU, interval=interval)

@@ -266,6 +266,7 @@ def killed(out: Path, place: str, due: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_at_any_place_loses_nothing(tmp_path: Path, whole: list[Record], place: str) -> None:

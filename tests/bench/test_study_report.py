@@ -243,6 +243,7 @@ def test_little_is_reported_too(runs: Runs, said: str, tmp_path: Path) -> None:
     assert said in write_report(tmp_path).read_text()
 
 
+@pytest.mark.slow
 def test_whole_report(tmp_path: Path) -> None:
     runs = noisy_runs()
     runs[0]["warnings"] = ["a | b\nc"]

@@ -154,6 +154,7 @@ def invoked(tmp_path: Path, *arguments: str) -> Told:
     return invoke("surface", "digits", *fixed, str(tmp_path / "out"), *arguments)
 
 
+@pytest.mark.slow
 def test_command_writes_a_record_and_draws_the_same_picture_from_it(tmp_path: Path) -> None:
     told = invoked(tmp_path, "--seed", "5")
     assert told.exit_code == 0, told.output

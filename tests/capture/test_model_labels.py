@@ -169,6 +169,7 @@ def half_squares(outputs: Tensor) -> Tensor:
     return 0.5 * outputs.square().sum(1).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("likelihood", "loss"), [("categorical", mean_cross_entropy), ("gaussian", half_squares)]
 )

@@ -148,6 +148,7 @@ def collectives(rank: int) -> tuple[dict[str, float], list[float]]:
     return sent, total.tolist()
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_and_sums_are_right() -> None:
     for rank, (sent, total) in enumerate(run_ranks(collectives, 3)):
         assert total == [6.0] * 6

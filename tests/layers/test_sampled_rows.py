@@ -94,6 +94,7 @@ def bias_of(draw: Callable[[int], FactorSums], exact: FactorSums) -> list[float]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*KINDS, "attention self", "attention other"])
 def test_sampled_sums_are_unbiased(name: str) -> None:
     """Within three standard errors; N and the number of rows are those of the whole batch."""

@@ -392,6 +392,7 @@ def accumulated(model: Net, optimizer: FOP, step: int) -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 @both
 def test_accumulation_of_checkpointed_passes(way: Run) -> None:
     assert_close(trained(accumulated, way), trained(accumulated))

@@ -417,6 +417,7 @@ def test_unreachable_one_that_the_collector_has_not_seen() -> None:
 # --- compiled ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using .torch.compile")
 @pytest.mark.parametrize("bare", [False, True])
 def test_compiled_model_feeds_the_newest_alone(bare: bool) -> None:

@@ -65,6 +65,7 @@ def losses(look_back: bool, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_deep_network_without_normalisation_does_not_run_away(monkeypatch: pytest.MonkeyPatch) -> None:
     now = losses(True, monkeypatch)
     assert max(now) < 100 * now[0]

@@ -18,6 +18,7 @@ from fop.capture.hooks import (
 from fop.capture.labels import Likelihood, checked_dim, with_sampled_labels
 from fop.capture.recorder import Cleared, Recorder, RunningPass
 from fop.capture.sharded import is_sharded, local, stands_for
+from fop.capture.sub_batches import Scaling, scalings
 
 __all__ = [
     "AttentionUse",
@@ -31,6 +32,7 @@ __all__ = [
     "ModelWatch",
     "Recorder",
     "RunningPass",
+    "Scaling",
     "Seen",
     "Source",
     "begin_watch",
@@ -43,6 +45,7 @@ __all__ = [
     "parts_called",
     "remove_all",
     "retrace",
+    "scalings",
     "source_of",
     "stands_for",
     "watches",

@@ -91,7 +91,7 @@ class Batch:
     def layout(self, layer: Layer, x: Tensor) -> Layout:
         """Return where the samples of ``x``, input of ``layer``, are."""
         self.asked = True
-        shape = tuple(x.shape[: layer.leading_dims(x)])
+        shape = tuple(x.shape[layer.leading])
         if not shape:
             return Layout(None, 1)
         if layer.options.batch_dim is not None:

@@ -415,7 +415,7 @@ class _LayerFunction(torch.autograd.Function):
                 # With create_graph=True the gradients must themselves have a graph.
                 split = not torch.is_grad_enabled()
                 whole = recorder.record(layer, x.detach(), b.detach(), call.batch, call.outer, whole=split)
-            single = layer.leading_dims(x) == 0
+            single = not x.shape[layer.leading]
             x_N, b_N = (x[None], b[None]) if single else (x, b)
             gradient = layer.input_gradient(x_N, b_N, weight.to(b.dtype)) if of_input else None
             # Also where the bias is not the layer's. A pass of sampled labels asks for none.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fop.correction import SubBatchGradients, contrasts, unless
+from fop.correction import SubBatchGradients, contrasts
 from fop.layers import Layer, Reduction, Statistics
 
 # A gradient that was scaled as a whole reproduces its scaled norms to rounding; clipping single elements or
@@ -24,6 +25,13 @@ _CHANGED = (
     "p.grad is not what the layer's own backward pass gave (changed since, not finite, not zeroed before, "
     "or other paths in the loss)"
 )
+
+
+class Scaling(NamedTuple):
+    """By what a gradient was multiplied since its backward pass, and whether that is all, 0-dim both."""
+
+    scale: Tensor
+    alone: Tensor
 
 
 @dataclass
@@ -124,7 +132,7 @@ class SubBatches:
         self.complete: Tensor | None = None
         self.split = True
         self.sums = SplitSums()
-        self.measures: dict[Tensor, Tensor] = {}
+        self.measures: dict[Tensor, list[Tensor]] = {}
         # The parameters are the weight, and the bias if it belongs to the weight's layer.
         self._layer, self._params, self.count = layer, params, count
         self._reason: str | None = None
@@ -211,41 +219,30 @@ class SubBatches:
         """
         if self.sums.whole is None or not self.sums.first:
             return
-        whole, *first = map(self._layer.weight_part, (self.sums.whole, *self.sums.first))
+        sums = self.sums.whole, *self.sums.first
+        whole, *first = (self._layer.from_matrix(each, self._params[0])[0] for each in sums)
         tolerance = _SAME_SUM if self._precise else _SAME_SUM_HALF
         squares = [each.square().sum() for each in (*first, reduce(torch.sub, first, whole))]
-        difference = (whole - self._layer.weight_matrix(gradient.to(whole.dtype))).square().sum()
+        difference = (whole - gradient.to(whole.dtype)).square().sum()
         self.complete = difference <= tolerance**2 * torch.stack(squares).sum()
 
     def gradients(
-        self, average: Tensor, complete: Tensor | None, reduction: Reduction, *, changed: bool = True
+        self,
+        average: Tensor,
+        complete: Tensor | None,
+        reduction: Reduction,
+        scaling: Scaling | None,
     ) -> SubBatchGradients:
         """Return Ga and the differences of the sub-batches; without these where they are not known.
 
         If p.grad was scaled as a whole since the backward pass (unscaling, norm clipping), the sub-batch
         gradients follow; after any other change the differences are 0, which makes the step K-FAC's.
-        ``average`` is Ga, ``complete`` what `compare` found at the last statistics, and ``changed`` whether
-        p.grad may have changed since the backward pass.
+        ``average`` is Ga, ``complete`` what `compare` found at the last statistics.
         """
-        known = [param for param in self._params if param.grad is not None and param in self.measures]
         counts = self._passes if reduction == "mean" else self._samples
-        recorded = not self._dropped and (all(counts) or self.sums.first)
-        if not recorded or (changed and not known):
+        if scaling is None or self._dropped or not (all(counts) or self.sums.first):
             return SubBatchGradients(average, reason=self._why_unknown())
-        if changed:
-            was = torch.stack([self.measures[param] for param in known])
-            now = torch.stack([self.measure(param, param.grad) for param in known if param.grad is not None])
-            # One scale for weight and bias, from the Euclidean norm of both.
-            norms = torch.linalg.vector_norm(torch.stack([was[:, 0], now[:, 0]]), dim=1)
-            scale = torch.nan_to_num(norms[1] / norms[0], nan=0.0, posinf=0.0)
-            # Each number is compared on the scale of what it can differ by.
-            two, one = now[:, :1], now[:, 1:2]
-            differs_by = (now - scale * was).abs()
-            trusted = (differs_by <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=1)).all()
-        else:
-            scale = torch.ones((), dtype=average.dtype, device=average.device)
-            trusted = scale > 0
-        scale = scale.to(average.dtype)
+        scale, trusted = scaling.scale.to(average.dtype), scaling.alone
         vetoes = [self.clean]
         if self.sums.first:
             N = self._ratio_of
@@ -264,7 +261,8 @@ class SubBatches:
             if veto is not None:
                 trusted = trusted & veto
         differences = contrasts(sums, [*shares, 1 - sum(shares)], average, scale)
-        believed = tuple(unless(~trusted, each) for each in differences)
+        # Not a product: 0 times NaN is NaN.
+        believed = tuple(torch.where(trusted, each, 0) for each in differences)
         return SubBatchGradients(average, believed, trusted, _CHANGED)
 
     def _why_unknown(self) -> str:
@@ -279,23 +277,59 @@ class SubBatches:
         assert weight is not None
         return self._layer.to_matrix(weight, bias[0] if bias else None)
 
-    def measure(self, param: Tensor, gradient: Tensor) -> Tensor:
-        """Return four numbers of a gradient that together tell a scaling from any other change.
+    def measure(self, param: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Return five numbers of a gradient that together tell a scaling from any other change.
 
-        The 2-norm, the 1-norm (clipped elements), the sum (added ones), and the component along the first
-        sub-batch (signs and order), which for a bias in split passes is left out.
+        The 2-norm, the 1-norm (clipped elements), the sum (added ones), and the product with the gradient of
+        the first sub-batch (signs and order), and the norm of that; no product for a bias in split passes.
         """
-        flat = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        flat = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         two = torch.linalg.vector_norm(flat)
-        component = torch.zeros_like(two)
+        product = length = torch.zeros_like(two)
         first: Tensor | None = None
         if self.sums.first:
             if param is self._params[0]:
-                first, vector = self._layer.weight_part(self.sums.first[0]), self._layer.weight_matrix(flat)
-        elif self._earlier and param in self._earlier[0]:
-            first, vector = self._earlier[0][param], flat
+                first, _ = self._layer.from_matrix(self.sums.first[0], param)
+        elif self._earlier:
+            first = self._earlier[0].get(param)
         if first is not None:
-            first = first.reshape(-1).to(vector.dtype)
-            length = torch.linalg.vector_norm(first).clamp(min=torch.finfo(vector.dtype).tiny)
-            component = (vector.reshape(-1) @ first) / length
-        return torch.stack([two, torch.linalg.vector_norm(flat, 1), flat.sum(), component])
+            first = first.reshape(-1).to(flat.dtype)
+            product, length = flat.reshape(-1) @ first, torch.linalg.vector_norm(first)
+        return [two, torch.linalg.vector_norm(flat, 1), flat.sum(), product, length]
+
+
+def scalings(seen: Sequence[SubBatches]) -> list[Scaling | None]:
+    """Return what became of each p.grad since the backward pass; None where none was measured.
+
+    All are on one device.
+    """
+    rows: dict[int, list[list[Tensor]]] = {}
+    for n, each in enumerate(seen):
+        measured = [(p, p.grad, was) for p, was in each.measures.items() if p.grad is not None]
+        if measured:
+            rows[n] = [[*was, *each.measure(p, gradient)] for p, gradient, was in measured]
+    found: list[Scaling | None] = [None] * len(seen)
+    if not rows:
+        return found
+    # Of a weight and of its bias; zeros for none.
+    width = max(map(len, rows.values()))
+    filled = [
+        (*of_one, *[[torch.zeros_like(of_one[0][0])] * 10] * (width - len(of_one)))
+        for of_one in rows.values()
+    ]
+    numbers = torch.stack([x for of_one in filled for row in of_one for x in row]).view(
+        len(rows), width, 2, 5
+    )
+    length = numbers[:, :, 1:, 4].clamp(min=torch.finfo(numbers.dtype).tiny)
+    # The component along the first sub-batch.
+    was, now = torch.cat([numbers[..., :3], numbers[..., 3:4] / length[..., None]], -1).unbind(2)
+    # One scale for weight and bias, from the Euclidean norm of both.
+    norms = torch.linalg.vector_norm(torch.stack([was[..., 0], now[..., 0]]), dim=-1)
+    scale = torch.nan_to_num(norms[1] / norms[0], nan=0.0, posinf=0.0)
+    # Each number is compared on the scale of what it can differ by.
+    two, one = now[..., :1], now[..., 1:2]
+    differs_by = (now - scale[:, None, None] * was).abs()
+    alone = differs_by <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=-1)
+    for n, by, nothing_else in zip(rows, scale.unbind(), alone.flatten(1).all(1).unbind(), strict=True):
+        found[n] = Scaling(by, nothing_else)
+    return found

@@ -40,6 +40,23 @@ class Damping(NamedTuple):
     relative: bool
 
 
+def adaptive_damping(noise: Tensor, step: int) -> Tensor:
+    """Return the damping that fits the noise shares ν of n weights, (n,), from their `NOISE`, (n, 2).
+
+    The mean eigenvalue of F̂ is that of F divided by 1 - ν: each factor gets (1 - ν)^(-½) - 1 times its own.
+    Where steps of all eigendirections are equally long and noise has the covariance F, as it has for the
+    log-likelihood, the step with F + δI, δ in proportion to ν / (1 - ν), has the least expected error. λ is
+    from 0.01 to 81, and 0.01 as long as no noise was measured.
+
+    After n steps ν counts by 1 - 0.9ⁿ. At the start a gradient is small and nearly all noise, and after a few
+    steps no longer; what heavy damping costs until then a short training does not make up for.
+    """
+    of_noise, whole = noise.unbind(1)
+    share = (1 - NOISE_DECAY**step) * (of_noise / whole).clamp(max=1 - LEAST_SIGNAL)
+    root = ((1 - share).rsqrt() - 1).clamp(min=LEAST_DAMPING**0.5)
+    return torch.where(whole > 0, root.square(), LEAST_DAMPING)
+
+
 class Curvature(ABC):
     """The curvature of one weight: averaged statistics, their damped inverse, products with both.
 
@@ -151,26 +168,19 @@ class Curvature(ABC):
             self.state[name] = average
         self.derive()
 
-    def damping(self, group: Mapping[str, Any]) -> Damping:
-        """Return the damping of a parameter group; "adaptive" is what fits the noise share ν.
+    def follows_noise(self, group: Mapping[str, Any]) -> bool:
+        """Return whether the damping of a parameter group is that of the noise, and noise was looked for."""
+        paired = group["beta"] != 0.0 and group["sub_batches"] > 1
+        return group["damping"] == "adaptive" and paired and NOISE in self.state
 
-        The mean eigenvalue of F̂ is that of F divided by 1 - ν: each factor gets (1 - ν)^(-½) - 1 times its
-        own. Where steps of all eigendirections are equally long and noise has the covariance F, as it has
-        for the log-likelihood, the step with F + δI, δ in proportion to ν / (1 - ν), has the least expected
-        error. λ is from 0.01 to 81, and 0.01 as long as no noise was measured or without sub-batches.
-
-        After n steps ν counts by 1 - 0.9ⁿ. At the start a gradient is small and nearly all noise, and after a
-        few steps no longer; what heavy damping costs until then a short training does not make up for.
-        """
+    def damping(self, group: Mapping[str, Any], adaptive: Tensor | None = None) -> Damping:
+        """Return the damping of a parameter group; ``adaptive`` is `adaptive_damping`, if it is known."""
         value, relative = group["damping"], group["damping_kind"] == "relative"
         if value == "adaptive":
-            value, averages = LEAST_DAMPING, self.state.get(NOISE)
-            if averages is not None and group["beta"] != 0.0 and group["sub_batches"] > 1:
-                noise, whole = averages.unbind()
-                known = 1 - NOISE_DECAY ** group["step"]
-                share = known * (noise / whole).clamp(max=1 - LEAST_SIGNAL)
-                root = ((1 - share).rsqrt() - 1).clamp(min=LEAST_DAMPING**0.5)
-                value = torch.where(whole > 0, root.square(), value)
+            value = LEAST_DAMPING
+            if self.follows_noise(group):
+                alone = adaptive_damping(self.state[NOISE][None], group["step"]) if adaptive is None else None
+                value = adaptive if alone is None else alone[0]
         return Damping(value, relative)
 
     def derive(self) -> None:

@@ -46,8 +46,8 @@ class DiagonalCurvature(Curvature):
         self.state["A_inv"] = torch.where(damped > 0, 1 / damped, 0)
         return True
 
-    def damping(self, group: Mapping[str, Any]) -> Damping:
-        damping = super().damping(group)
+    def damping(self, group: Mapping[str, Any], adaptive: Tensor | None = None) -> Damping:
+        damping = super().damping(group, adaptive)
         if group["damping"] != "adaptive":
             return damping
         # One factor gets what two get together.

@@ -56,12 +56,15 @@ class KroneckerCurvature(Curvature):
         return [self.state["A"], self.state["G"]], list(self._shifts(damping))
 
     def derive(self) -> None:
-        # Of A and G, (groups, in) and (groups, out). They are views, which would keep A and G in memory.
+        # Of A and G, (groups, in) and (groups, out), and the sizes of their entries. They are views, which
+        # would keep A and G in memory.
         self._diagonals: tuple[Tensor, ...] = ()
+        self._squares: tuple[Tensor, ...] = ()
         if self.estimated:
             groups, out, columns = self.layer.matrix_shape
-            A, G = self.state["A"], self.state["G"]
-            self._diagonals = diagonal(A, groups, columns), diagonal(G, groups, out)
+            a, g = diagonal(self.state["A"], groups, columns), diagonal(self.state["G"], groups, out)
+            self._diagonals = a, g
+            self._squares = typical_squares(a, bias=self.layer.bias), typical_squares(g, bias=False)
         super().derive()
 
     def _shifts(self, damping: Damping) -> tuple[Tensor, Tensor]:
@@ -71,11 +74,11 @@ class KroneckerCurvature(Curvature):
             split = damping_split(a.mean(-1), g.mean(-1), damping.value)
             by_A, by_G = (s.repeat_interleave(count) for s, count in zip(split, counts, strict=True))
             return by_A, by_G
-        squares = typical_squares(a, bias=self.layer.bias), typical_squares(g, bias=False)
+        root = damping.value**0.5
         by_A, by_G = (
             # Whatever is added to the rest, which is 0, it must not be 0.
-            in_blocks(damping.value**0.5 * each, count, shape[-1], rest=each[:, -1:])
-            for each, count, shape in zip(squares, counts, shapes, strict=True)
+            in_blocks(root * each, count, shape[-1], rest=each[:, -1:])
+            for each, count, shape in zip(self._squares, counts, shapes, strict=True)
         )
         return by_A, by_G
 
@@ -101,7 +104,7 @@ class KroneckerCurvature(Curvature):
     def input_units(self) -> Tensor | None:
         if not self.layer.bias:
             return None
-        squares = typical_squares(self._diagonals[0], bias=True).mean(0)
+        squares = self._squares[0].mean(0)
         units = torch.ones_like(squares)
         units[-1] = squares[0] / squares[-1]
         return units

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fop.curvature.base import AVERAGING_WEIGHT, NEVER, Curvature, Damping
+from fop.curvature.base import AVERAGING_WEIGHT, NEVER, NOISE, Curvature, Damping, adaptive_damping
 from fop.curvature.inversion import Fallback, Inversion, damped_inverses, inverses_and_flags
 from fop.transfer import Transfer
 
@@ -61,20 +61,30 @@ def may_run_ahead(device: torch.device) -> bool:
 def _finite(estimates: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """Return whether all numbers of every estimate are finite, (n,)."""
     home = estimates[0][0].device
-    largest = [
-        torch.stack([each.to(home) for each in torch._foreach_norm(of_one, torch.inf)])
-        for of_one in estimates
-    ]
-    return torch.stack([(each < torch.inf).all() for each in largest])
+    largest = [each.to(home) for of_one in estimates for each in torch._foreach_norm(of_one, torch.inf)]
+    finite = torch.stack(largest) < torch.inf
+    return torch.stack([each.all() for each in finite.split([len(of_one) for of_one in estimates])])
 
 
-def _take(estimate: Estimate, where: Tensor | None = None) -> Damping:
-    """Take an estimate into the averages, as its group says; return the damping of their inverse."""
+def _dampings(estimates: Sequence[Estimate]) -> list[Damping]:
+    """Return the damping of every estimate; what follows the noise is computed together."""
+    alike: dict[tuple[Any, ...], list[Curvature]] = {}
+    for curvature, _, group in estimates:
+        if curvature.follows_noise(group):
+            noise = curvature.state[NOISE]
+            alike.setdefault((noise.device, noise.dtype, group["step"]), []).append(curvature)
+    adaptive: dict[Curvature, Tensor] = {}
+    for (*_, step), curvatures in alike.items():
+        found = adaptive_damping(torch.stack([each.state[NOISE] for each in curvatures]), step)
+        adaptive |= zip(curvatures, found.unbind(), strict=True)
+    return [each.curvature.damping(each.group, adaptive.get(each.curvature)) for each in estimates]
+
+
+def _take(estimate: Estimate, where: Tensor | None = None) -> None:
+    """Take an estimate into the averages, as its group says."""
     curvature, tensors, group = estimate
-    # Before: adaptive damping is that of the gradients so far.
-    damping, unbiased = curvature.damping(group), group["step_length"] == "weight"
+    unbiased = group["step_length"] == "weight"
     curvature.update(tensors, group["stat_decay"], unbiased=unbiased, where=where)
-    return damping
 
 
 def next_refresh(step: int, interval: int) -> int:
@@ -155,13 +165,15 @@ class Refresher:
         due: list[tuple[Curvature, Damping, int, int]] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
-        for each, fine in zip(estimates, finite, strict=True):
+        # Before the averages change: adaptive damping is that of the gradients so far.
+        dampings = _dampings(estimates)
+        for each, damping, fine in zip(estimates, dampings, finite, strict=True):
             curvature, group = each.curvature, each.group
             if not fine:
                 refused.append(curvature)
                 continue
             fallbacks += self.finish([(curvature, None)])
-            damping = _take(each)
+            _take(each)
             later = group["inverse_delay"] and curvature.by_inversion
             if later:
                 curvature.state |= NOTHING_PENDING
@@ -189,10 +201,10 @@ class Refresher:
         attempts: list[_Attempt] = []
         matrices: list[Tensor] = []
         shifts: list[Tensor] = []
-        for each, fine in zip(estimates, finite.unbind(), strict=True):
+        for each, damping, fine in zip(estimates, _dampings(estimates), finite.unbind(), strict=True):
             curvature, state = each.curvature, each.curvature.state
             before = state.get(AVERAGING_WEIGHT), state["refreshed_at"]
-            damping = _take(each, where=fine)
+            _take(each, where=fine)
             of_this, added = curvature.matrices(damping)
             attempts.append(_Attempt(curvature, state, *before, damping, each.group["step"], len(of_this)))
             matrices += of_this

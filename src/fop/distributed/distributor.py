@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fop.binding import Binding, Bindings, Groups
+from fop.capture import scalings
 from fop.correction import SubBatchGradients
 from fop.distributed.assignment import Plan
 from fop.distributed.handshake import Description
@@ -105,19 +106,23 @@ class Distributor:
         active = [binding for binding, w in weights if w.requires_grad and w.grad is not None]
         return active, {b: b.recorder.statistics for b in active if b.recorder.due or b.recorder.statistics}
 
-    def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
-        """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
-        recorder, average = binding.recorder, binding.gradient()
-        gradients, samples = SubBatchGradients(average), max(1, recorder.samples)
-        if recorder.paired:
-            complete = binding.curvature.state.get("complete")
-            reduction = self._groups[binding.weight]["loss_reduction"]
-            gradients = recorder.sub_batches.gradients(average, complete, reduction)
-            bias = binding.bias
-            if bias is not None and not (bias.requires_grad and bias.grad is not None):
-                for difference in gradients.contrasts:
-                    binding.layer.bias_part(difference).zero_()
-        return gradients, samples
+    def gradients(self, bindings: Sequence[Binding]) -> list[tuple[SubBatchGradients, int | Tensor]]:
+        """Return the sub-batch gradients of alike owned weights, and by what they are divided for a mean."""
+        found: list[tuple[SubBatchGradients, int | Tensor]] = []
+        paired = [binding.recorder.sub_batches for binding in bindings if binding.recorder.paired]
+        scaled = iter(scalings(paired))
+        for binding in bindings:
+            recorder, average, bias = binding.recorder, binding.gradient(), binding.bias
+            gradients = SubBatchGradients(average)
+            if recorder.paired:
+                complete = binding.curvature.state.get("complete")
+                reduction = self._groups[binding.weight]["loss_reduction"]
+                gradients = recorder.sub_batches.gradients(average, complete, reduction, next(scaled))
+                if bias is not None and not (bias.requires_grad and bias.grad is not None):
+                    for difference in gradients.contrasts:
+                        binding.layer.bias_part(difference).zero_()
+            found.append((gradients, max(1, recorder.samples)))
+        return found
 
     def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
         """Return what became of the statistics of bindings, as their owners say."""

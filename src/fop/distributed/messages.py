@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fop.binding import Binding, Groups
+from fop.capture import Scaling
 from fop.correction import SubBatchGradients
 from fop.distributed.buckets import BucketedReduce, Channel, Entry, joined
 from fop.layers import Statistics
@@ -301,9 +302,10 @@ def contribution(
         clean = sub_batches.clean
         has_pair = one if clean is None else clean.to(matrix.dtype).reshape(1)
     else:
-        known = sub_batches.gradients(
-            matrix, binding.state.get("complete"), group["loss_reduction"], changed=False
-        )
+        # A hook sends it, right after the backward pass.
+        as_it_was = Scaling(one[0], one[0] > 0)
+        complete, reduction = binding.state.get("complete"), group["loss_reduction"]
+        known = sub_batches.gradients(matrix, complete, reduction, as_it_was)
         difference, has_pair = torch.zeros_like(matrix), matrix.new_zeros(1)
         if known.trusted is not None:
             difference, has_pair = known.contrasts[0] / ranks, known.trusted.to(matrix.dtype).reshape(1)

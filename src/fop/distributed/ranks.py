@@ -327,18 +327,21 @@ class Ranks(Distributor):
         means = (counts / ranks.size).clamp(min=1)
         self._samples = dict(zip(self._bindings, means.unbind(), strict=True))
 
-    def gradients(self, binding: Binding) -> tuple[SubBatchGradients, int | Tensor]:
-        """Return the sub-batch gradients of an owned weight, and by what they are divided for a mean."""
-        gradients, used = received(
-            binding,
-            self._sent[binding],
-            self._reductions.gradients(binding),
-            self._gathered.pop(binding, None),
-            ranks=self._reductions.ranks.size,
-            cumulative=binding in self._cumulative,
-        )
-        self._noted[binding] = inner([gradients.average], [gradients.average])[0], used
-        return gradients, self._samples.get(binding, 1)
+    def gradients(self, bindings: Sequence[Binding]) -> list[tuple[SubBatchGradients, int | Tensor]]:
+        """Return the sub-batch gradients of alike owned weights, and by what they are divided for a mean."""
+        found: list[tuple[SubBatchGradients, int | Tensor]] = []
+        for binding in bindings:
+            gradients, used = received(
+                binding,
+                self._sent[binding],
+                self._reductions.gradients(binding),
+                self._gathered.pop(binding, None),
+                ranks=self._reductions.ranks.size,
+                cumulative=binding in self._cumulative,
+            )
+            self._noted[binding] = inner([gradients.average], [gradients.average])[0], used
+            found.append((gradients, self._samples.get(binding, 1)))
+        return found
 
     def outcomes(self, own: Sequence[Outcome]) -> list[Outcome]:
         """Return what became of the statistics of bindings, as their owners say."""

@@ -32,9 +32,6 @@ class PackedLayer(RowLayer):
         first, count = rows.start // E, (rows.stop - rows.start) // E
         return PackedLayer(E, bias=self.bias, options=self.options, first=first, count=count)
 
-    def leading_dims(self, x: Tensor) -> int:
-        return x.dim() - 1
-
     def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
         b_RO, missing = b.flatten(0, -2), [size * self.out_dim for size in self._missing]
         product = b_RO.T @ x.flatten(0, -2).to(b.dtype)

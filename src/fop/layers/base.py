@@ -57,6 +57,8 @@ class Layer(ABC):
         sum_shapes: shapes of what `factor_sums` gives: those of the factors, unless ``swapped``.
     """
 
+    # Which dimensions of the input count samples or positions; those of a single sample are none.
+    leading = slice(None, -1)
     # Dimension of the gradient matrix along which the bias follows the weight.
     bias_dim = 2
     # Whether `factor_sums` has the two factors the other way round than the block, see `Statistics`.
@@ -101,10 +103,6 @@ class Layer(ABC):
     # What a kind of layer must say
 
     @abstractmethod
-    def leading_dims(self, x: Tensor) -> int:
-        """Return how many leading dimensions of input x count samples or positions; 0 without a batch."""
-
-    @abstractmethod
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         """Return the gradient matrix Σ b āᵀ of these samples; x and b with the batch as dim 0."""
 
@@ -135,10 +133,6 @@ class Layer(ABC):
         """Return (groups, out, in) in the layout of the weight, whose shape is ``shape``."""
         return matrix.reshape(shape)
 
-    def weight_part(self, matrix: Tensor) -> Tensor:
-        """Return what of a gradient matrix belongs to the weight."""
-        return matrix.narrow(self.bias_dim, 0, matrix.shape[self.bias_dim] - self.bias)
-
     def bias_part(self, matrix: Tensor) -> Tensor:
         """Return what of a gradient matrix belongs to the bias."""
         return matrix.narrow(self.bias_dim, -1, 1)
@@ -159,7 +153,8 @@ class Layer(ABC):
     def from_matrix(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what of a gradient matrix belongs to weight and bias, in their shapes."""
         bias = matrix.narrow(self.bias_dim, -1, 1).reshape(self.bias_shape) if self.bias else None
-        return self.weight_from_matrix(self.weight_part(matrix), weight.shape), bias
+        entries = matrix.narrow(self.bias_dim, 0, matrix.shape[self.bias_dim] - self.bias)
+        return self.weight_from_matrix(entries, weight.shape), bias
 
 
 class RowLayer(Layer):

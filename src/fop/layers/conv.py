@@ -26,6 +26,7 @@ class ConvLayer(RowLayer):
         out_dim = module.out_channels // module.groups
         in_dim = module.in_channels // module.groups * self.taps
         super().__init__(module.groups, out_dim, in_dim, bias=bias, options=options)
+        self.leading = slice(None, -1 - self.spatial)
         self.weight_shape, self.pads = tuple(module.weight.shape), _pads(module)
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
         # What `_taps` returned last, and for which input.
@@ -35,9 +36,6 @@ class ConvLayer(RowLayer):
         self.gaps = self.mode == "constant" and any(map(any, self.pads))
         # Otherwise the module pads its input itself.
         self.owns_backward = self.mode == "constant" and all(before == after for before, after in self.pads)
-
-    def leading_dims(self, x: Tensor) -> int:
-        return x.dim() - 1 - self.spatial
 
     def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
         x = x.to(b.dtype) if self.owns_backward else self._padded(x.to(b.dtype))

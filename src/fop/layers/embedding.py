@@ -19,6 +19,7 @@ class EmbeddingLayer(Layer):
     """
 
     by_index = True
+    leading = slice(None)
 
     def __init__(self, module: nn.Embedding, options: LayerOptions, *, tied: bool) -> None:
         self.tokens, self.features = tokens, features = module.num_embeddings, module.embedding_dim
@@ -31,9 +32,6 @@ class EmbeddingLayer(Layer):
             (1, tokens),
             (1, features) if diagonal else factor_shape(1, features, options.block_dim),
         )
-
-    def leading_dims(self, x: Tensor) -> int:
-        return x.dim()
 
     def gradient(self, x: Tensor, b: Tensor) -> Tensor:
         ids, b_RD = x.reshape(-1), b.reshape(-1, self.features)

@@ -22,9 +22,6 @@ class LinearLayer(RowLayer):
         super().__init__(1, out_dim, in_dim, bias=bias, options=options)
         self.transposed = transposed
 
-    def leading_dims(self, x: Tensor) -> int:
-        return x.dim() - 1
-
     def gradients(self, x: Tensor, b: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
         # Not flatten, which vectorized Jacobians do not know.
         rows = b.shape[:-1].numel()

@@ -32,12 +32,10 @@ class NormLayer(Layer):
         self.trailing = isinstance(module, nn.LayerNorm | nn.RMSNorm)
         shape = tuple(module.weight.shape)
         super().__init__(1, 1 + bias, prod(shape), bias=bias, options=options)
+        self.leading = slice(None, -len(shape)) if self.trailing else slice(0, 1)
         self.bias_shape = shape
         self.matrix_shape = 1, self.out_dim, self.in_dim
         self.sum_shapes = self.factor_shapes = (self.matrix_shape,)
-
-    def leading_dims(self, x: Tensor) -> int:
-        return x.dim() - len(self.bias_shape) if self.trailing else 1
 
     @staticmethod
     def normalised(module: nn.Module, x: Tensor) -> Tensor:
