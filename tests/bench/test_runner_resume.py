@@ -200,6 +200,7 @@ def complete(out: Path, expected: list[Record]) -> None:
     assert by_identity == {identity(record): result(record) for record in expected}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sitting", [1, 7, 10])
 def test_minutes_end_a_sitting_anywhere_and_the_next_goes_on(
     tmp_path: Path, whole: list[Record], sitting: int

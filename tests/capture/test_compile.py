@@ -153,6 +153,7 @@ def test_every_order_of_compiling_and_constructing(given: str, when: str) -> Non
     assert (breaks() <= 1 and graphs() <= 2) if given == "parameters" else (graphs(), breaks()) == (1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [FOP, KFAC])
 def test_bare_parameters_of_a_model_that_may_not_break(make: type[FOP]) -> None:
     """fullgraph=True makes an error of a graph break."""
@@ -200,6 +201,7 @@ def sentences(n: int, seed: int, length: int = 4) -> tuple[Tensor, Tensor]:
     return ids, torch.randn(n, length, 9, dtype=torch.float64, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_batches_of_changing_size(dynamic: bool | None) -> None:
     """The pair is split by the size of the batch that runs, not of the one that was traced."""
@@ -227,6 +229,7 @@ class Positions(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 6])
 def test_positions_are_never_taken_for_samples(n: int) -> None:
     """Not even with as many samples as positions."""
@@ -393,6 +396,7 @@ def test_attention_compiled_in_mid_training_says_why_it_has_no_pair() -> None:
     assert all(torch.isfinite(value).all() for value in weights(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True])
 def test_sequences_first(told: bool) -> None:
     """Which dimension counts samples is not seen in a graph: by `layer_options` the pair is right."""
@@ -416,6 +420,7 @@ def test_sequences_first(told: bool) -> None:
 # --- one optimizer after the other, and copies -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["model", "forward", "parameters"])
 def test_the_next_optimizer_of_a_compiled_model(given: str) -> None:
     """A graph that was traced with one optimizer serves the next."""
@@ -481,6 +486,7 @@ def test_copies_never_feed_the_optimizer(way: str, traced: bool) -> None:
     check_kept_pair(optimizer)
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_trains_with_an_optimizer_of_its_own() -> None:
     model = mlp()
     forward = compiled(model)
