@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from fop.capture import hooks, recorder, sub_batches
+from fop.capture import hooks, recorder
 from fop.curvature import inversion, kronecker, refresh
+from fop.distributed import distributor
 from fop.layers.conv import ConvLayer
 from fop.layers.linear import LinearLayer
 from fop.optimizer import FOP
@@ -37,7 +38,7 @@ FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
     (recorder.Recorder, "record", "hooks"),
     (hooks.Hook, "__call__", "hooks"),
     (recorder._LayerFunction, "backward", "hooks"),
-    (sub_batches.SubBatches, "gradients", "gradients of the sub-batches"),
+    (distributor.Distributor, "gradients", "gradients of the sub-batches"),
     (refresh.Refresher, "refresh", "averages"),
     (inversion, "inverses_and_flags", "inversion"),
     (kronecker.KroneckerCurvature, "solve", "products with factors"),
