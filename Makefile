@@ -38,7 +38,8 @@ demo: $(STAMP)
 # Two at a time; OMP_NUM_THREADS keeps each to one core.
 test test-all: export OMP_NUM_THREADS = 1
 
-# Without what is marked slow, most cases of tests that have many, and without Trainer, accelerate and Lightning, whose imports alone take long.
+# Without what is marked slow, and most cases of tests that have many; without Trainer, accelerate and Lightning, whose
+# imports alone take long.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not many" --ignore tests/integrations
 

@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import gc
+import random
 from collections import defaultdict
 
 import pytest
@@ -19,12 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     families = defaultdict(list)
     for item in items:
         families[item.nodeid.partition("[")[0]].append(item)
-    for cases in families.values():
+    for name, cases in families.items():
         kept = min(len(cases), max(AT_LEAST, len(cases) // ONE_IN))
-        for n, item in enumerate(cases):
-            # Spread evenly: neighbours are alike.
-            if n and n * kept // len(cases) == (n - 1) * kept // len(cases):
-                item.add_marker(pytest.mark.many)
+        # The same in every worker; every so many would always be of the same kind.
+        for item in random.Random(name).sample(cases, len(cases) - kept):
+            item.add_marker(pytest.mark.many)
 
 
 def pytest_collection_finish() -> None:

@@ -752,8 +752,7 @@ class FOP(JoinableOptimizer, Optimizer):
                     buffer = mine(state["momentum_buffer"])
                     momentum = options["momentum"] if self._kl_scale is None else momentum_of(options)
                     torch.addcmul(u, buffer, momenta(momentum)[n], out=buffer)
-                    # Not in place: it may be a part of the gradient.
-                    u = torch.add(u, buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
+                    u = u.add_(buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
                 us[-1].append(u)
         turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
         if by_weight:

@@ -136,6 +136,25 @@ def changed(rank: int) -> Weights:
     return weights(model)
 
 
+def scaled(rank: int) -> Weights:
+    """Without a wrapper p.grad is sent in the step: the halves follow what was done to it since the pass."""
+    trained: list[Weights] = []
+    for scale in (1.0, 2.0**-16):
+        model = mlp()
+        optimizer = FOP(model, distributed={"pair": "halves"})
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model, *batch(6, 10 * step + rank)).backward()
+            torch._foreach_mul_([param.grad for param in model.parameters()], scale)
+            optimizer.step()
+        assert why_kfac(optimizer) == {}
+        trained.append(weights(model))
+    one, other = trained
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-10, atol=0.0)
+    return other
+
+
 class Forked(nn.Module):
     """A layer that each rank uses or does not."""
 
@@ -180,6 +199,7 @@ SCRIPTS: dict[str, tuple[int, Callable[[int], Weights]]] = {
     "uneven-both-joined": (3, partial(uneven, kind=FOP, joined="both", mode="compatible")),
     "uneven-kfac": (3, partial(uneven, kind=KFAC, joined="ddp", mode="compatible")),
     "changed": (2, changed),
+    "scaled": (3, scaled),
     "forked": (2, partial(forked, wrap=True, mode="compatible")),
     "forked-lean": (2, partial(forked, wrap=True, mode="lean")),
     "forked-plain": (2, partial(forked, wrap=False, mode="compatible")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from typing import NamedTuple
@@ -277,52 +277,47 @@ class SubBatches:
         assert weight is not None
         return self._layer.to_matrix(weight, bias[0] if bias else None)
 
-    def measure(self, param: Tensor, gradient: Tensor) -> list[Tensor]:
-        """Return five numbers of a gradient that together tell a scaling from any other change.
+    def measure(self, param: Tensor, gradient: Tensor, *, again: bool = False) -> list[Tensor]:
+        """Return numbers of a gradient that together tell a scaling from any other change, 0-dim.
 
         The 2-norm, the 1-norm (clipped elements), the sum (added ones), and the product with the gradient of
-        the first sub-batch (signs and order), and the norm of that; no product for a bias in split passes.
+        the first sub-batch (signs and order), 0 for a bias in split passes; ``again`` the norm of that, too.
         """
         flat = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        two = torch.linalg.vector_norm(flat)
-        product = length = torch.zeros_like(two)
         first: Tensor | None = None
         if self.sums.first:
             if param is self._params[0]:
                 first, _ = self._layer.from_matrix(self.sums.first[0], param)
         elif self._earlier:
             first = self._earlier[0].get(param)
-        if first is not None:
-            first = first.reshape(-1).to(flat.dtype)
-            product, length = flat.reshape(-1) @ first, torch.linalg.vector_norm(first)
-        return [two, torch.linalg.vector_norm(flat, 1), flat.sum(), product, length]
+        measured = [torch.linalg.vector_norm(flat), torch.linalg.vector_norm(flat, 1), flat.sum()]
+        if first is None:
+            return measured + [torch.zeros_like(measured[0])] * (1 + again)
+        first = first.reshape(-1).to(flat.dtype)
+        measured.append(flat.reshape(-1) @ first)
+        return [*measured, torch.linalg.vector_norm(first)] if again else measured
 
 
-def scalings(seen: Sequence[SubBatches]) -> list[Scaling | None]:
-    """Return what became of each p.grad since the backward pass; None where none was measured.
+def scalings(all_sub_batches: Iterable[SubBatches]) -> dict[SubBatches, Scaling]:
+    """Return what became of each p.grad since the backward pass, where one was measured.
 
-    All are on one device.
+    All are on one device and of one dtype.
     """
-    rows: dict[int, list[list[Tensor]]] = {}
-    for n, each in enumerate(seen):
-        measured = [(p, p.grad, was) for p, was in each.measures.items() if p.grad is not None]
-        if measured:
-            rows[n] = [[*was, *each.measure(p, gradient)] for p, gradient, was in measured]
-    found: list[Scaling | None] = [None] * len(seen)
+    rows: dict[SubBatches, list[list[Tensor]]] = {}
+    for each in all_sub_batches:
+        known = [(p, p.grad, was) for p, was in each.measures.items() if p.grad is not None]
+        if known and (each.sums.first or any(each._earlier)):
+            rows[each] = [[*was, *each.measure(p, gradient, again=True)] for p, gradient, was in known]
     if not rows:
-        return found
+        return {}
     # Of a weight and of its bias; zeros for none.
-    width = max(map(len, rows.values()))
-    filled = [
-        (*of_one, *[[torch.zeros_like(of_one[0][0])] * 10] * (width - len(of_one)))
-        for of_one in rows.values()
-    ]
-    numbers = torch.stack([x for of_one in filled for row in of_one for x in row]).view(
-        len(rows), width, 2, 5
-    )
-    length = numbers[:, :, 1:, 4].clamp(min=torch.finfo(numbers.dtype).tiny)
-    # The component along the first sub-batch.
-    was, now = torch.cat([numbers[..., :3], numbers[..., 3:4] / length[..., None]], -1).unbind(2)
+    width, zero = max(map(len, rows.values())), torch.zeros_like(next(iter(rows.values()))[0][0])
+    filled = [(*of_one, *[[zero] * 9] * (width - len(of_one))) for of_one in rows.values()]
+    numbers = torch.stack([x for of_one in filled for row in of_one for x in row]).view(len(rows), width, 9)
+    was, now, length = numbers.split([4, 4, 1], dim=-1)
+    for each_time in (was, now):
+        # The component along the first sub-batch.
+        each_time[..., 3:] /= length.clamp(min=torch.finfo(length.dtype).tiny)
     # One scale for weight and bias, from the Euclidean norm of both.
     norms = torch.linalg.vector_norm(torch.stack([was[..., 0], now[..., 0]]), dim=-1)
     scale = torch.nan_to_num(norms[1] / norms[0], nan=0.0, posinf=0.0)
@@ -330,6 +325,5 @@ def scalings(seen: Sequence[SubBatches]) -> list[Scaling | None]:
     two, one = now[..., :1], now[..., 1:2]
     differs_by = (now - scale[:, None, None] * was).abs()
     alone = differs_by <= _SAME_DIRECTION * torch.cat([two, one, two, two], dim=-1)
-    for n, by, nothing_else in zip(rows, scale.unbind(), alone.flatten(1).all(1).unbind(), strict=True):
-        found[n] = Scaling(by, nothing_else)
-    return found
+    found = map(Scaling, scale.unbind(), alone.flatten(1).all(1).unbind())
+    return dict(zip(rows, found, strict=True))

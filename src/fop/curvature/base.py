@@ -41,17 +41,17 @@ class Damping(NamedTuple):
 
 
 def adaptive_damping(noise: Tensor, step: int) -> Tensor:
-    """Return the damping that fits the noise shares ν of n weights, (n,), from their `NOISE`, (n, 2).
+    """Return the damping that fits the noise share ν of weights, from their `NOISE`, (..., 2).
 
     The mean eigenvalue of F̂ is that of F divided by 1 - ν: each factor gets (1 - ν)^(-½) - 1 times its own.
     Where steps of all eigendirections are equally long and noise has the covariance F, as it has for the
     log-likelihood, the step with F + δI, δ in proportion to ν / (1 - ν), has the least expected error. λ is
     from 0.01 to 81, and 0.01 as long as no noise was measured.
 
-    After n steps ν counts by 1 - 0.9ⁿ. At the start a gradient is small and nearly all noise, and after a few
+    After t steps ν counts by 1 - 0.9ᵗ. At the start a gradient is small and nearly all noise, and after a few
     steps no longer; what heavy damping costs until then a short training does not make up for.
     """
-    of_noise, whole = noise.unbind(1)
+    of_noise, whole = noise.unbind(-1)
     share = (1 - NOISE_DECAY**step) * (of_noise / whole).clamp(max=1 - LEAST_SIGNAL)
     root = ((1 - share).rsqrt() - 1).clamp(min=LEAST_DAMPING**0.5)
     return torch.where(whole > 0, root.square(), LEAST_DAMPING)
@@ -169,18 +169,21 @@ class Curvature(ABC):
         self.derive()
 
     def follows_noise(self, group: Mapping[str, Any]) -> bool:
-        """Return whether the damping of a parameter group is that of the noise, and noise was looked for."""
+        """Return whether the damping of a parameter group is that of the noise, which sub-batches show."""
         paired = group["beta"] != 0.0 and group["sub_batches"] > 1
         return group["damping"] == "adaptive" and paired and NOISE in self.state
 
     def damping(self, group: Mapping[str, Any], adaptive: Tensor | None = None) -> Damping:
-        """Return the damping of a parameter group; ``adaptive`` is `adaptive_damping`, if it is known."""
+        """Return the damping of a parameter group; "adaptive" is λ = 0.01 without sub-batches.
+
+        ``adaptive`` is `adaptive_damping` of the weight, if it is known already.
+        """
         value, relative = group["damping"], group["damping_kind"] == "relative"
         if value == "adaptive":
             value = LEAST_DAMPING
             if self.follows_noise(group):
-                alone = adaptive_damping(self.state[NOISE][None], group["step"]) if adaptive is None else None
-                value = adaptive if alone is None else alone[0]
+                alone = adaptive is None
+                value = adaptive_damping(self.state[NOISE], group["step"]) if alone else adaptive
         return Damping(value, relative)
 
     def derive(self) -> None:

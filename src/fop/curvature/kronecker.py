@@ -56,9 +56,9 @@ class KroneckerCurvature(Curvature):
         return [self.state["A"], self.state["G"]], list(self._shifts(damping))
 
     def derive(self) -> None:
-        # Of A and G, (groups, in) and (groups, out), and the sizes of their entries. They are views, which
-        # would keep A and G in memory.
+        # Of A and G, (groups, in) and (groups, out). They are views, which would keep A and G in memory.
         self._diagonals: tuple[Tensor, ...] = ()
+        # `typical_squares` of these.
         self._squares: tuple[Tensor, ...] = ()
         if self.estimated:
             groups, out, columns = self.layer.matrix_shape

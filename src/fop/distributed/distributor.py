@@ -109,15 +109,15 @@ class Distributor:
     def gradients(self, bindings: Sequence[Binding]) -> list[tuple[SubBatchGradients, int | Tensor]]:
         """Return the sub-batch gradients of alike owned weights, and by what they are divided for a mean."""
         found: list[tuple[SubBatchGradients, int | Tensor]] = []
-        paired = [binding.recorder.sub_batches for binding in bindings if binding.recorder.paired]
-        scaled = iter(scalings(paired))
+        scaled = scalings(binding.recorder.sub_batches for binding in bindings if binding.recorder.paired)
         for binding in bindings:
             recorder, average, bias = binding.recorder, binding.gradient(), binding.bias
             gradients = SubBatchGradients(average)
             if recorder.paired:
                 complete = binding.curvature.state.get("complete")
                 reduction = self._groups[binding.weight]["loss_reduction"]
-                gradients = recorder.sub_batches.gradients(average, complete, reduction, next(scaled))
+                scaling = scaled.get(recorder.sub_batches)
+                gradients = recorder.sub_batches.gradients(average, complete, reduction, scaling)
                 if bias is not None and not (bias.requires_grad and bias.grad is not None):
                     for difference in gradients.contrasts:
                         binding.layer.bias_part(difference).zero_()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fop.binding import Binding, Groups
-from fop.capture import Scaling
+from fop.capture import Scaling, scalings
 from fop.correction import SubBatchGradients
 from fop.distributed.buckets import BucketedReduce, Channel, Entry, joined
 from fop.layers import Statistics
@@ -284,8 +284,9 @@ def contribution(
     rank: int,
     ranks: int,
     parity: bool,
+    in_step: bool,
 ) -> list[Tensor]:
-    """Return what a rank sends of ``matrix``, the gradient of its own batch.
+    """Return what a rank sends of ``matrix``, the gradient of its own batch, ``in_step`` or after a pass.
 
     By ``parity`` the rank's side says to which sub-batch its gradient belongs (Algorithm 1); otherwise its
     own batch is split in two, and the pair is the mean over the ranks.
@@ -302,10 +303,10 @@ def contribution(
         clean = sub_batches.clean
         has_pair = one if clean is None else clean.to(matrix.dtype).reshape(1)
     else:
-        # A hook sends it, right after the backward pass.
-        as_it_was = Scaling(one[0], one[0] > 0)
+        # Until the step p.grad may be scaled.
+        scaling = scalings([sub_batches]).get(sub_batches) if in_step else Scaling(one[0], one[0] > 0)
         complete, reduction = binding.state.get("complete"), group["loss_reduction"]
-        known = sub_batches.gradients(matrix, complete, reduction, as_it_was)
+        known = sub_batches.gradients(matrix, complete, reduction, scaling)
         difference, has_pair = torch.zeros_like(matrix), matrix.new_zeros(1)
         if known.trusted is not None:
             difference, has_pair = known.contrasts[0] / ranks, known.trusted.to(matrix.dtype).reshape(1)

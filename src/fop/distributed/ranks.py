@@ -204,7 +204,9 @@ class Ranks(Distributor):
         bindings = [binding for binding in reversed(self._bindings) if binding.weight.requires_grad]
         return bindings, {binding: self._sending(binding) for binding in bindings}
 
-    def _contribution(self, binding: Binding, gradients: Mapping[Tensor, Tensor]) -> list[Tensor]:
+    def _contribution(
+        self, binding: Binding, gradients: Mapping[Tensor, Tensor], *, in_step: bool = False
+    ) -> list[Tensor]:
         bias = None if binding.bias is None else gradients.get(binding.bias)
         return contribution(
             binding,
@@ -214,6 +216,7 @@ class Ranks(Distributor):
             rank=dist.get_rank(self.group),
             ranks=dist.get_world_size(self.group),
             parity=self._by_parity,
+            in_step=in_step,
         )
 
     def _added(self, binding: Binding, before: list[Tensor], now: list[Tensor]) -> list[Tensor]:
@@ -315,7 +318,7 @@ class Ranks(Distributor):
                 if binding in not_averaged and binding.weight.grad is not None:
                     trained = [param for param in binding.params if param.requires_grad]
                     gradients = {param: param.grad for param in trained if param.grad is not None}
-                    pieces = self._contribution(binding, gradients)
+                    pieces = self._contribution(binding, gradients, in_step=True)
                 self._reductions.send(binding, pieces or [], self._outgoing)
         self._reductions.flush()
 

@@ -57,7 +57,7 @@ class Layer(ABC):
         sum_shapes: shapes of what `factor_sums` gives: those of the factors, unless ``swapped``.
     """
 
-    # Which dimensions of the input count samples or positions; those of a single sample are none.
+    # Which dimensions of the input count samples or positions; an input without a batch has none of them.
     leading = slice(None, -1)
     # Dimension of the gradient matrix along which the bias follows the weight.
     bias_dim = 2
