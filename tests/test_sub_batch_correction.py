@@ -15,7 +15,7 @@ from fop.correction import SubBatchGradients, contrasts, helmert
 from fop.curvature.inversion import damped_inverses, mean_eigenvalue
 from fop.curvature.kronecker import damping_split
 from internals import Direction, direction
-from models import assert_equal, batch, conv_net, mlp, weights
+from models import assert_equal, batch, conv_net, loss_of, mlp, weights
 from reference import correct, dense_damped_fisher, dense_fisher, unvec, vec
 
 DAMPING = 1e-2
@@ -291,3 +291,17 @@ def step_once(model: nn.Module, optimizer: FOP, seed: int) -> None:
     optimizer.zero_grad()
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_no_correction_of_a_gradient_that_was_split(count: int) -> None:
+    """``beta=0.0`` is set between backward pass and step: the step is K-FAC's."""
+    models = mlp(), mlp()
+    optimizer, kfac = FOP(models[0], sub_batches=count, **OPTIONS), KFAC(models[1], **OPTIONS)
+    for model in models:
+        loss_of(model, *batch(12, 0)).backward()
+    optimizer.param_groups[0]["beta"] = 0.0
+    optimizer.step()
+    kfac.step()
+    for name, value in weights(models[1]).items():
+        torch.testing.assert_close(weights(models[0])[name], value, rtol=1e-12, atol=1e-14)

@@ -218,7 +218,7 @@ def combine(
         [torch.stack(of_contrasts).mean(0) / (2 * (len(D) + 1)) * unit * unit, B * unit * unit], 1
     )
     best = [ratio(D[0], E[0][0], otherwise=0.0)] if len(D) == 1 else mixing_coefficients(D, E)
-    mixing = best if beta is None else [torch.full_like(B, beta)]
+    mixing = best if beta is None else [torch.full_like(B, beta)] * len(D)
     updates: Tensors = natural
     alignment, squared_norm, explained = B, B, torch.zeros_like(B)
     for j, coefficient in enumerate(mixing):

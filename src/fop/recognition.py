@@ -89,7 +89,7 @@ class Recogniser:
         self._watched = True
         return begin_watch(module, args, self.sees, self.passes), kwargs
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, *_: Any) -> None:
         """End a call, which is watched if it was the first to begin."""
         end_watch(module, self.sees)
 

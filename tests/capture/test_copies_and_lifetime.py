@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.hooks import RemovableHandle
 
 from fop import FOP, KFAC
 from internals import Batch, ConvLayer, Layer, LinearLayer
@@ -261,6 +262,27 @@ def test_saved_model_names_no_class_of_the_library(kind: str, tmp_path: Path) ->
         }
     assert "torch.nn.modules.container" in named
     assert not [module for module in named if module.split(".")[0] == "fop"]
+
+
+@models
+@pytest.mark.parametrize("bare", [False, True])
+def test_model_of_another_process_trains_as_its_copy(
+    kind: str, bare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There numbers of hooks begin at 0 again, and hooks of here may have those of the pickled ones."""
+    # Above those of hooks that live here.
+    start = RemovableHandle.next_id + 1000
+    monkeypatch.setattr(RemovableHandle, "next_id", start)
+    model = make(kind)
+    optimizer = FOP(model, **OPTIONS)
+    train(model, optimizer, kind, range(2))
+    saved, twin = pickle.dumps(model), copy.deepcopy(model)
+    train(twin, FOP(twin, **OPTIONS), kind, range(3))
+    for first in range(10):
+        monkeypatch.setattr(RemovableHandle, "next_id", start + first)
+        loaded = pickle.loads(saved)
+        train(loaded, FOP(loaded.parameters() if bare else loaded, **OPTIONS), kind, range(3))
+        assert_equal(weights(loaded), weights(twin))
 
 
 @pytest.mark.slow

@@ -32,15 +32,16 @@ class FirstForwardHook:
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._handle = register_module_forward_pre_hook(self._before)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    # ``kwargs`` if the module comes from another process, with a hook of this number that took them.
+    def _before(self, module: nn.Module, args: tuple[Any, ...], *kwargs: Mapping[str, Any]) -> Any:
         # Whoever records or exports a model wants nothing else in it, and may run it with other parameters.
         if not is_exporting() and current_trace() is None:
-            return self._show(module, args)
+            return self._show(module, args, *kwargs)
         return None
 
     # A look at a whole model is nothing to trace; the next call of the model is compiled without it.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _show(self, module: nn.Module, args: tuple[Any, ...], *kwargs: Mapping[str, Any]) -> Any:
         seen = self._seen()
         if seen is None:
             self.remove()
@@ -51,8 +52,8 @@ class FirstForwardHook:
                 return None
             # Its children's own forward passes, which follow, need no look of their own.
             self._known.update(module.modules())
-            entered = seen(module, args, _keywords(module))
-            return None if entered is None else entered[0]
+            entered = seen(module, args, kwargs[0] if kwargs else _keywords(module))
+            return entered if entered is None or kwargs else entered[0]
         return None
 
     def remove(self) -> None:

@@ -37,7 +37,11 @@ BatchSize: TypeAlias = Callable[..., int]
 
 
 class Hook(Generic[Target]):
-    """A hook that calls a method of its target, held by weak reference; a copy of the hook does nothing."""
+    """A hook that calls a method of its target, held by weak reference; a copy of the hook does nothing.
+
+    A module that was pickled in another process has copies, whose numbers hooks of this one may have: these
+    are then given keyword arguments, as the copies were, even where they did not ask for them.
+    """
 
     def __init__(self, target: Target, method: Callable[..., Any]) -> None:
         self.target: Callable[[], Target | None] = weakref.ref(target)
@@ -134,13 +138,13 @@ class ModelWatch:
             batch.tell(self.batch_size(*args, **kwargs))
         thread.running.append(batch)
 
-    def leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, root: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         """End a forward pass."""
         thread = self.thread.state
         if thread.running:
             batch = thread.running.pop()
             if not torch.compiler.is_compiling():
-                outputs = {x.shape[0] for x in tensors_in([output]) if x.dim() > 0}
+                outputs = {x.shape[0] for x in tensors_in(rest[-1:]) if x.dim() > 0}
                 if batch.size not in outputs:
                     batch.doubt(outputs)
 
@@ -322,7 +326,7 @@ class FunctionUse(ModuleUse):
             self.follow_shards(recorder, owner)
         return begin_watch(module, args, self.sees), kwargs
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, *_: Any) -> None:
         end_watch(module, self.sees)
 
     def sees(self, call: FunctionCall) -> bool:

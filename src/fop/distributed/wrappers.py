@@ -72,7 +72,7 @@ class Wrappers:
         group = None if sharded is None else fsdp_group(sharded)
         return group is None or bool(group.reduce_grads)
 
-    def running(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def running(self, module: nn.Module, *_: Any) -> None:
         """Look for a DistributedDataParallel in whose forward pass the model runs."""
         ddp = None if torch.compiler.is_compiling() else running_ddp()
         if ddp is not None and ddp.module is module:
