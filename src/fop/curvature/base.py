@@ -178,13 +178,12 @@ class Curvature(ABC):
 
         ``adaptive`` is `adaptive_damping` of the weight, if it is known already.
         """
-        value, relative = group["damping"], group["damping_kind"] == "relative"
+        value = group["damping"]
         if value == "adaptive":
-            value = LEAST_DAMPING
-            if self.follows_noise(group):
-                alone = adaptive is None
-                value = adaptive_damping(self.state[NOISE], group["step"]) if alone else adaptive
-        return Damping(value, relative)
+            if adaptive is None and self.follows_noise(group):
+                adaptive = adaptive_damping(self.state[NOISE], group["step"])
+            value = LEAST_DAMPING if adaptive is None else adaptive
+        return Damping(value, group["damping_kind"] == "relative")
 
     def derive(self) -> None:
         """Compute what follows from the averages, and what goes with them: they are others, or have moved."""
