@@ -35,6 +35,7 @@ TOP = BINDING | {"options", "report", "distributed"}
 MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
     "transfer": set(),
+    "graphs": set(),
     "correction": set(),
     "layers": {"layers"},
     "capture": CAPTURE,
@@ -45,13 +46,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recognition": CAPTURE,
     "binding": BINDING,
     "options": {"torch_internals"},
-    "report": BINDING,
+    "report": BINDING | {"graphs"},
     "state": BINDING | {"options"},
     "adamw": {"capture", "step_size"},
     "amp": {"torch_internals"},
     "presets": set(),
     "distributed": TOP,
-    "optimizer": TOP | {"state", "adamw", "amp", "presets"},
+    "optimizer": TOP | {"state", "adamw", "amp", "graphs", "presets"},
     "__init__": {"optimizer", "presets"},
 }
 

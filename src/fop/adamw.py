@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,9 +47,10 @@ def adamw_step(
     if not fused and bool(refused):
         return refused
     steps = [states[param]["step"] for param in params]
-    by_rate: dict[float, list[int]] = {}
+    rate_of = functools.cache(functools.partial(adamw_rate, group))
+    by_rate: dict[float | Tensor, list[int]] = {}
     for n, param in enumerate(params):
-        by_rate.setdefault(adamw_rate(group, states[param].get(INITIAL_SIZE, 0.0)), []).append(n)
+        by_rate.setdefault(rate_of(states[param].get(INITIAL_SIZE, 0.0)), []).append(n)
     for rate, alike in by_rate.items():
         adamw(
             [weights[n] for n in alike],

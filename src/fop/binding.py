@@ -76,7 +76,7 @@ class Binding:
         self.last: Update | None = None
         self.length: Tensor | None = None
         # Steps, and those of them with sub-batch gradients that were believed, counted on the device.
-        self._noted = 0
+        self.noted = 0
         self._trusted: Tensor | None = None
 
     @property
@@ -145,16 +145,16 @@ class Binding:
         self.last = update._replace(matrix=update.length, reason=reason)
         if not self.corrected:
             return
-        self._noted += 1
+        self.noted += 1
         if update.trusted is not None:
-            before = (
-                update.trusted.new_zeros((), dtype=torch.long) if self._trusted is None else self._trusted
-            )
-            self._trusted = before + update.trusted
+            if self._trusted is None:
+                self._trusted = update.trusted.new_zeros((), dtype=torch.long)
+            # In place, so that replays of a captured step count.
+            self._trusted += update.trusted
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
-        count = self._noted - (0 if self._trusted is None else int(self._trusted))
+        count = self.noted - (0 if self._trusted is None else int(self._trusted))
         if count == 0 or self.last is None or not self.last.reason:
             return count, None
         trusted = self.last.trusted

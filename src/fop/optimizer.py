@@ -40,6 +40,7 @@ from fop.distributed import (
     make_distributor,
 )
 from fop.distributed.options import DistributedLike, checked_distribution, portable
+from fop.graphs import Rates, capturing, check_capturable, check_capture
 from fop.layer_options import LayerChoices, LayerOptionsLike
 from fop.layers import FunctionCall, Statistics
 from fop.options import (
@@ -80,6 +81,7 @@ from fop.step_size import (
     momentum_of,
     noise_share,
     row_products,
+    same_rate,
     scale_updates,
     signed_rate,
     turn,
@@ -176,6 +178,9 @@ class FOP(JoinableOptimizer, Optimizer):
             `torch.nn.utils.clip_grad_norm_`; None for no clip.
         batch_size: a function from the arguments of the model to the number of samples in the batch, such as
             ``lambda x, mask: len(x)``. If not given, dim 0 of the model's tensor inputs, where they agree.
+        capturable: whether steps without a curvature update can be captured in a `torch.cuda.CUDAGraph` and
+            taken by `replay`: curvature and learning rates then stay where they are in memory. For one
+            process, ``step_length="weight"`` and ``inverse_delay=0`` (docs/guides/cuda-graphs.md).
         distributed: how ranks of `torch.distributed` train one model together, a dict with any of ``mode``,
             ``pair``, ``group``, ``factor_dtype`` and ``ranks_per_node`` (docs/distributed.md); False if every
             rank trains a model of its own.
@@ -225,6 +230,7 @@ class FOP(JoinableOptimizer, Optimizer):
         max_grad_norm: float | None = DEFAULTS["max_grad_norm"],
         layer_options: LayerOptionsLike | None = None,
         batch_size: BatchSize | None = None,
+        capturable: bool = False,
         distributed: DistributedLike = None,
         **unknown: NoReturn,
     ) -> None:
@@ -234,8 +240,10 @@ class FOP(JoinableOptimizer, Optimizer):
         defaults, schedules = split_schedules(resolved(options))
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
+        if capturable:
+            check_capturable(defaults, type(self).__name__)
         groups, root, names = normalise(params)
-        self._begin(layer_options, batch_size, schedules)
+        self._begin(layer_options, batch_size, schedules, capturable)
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
         retrace()
@@ -265,7 +273,10 @@ class FOP(JoinableOptimizer, Optimizer):
         layer_options: LayerOptionsLike | None,
         batch_size: BatchSize | None,
         schedules: dict[str, Schedule],
+        capturable: bool,
     ) -> None:
+        if not isinstance(capturable, bool):
+            raise TypeError(f"capturable={capturable!r} must be True or False")
         if batch_size is not None and not callable(batch_size):
             raise TypeError(
                 f"batch_size={batch_size!r} must be a function from the arguments of the model to the number "
@@ -280,6 +291,8 @@ class FOP(JoinableOptimizer, Optimizer):
         self._default_schedules = schedules
         self._places: Places = {}
         self._kl_scale: Tensor | None = None
+        # Only where steps may be captured.
+        self._rates = Rates() if capturable else None
         self._refusals = Refusals()
         self._warned: set[tuple[str, Fallback]] = set()
         # Of each group, the options that were checked last.
@@ -348,7 +361,9 @@ class FOP(JoinableOptimizer, Optimizer):
             self._take_over()
 
     def _check_fixed(self, options: Mapping[str, Any], place: str) -> None:
-        """Raise ValueError for an option that is another than that of this class of optimizers."""
+        """Raise ValueError for an option that this class of optimizers, or a captured step, cannot have."""
+        if self._rates is not None:
+            check_capturable(options, place)
         for name, value in self._fixed.items():
             if options.get(name, value) != value:
                 kind, other = type(self).__name__, options[name]
@@ -452,7 +467,7 @@ class FOP(JoinableOptimizer, Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # noqa: PLR0912 - checks first
         """Update the parameters from their gradients.
 
         A layer (or, on the AdamW path, all parameters) whose gradient is not finite is left as it is, with
@@ -481,6 +496,8 @@ class FOP(JoinableOptimizer, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self._groups()
+        if next(iter(groups)).is_cuda:
+            check_capture(capturable=self._rates is not None, due=self.curvature_due)
         for param in groups:
             if param.grad is not None and param.grad.layout is not torch.strided:
                 raise ValueError(
@@ -522,10 +539,12 @@ class FOP(JoinableOptimizer, Optimizer):
             if schedules:
                 now = {name: schedule(group["step"]) for name, schedule in schedules.items()}
                 group.update(checked({"damping_kind": group["damping_kind"], **now}))
-        groups = self._groups()
+        groups = self._groups() if self._rates is None else self._rates.of(self.param_groups)
         loss_scale = unscale(self, groups) if hasattr(self, "found_inf") else None
         # Parameters may have been replaced since the last step.
         distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
+        if self._rates is not None and type(distributor) is not Distributor:
+            raise RuntimeError("capturable=True is for one process; leave it out on several ranks")
 
         for binding in self._bindings.by_weight.values():
             recorder, gradient = binding.recorder, binding.weight.grad
@@ -572,20 +591,51 @@ class FOP(JoinableOptimizer, Optimizer):
             binding.by_adamw = not (binding.curvature.ready or binding in refused)
         moved = {param for binding in active if not binding.by_adamw for param in binding.params}
         if len(moved) < len(groups):
-            self._step_adamw(moved)
+            self._step_adamw(moved, groups)
 
         if self._bindings.recogniser.open or any(binding.by_adamw for binding in active):
             self._bindings.settle()
         if self._bindings.searching:
             self._bindings.give_up([param for param in groups if param.grad is not None])
         for group in self.param_groups:
-            group["step"] += 1
+            # A capture computes nothing.
+            group["step"] += self._rates is None or not capturing()
             group["last_lr"] = group["lr"]
+        # With the new count: those on the device are copies.
+        groups = self._groups()
         for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
             binding.schedule(groups[binding.weight])
         self._prepare()
         self._places = {param: (param.device, param.dtype) for param in groups if param in self.state}
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Take a step that was captured, forward and backward pass included, in a CUDA graph.
+
+        In place of `step` where `curvature_due` is False. Learning rates are those of now, other options, and
+        whether rates are scheduled, those of the capture. What is not finite is refused without a warning.
+
+        Raises:
+            RuntimeError: without ``capturable=True``, if the curvature is due, or if a newer optimizer has
+                replaced this one. Nothing has been changed then.
+        """
+        if self._retired:
+            raise RuntimeError(self._retired)
+        if self._rates is None:
+            raise RuntimeError("replay() needs an optimizer that was made with capturable=True")
+        if self.curvature_due:
+            raise RuntimeError(
+                "the curvature is due in this step, and a graph does not renew it: take this step by "
+                "backward() and step(), and replay where optimizer.curvature_due is False"
+            )
+        self._rates.fill(self.param_groups)
+        graph.replay()
+        groups = self._groups()
+        for group in self.param_groups:
+            group["step"] += 1
+        for binding in self._bindings.by_weight.values():
+            binding.noted += binding.corrected
+            binding.schedule(groups[binding.weight])
 
     def _refresh_curvature(
         self,
@@ -618,6 +668,9 @@ class FOP(JoinableOptimizer, Optimizer):
                     binding.schedule_refresh(groups[binding.weight])
                 if was_refused:
                     refused.append(binding)
+            if self._rates is not None:
+                for estimate in estimates:
+                    estimate.curvature.stay_in_place()
         if refused or earlier or fallbacks:
             names = {binding.curvature: binding.name for binding in own}
             of_layers = [(names[c], fallback) for c, fallback in fallbacks if c in names]
@@ -679,13 +732,14 @@ class FOP(JoinableOptimizer, Optimizer):
                     parts = [b.parts(each.average) for b, each in zip(owners, gradients, strict=True)]
                     slopes = along_gradients(parts, self.state)
                 along = torch.stack([*slopes, alignment], 1).unbind()
-            scaled = alignment * float(group["lr"]) ** 2
+            scaled = alignment * group["lr"] ** 2
             scalars = zip(*(v.unbind() for v in (scaled, mixing, eta_used, directions.rho)), strict=True)
             for n, (binding, (length, beta_used, eta_of, rho)) in enumerate(
                 zip(owners, scalars, strict=True)
             ):
                 one, unit = gradients[n], units[n]
-                if binding.bias is not None and groups[binding.bias]["lr"] != group["lr"]:
+                own = group if binding.bias is None else groups[binding.bias]
+                if own is not group and not same_rate(own, group):
                     length = binding.squared_length(matrices[n], one.average, groups)
                 updates[binding] = Update(
                     matrices[n],
@@ -720,8 +774,12 @@ class FOP(JoinableOptimizer, Optimizer):
         # Numbers for those that move and those that stay; tensors, as torch.where of two numbers would round
         # them to float32.
         chosen = functools.cache(
-            lambda yes, no: torch.where(good, like.new_full((), yes), like.new_full((), no)).unbind()
+            lambda yes, no: torch.where(good, number(yes), like.new_full((), no)).unbind()
         )
+
+        def number(value: float | Tensor) -> Tensor:
+            return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
         # This rank's part, where parameters are sharded.
         sharded = hasattr(bindings[0].weight, "to_local")
         mine: Callable[[Tensor], Tensor] = local if sharded else (lambda tensor: tensor)
@@ -837,17 +895,16 @@ class FOP(JoinableOptimizer, Optimizer):
                 turns[binding.bias] = None, rate if options is group else factor * signed_rate(options)
         return turns
 
-    def _step_adamw(self, done: set[Tensor]) -> None:
+    def _step_adamw(self, done: set[Tensor], groups: dict[Tensor, dict[str, Any]]) -> None:
         """Step every other parameter that is trained and has a gradient."""
-        for group in self.param_groups:
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for param in group["params"]:
-                wanted = param.requires_grad and param.grad is not None and param.numel()
-                if wanted and param not in done:
-                    alike.setdefault((param.device, param.dtype), []).append(param)
-            for params in alike.values():
-                refused = adamw_step(params, group, self.state, self._distributor.any)
-                self._refusals.count((f"all {len(params)} AdamW parameters of a group",), ~refused[None])
+        alike: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
+        for param, group in groups.items():
+            wanted = param.requires_grad and param.grad is not None and param.numel()
+            if wanted and param not in done:
+                alike.setdefault((id(group), param.device, param.dtype), []).append(param)
+        for params in alike.values():
+            refused = adamw_step(params, groups[params[0]], self.state, self._distributor.any)
+            self._refusals.count((f"all {len(params)} AdamW parameters of a group",), ~refused[None])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and forget what was recorded with them.
@@ -1004,6 +1061,7 @@ class FOP(JoinableOptimizer, Optimizer):
         own = {
             "layer_options": self._bindings.choices.given,
             "batch_size": self._bindings.batch_size,
+            "capturable": self._rates is not None,
             "schedules": self._schedules,
             "distribution": portable(self._distribution),
         }
@@ -1015,7 +1073,10 @@ class FOP(JoinableOptimizer, Optimizer):
         if "_bindings" not in self.__dict__:
             assert own is not None
             self._distribution = own[0]["distribution"]
-            self._begin(own[0]["layer_options"], own[0].get("batch_size"), own[1])
+            given = own[0]
+            self._begin(
+                given["layer_options"], given.get("batch_size"), own[1], given.get("capturable", False)
+            )
             self._schedules = own[0]["schedules"]
             fresh = True
         super().__setstate__(state)

@@ -109,7 +109,7 @@ _ELSEWHERE = {
     "amsgrad": "leave it out; the AdamW path has no such variant",
     "foreach": "leave it out; the optimizer chooses its kernels",
     "fused": "leave it out; the optimizer chooses its kernels",
-    "capturable": "leave it out; a step cannot be captured in a CUDA graph",
+    "capturable": "capturable is an argument of the constructor",
     "differentiable": "leave it out; a step cannot be differentiated",
     "dampening": "leave it out; momentum is that of torch.optim.SGD without dampening",
     "decoupled_weight_decay": "leave it out; weight_decay is always decoupled",

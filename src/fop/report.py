@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fop.binding import Binding, Bindings
 from fop.curvature import Fallback
+from fop.graphs import capturing
 from fop.step_size import UNMEASURED
 from fop.torch_internals import outside
 from fop.transfer import Transfer
@@ -147,7 +148,12 @@ class Refusals:
         self._sent: list[tuple[tuple[str, ...], Transfer]] = []
 
     def count(self, names: tuple[str, ...], finite: Tensor) -> None:
-        """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once."""
+        """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once.
+
+        A captured step does not count: replays would write into memory that is another's by then.
+        """
+        if capturing():
+            return
         key = names, finite.device
         self._counts[key] = (~finite).int() + self._counts.get(key, 0)
         if finite.device.type == "cpu":

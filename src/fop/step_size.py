@@ -336,19 +336,26 @@ def momentum_of(group: Mapping[str, Any]) -> float:
     return momentum * float(group["last_lr"] / group["lr"])
 
 
-def signed_rate(group: Mapping[str, Any]) -> float:
+def signed_rate(group: Mapping[str, Any]) -> float | Tensor:
     """Return the learning rate, negative if it goes up."""
-    return float(-group["lr"] if group["maximize"] else group["lr"])
+    rate: float | Tensor = group["lr"]
+    return -rate if group["maximize"] else rate
 
 
-def adamw_rate(group: Mapping[str, Any], size: float = 0.0) -> float:
+def same_rate(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two groups have one learning rate; those on a device are not read."""
+    same: bool = not isinstance(one["lr"], Tensor) and one["lr"] == other["lr"]
+    return same
+
+
+def adamw_rate(group: Mapping[str, Any], size: float = 0.0) -> float | Tensor:
     """Return the AdamW path's learning rate, which follows the schedule of ``lr``.
 
     An entry moves by about the rate. With ``step_length="weight"`` and a ``size``, the root mean square of a
     parameter's entries, it is at most ``lr`` times that: so far a weight moves on the FOP path, too.
     """
-    if group["base_lr"]:
-        rate: float = group["adamw_lr"] * group["lr"] / group["base_lr"]
-    else:
-        rate = group["adamw_lr"] if group["lr"] > 0 else 0.0
-    return min(rate, group["lr"] * size) if size and group["step_length"] == "weight" else rate
+    lr, adamw_lr = group["lr"], group["adamw_lr"]
+    rate: float | Tensor = adamw_lr * lr / group["base_lr"] if group["base_lr"] else adamw_lr * (lr > 0)
+    if not size or group["step_length"] != "weight":
+        return rate
+    return torch.minimum(rate, lr * size) if isinstance(rate, Tensor) else min(rate, lr * size)

@@ -37,7 +37,6 @@ NAMES: dict[str, str] = {
     "epsilon": "use eps",
     "foreach": "leave it out",
     "fused": "leave it out",
-    "capturable": "CUDA graph",
     "differentiable": "cannot be differentiated",
     "amsgrad": "leave it out",
     "dampening": "torch.optim.SGD",

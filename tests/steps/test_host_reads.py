@@ -265,34 +265,33 @@ def test_no_step_syncs_cuda(options: str, interval: int) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_plain_step_in_a_cuda_graph_is_the_same() -> None:
-    """Forward and backward pass and step, recorded once and replayed, against steps as they come."""
+def test_plain_steps_in_a_cuda_graph_are_the_same() -> None:
+    """Forward and backward pass and step, captured once and replayed, against steps as they come."""
 
     def run(graph: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model, x = mixed_model().cuda(), torch.randn(6, 2, 5, 5, device="cuda")
-        optimizer = FOP(model, curvature_interval=10**6)
-        until_no_curvature_is_due(model, optimizer, x)
+        optimizer = FOP(model, curvature_interval=4, capturable=True)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=30)
+        stream, recorded = torch.cuda.Stream(), None
 
         def step() -> None:
             optimizer.zero_grad()
             backward(model, x)
             optimizer.step()
 
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        if not graph:
-            for _ in range(5):
-                step()
-        else:
-            recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(recorded):
-                step()
-            for _ in range(5):
-                recorded.replay()
+        for n in range(30):
+            if optimizer.curvature_due or n < 20 or not graph:
+                with torch.cuda.stream(stream):
+                    step()
+                torch.cuda.current_stream().wait_stream(stream)
+            else:
+                if recorded is None:
+                    recorded = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(recorded):
+                        step()
+                optimizer.replay(recorded)
+            schedule.step()
         return [p.detach().clone() for p in model.parameters()]
 
     for one, two in zip(run(True), run(False), strict=True):

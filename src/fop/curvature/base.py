@@ -95,6 +95,8 @@ class Curvature(ABC):
     def load(self, state: dict[str, Any]) -> None:
         """Use another state."""
         self.state = state
+        # Where tensors are that captured steps read, by name.
+        self._places: dict[str, Tensor] = {}
         self.ready = self.held
         self.derive()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
@@ -191,6 +193,25 @@ class Curvature(ABC):
             # Always there, so that torch.distributed.checkpoint knows where to load it to.
             self.state.setdefault(NOISE, self.state[self.averages[0]].new_zeros(2))
             self.trace, self.units = self.fisher_trace(), self.input_units()
+
+    def stay_in_place(self) -> None:
+        """Put what is new where the old was, for a captured step reads it there."""
+        for name, now in self.state.items():
+            if isinstance(now, Tensor):
+                self.state[name] = self._put(name, now)
+        # Of tensors that are kept, not of the new ones.
+        self.derive()
+        if self.estimated:
+            self.trace = self._put("trace", self.trace)
+            self.units = None if self.units is None else self._put("units", self.units)
+
+    def _put(self, name: str, now: Tensor) -> Tensor:
+        place = self._places.get(name)
+        if place is None or (place.device, place.dtype, place.shape) != (now.device, now.dtype, now.shape):
+            self._places[name] = now
+        elif place is not now:
+            place.copy_(now)
+        return self._places[name]
 
     @abstractmethod
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:

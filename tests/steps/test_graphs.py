@@ -1,0 +1,298 @@
+"""Captured steps: a recording of every operation of a step, replayed, takes the same steps.
+
+A CUDA graph holds which kernels run on which memory, and none of Python; so does `Recording`, on the CPU.
+What a GPU would refuse to capture is in `test_host_reads`, which captures a real graph where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fop import FOP, KFAC
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Let torch say that a CUDA graph is being captured."""
+    names = "cuda.is_current_stream_capturing", "cuda.is_initialized", "backends.cuda.is_built"
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch(f"torch.{name}", lambda: True))
+        # Of tensors on the CPU torch would read the rate itself; on a GPU the kernel does.
+        stack.enter_context(mock.patch("torch._fused_adamw_", torch.ops.aten._fused_adamw_.tensor_lr))
+        yield
+
+
+class Recording(TorchDispatchMode):
+    """Runs operations and can run them again, on the same tensors, as often as wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], Mapping[str, Any], Any]] = []
+
+    @classmethod
+    def of(cls, step: Callable[[], None], model: nn.Module, optimizer: FOP) -> Recording:
+        """Return the recording of a step, which leaves all as it was, as a capture does."""
+        kept = [*model.parameters(), *model.buffers()]
+        kept += [each for each in tree_leaves(list(optimizer.state.values())) if isinstance(each, Tensor)]
+        before = [each.detach().clone() for each in kept]
+        with as_captured(), cls() as recording:
+            step()
+        with torch.no_grad():
+            for each, old in zip(kept, before, strict=True):
+                each.copy_(old)
+        return recording
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self._calls:
+            aliases = [each.alias_info for each in function._schema.returns]
+            if any(alias is not None and not alias.is_write for alias in aliases):
+                continue  # a view of what is there
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old is not new:
+                    old.copy_(new)
+
+
+class Network(nn.Module):
+    """Layers of several kinds, and parameters that take AdamW, of which some are matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.linear, self.out = nn.Linear(36, 8), nn.Linear(8, 3, bias=False)
+        self.mix = nn.Parameter(torch.eye(8) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(self.norm(self.conv(x)).relu().flatten(1)).tanh()
+        logits: Tensor = self.out(hidden @ self.mix)
+        return logits
+
+
+BATCH = torch.randn(12, 16, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(3, (12, 16), generator=torch.Generator().manual_seed(2))
+# Of steps 0 to 40; the curvature of step 8 is followed by one in step 12, and so on.
+INTERVAL, STEPS = 4, 30
+
+Make = Callable[..., FOP]
+
+
+def by_groups(model: nn.Module, **options: Any) -> FOP:
+    """Biases have a group of their own."""
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("bias")]
+    return FOP([{"params": rest}, {"params": biases, "lr": 0.1}], **options)
+
+
+def train(make: Make, *, replayed: bool, scheduled: bool, **options: Any) -> list[Tensor]:
+    """Return the parameters after every step; those of plain steps come from replays if wanted."""
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = make(model, curvature_interval=INTERVAL, capturable=True, **options)
+    # The schedule of all steps; annealing is then the schedule's.
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.8) if scheduled else None
+    x, y = BATCH[0].clone(), LABELS[0].clone()
+    recording: Recording | None = None
+    history, replays = [], 0
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.5)
+        optimizer.step()
+
+    for n in range(STEPS):
+        x.copy_(BATCH[n % len(BATCH)])
+        y.copy_(LABELS[n % len(LABELS)])
+        if optimizer.curvature_due or n < 10 or not replayed:
+            step()
+        else:
+            recording = recording or Recording.of(step, model, optimizer)
+            optimizer.replay(recording)  # type: ignore[arg-type]
+            replays += 1
+        if scheduler is not None:
+            scheduler.step()
+        history.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert replays == (15 if replayed else 0)
+    return history
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (FOP, {}),
+        (KFAC, {}),
+        (FOP, {"weight_decay": 0.1, "momentum": 0.0}),
+        (FOP, {"maximize": True, "sub_batches": 3}),
+        (FOP, {"max_grad_norm": 0.1, "loss_reduction": "sum"}),
+        (by_groups, {"weight_decay": 0.1}),
+        (FOP, {"layer_options": {"*": {"max_factor_dim": 5}, nn.BatchNorm2d: {"path": "fop"}}}),
+    ],
+)
+def test_replayed_steps_are_the_same(make: Make, options: dict[str, Any], scheduled: bool) -> None:
+    eager, replayed = (train(make, replayed=which, scheduled=scheduled, **options) for which in (False, True))
+    for n, (one, two) in enumerate(zip(eager, replayed, strict=True)):
+        assert torch.equal(one, two), f"step {n}"
+
+
+@pytest.mark.parametrize("make", [FOP, by_groups])
+def test_steps_are_those_of_another_optimizer(make: Make) -> None:
+    """Rates on the device round as those on the host, but for sums with them."""
+
+    def last(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = Network().double()
+        optimizer = make(model, weight_decay=0.1, **options)
+        for x, y in zip(BATCH.double(), LABELS, strict=True):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(last(capturable=True), last(), rtol=1e-12, atol=1e-14)
+
+
+def plain_step() -> tuple[nn.Module, FOP, Recording]:
+    """Return a recorded step of a small network."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    optimizer = FOP(model, curvature_interval=1000, capturable=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    while optimizer.curvature_due:
+        step()
+    return model, optimizer, Recording.of(step, model, optimizer)
+
+
+def test_replays_count_as_steps() -> None:
+    _, optimizer, recording = plain_step()
+    (before,) = optimizer.diagnostics().layers.values()
+    step = optimizer.param_groups[0]["step"]
+    while not optimizer.curvature_due:
+        optimizer.replay(recording)  # type: ignore[arg-type]
+    (after,) = optimizer.diagnostics().layers.values()
+    taken = optimizer.param_groups[0]["step"] - step
+    assert taken > 0
+    assert before.steps_since_curvature is not None
+    assert after.steps_since_curvature == before.steps_since_curvature + taken
+    assert after.kfac_steps == before.kfac_steps
+
+
+def test_curvature_that_is_due_is_not_replayed() -> None:
+    model, optimizer, recording = plain_step()
+    optimizer.request_curvature()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"backward\(\) and step\(\)"):
+        optimizer.replay(recording)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_replay_needs_the_option() -> None:
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        FOP(nn.Linear(3, 2)).replay(Recording())  # type: ignore[arg-type]
+
+
+def test_a_replaced_optimizer_does_not_replay() -> None:
+    model, optimizer, recording = plain_step()
+    FOP(model)
+    with pytest.raises(RuntimeError, match="was replaced"):
+        optimizer.replay(recording)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"step_length": "paper"}, "step_length='paper'"),
+        ({"inverse_delay": 2}, "inverse_delay=2"),
+    ],
+)
+def test_options_that_cannot_be_captured(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        FOP(nn.Linear(3, 2), capturable=True, **options)
+
+
+def test_an_option_set_later_that_cannot_be_captured() -> None:
+    model, optimizer, _ = plain_step()
+    before = deepcopy(model.state_dict())
+    optimizer.param_groups[0]["inverse_delay"] = 3
+    model(torch.randn(8, 3)).square().mean().backward()
+    with pytest.raises(ValueError, match="inverse_delay=3"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_wrong_type_of_the_option() -> None:
+    with pytest.raises(TypeError, match="capturable=1 "):
+        FOP(nn.Linear(3, 2), capturable=1)  # type: ignore[arg-type]
+
+
+HINTS = [(False, "capturable=True"), (True, "curvature_due is False")]
+
+
+@pytest.mark.parametrize(("capturable", "hint"), HINTS)
+def test_steps_that_cannot_be_captured(capturable: bool, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = FOP(model, capturable=capturable)
+    model(torch.randn(8, 3)).square().mean().backward()
+    before = deepcopy(model.state_dict())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    with as_captured(), pytest.raises(RuntimeError, match=hint):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_copy_can_be_captured_too() -> None:
+    optimizer = FOP(nn.Linear(3, 2), capturable=True)
+    assert deepcopy(optimizer)._rates is not None
+    assert deepcopy(FOP(nn.Linear(3, 2)))._rates is None
+
+
+def test_moved_models_go_on() -> None:
+    """Tensors that are elsewhere, or of another dtype, have a new place."""
+    model, optimizer, _ = plain_step()
+    model.double()
+    optimizer.request_curvature()
+    x = torch.randn(8, 3, dtype=torch.float64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    state = optimizer.state[model.weight]
+    assert {state[name].dtype for name in ("A", "G", "A_inv", "G_inv")} == {torch.float64}
+
+
+def test_the_option_is_of_the_constructor() -> None:
+    with pytest.raises(ValueError, match="capturable is an argument of the constructor"):
+        FOP([{"params": nn.Linear(3, 2).parameters(), "capturable": True}])
+
+
+def test_parameters_of_two_devices() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).to("meta"))
+    optimizer = FOP(model, capturable=True)
+    model[0](torch.randn(8, 3)).square().mean().backward()
+    with pytest.raises(ValueError, match="on cpu, meta; a graph is of one device"):
+        optimizer.step()
