@@ -1,4 +1,4 @@
-"""Every notebook of docs/tutorials runs, and its last cell asserts what the page claims."""
+"""Every notebook of docs/tutorials runs (`make notebooks`), and its last cell asserts what the page claims."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 named = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-# Of the extra test-integrations, which `make test` does without.
+# Of the extra test-integrations.
 NEEDED = {"7-lightning-optuna": ("lightning", "optuna")}
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 @named
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nbclient", "ipykernel", *NEEDED.get(path.stem, ())):

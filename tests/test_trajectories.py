@@ -28,10 +28,7 @@ SAME = [
     ["clip", "max-grad-norm"],
     ["frozen", "frozen-parameters"],
     ["groups", "resume-groups"],
-    ["ranks2-ddp", "ranks2-lean", "ranks2-plain", "ranks2-fsdp"],
-    ["ranks2-ddp-halves", "ranks2-lean-halves", "ranks2-plain-halves"],
-    ["ranks2-ddp-delay", "ranks2-lean-delay"],
-    ["ranks4-ddp-halves", "ranks4-lean-halves"],
+    ["ranks2-ddp", "ranks2-fsdp"],
 ]
 GROUP = {name: number for number, same in enumerate(SAME) for name in same}
 

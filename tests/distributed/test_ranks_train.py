@@ -12,8 +12,8 @@ from versions import fsdp_on_cpu
 QUICK = [(3, "lean"), (4, "ddp")]
 SLOW = {
     2: ["max-norm-fsdp", "synced-lean", "accumulated-lean", "accumulated-fsdp"],
-    3: ["ddp", "plain", "fsdp", "kfac", "sum", "accumulated", "accumulated-fsdp", "synced-lean", "labels"],
-    4: ["lean", "plain", "fsdp", "kfac-lean", "groups-lean", "synced"],
+    3: ["plain", "fsdp", "kfac", "sum", "accumulated-fsdp", "synced-lean", "labels"],
+    4: ["lean", "fsdp", "groups-lean"],
 }
 CORE = {"ddp", "lean", "plain", "fsdp", "fsdp-layers"}
 
