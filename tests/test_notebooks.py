@@ -1,4 +1,4 @@
-"""Every notebook of docs/tutorials runs (`make notebooks`), and its last cell asserts what the page claims."""
+"""Every notebook of docs/tutorials runs (`make notebooks`); its last cell asserts what the page claims."""
 
 from __future__ import annotations
 
