@@ -52,6 +52,8 @@ def adamw_step(
     for n, param in enumerate(params):
         by_rate.setdefault(rate_of(states[param].get(INITIAL_SIZE, 0.0)), []).append(n)
     for rate, alike in by_rate.items():
+        # CUDA's kernel reads a float32.
+        rate = rate.float() if isinstance(rate, Tensor) and rate.is_cuda else rate
         adamw(
             [weights[n] for n in alike],
             [gradients[n] for n in alike],

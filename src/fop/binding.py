@@ -54,6 +54,7 @@ class Binding:
         by_adamw: whether the last gradient came without curvature, so that AdamW took the step.
         looked_for: whether functions were looked for, as nobody saw the modules run.
         seen: whether the modules knew of the last gradient.
+        counted: steps, and those of them with sub-batch gradients that were believed, on the device.
         length: by which share of its norm the weight moved last, 0-dim; None with the paper's steps.
     """
 
@@ -75,9 +76,7 @@ class Binding:
         self.lean = self.by_adamw = self.looked_for = self.seen = False
         self.last: Update | None = None
         self.length: Tensor | None = None
-        # Steps, and those of them with sub-batch gradients that were believed, counted on the device.
-        self.noted = 0
-        self._trusted: Tensor | None = None
+        self.counted: tuple[int, Tensor | None] = (0, None)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -145,16 +144,16 @@ class Binding:
         self.last = update._replace(matrix=update.length, reason=reason)
         if not self.corrected:
             return
-        self.noted += 1
+        noted, trusted = self.counted
         if update.trusted is not None:
-            if self._trusted is None:
-                self._trusted = update.trusted.new_zeros((), dtype=torch.long)
-            # In place, so that replays of a captured step count.
-            self._trusted += update.trusted
+            before = update.trusted.new_zeros((), dtype=torch.long) if trusted is None else trusted
+            trusted = before + update.trusted
+        self.counted = noted + 1, trusted
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
-        count = self.noted - (0 if self._trusted is None else int(self._trusted))
+        noted, trusted = self.counted
+        count = noted - (0 if trusted is None else int(trusted))
         if count == 0 or self.last is None or not self.last.reason:
             return count, None
         trusted = self.last.trusted

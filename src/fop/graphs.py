@@ -1,9 +1,8 @@
-"""Steps in a CUDA graph: learning rates that a captured step reads from the device."""
+"""Steps in a CUDA graph: rates that a captured step reads from the device, and what a graph cannot follow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -24,28 +23,70 @@ class Rates:
 
     def fill(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take the rates of now, unless this would be captured, and done again by every replay."""
-        if capturing():
-            return
-        devices = {str(param.device) for group in groups for param in group["params"]}
+        params = [param for group in groups for param in group["params"]]
+        devices = {param.device for param in params}
         if len(devices) > 1:
             raise ValueError(
-                f"capturable=True, and the parameters are on {', '.join(sorted(devices))}; a graph is of one "
-                "device: put them all on one, or leave capturable out"
+                f"capturable=True, and the parameters are on {', '.join(sorted(map(str, devices)))}; a graph "
+                "is of one device: put them all on one, or leave capturable out"
             )
-        for index, group in enumerate(groups):
-            device = group["params"][0].device
-            dtype = reduce(torch.promote_types, (param.dtype for param in group["params"]), torch.float32)
-            if index == len(self._held):
-                self._held.append(torch.empty((), dtype=dtype, device=device))
-            elif (self._held[index].device, self._held[index].dtype) != (device, dtype):
-                self._held[index] = torch.empty((), dtype=dtype, device=device)
-            self._held[index].fill_(group["lr"])
+        wide = any(param.dtype in (torch.float64, torch.complex128) for param in params)
+        like = torch.empty(
+            (), dtype=torch.float64 if wide else torch.float32, device=next(iter(devices), None)
+        )
+        fits = len(self._held) == len(groups) and all(
+            (held.device, held.dtype) == (like.device, like.dtype) for held in self._held
+        )
+        if capturing():
+            if not fits:
+                raise RuntimeError(
+                    "parameters are new, or have moved: take one step that is not captured before the capture"
+                )
+            return
+        if not fits:
+            self._held = [torch.empty_like(like) for _ in groups]
+        for held, group in zip(self._held, groups, strict=True):
+            held.fill_(group["lr"])
 
     def of(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Return the group of every parameter, with the rate on the device as its ``lr``."""
         self.fill(groups)
         own = [{**group, "lr": rate} for group, rate in zip(groups, self._held, strict=True)]
         return {param: group for group in own for param in group["params"]}
+
+
+class Read:
+    """What a captured step reads and cannot follow; holding it keeps its memory as long as the graph may run.
+
+    ``options`` are those of every group, ``states`` the optimizer's, ``params`` the parameters.
+    """
+
+    def __init__(
+        self, options: list[Any], states: Mapping[Tensor, Mapping[str, Any]], params: Iterable[Tensor]
+    ) -> None:
+        self._options = options
+        self._states = {param: dict(state) for param, state in states.items()}
+        self._tensors = [v for state in states.values() for v in state.values() if isinstance(v, Tensor)]
+        self._trained = [(param, param.requires_grad) for param in params]
+
+    def differs(self, other: Read) -> str:
+        """Return what is another in ``other``, and "" if nothing is."""
+        if len(self._trained) != len(other._trained) or any(
+            one is not two or before != now
+            for (one, before), (two, now) in zip(self._trained, other._trained, strict=True)
+        ):
+            return "which parameters are trained"
+        if len(self._tensors) != len(other._tensors) or any(
+            one is not two for one, two in zip(self._tensors, other._tensors, strict=True)
+        ):
+            return "the optimizer's state (loaded, moved, or new)"
+        return "" if self._options == other._options else "options in param_groups"
+
+    def restore(self, states: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Put the states back as they were, in place."""
+        for param, state in states.items():
+            state.clear()
+            state.update(self._states.get(param, {}))
 
 
 def check_capturable(options: Mapping[str, Any], place: str) -> None:
@@ -62,12 +103,20 @@ def check_capturable(options: Mapping[str, Any], place: str) -> None:
         )
 
 
-def check_capture(*, capturable: bool, due: bool) -> None:
+def check_capture(params: Sequence[Tensor], *, capturable: bool, due: bool, scaled: bool) -> None:
     """Raise RuntimeError where a step is being captured that cannot be."""
-    if not capturing():
-        return
     if not capturable:
         raise RuntimeError("a step is captured in a CUDA graph; make the optimizer with capturable=True")
+    if scaled:
+        raise RuntimeError(
+            "a step with a GradScaler cannot be captured: whether it is skipped is decided on the host; "
+            "use bfloat16, which needs no scaler"
+        )
+    if any(param.is_complex() for param in params):
+        raise RuntimeError(
+            "a step with complex parameters cannot be captured: their AdamW reads a flag on the host; leave "
+            "them out, or capture no steps"
+        )
     if due:
         raise RuntimeError(
             "this step renews the curvature, which no CUDA graph can hold: capture one in which "

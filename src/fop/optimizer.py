@@ -40,11 +40,12 @@ from fop.distributed import (
     make_distributor,
 )
 from fop.distributed.options import DistributedLike, checked_distribution, portable
-from fop.graphs import Rates, capturing, check_capturable, check_capture
+from fop.graphs import Rates, Read, capturing, check_capturable, check_capture
 from fop.layer_options import LayerChoices, LayerOptionsLike
 from fop.layers import FunctionCall, Statistics
 from fop.options import (
     DEFAULTS,
+    SCHEDULED,
     ParamsLike,
     Schedule,
     check_names,
@@ -240,10 +241,10 @@ class FOP(JoinableOptimizer, Optimizer):
         defaults, schedules = split_schedules(resolved(options))
         defaults = checked(defaults)
         self._distribution = checked_distribution(distributed)
-        if capturable:
-            check_capturable(defaults, type(self).__name__)
         groups, root, names = normalise(params)
         self._begin(layer_options, batch_size, schedules, capturable)
+        if capturable:
+            check_capturable(defaults, type(self).__name__)
         self._bindings.names.update(names)
         super().__init__(groups, defaults)
         retrace()
@@ -293,6 +294,9 @@ class FOP(JoinableOptimizer, Optimizer):
         self._kl_scale: Tensor | None = None
         # Only where steps may be captured.
         self._rates = Rates() if capturable else None
+        # What the last capture has read, and what its step told of the layers.
+        self._captured: Read | None = None
+        self._diagnosed: dict[Binding, tuple[Update | None, Tensor | None]] = {}
         self._refusals = Refusals()
         self._warned: set[tuple[str, Fallback]] = set()
         # Of each group, the options that were checked last.
@@ -467,7 +471,7 @@ class FOP(JoinableOptimizer, Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # noqa: PLR0912 - checks first
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the parameters from their gradients.
 
         A layer (or, on the AdamW path, all parameters) whose gradient is not finite is left as it is, with
@@ -482,22 +486,23 @@ class FOP(JoinableOptimizer, Optimizer):
                 has been changed then; for options that were set in ``param_groups`` and are out of range.
             TypeError: for such options of the wrong type.
             RuntimeError: if a newer optimizer has replaced this one; if ``fisher="model"`` and no labels were
-                sampled for a layer whose statistics are due. Nothing has been changed then.
+                sampled for a layer whose statistics are due; in the capture of a CUDA graph, for a step that
+                cannot be captured. Nothing has been changed then.
         """
         if self._retired:
             raise RuntimeError(self._retired)
         if [*map(_options_of, self.param_groups)] != self._checked:
-            recheck(self.param_groups, self._checked)
-            for group in self.param_groups:
-                self._check_fixed(group, "a parameter group")
-            self._checked = [*map(_options_of, self.param_groups)]
+            self._check_options()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = self._groups()
-        if next(iter(groups)).is_cuda:
-            check_capture(capturable=self._rates is not None, due=self.curvature_due)
+        scaled, take_step = hasattr(self, "found_inf"), self._step
+        if any(param.is_cuda for param in groups) and capturing():
+            capturable = self._rates is not None
+            check_capture(list(groups), capturable=capturable, due=self.curvature_due, scaled=scaled)
+            take_step = self._capture
         for param in groups:
             if param.grad is not None and param.grad.layout is not torch.strided:
                 raise ValueError(
@@ -507,7 +512,7 @@ class FOP(JoinableOptimizer, Optimizer):
         if self.state.keys().isdisjoint(groups) and asks_for_state(self.param_groups, self._bindings):
             self._make_state()
             return loss
-        if hasattr(self, "found_inf"):
+        if scaled:
             self._distributor.check_scaler()
             if overflowed(self):
                 self._distributor.discard()
@@ -519,8 +524,17 @@ class FOP(JoinableOptimizer, Optimizer):
             for device_type in {param.device.type for param in groups}:
                 if torch.amp.is_autocast_available(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
-            self._step()
+            take_step()
         return loss
+
+    def _check_options(self) -> None:
+        """Raise for options that were set in ``param_groups`` since they were checked last."""
+        recheck(self.param_groups, self._checked)
+        for group in self.param_groups:
+            self._check_fixed(group, "a parameter group")
+        if self._rates is not None and type(self._distributor) is not Distributor:
+            raise ValueError("capturable=True is for one process; leave it out on several ranks")
+        self._checked = [*map(_options_of, self.param_groups)]
 
     def _check_labels(self) -> None:
         for binding in self._bindings:
@@ -543,8 +557,6 @@ class FOP(JoinableOptimizer, Optimizer):
         loss_scale = unscale(self, groups) if hasattr(self, "found_inf") else None
         # Parameters may have been replaced since the last step.
         distributor = self._distributor = self._distributor.prepare(self._bindings, groups)
-        if self._rates is not None and type(distributor) is not Distributor:
-            raise RuntimeError("capturable=True is for one process; leave it out on several ranks")
 
         for binding in self._bindings.by_weight.values():
             recorder, gradient = binding.recorder, binding.weight.grad
@@ -598,10 +610,9 @@ class FOP(JoinableOptimizer, Optimizer):
         if self._bindings.searching:
             self._bindings.give_up([param for param in groups if param.grad is not None])
         for group in self.param_groups:
-            # A capture computes nothing.
-            group["step"] += self._rates is None or not capturing()
+            group["step"] += 1
             group["last_lr"] = group["lr"]
-        # With the new count: those on the device are copies.
+        # With the new count: those with rates on the device are copies.
         groups = self._groups()
         for binding in self._bindings.by_weight.values():
             binding.recorder.clear()
@@ -609,20 +620,57 @@ class FOP(JoinableOptimizer, Optimizer):
         self._prepare()
         self._places = {param: (param.device, param.dtype) for param in groups if param in self.state}
 
+    def _read(self) -> Read:
+        """Return what a captured step reads and cannot follow."""
+        # Damping and interval are of steps that are not captured.
+        own = [name for name in DEFAULTS if name not in ("lr", *SCHEDULED)]
+        options = [[group[name] for name in own] + ["initial_lr" in group] for group in self.param_groups]
+        return Read(options, self.state, self._parameters())
+
+    def _capture(self) -> None:
+        """Take a step that is being captured: it computes nothing yet, and does not count."""
+        before, counted = self._read(), {binding: binding.counted for binding in self._bindings}
+        self._captured = None
+        self._step()
+        for group in self.param_groups:
+            group["step"] -= 1
+        groups = self._groups()
+        for binding in self._bindings:
+            binding.schedule(groups[binding.weight])
+            binding.counted = counted.get(binding, binding.counted)
+        after = self._read()
+        if before.differs(after):
+            before.restore(self.state)
+            raise RuntimeError(
+                "this step makes state, which every replay would make again (momentum of a parameter that is "
+                "new or was frozen): take one such step that is not captured before the capture"
+            )
+        self._captured = after
+        self._diagnosed = {binding: (binding.last, binding.length) for binding in self._bindings}
+
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Take a step that was captured, forward and backward pass included, in a CUDA graph.
 
-        In place of `step` where `curvature_due` is False. Learning rates are those of now, other options, and
-        whether rates are scheduled, those of the capture. What is not finite is refused without a warning.
+        In place of `step` where `curvature_due` is False; hooks of `step` do not run. Learning rates are
+        those of now. What is not finite is refused without a warning, and ``kfac_steps`` does not count it.
 
         Raises:
-            RuntimeError: without ``capturable=True``, if the curvature is due, or if a newer optimizer has
-                replaced this one. Nothing has been changed then.
+            ValueError: for options out of range, as `step`. Nothing has been changed then.
+            TypeError: likewise.
+            RuntimeError: without ``capturable=True``; if nothing was captured, or parameters, state or
+                options, but for ``lr``, ``damping`` and ``curvature_interval``, are not those of the capture;
+                if the curvature is due; if a newer optimizer has replaced this one.
         """
         if self._retired:
             raise RuntimeError(self._retired)
         if self._rates is None:
             raise RuntimeError("replay() needs an optimizer that was made with capturable=True")
+        if [*map(_options_of, self.param_groups)] != self._checked:
+            self._check_options()
+        if self._captured is None:
+            raise RuntimeError("replay() of a graph in which no step of this optimizer was captured")
+        if changed := self._captured.differs(self._read()):
+            raise RuntimeError(f"since the capture there is a change of {changed}; capture a step again")
         if self.curvature_due:
             raise RuntimeError(
                 "the curvature is due in this step, and a graph does not renew it: take this step by "
@@ -630,11 +678,13 @@ class FOP(JoinableOptimizer, Optimizer):
             )
         self._rates.fill(self.param_groups)
         graph.replay()
+        for binding, (last, length) in self._diagnosed.items():
+            binding.last, binding.length = last, length
         groups = self._groups()
         for group in self.param_groups:
             group["step"] += 1
+            group["last_lr"] = group["lr"]
         for binding in self._bindings.by_weight.values():
-            binding.noted += binding.corrected
             binding.schedule(groups[binding.weight])
 
     def _refresh_curvature(
@@ -780,6 +830,9 @@ class FOP(JoinableOptimizer, Optimizer):
         def number(value: float | Tensor) -> Tensor:
             return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
+        # Of weights that move.
+        decayed = functools.cache(lambda lr, decay: chosen(1 - lr * decay, 1.0))
+
         # This rank's part, where parameters are sharded.
         sharded = hasattr(bindings[0].weight, "to_local")
         mine: Callable[[Tensor], Tensor] = local if sharded else (lambda tensor: tensor)
@@ -814,8 +867,8 @@ class FOP(JoinableOptimizer, Optimizer):
                 us[-1].append(u)
         turns: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
         if by_weight:
-            rest = 1 - group["lr"] * group["weight_decay"]
-            left = torch.stack(chosen(rest, 1.0)) if group["weight_decay"] else None
+            decay = group["weight_decay"]
+            left = torch.stack(decayed(group["lr"], decay)) if decay else None
             weights = [mine(binding.weight) for binding in bindings]
             turns = self._turns(bindings, weights, us, updates, along, noise, radius, good, left, groups)
         for n, binding in enumerate(bindings):
@@ -823,7 +876,7 @@ class FOP(JoinableOptimizer, Optimizer):
                 options = groups[param]
                 a, b = turns.get(param) or (None, chosen(signed_rate(options), 0.0)[n])
                 if a is None and options["weight_decay"]:
-                    a = chosen(1 - options["lr"] * options["weight_decay"], 1.0)[n]
+                    a = decayed(options["lr"], options["weight_decay"])[n]
                 weight = mine(param)
                 # Half precision is rounded once.
                 moved = weight if weight.dtype == u.dtype else weight.to(u.dtype)
@@ -928,9 +981,9 @@ class FOP(JoinableOptimizer, Optimizer):
 
     @property
     def curvature_due(self) -> bool:
-        """Whether the coming step refreshes the curvature of any layer."""
-        due = [binding.recorder.due for binding in self._bindings]
-        return not due or any(due)
+        """Whether the coming step refreshes the curvature of any layer that is trained, as far as known."""
+        due = [binding.recorder.due for binding in self._bindings if binding.weight.requires_grad]
+        return any(due) if due else self._bindings.searching
 
     def request_curvature(self) -> None:
         """Refresh every layer's curvature at the coming step, for instance after new weights were loaded."""

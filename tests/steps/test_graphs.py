@@ -29,6 +29,7 @@ def as_captured() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch(f"torch.{name}", lambda: True))
+        stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True, create=True))
         # Of tensors on the CPU torch would read the rate itself; on a GPU the kernel does.
         stack.enter_context(mock.patch("torch._fused_adamw_", torch.ops.aten._fused_adamw_.tensor_lr))
         yield
@@ -103,8 +104,8 @@ def by_groups(model: nn.Module, **options: Any) -> FOP:
     return FOP([{"params": rest}, {"params": biases, "lr": 0.1}], **options)
 
 
-def train(make: Make, *, replayed: bool, scheduled: bool, **options: Any) -> list[Tensor]:
-    """Return the parameters after every step; those of plain steps come from replays if wanted."""
+def train(make: Make, *, replayed: bool, scheduled: bool, **options: Any) -> list[tuple[Tensor, str]]:
+    """Return all tensors after every step, and the diagnostics; plain steps are replays if wanted."""
     torch.manual_seed(0)
     model = Network()
     optimizer = make(model, curvature_interval=INTERVAL, capturable=True, **options)
@@ -131,7 +132,9 @@ def train(make: Make, *, replayed: bool, scheduled: bool, **options: Any) -> lis
             replays += 1
         if scheduler is not None:
             scheduler.step()
-        history.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        tensors = [*model.parameters(), *tree_leaves(list(optimizer.state.values()))]
+        flat = [each.detach().double().flatten() for each in tensors if isinstance(each, Tensor)]
+        history.append((torch.cat(flat), str(optimizer.diagnostics())))
     assert replays == (15 if replayed else 0)
     return history
 
@@ -151,8 +154,9 @@ def train(make: Make, *, replayed: bool, scheduled: bool, **options: Any) -> lis
 )
 def test_replayed_steps_are_the_same(make: Make, options: dict[str, Any], scheduled: bool) -> None:
     eager, replayed = (train(make, replayed=which, scheduled=scheduled, **options) for which in (False, True))
-    for n, (one, two) in enumerate(zip(eager, replayed, strict=True)):
+    for n, ((one, told), (two, told_of_replay)) in enumerate(zip(eager, replayed, strict=True)):
         assert torch.equal(one, two), f"step {n}"
+        assert told == told_of_replay, f"step {n}"
 
 
 @pytest.mark.parametrize("make", [FOP, by_groups])
@@ -211,6 +215,136 @@ def test_curvature_that_is_due_is_not_replayed() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def load(model: nn.Module, optimizer: FOP) -> None:
+    optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+
+
+def freeze(model: nn.Module, optimizer: FOP) -> None:
+    next(model.parameters()).requires_grad_(False)
+
+
+def add(model: nn.Module, optimizer: FOP) -> None:
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+
+
+def set_momentum(model: nn.Module, optimizer: FOP) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.5
+
+
+def double(model: nn.Module, optimizer: FOP) -> None:
+    model.double()
+    optimizer._follow_model()  # as the step does that comes before a replay
+
+
+CHANGES = {
+    load: "state",
+    freeze: "parameters are trained",
+    add: "parameters are trained",
+    set_momentum: "options",
+    double: "state",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_after_a_change_a_step_must_be_captured_again(change: Callable[[nn.Module, FOP], None]) -> None:
+    model, optimizer, recording = plain_step()
+    change(model, optimizer)
+    before, step = deepcopy(model.state_dict()), optimizer.param_groups[0]["step"]
+    with pytest.raises(RuntimeError, match=rf"change of .*{CHANGES[change]}.*; capture a step again"):
+        optimizer.replay(recording)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert optimizer.param_groups[0]["step"] == step
+
+
+def test_damping_may_change() -> None:
+    _, optimizer, recording = plain_step()
+    optimizer.param_groups[0].update(damping=0.1, curvature_interval=3)
+    optimizer.replay(recording)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [float("nan"), -5.0])
+def test_rates_out_of_range_are_not_replayed(rate: float) -> None:
+    model, optimizer, recording = plain_step()
+    before = deepcopy(model.state_dict())
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(ValueError, match="lr="):
+        optimizer.replay(recording)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_graph_without_a_step_of_the_optimizer() -> None:
+    model = nn.Linear(3, 2).requires_grad_(False)
+    optimizer = FOP(model, curvature_interval=1000, capturable=True)
+    with pytest.raises(RuntimeError, match="no step of this optimizer was captured"):
+        optimizer.replay(Recording())  # type: ignore[arg-type]
+
+
+def test_state_is_not_made_in_a_capture() -> None:
+    """A replay would make it again: momentum would be 0 before every step."""
+    model = nn.Linear(3, 2)
+    optimizer = FOP(model, momentum=0.0, curvature_interval=1000, capturable=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(8, 3)).square().mean().backward()
+        optimizer.step()
+
+    while optimizer.curvature_due:
+        step()
+    optimizer.param_groups[0]["momentum"] = 0.6
+    before = {name: set(state) for name, state in zip("wb", optimizer.state.values(), strict=True)}
+    with pytest.raises(RuntimeError, match="this step makes state"):
+        Recording.of(step, model, optimizer)
+    assert {name: set(state) for name, state in zip("wb", optimizer.state.values(), strict=True)} == before
+    step()
+    assert "momentum_buffer" in optimizer.state[model.weight]
+    while optimizer.curvature_due:
+        step()
+    Recording.of(step, model, optimizer)
+
+
+def test_a_new_group_takes_a_usual_step_first() -> None:
+    model, optimizer, _ = plain_step()
+    add(model, optimizer)
+    model(torch.randn(8, 3)).square().mean().backward()
+    with as_captured(), pytest.raises(RuntimeError, match="not captured before the capture"):
+        optimizer.step()
+
+
+def test_a_frozen_layer_does_not_keep_the_curvature_due() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    optimizer = FOP(model, curvature_interval=1000, capturable=True)
+    for _ in range(3):  # the curvature is renewed in steps 0, 1, 2 and 4
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+    assert not optimizer.curvature_due
+
+
+def test_a_group_without_parameters() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = FOP([{"params": list(model.parameters())}, {"params": []}], capturable=True)
+    before = model.weight.detach().clone()
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+    FOP([{"params": []}], capturable=True).step()
+    FOP([{"params": []}]).step()
+
+
+def test_one_process_only() -> None:
+    class Several(type(FOP(nn.Linear(3, 2))._distributor)):  # type: ignore[misc]
+        """Stands for that of several ranks."""
+
+    model = nn.Linear(3, 2)
+    optimizer = FOP(model, capturable=True)
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer._distributor = Several(None, optimizer)
+    with pytest.raises(ValueError, match="capturable=True is for one process"):
+        optimizer.step()
+
+
 def test_replay_needs_the_option() -> None:
     with pytest.raises(RuntimeError, match="capturable=True"):
         FOP(nn.Linear(3, 2)).replay(Recording())  # type: ignore[arg-type]
@@ -250,16 +384,12 @@ def test_wrong_type_of_the_option() -> None:
         FOP(nn.Linear(3, 2), capturable=1)  # type: ignore[arg-type]
 
 
-HINTS = [(False, "capturable=True"), (True, "curvature_due is False")]
-
-
-@pytest.mark.parametrize(("capturable", "hint"), HINTS)
+@pytest.mark.parametrize(("capturable", "hint"), [(False, "capturable=True"), (True, "curvature_due is Fa")])
 def test_steps_that_cannot_be_captured(capturable: bool, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(3, 2)
     optimizer = FOP(model, capturable=capturable)
     model(torch.randn(8, 3)).square().mean().backward()
     before = deepcopy(model.state_dict())
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     with as_captured(), pytest.raises(RuntimeError, match=hint):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -296,3 +426,24 @@ def test_parameters_of_two_devices() -> None:
     model[0](torch.randn(8, 3)).square().mean().backward()
     with pytest.raises(ValueError, match="on cpu, meta; a graph is of one device"):
         optimizer.step()
+
+
+def test_scalers_and_complex_parameters_cannot_be_captured() -> None:
+    _, optimizer, _ = plain_step()
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    with as_captured(), pytest.raises(RuntimeError, match="GradScaler cannot be captured"):
+        optimizer.step()
+    param = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    optimizer = FOP([param], capturable=True)
+    param.square().abs().sum().backward()
+    optimizer.step()
+    with as_captured(), pytest.raises(RuntimeError, match="complex parameters cannot be captured"):
+        optimizer.step()
+
+
+def test_usual_steps_of_complex_parameters() -> None:
+    param = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = FOP([param], capturable=True)
+    param.abs().square().sum().backward()
+    optimizer.step()
+    assert bool((param.detach().abs() < 1).all())

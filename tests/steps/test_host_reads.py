@@ -281,10 +281,13 @@ def test_plain_steps_in_a_cuda_graph_are_the_same() -> None:
             optimizer.step()
 
         for n in range(30):
-            if optimizer.curvature_due or n < 20 or not graph:
+            if n < 20:
+                stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     step()
                 torch.cuda.current_stream().wait_stream(stream)
+            elif optimizer.curvature_due or not graph:
+                step()
             else:
                 if recorded is None:
                     recorded = torch.cuda.CUDAGraph()
