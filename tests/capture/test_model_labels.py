@@ -24,7 +24,7 @@ from internals import LinearLayer
 from models import assert_equal, mlp, snapshot, weights
 from reference import cases
 
-DRAWS = 400
+DRAWS = 200
 Loss = Callable[[Tensor, Tensor], Tensor]
 cross_entropy, mse = F.cross_entropy, F.mse_loss
 

@@ -87,7 +87,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], tuple[Tens
 @pytest.mark.parametrize(
     ("way", "given"),
     [
-        *itertools.product(WAYS[:-1], GIVEN),
+        *itertools.product(WAYS[:-1], GIVEN[:-1]),
+        (by_jit, GIVEN[-1]),
         pytest.param(by_strict_export, "model", marks=pytest.mark.slow),
     ],
 )
