@@ -7,7 +7,7 @@ INTEGRATIONS := $(VENV)/.installed-integrations
 DOCS := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-all notebooks lint build docs clean
+.PHONY: demo test test-all test-every notebooks lint build docs clean
 
 # Not --quiet: torch alone is hundreds of megabytes, and pip's bars say how far it is.
 $(STAMP): requirements/pins.txt pyproject.toml
@@ -35,17 +35,20 @@ demo: $(STAMP)
 	@echo "Demo: importing torch"
 	$(BIN)/fop-bench demo
 
-# OMP_NUM_THREADS keeps each process to one core. Tests of ranks and commands wait for processes of their own: three at a
-# time keep two cores busy.
-test test-all notebooks: export OMP_NUM_THREADS = 1
+# Two at a time; OMP_NUM_THREADS keeps each to one core.
+test test-all test-every notebooks: export OMP_NUM_THREADS = 1
 
 # Without what is marked slow, and most cases of tests that have many; without Trainer, accelerate and Lightning, whose
 # imports alone take long.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not many and not notebook" --ignore tests/integrations
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not many and not notebook" --ignore tests/integrations
 
+# Of tests with very many cases half of these.
 test-all: $(INTEGRATIONS)
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not notebook"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not notebook and not rest"
+
+test-every: $(INTEGRATIONS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not notebook"
 
 # The tutorials, each from its first cell to the assertion in its last.
 notebooks: $(INTEGRATIONS)

@@ -12,19 +12,25 @@ torch.set_num_threads(1)
 
 # Of the cases of one test `make test` runs one in so many, and so many at least.
 ONE_IN, AT_LEAST = 8, 4
+# Of more cases than these `make test-all` runs half, and those marked whole.
+HALF_ABOVE = 32
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark most cases of tests that have many; `make test` leaves them to `make test-all`."""
+    """Mark as many what `make test` leaves to others, and as rest what `make test-all` does."""
     families = defaultdict(list)
     for item in items:
         families[item.nodeid.partition("[")[0]].append(item)
     for name, cases in families.items():
-        kept = min(len(cases), max(AT_LEAST, len(cases) // ONE_IN))
+        quick = max(AT_LEAST, len(cases) // ONE_IN)
+        usual = len(cases) // 2 if len(cases) > HALF_ABOVE else len(cases)
         # The same in every worker; every so many would always be of the same kind.
-        for item in random.Random(name).sample(cases, len(cases) - kept):
-            item.add_marker(pytest.mark.many)
+        for place, item in enumerate(random.Random(name).sample(cases, len(cases))):
+            if place >= quick:
+                item.add_marker(pytest.mark.many)
+            if place >= usual and not item.get_closest_marker("whole"):
+                item.add_marker(pytest.mark.rest)
 
 
 def pytest_collection_finish() -> None:

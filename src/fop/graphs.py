@@ -55,7 +55,7 @@ class Rates:
         return {param: group for group in own for param in group["params"]}
 
 
-class Read:
+class Captured:
     """What a captured step reads and cannot follow; holding it keeps its memory as long as the graph may run.
 
     ``options`` are those of every group, ``states`` the optimizer's, ``params`` the parameters.
@@ -69,7 +69,7 @@ class Read:
         self._tensors = [v for state in states.values() for v in state.values() if isinstance(v, Tensor)]
         self._trained = [(param, param.requires_grad) for param in params]
 
-    def differs(self, other: Read) -> str:
+    def differs(self, other: Captured) -> str:
         """Return what is another in ``other``, and "" if nothing is."""
         if len(self._trained) != len(other._trained) or any(
             one is not two or before != now

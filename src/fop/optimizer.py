@@ -40,7 +40,7 @@ from fop.distributed import (
     make_distributor,
 )
 from fop.distributed.options import DistributedLike, checked_distribution, portable
-from fop.graphs import Rates, Read, capturing, check_capturable, check_capture
+from fop.graphs import Captured, Rates, capturing, check_capturable, check_capture
 from fop.layer_options import LayerChoices, LayerOptionsLike
 from fop.layers import FunctionCall, Statistics
 from fop.options import (
@@ -295,7 +295,7 @@ class FOP(JoinableOptimizer, Optimizer):
         # Only where steps may be captured.
         self._rates = Rates() if capturable else None
         # What the last capture has read, and what its step told of the layers.
-        self._captured: Read | None = None
+        self._captured: Captured | None = None
         self._diagnosed: dict[Binding, tuple[Update | None, Tensor | None]] = {}
         self._refusals = Refusals()
         self._warned: set[tuple[str, Fallback]] = set()
@@ -604,6 +604,8 @@ class FOP(JoinableOptimizer, Optimizer):
         moved = {param for binding in active if not binding.by_adamw for param in binding.params}
         if len(moved) < len(groups):
             self._step_adamw(moved, groups)
+        if self._refusals.at_hand:
+            self._refusals.report()
 
         if self._bindings.recogniser.open or any(binding.by_adamw for binding in active):
             self._bindings.settle()
@@ -620,16 +622,16 @@ class FOP(JoinableOptimizer, Optimizer):
         self._prepare()
         self._places = {param: (param.device, param.dtype) for param in groups if param in self.state}
 
-    def _read(self) -> Read:
+    def _reads(self) -> Captured:
         """Return what a captured step reads and cannot follow."""
         # Damping and interval are of steps that are not captured.
         own = [name for name in DEFAULTS if name not in ("lr", *SCHEDULED)]
         options = [[group[name] for name in own] + ["initial_lr" in group] for group in self.param_groups]
-        return Read(options, self.state, self._parameters())
+        return Captured(options, self.state, self._parameters())
 
     def _capture(self) -> None:
         """Take a step that is being captured: it computes nothing yet, and does not count."""
-        before, counted = self._read(), {binding: binding.counted for binding in self._bindings}
+        before, counted = self._reads(), {binding: binding.counted for binding in self._bindings}
         self._captured = None
         self._step()
         for group in self.param_groups:
@@ -638,7 +640,7 @@ class FOP(JoinableOptimizer, Optimizer):
         for binding in self._bindings:
             binding.schedule(groups[binding.weight])
             binding.counted = counted.get(binding, binding.counted)
-        after = self._read()
+        after = self._reads()
         if before.differs(after):
             before.restore(self.state)
             raise RuntimeError(
@@ -669,7 +671,7 @@ class FOP(JoinableOptimizer, Optimizer):
             self._check_options()
         if self._captured is None:
             raise RuntimeError("replay() of a graph in which no step of this optimizer was captured")
-        if changed := self._captured.differs(self._read()):
+        if changed := self._captured.differs(self._reads()):
             raise RuntimeError(f"since the capture there is a change of {changed}; capture a step again")
         if self.curvature_due:
             raise RuntimeError(

@@ -140,15 +140,20 @@ class Diagnostics:
 
 
 class Refusals:
-    """Counts updates that were refused because they were not finite, on the device until it is asked."""
+    """Counts updates that were refused because they were not finite, on the device until it is asked.
+
+    Attributes:
+        at_hand: whether there is something to report that costs no wait.
+    """
 
     def __init__(self) -> None:
+        self.at_hand = False
         # By device, too: the model may have moved since the last report.
         self._counts: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._sent: list[tuple[tuple[str, ...], Transfer]] = []
 
     def count(self, names: tuple[str, ...], finite: Tensor) -> None:
-        """Add one step: ``finite`` holds a bool for each of ``names``; on the CPU, warn at once.
+        """Add one step: ``finite`` holds a bool for each of ``names``.
 
         A captured step does not count: replays would write into memory that is another's by then.
         """
@@ -156,25 +161,23 @@ class Refusals:
             return
         key = names, finite.device
         self._counts[key] = (~finite).int() + self._counts.get(key, 0)
-        if finite.device.type == "cpu":
-            self.report()
+        self.at_hand = finite.device.type == "cpu"
 
     def report(self, *, wait: bool = True) -> None:
         """Warn of what was refused since the last report, or, not to wait, of what was before the last."""
         sent = self._sent
         self._sent = [(names, Transfer(count)) for (names, _), count in self._counts.items()]
-        self._counts = {}
+        self._counts, self.at_hand = {}, False
         if wait:
             sent, self._sent = sent + self._sent, []
-        for names, refused in sent:
-            which = [name for name, count in zip(names, refused.read(), strict=True) if count]
-            if which:
-                warnings.warn(
-                    f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
-                    "refused; these weights are as before",
-                    RuntimeWarning,
-                    stacklevel=outside(),
-                )
+        read = [zip(names, refused.read(), strict=True) for names, refused in sent]
+        if which := dict.fromkeys(name for of_one in read for name, count in of_one if count):
+            warnings.warn(
+                f"the update of {', '.join(which)} was not finite (NaN or infinite loss?) and was "
+                "refused; these weights are as before",
+                RuntimeWarning,
+                stacklevel=outside(),
+            )
 
 
 def warn_of_curvature(

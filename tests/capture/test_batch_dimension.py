@@ -17,6 +17,9 @@ from fop import FOP
 from models import PLAIN
 from reference import correct, dense_damped_fisher, dense_fisher, full, half_squared_error, split, unvec, vec
 
+# Each case is a kind of its own.
+pytestmark = pytest.mark.whole
+
 E = 4
 Call = Callable[[Any, Tensor], Tensor]
 Parts = tuple[Tensor, Tensor | None]

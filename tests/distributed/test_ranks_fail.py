@@ -96,7 +96,7 @@ def test_nan_on_one_rank_is_refused_on_all(wrap: str, mode: str) -> None:
             assert torch.equal(later[name], results[0][2][name]), name
         for text in (
             "statistics of 0.0, 0.2 are not finite",
-            "layer '0.0', layer '0.2' was not finite",
+            "the update of layer '0.0', layer '0.2', all",
             "AdamW parameters of a group was not finite",
         ):
             assert any(text in warning for warning in said)

@@ -16,11 +16,13 @@ SLOW = {
     4: ["lean", "fsdp", "groups-lean"],
 }
 CORE = {"ddp", "lean", "plain", "fsdp", "fsdp-layers"}
+WHOLE = {*CORE, "synced-lean", "accumulated"}
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
     return [
         *([pytest.mark.core] if name in CORE else []),
+        *([pytest.mark.whole] if name in WHOLE else []),
         *([fsdp_on_cpu] if "fsdp" in name else []),
     ]
 
@@ -29,7 +31,7 @@ EACH = [
     *(pytest.param(2, name, marks=marks(name)) for name in CASES if name not in [*SLOW[2], "rounded"]),
     *QUICK,
     *(
-        pytest.param(ranks, name, marks=[pytest.mark.slow, *([fsdp_on_cpu] if "fsdp" in name else [])])
+        pytest.param(ranks, name, marks=[pytest.mark.slow, *(m for m in marks(name) if m.name != "core")])
         for ranks, names in SLOW.items()
         for name in names
     ),

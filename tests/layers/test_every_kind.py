@@ -43,6 +43,9 @@ from reference.cases import (
     single,
 )
 
+# Each case is a kind of its own.
+pytestmark = pytest.mark.whole
+
 
 def joined(*tables: Mapping[str, Case]) -> dict[str, Case]:
     cases = {name: case for table in tables for name, case in table.items()}

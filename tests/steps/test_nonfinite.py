@@ -127,6 +127,7 @@ def test_step_on_it_is_refused_and_reported(
     for name in names:
         assert re.search(rf"update of .*\b{re.escape(name)}\b.* refused", text), text
     assert choice or "AdamW" in text
+    assert text.count("the update of") == 1, text
     assert_equal(weights(model), before)
     assert_equal(curvature(optimizer), state)
     with warnings.catch_warnings():

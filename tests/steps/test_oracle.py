@@ -17,6 +17,9 @@ from fop import FOP, KFAC
 from reference import Case, ReferenceFOP, Tape, double, estimate, half_squared_error, observe
 from reference.cases import CONV2D, LINEAR
 
+# Each case is a kind of its own.
+pytestmark = pytest.mark.whole
+
 # A float32 run loses up to cond(F̂) · 6e-8, so 1e-5 can only be asked where F̂ is well conditioned. With these
 # dampings cond(F̂) stays below 100 in every case, and below 400 for a single sample, whose factors have a rank
 # near one and need more (`test_damped_fisher_is_well_conditioned`). Smaller damping is tested in float64
