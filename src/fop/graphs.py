@@ -16,10 +16,10 @@ def capturing() -> bool:
 
 
 class Rates:
-    """The learning rate of every parameter group on the device, at the same place in all steps."""
+    """The learning rate of every parameter group on the device, ``held`` at the same place in all steps."""
 
     def __init__(self) -> None:
-        self._held: list[Tensor] = []
+        self.held: list[Tensor] = []
 
     def fill(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take the rates of now, unless this would be captured, and done again by every replay."""
@@ -34,8 +34,8 @@ class Rates:
         like = torch.empty(
             (), dtype=torch.float64 if wide else torch.float32, device=next(iter(devices), None)
         )
-        fits = len(self._held) == len(groups) and all(
-            (held.device, held.dtype) == (like.device, like.dtype) for held in self._held
+        fits = len(self.held) == len(groups) and all(
+            (held.device, held.dtype) == (like.device, like.dtype) for held in self.held
         )
         if capturing():
             if not fits:
@@ -44,30 +44,37 @@ class Rates:
                 )
             return
         if not fits:
-            self._held = [torch.empty_like(like) for _ in groups]
-        for held, group in zip(self._held, groups, strict=True):
+            self.held = [torch.empty_like(like) for _ in groups]
+        for held, group in zip(self.held, groups, strict=True):
             held.fill_(group["lr"])
 
     def of(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """Return the group of every parameter, with the rate on the device as its ``lr``."""
         self.fill(groups)
-        own = [{**group, "lr": rate} for group, rate in zip(groups, self._held, strict=True)]
+        own = [{**group, "lr": rate} for group, rate in zip(groups, self.held, strict=True)]
         return {param: group for group in own for param in group["params"]}
 
 
 class Captured:
     """What a captured step reads and cannot follow; holding it keeps its memory as long as the graph may run.
 
-    ``options`` are those of every group, ``states`` the optimizer's, ``params`` the parameters.
+    ``options`` are those of every group, ``states`` the optimizer's, ``tensors`` what it reads beside them,
+    and ``params`` the parameters.
     """
 
     def __init__(
-        self, options: list[Any], states: Mapping[Tensor, Mapping[str, Any]], params: Iterable[Tensor]
+        self,
+        options: list[Any],
+        states: Mapping[Tensor, Mapping[str, Any]],
+        tensors: Iterable[Tensor],
+        params: Iterable[Tensor],
     ) -> None:
         self._options = options
         self._states = {param: dict(state) for param, state in states.items()}
-        self._tensors = [v for state in states.values() for v in state.values() if isinstance(v, Tensor)]
-        self._trained = [(param, param.requires_grad) for param in params]
+        of_states = [v for state in states.values() for v in state.values() if isinstance(v, Tensor)]
+        self._tensors = [*of_states, *tensors]
+        # The memory of a parameter may be another while it is the same object.
+        self._trained = [(p, (p.requires_grad, p.data_ptr(), p.device, p.dtype)) for p in params]
 
     def differs(self, other: Captured) -> str:
         """Return what is another in ``other``, and "" if nothing is."""
@@ -75,11 +82,11 @@ class Captured:
             one is not two or before != now
             for (one, before), (two, now) in zip(self._trained, other._trained, strict=True)
         ):
-            return "which parameters are trained"
+            return "parameters (trained, frozen, moved or replaced)"
         if len(self._tensors) != len(other._tensors) or any(
             one is not two for one, two in zip(self._tensors, other._tensors, strict=True)
         ):
-            return "the optimizer's state (loaded, moved, or new)"
+            return "the optimizer's state (loaded, moved or new)"
         return "" if self._options == other._options else "options in param_groups"
 
     def restore(self, states: MutableMapping[Tensor, dict[str, Any]]) -> None:

@@ -297,6 +297,8 @@ class FOP(JoinableOptimizer, Optimizer):
         # What the last capture has read, and what its step told of the layers.
         self._captured: Captured | None = None
         self._diagnosed: dict[Binding, tuple[Update | None, Tensor | None]] = {}
+        # What was replayed first since then.
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._refusals = Refusals()
         self._warned: set[tuple[str, Fallback]] = set()
         # Of each group, the options that were checked last.
@@ -549,10 +551,8 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _step(self) -> None:  # noqa: PLR0912 - the algorithm in one piece
         """Take a step of Algorithm 1; on one process this rank owns every weight."""
-        for group, schedules in zip(self.param_groups, self._schedules, strict=True):
-            if schedules:
-                now = {name: schedule(group["step"]) for name, schedule in schedules.items()}
-                group.update(checked({"damping_kind": group["damping_kind"], **now}))
+        if any(self._schedules):
+            self._follow_schedules()
         groups = self._groups() if self._rates is None else self._rates.of(self.param_groups)
         loss_scale = unscale(self, groups) if hasattr(self, "found_inf") else None
         # Parameters may have been replaced since the last step.
@@ -622,24 +622,36 @@ class FOP(JoinableOptimizer, Optimizer):
         self._prepare()
         self._places = {param: (param.device, param.dtype) for param in groups if param in self.state}
 
+    def _follow_schedules(self) -> None:
+        for group, schedules in zip(self.param_groups, self._schedules, strict=True):
+            if schedules:
+                now = {name: schedule(group["step"]) for name, schedule in schedules.items()}
+                group.update(checked({"damping_kind": group["damping_kind"], **now}))
+
     def _reads(self) -> Captured:
         """Return what a captured step reads and cannot follow."""
         # Damping and interval are of steps that are not captured.
         own = [name for name in DEFAULTS if name not in ("lr", *SCHEDULED)]
         options = [[group[name] for name in own] + ["initial_lr" in group] for group in self.param_groups]
-        return Captured(options, self.state, self._parameters())
+        tensors = [] if self._rates is None else list(self._rates.held)
+        for binding in self._bindings:
+            tensors += [binding.sizes, *binding.curvature.places().values()]
+        return Captured(options, self.state, tensors, self._parameters())
 
     def _capture(self) -> None:
         """Take a step that is being captured: it computes nothing yet, and does not count."""
-        before, counted = self._reads(), {binding: binding.counted for binding in self._bindings}
-        self._captured = None
+        before = self._reads()
+        told = {each: (each.counted, each.last, each.length) for each in self._bindings}
+        self._captured = self._graph = None
         self._step()
+        self._diagnosed = {binding: (binding.last, binding.length) for binding in self._bindings}
         for group in self.param_groups:
             group["step"] -= 1
         groups = self._groups()
         for binding in self._bindings:
             binding.schedule(groups[binding.weight])
-            binding.counted = counted.get(binding, binding.counted)
+            if binding in told:
+                binding.counted, binding.last, binding.length = told[binding]
         after = self._reads()
         if before.differs(after):
             before.restore(self.state)
@@ -648,10 +660,10 @@ class FOP(JoinableOptimizer, Optimizer):
                 "new or was frozen): take one such step that is not captured before the capture"
             )
         self._captured = after
-        self._diagnosed = {binding: (binding.last, binding.length) for binding in self._bindings}
 
+    @torch.no_grad()
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Take a step that was captured, forward and backward pass included, in a CUDA graph.
+        """Take the step that was captured last, forward and backward pass included, in a CUDA graph.
 
         In place of `step` where `curvature_due` is False; hooks of `step` do not run. Learning rates are
         those of now. What is not finite is refused without a warning, and ``kfac_steps`` does not count it.
@@ -659,9 +671,10 @@ class FOP(JoinableOptimizer, Optimizer):
         Raises:
             ValueError: for options out of range, as `step`. Nothing has been changed then.
             TypeError: likewise.
-            RuntimeError: without ``capturable=True``; if nothing was captured, or parameters, state or
-                options, but for ``lr``, ``damping`` and ``curvature_interval``, are not those of the capture;
-                if the curvature is due; if a newer optimizer has replaced this one.
+            RuntimeError: without ``capturable=True``; if nothing was captured, another graph than that of the
+                last capture is given, or parameters, state or options, but for ``lr``, ``damping`` and
+                ``curvature_interval``, are not those of the capture; if the curvature is due; if a newer
+                optimizer has replaced this one.
         """
         if self._retired:
             raise RuntimeError(self._retired)
@@ -671,6 +684,9 @@ class FOP(JoinableOptimizer, Optimizer):
             self._check_options()
         if self._captured is None:
             raise RuntimeError("replay() of a graph in which no step of this optimizer was captured")
+        if self._graph not in (None, graph):
+            raise RuntimeError("replay() of another graph: only that of the last capture can be replayed")
+        self._follow_model()
         if changed := self._captured.differs(self._reads()):
             raise RuntimeError(f"since the capture there is a change of {changed}; capture a step again")
         if self.curvature_due:
@@ -678,7 +694,9 @@ class FOP(JoinableOptimizer, Optimizer):
                 "the curvature is due in this step, and a graph does not renew it: take this step by "
                 "backward() and step(), and replay where optimizer.curvature_due is False"
             )
+        self._follow_schedules()
         self._rates.fill(self.param_groups)
+        self._graph = graph
         graph.replay()
         for binding, (last, length) in self._diagnosed.items():
             binding.last, binding.length = last, length
@@ -710,6 +728,8 @@ class FOP(JoinableOptimizer, Optimizer):
                     scale = loss_scale if binding.recorder.fisher == "empirical" else None
                     tensors = binding.curvature.estimate(sums, binding.statistics_reduction(group), scale)
                     estimates.append(Estimate(binding.curvature, tensors, group))
+            estimated = [] if self._rates is None else [each.curvature for each in estimates]
+            places = [curvature.places() for curvature in estimated]
             bad, before, more = self._refresher.refresh(estimates)
             fallbacks += more
             earlier = [binding for binding in own if binding.curvature in before]
@@ -720,9 +740,8 @@ class FOP(JoinableOptimizer, Optimizer):
                     binding.schedule_refresh(groups[binding.weight])
                 if was_refused:
                     refused.append(binding)
-            if self._rates is not None:
-                for estimate in estimates:
-                    estimate.curvature.stay_in_place()
+            for curvature, of_one in zip(estimated, places, strict=True):
+                curvature.stay_in_place(of_one)
         if refused or earlier or fallbacks:
             names = {binding.curvature: binding.name for binding in own}
             of_layers = [(names[c], fallback) for c, fallback in fallbacks if c in names]

@@ -161,7 +161,7 @@ class Refusals:
             return
         key = names, finite.device
         self._counts[key] = (~finite).int() + self._counts.get(key, 0)
-        self.at_hand = finite.device.type == "cpu"
+        self.at_hand |= finite.device.type == "cpu"
 
     def report(self, *, wait: bool = True) -> None:
         """Warn of what was refused since the last report, or, not to wait, of what was before the last."""

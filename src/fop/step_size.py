@@ -355,7 +355,8 @@ def adamw_rate(group: Mapping[str, Any], size: float = 0.0) -> float | Tensor:
     parameter's entries, it is at most ``lr`` times that: so far a weight moves on the FOP path, too.
     """
     lr, adamw_lr = group["lr"], group["adamw_lr"]
-    rate: float | Tensor = adamw_lr * lr / group["base_lr"] if group["base_lr"] else adamw_lr * (lr > 0)
+    started = (lr > 0).to(lr) if isinstance(lr, Tensor) else lr > 0
+    rate: float | Tensor = adamw_lr * lr / group["base_lr"] if group["base_lr"] else adamw_lr * started
     if not size or group["step_length"] != "weight":
         return rate
     return torch.minimum(rate, lr * size) if isinstance(rate, Tensor) else min(rate, lr * size)

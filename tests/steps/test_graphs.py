@@ -148,7 +148,7 @@ def train(make: Make, *, replayed: bool, scheduled: bool, **options: Any) -> lis
         (FOP, {"weight_decay": 0.1, "momentum": 0.0}),
         (FOP, {"maximize": True, "sub_batches": 3}),
         (FOP, {"max_grad_norm": 0.1, "loss_reduction": "sum"}),
-        (by_groups, {"weight_decay": 0.1}),
+        (by_groups, {"weight_decay": 0.1, "damping": lambda step: 0.1 + 0.01 * step}),
         (FOP, {"layer_options": {"*": {"max_factor_dim": 5}, nn.BatchNorm2d: {"path": "fop"}}}),
     ],
 )
@@ -233,15 +233,26 @@ def set_momentum(model: nn.Module, optimizer: FOP) -> None:
 
 def double(model: nn.Module, optimizer: FOP) -> None:
     model.double()
-    optimizer._follow_model()  # as the step does that comes before a replay
+
+
+def give_other_memory(model: nn.Module, optimizer: FOP) -> None:
+    """As `torch.nn.utils.vector_to_parameters` does."""
+    for param in model.parameters():
+        param.data = param.data.clone()
+
+
+def assign(model: nn.Module, optimizer: FOP) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
 
 
 CHANGES = {
     load: "state",
-    freeze: "parameters are trained",
-    add: "parameters are trained",
+    freeze: "parameters",
+    add: "parameters",
     set_momentum: "options",
-    double: "state",
+    double: "parameters",
+    give_other_memory: "parameters",
+    assign: "parameters",
 }
 
 
@@ -254,6 +265,92 @@ def test_after_a_change_a_step_must_be_captured_again(change: Callable[[nn.Modul
         optimizer.replay(recording)  # type: ignore[arg-type]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert optimizer.param_groups[0]["step"] == step
+
+
+def test_a_part_of_the_model_may_be_cast_before_the_capture() -> None:
+    """Then curvatures compute anew what follows from their averages."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.two(self.one(x).tanh() * self.scale.float())
+            return out
+
+    def last(replayed: bool) -> Tensor:
+        torch.manual_seed(0)
+        model, x, recording = Scaled(), torch.randn(8, 3), None
+        optimizer = FOP(model, curvature_interval=4, capturable=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        for n in range(32):
+            if n == 17:
+                model.scale.data = model.scale.data.bfloat16()
+            if n < 18 or optimizer.curvature_due or not replayed:
+                step()
+            else:
+                recording = recording or Recording.of(step, model, optimizer)
+                optimizer.replay(recording)  # type: ignore[arg-type]
+        return torch.cat([p.detach().flatten().float() for p in model.parameters()])
+
+    assert torch.equal(last(True), last(False))
+
+
+def test_a_capture_after_a_load_lasts() -> None:
+    model, optimizer, _ = plain_step()
+    load(model, optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(8, 3)).square().mean().backward()
+        optimizer.step()
+
+    recording = Recording.of(step, model, optimizer)
+    optimizer.replay(recording)  # type: ignore[arg-type]
+    optimizer.request_curvature()
+    step()
+    assert not optimizer.curvature_due
+    optimizer.replay(recording)  # type: ignore[arg-type]
+
+
+def test_only_the_last_capture_is_replayed() -> None:
+    _, optimizer, recording = plain_step()
+    optimizer.replay(recording)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="only that of the last capture"):
+        optimizer.replay(Recording())  # type: ignore[arg-type]
+
+
+def test_a_capture_leaves_the_diagnostics() -> None:
+    model, optimizer, _ = plain_step()
+    before = str(optimizer.diagnostics())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(3 + torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+
+    Recording.of(step, model, optimizer)
+    assert str(optimizer.diagnostics()) == before
+
+
+def test_a_rate_that_begins_at_zero() -> None:
+    """The AdamW path then has its own, from the first step at which lr is more."""
+    ends = []
+    for capturable in (False, True):
+        param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = FOP([param], lr=0.0, capturable=capturable)
+        optimizer.param_groups[0]["lr"] = 0.1
+        param.square().sum().backward()
+        optimizer.step()
+        ends.append(param.detach())
+    assert torch.equal(*ends)
 
 
 def test_damping_may_change() -> None:

@@ -95,8 +95,6 @@ class Curvature(ABC):
     def load(self, state: dict[str, Any]) -> None:
         """Use another state."""
         self.state = state
-        # Where tensors are that captured steps read, by name.
-        self._places: dict[str, Tensor] = {}
         self.ready = self.held
         self.derive()
         self.pending = self.estimated and state.get("inverse_at", NEVER) != NEVER
@@ -194,24 +192,23 @@ class Curvature(ABC):
             self.state.setdefault(NOISE, self.state[self.averages[0]].new_zeros(2))
             self.trace, self.units = self.fisher_trace(), self.input_units()
 
-    def stay_in_place(self) -> None:
-        """Put what is new where the old was, for a captured step reads it there."""
-        for name, now in self.state.items():
-            if isinstance(now, Tensor):
-                self.state[name] = self._put(name, now)
+    def places(self) -> dict[str, Tensor]:
+        """Return all tensors that a step without statistics may read, by name."""
+        found = {name: value for name, value in self.state.items() if isinstance(value, Tensor)}
+        if self.estimated:
+            found |= {"trace": self.trace} | ({} if self.units is None else {"units": self.units})
+        return found
+
+    def stay_in_place(self, before: Mapping[str, Tensor]) -> None:
+        """Put what is new where it was ``before``, see `places`, for a captured step reads it there."""
+        for name, now in self.places().items():
+            if name in self.state:
+                self.state[name] = _put(now, before.get(name))
         # Of tensors that are kept, not of the new ones.
         self.derive()
         if self.estimated:
-            self.trace = self._put("trace", self.trace)
-            self.units = None if self.units is None else self._put("units", self.units)
-
-    def _put(self, name: str, now: Tensor) -> Tensor:
-        place = self._places.get(name)
-        if place is None or (place.device, place.dtype, place.shape) != (now.device, now.dtype, now.shape):
-            self._places[name] = now
-        elif place is not now:
-            place.copy_(now)
-        return self._places[name]
+            self.trace = _put(self.trace, before.get("trace"))
+            self.units = None if self.units is None else _put(self.units, before.get("units"))
 
     @abstractmethod
     def matrices(self, damping: Damping) -> tuple[list[Tensor], list[Tensor]]:
@@ -270,3 +267,10 @@ class Curvature(ABC):
 
         ``share`` is what b bᵀ of one rank weighs in that of the averaged loss.
         """
+
+
+def _put(now: Tensor, place: Tensor | None) -> Tensor:
+    """Return a tensor at a place, if it fits there."""
+    if place is None or (place.device, place.dtype, place.shape) != (now.device, now.dtype, now.shape):
+        return now
+    return place if place is now else place.copy_(now)
