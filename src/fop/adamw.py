@@ -47,6 +47,7 @@ def adamw_step(
     if not fused and bool(refused):
         return refused
     steps = [states[param]["step"] for param in params]
+    # A rate on the device is then one tensor for all parameters of one size.
     rate_of = functools.cache(functools.partial(adamw_rate, group))
     by_rate: dict[float | Tensor, list[int]] = {}
     for n, param in enumerate(params):

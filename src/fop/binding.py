@@ -144,16 +144,16 @@ class Binding:
         self.last = update._replace(matrix=update.length, reason=reason)
         if not self.corrected:
             return
-        noted, trusted = self.counted
+        noted, believed = self.counted
         if update.trusted is not None:
-            before = update.trusted.new_zeros((), dtype=torch.long) if trusted is None else trusted
-            trusted = before + update.trusted
-        self.counted = noted + 1, trusted
+            before = update.trusted.new_zeros((), dtype=torch.long) if believed is None else believed
+            believed = before + update.trusted
+        self.counted = noted + 1, believed
 
     def kfac_steps(self) -> tuple[int, str | None]:
         """Return how many steps had no sub-batch gradients, and why the last was one of them, if it was."""
-        noted, trusted = self.counted
-        count = noted - (0 if trusted is None else int(trusted))
+        noted, believed = self.counted
+        count = noted - (0 if believed is None else int(believed))
         if count == 0 or self.last is None or not self.last.reason:
             return count, None
         trusted = self.last.trusted

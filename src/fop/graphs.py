@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,6 @@ class Captured:
         params: Iterable[Tensor],
     ) -> None:
         self._options = options
-        self._states = {param: dict(state) for param, state in states.items()}
         of_states = [v for state in states.values() for v in state.values() if isinstance(v, Tensor)]
         self._tensors = [*of_states, *tensors]
         # The memory of a parameter may be another while it is the same object.
@@ -88,12 +87,6 @@ class Captured:
         ):
             return "the optimizer's state (loaded, moved or new)"
         return "" if self._options == other._options else "options in param_groups"
-
-    def restore(self, states: MutableMapping[Tensor, dict[str, Any]]) -> None:
-        """Put the states back as they were, in place."""
-        for param, state in states.items():
-            state.clear()
-            state.update(self._states.get(param, {}))
 
 
 def check_capturable(options: Mapping[str, Any], place: str) -> None:

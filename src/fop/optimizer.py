@@ -640,7 +640,7 @@ class FOP(JoinableOptimizer, Optimizer):
 
     def _capture(self) -> None:
         """Take a step that is being captured: it computes nothing yet, and does not count."""
-        before = self._reads()
+        before, states = self._reads(), {param: dict(state) for param, state in self.state.items()}
         told = {each: (each.counted, each.last, each.length) for each in self._bindings}
         self._captured = self._graph = None
         self._step()
@@ -654,7 +654,10 @@ class FOP(JoinableOptimizer, Optimizer):
                 binding.counted, binding.last, binding.length = told[binding]
         after = self._reads()
         if before.differs(after):
-            before.restore(self.state)
+            for param, state in self.state.items():
+                # In place: curvatures hold the dicts.
+                state.clear()
+                state.update(states.get(param, {}))
             raise RuntimeError(
                 "this step makes state, which every replay would make again (momentum of a parameter that is "
                 "new or was frozen): take one such step that is not captured before the capture"

@@ -142,6 +142,7 @@ def test_help_needs_no_extra() -> None:
             None,
         ),
         ("pandas", ("report", "OUT"), "pandas"),
+        ("matplotlib", ("report", "OUT"), "matplotlib"),
         ("sklearn", ("run", "digits", "--jobs", "1"), "sklearn"),
         ("rich", ("demo",), "rich"),
     ],
