@@ -21,7 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as many what `make test` leaves to others, and as rest what `make test-all` does."""
     families = defaultdict(list)
     for item in items:
-        families[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("rest"):
+            item.add_marker(pytest.mark.many)
+        else:
+            families[item.nodeid.partition("[")[0]].append(item)
     for name, cases in families.items():
         quick = max(AT_LEAST, len(cases) // ONE_IN)
         usual = len(cases) // 2 if len(cases) > HALF_ABOVE else len(cases)

@@ -28,7 +28,10 @@ SAME = [
     ["clip", "max-grad-norm"],
     ["frozen", "frozen-parameters"],
     ["groups", "resume-groups"],
-    ["ranks2-ddp", "ranks2-fsdp"],
+    ["ranks2-ddp", "ranks2-lean", "ranks2-plain", "ranks2-fsdp"],
+    ["ranks2-ddp-halves", "ranks2-lean-halves", "ranks2-plain-halves"],
+    ["ranks2-ddp-delay", "ranks2-lean-delay"],
+    ["ranks4-ddp-halves", "ranks4-lean-halves"],
 ]
 GROUP = {name: number for number, same in enumerate(SAME) for name in same}
 
@@ -36,7 +39,7 @@ GROUP = {name: number for number, same in enumerate(SAME) for name in same}
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if training.slow else ())
+        pytest.param(name, marks=[*[pytest.mark.slow] * training.slow, *[pytest.mark.rest] * training.rest])
         for name, training in TRAININGS.items()
     ],
 )

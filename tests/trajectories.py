@@ -204,6 +204,7 @@ class Training:
         wrap: "ddp", "fsdp" or "" for none.
         ranks: 0 for a training without torch.distributed.
         slow: takes seconds.
+        rest: is left to `make test-every`.
     """
 
     task: Task = MLP
@@ -216,6 +217,7 @@ class Training:
     wrap: str = ""
     ranks: int = 0
     slow: bool = False
+    rest: bool = False
 
 
 class Run:
@@ -531,15 +533,29 @@ NAMED: dict[str, Training] = {
     "compile-kfac": Training(make=partial(compiled, kind=KFAC), slow=True),
     # More that ranks must do as one process does is compared in distributed/test_ranks_train.py.
     "ranks2-ddp": DDP,
+    "ranks2-ddp-cnn": replace(DDP, task=CNN, rest=True),
+    "ranks2-ddp-halves": replace(DDP, options={"distributed": HALVES}, rest=True),
     "ranks2-ddp-accumulate": replace(DDP, step=partial(accumulate, sizes=(4, 3), synchronise=False)),
     "ranks2-groups": replace(DDP, task=MLP, make=from_groups, wrap="", options={}),
     "ranks2-ddp-scaler": replace(DDP, task=MLP, options={}, step=scaled),
     "ranks2-frozen": replace(DDP, task=MLP, options={}, step=frozen, wrap=""),
     "ranks2-ddp-resume": replace(DDP, task=MLP, options={}, step=resumed),
+    "ranks2-ddp-delay": replace(DDP, options={"inverse_delay": 2}, rest=True),
+    "ranks2-lean": replace(DDP, options={"distributed": LEAN, "layer_options": NORMS}, rest=True),
+    "ranks2-lean-halves": replace(DDP, options={"distributed": {**LEAN, **HALVES}}, rest=True),
+    "ranks2-lean-accumulate": replace(
+        DDP,
+        options={"distributed": LEAN},
+        step=partial(accumulate, sizes=(4, 3), synchronise=False),
+        rest=True,
+    ),
     "ranks2-lean-delay": replace(DDP, options={"distributed": LEAN, "inverse_delay": 2}),
+    "ranks2-plain": replace(DDP, wrap="", rest=True),
     "ranks2-plain-halves": replace(DDP, wrap="", options={"distributed": HALVES}),
     "ranks2-fsdp": replace(DDP, wrap="fsdp"),
     "ranks2-fsdp-cnn": replace(DDP, wrap="fsdp", task=CONVOLUTIONS, options={}),
+    "ranks2-fsdp-kfac": replace(DDP, wrap="fsdp", kind=KFAC, rest=True),
+    "ranks4-ddp-halves": replace(DDP, ranks=4, options={"distributed": HALVES}, rest=True),
     "ranks4-lean-halves": replace(DDP, ranks=4, options={"distributed": {**LEAN, **HALVES}}),
 }
 

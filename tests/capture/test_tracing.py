@@ -89,7 +89,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], tuple[Tens
     [
         *itertools.product(WAYS[:-1], GIVEN[:-1]),
         (by_jit, GIVEN[-1]),
+        *(pytest.param(way, GIVEN[-1], marks=pytest.mark.rest) for way in WAYS[1:-1]),
         pytest.param(by_strict_export, "model", marks=pytest.mark.slow),
+        pytest.param(by_strict_export, GIVEN[-1], marks=[pytest.mark.slow, pytest.mark.rest]),
     ],
 )
 def test_recorded_while_it_trains(way: Any, kind: str, given: str) -> None:

@@ -15,6 +15,7 @@ SLOW = {
     3: ["plain", "fsdp", "kfac", "sum", "accumulated-fsdp", "synced-lean", "labels"],
     4: ["lean", "fsdp", "groups-lean"],
 }
+REST = {3: ["ddp", "accumulated"], 4: ["plain", "kfac-lean", "synced"]}
 CORE = {"ddp", "lean", "plain", "fsdp", "fsdp-layers"}
 WHOLE = {*CORE, "synced-lean", "accumulated"}
 
@@ -31,8 +32,11 @@ EACH = [
     *(pytest.param(2, name, marks=marks(name)) for name in CASES if name not in [*SLOW[2], "rounded"]),
     *QUICK,
     *(
-        pytest.param(ranks, name, marks=[pytest.mark.slow, *(m for m in marks(name) if m.name != "core")])
-        for ranks, names in SLOW.items()
+        pytest.param(
+            ranks, name, marks=[pytest.mark.slow, *more, *(m for m in marks(name) if m.name != "core")]
+        )
+        for cases, more in ((SLOW, []), (REST, [pytest.mark.rest]))
+        for ranks, names in cases.items()
         for name in names
     ),
 ]

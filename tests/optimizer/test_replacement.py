@@ -290,7 +290,14 @@ FAILS: dict[str, Callable[[nn.Sequential], Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("failing", "compiled"), [*((failing, False) for failing in FAILS), ("option", True), ("sparse", True)]
+    ("failing", "compiled"),
+    [
+        *((failing, False) for failing in FAILS),
+        *(
+            pytest.param(name, True, marks=[] if name in ("option", "sparse") else pytest.mark.rest)
+            for name in FAILS
+        ),
+    ],
 )
 def test_failed_constructor_replaces_nobody(failing: str, compiled: bool) -> None:
     model, clean = mlp(), mlp()
