@@ -137,7 +137,7 @@ class FOP(JoinableOptimizer, Optimizer):
         damping_kind: "relative": sqrt(damping) times its mean eigenvalue is added to the diagonal of A and of
             G (the bias' entry of A, whose units are others, counts by itself). "absolute", with the paper's
             steps: the paper's γ = sqrt(damping), split between A and G by π.
-        stat_decay: weight of the old factors when new statistics come in, in [0, 1); 0.8, or 0.9 with the
+        stat_decay: weight of the old factors when new statistics come in, in [0, 1); 0.5, or 0.9 with the
             paper's steps. The average is without bias, as Adam's; with the paper's steps the first estimate
             goes on as if it were an average.
         fisher: whose labels b in G is of. "empirical": the data's. "model": labels drawn from the model's own

@@ -52,7 +52,7 @@ BY_STEP_LENGTH: dict[str, dict[str, Any]] = {
         "momentum": 0.6,
         "nesterov": True,
         "damping_kind": "relative",
-        "stat_decay": 0.8,
+        "stat_decay": 0.5,
         "curvature_interval": 1,
         "adamw_lr": 0.03,
         "eps": 1e-17,

@@ -248,7 +248,7 @@ def test_tensor_lr(lr: Tensor) -> None:
 def test_options_that_follow_from_the_length_of_a_step() -> None:
     """None is as if the option was not given."""
     (group,) = FOP(mlp()).param_groups
-    assert (group["lr"], group["momentum"], group["nesterov"], group["stat_decay"]) == (0.2, 0.6, True, 0.8)
+    assert (group["lr"], group["momentum"], group["nesterov"], group["stat_decay"]) == (0.2, 0.6, True, 0.5)
     assert (group["damping"], group["damping_kind"], group["eps"]) == ("adaptive", "relative", 1e-17)
     assert (group["statistics_rows"], group["anneal"]) == (2, "auto")
     (paper,) = FOP(mlp(), step_length="paper").param_groups
