@@ -24,7 +24,7 @@ CANDIDATES: dict[str, Sequence[Any]] = {
     "nesterov": (False,),
     "anneal": (True, False),
     "damping": (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-    "stat_decay": (0.0, 0.5, 0.9, 0.95),
+    "stat_decay": (0.0, 0.8, 0.9, 0.95),
     "statistics_rows": (1, 4, 16, None),
     "curvature_interval": (2, 10, 100),
     "sub_batches": (1, 4, 8),
