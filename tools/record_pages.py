@@ -60,7 +60,7 @@ def pages(folder: Path) -> Iterator[tuple[Path, str, bool]]:
         table = tool("profile_step.py")["table"]
         yield notes, "\n".join(table(read(file)["shares"]) for file in sorted(folder.glob("*.json"))), True
     elif name == "no-schedule":
-        table, files = tool("no_schedule.py")["table"], ("now.json", "before.json")
+        table, files = tool("no_schedule.py")["table"], ("now.json", "slow-average.json", "before.json")
         yield notes, "\n".join(table(read(folder / file)) for file in files), True
     elif name in EARLIER:
         text = notes.read_text()
