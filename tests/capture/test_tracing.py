@@ -91,7 +91,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], tuple[Tens
         (by_jit, GIVEN[-1]),
         *(pytest.param(way, GIVEN[-1], marks=pytest.mark.rest) for way in WAYS[1:-1]),
         pytest.param(by_strict_export, "model", marks=pytest.mark.slow),
-        pytest.param(by_strict_export, GIVEN[-1], marks=[pytest.mark.slow, pytest.mark.rest]),
     ],
 )
 def test_recorded_while_it_trains(way: Any, kind: str, given: str) -> None:
@@ -121,9 +120,12 @@ def test_recorded_while_it_trains(way: Any, kind: str, given: str) -> None:
 
 
 @pytest.mark.slow
-def test_strict_export_of_a_model_whose_parameters_were_given() -> None:
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "mlp" else pytest.mark.rest) for kind in MODELS]
+)
+def test_strict_export_of_a_model_whose_parameters_were_given(kind: str) -> None:
     """Called before: until then modules are looked for by a global hook, with which strict export fails."""
-    test_recorded_while_it_trains(by_strict_export, "mlp", GIVEN[-1])
+    test_recorded_while_it_trains(by_strict_export, kind, GIVEN[-1])
 
 
 def test_a_recording_trains_by_its_own_optimizer() -> None:
